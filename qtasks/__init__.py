@@ -1,0 +1,1 @@
+"""QTasks: a task queue made of parts."""

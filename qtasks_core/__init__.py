@@ -1,0 +1,66 @@
+"""Contracts, schemas, wire format, errors and backend look-up: all that a backend needs."""
+
+from qtasks_core.contracts.backend import CONTRACT_VERSION, Backend
+from qtasks_core.contracts.balancer import Balancer
+from qtasks_core.contracts.broker import Broker
+from qtasks_core.contracts.composition import Composition
+from qtasks_core.contracts.executor import Executor
+from qtasks_core.contracts.inbox import Inbox
+from qtasks_core.contracts.serializer import Serializer
+from qtasks_core.contracts.storage import Storage
+from qtasks_core.contracts.subscription import Subscription
+from qtasks_core.schemas import (
+    DONE,
+    LOST,
+    Ack,
+    Claim,
+    Command,
+    Completion,
+    Delivery,
+    Guarantees,
+    Outcome,
+    QueueDepth,
+    Raw,
+    Release,
+    Retry,
+    Settlement,
+    Status,
+    Task,
+    TaskMessage,
+    TaskPage,
+    TaskQuery,
+    Verdict,
+)
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "DONE",
+    "LOST",
+    "Ack",
+    "Backend",
+    "Balancer",
+    "Broker",
+    "Claim",
+    "Command",
+    "Completion",
+    "Composition",
+    "Delivery",
+    "Executor",
+    "Guarantees",
+    "Inbox",
+    "Outcome",
+    "QueueDepth",
+    "Raw",
+    "Release",
+    "Retry",
+    "Serializer",
+    "Settlement",
+    "Status",
+    "Storage",
+    "Subscription",
+    "Task",
+    "TaskMessage",
+    "TaskPage",
+    "TaskQuery",
+    "Verdict",
+]

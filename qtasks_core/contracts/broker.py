@@ -1,0 +1,82 @@
+"""The contract of a Broker: it moves messages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from qtasks_core.contracts.subscription import Subscription
+from qtasks_core.errors import NotSupported
+from qtasks_core.schemas import Command, Guarantees, Outcome, QueueDepth, TaskMessage
+
+if TYPE_CHECKING:
+    from qtasks_core.contracts.composition import Composition
+    from qtasks_core.contracts.storage import Storage
+
+
+class Broker(ABC):
+    """Moves messages from publishers to receivers, each message to one receiver at a time.
+
+    A broker lives on one event loop, from `start` to `stop`. Its methods may run concurrently.
+    Each raises `Unavailable` within a few seconds when the server cannot be reached, and
+    reconnects when it is called again; repeating and backing off is the engine's.
+    """
+
+    @property
+    @abstractmethod
+    def guarantees(self) -> Guarantees:
+        """What this instance promises; what only the server knows is filled in by `start`."""
+
+    @abstractmethod
+    async def start(self, namespace: str) -> None:
+        """Connect and create what the server must have. May be called again after it raised.
+
+        Brokers of different namespaces on one server share nothing. Raises `Unavailable`,
+        `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
+        """
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Close all subscriptions and connections. Idempotent."""
+
+    @abstractmethod
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        """Enqueue messages and return an outcome for each, durable when it returns.
+
+        A message becomes receivable `message.delay` seconds after the server has it, however long
+        the delay. With `transaction` (where the guarantees say so) it becomes durable and visible
+        at its commit. Publishing the same uuid again is safe: at worst it is delivered twice.
+        """
+
+    @abstractmethod
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        """Open a subscription to `queues`, each with the most deliveries held at once."""
+
+    async def depth(self, queue: str) -> QueueDepth:
+        """Count what is in a queue."""
+        raise NotSupported(f"{type(self).__name__} cannot tell the depth of a queue yet")
+
+    async def purge(self, queue: str) -> int:
+        """Drop what is in a queue and not in flight; return how many, -1 where unknown."""
+        raise NotSupported(f"{type(self).__name__} cannot purge a queue yet")
+
+    async def broadcast(self, command: Command) -> None:
+        """Send a command to every worker of the namespace that listens now."""
+        raise NotSupported(f"{type(self).__name__} has no control channel yet")
+
+    def commands(self) -> AsyncIterator[Command]:
+        """Iterate over the commands that are broadcast from now on."""
+        raise NotSupported(f"{type(self).__name__} has no control channel yet")
+
+    async def migrate(self) -> None:
+        """Create or update what the server must have. Idempotent, locked against itself."""
+        raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")
+
+    def compose(self, storage: Storage) -> Composition:
+        """Return the best way to use this broker with `storage`."""
+        from qtasks_core.separate import SeparateComposition
+
+        return SeparateComposition(self, storage)

@@ -1,0 +1,94 @@
+"""The contract of a Storage: it remembers tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+
+from qtasks_core.contracts.inbox import Inbox
+from qtasks_core.errors import NotSupported
+from qtasks_core.schemas import Claim, Guarantees, Outcome, Task, TaskPage, TaskQuery
+
+
+class Storage(ABC):
+    """Keeps the newest record of each task, and tells inboxes when one is final.
+
+    Lives on one event loop like a broker, with the same rules for `Unavailable`.
+    """
+
+    @property
+    @abstractmethod
+    def guarantees(self) -> Guarantees:
+        """What this instance promises; what only the server knows is filled in by `start`."""
+
+    @abstractmethod
+    async def start(self, namespace: str) -> None:
+        """Connect and create what the server must have. May be called again after it raised."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Close all inboxes and connections. Idempotent."""
+
+    @abstractmethod
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        """Save records in order and return an outcome for each, durable when it returns.
+
+        Which are taken is the order of records (`qtasks_core.records.judge`), decided atomically
+        for each record. `refused` carries what is there. A final record that is taken is pushed
+        to its `reply_to` and to every inbox that watches its uuid, after it is durable.
+        """
+
+    @abstractmethod
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        """Return the newest record of each uuid, None where there is none.
+
+        Sees every save that returned before this call began, from any process.
+        """
+
+    @abstractmethod
+    async def inbox(self) -> Inbox:
+        """Open an inbox; its address is ready to be used in messages."""
+
+    async def query(self, query: TaskQuery) -> TaskPage:
+        """List records, newest first, a page at a time."""
+        raise NotSupported(f"{type(self).__name__} cannot list records yet")
+
+    async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
+        """Hold `key` for `ttl` seconds; None while another owner holds it."""
+        raise NotSupported(f"{type(self).__name__} has no claims yet")
+
+    async def release(self, claim: Claim) -> None:
+        """Give a claim back; harmless when it was lost."""
+        raise NotSupported(f"{type(self).__name__} has no claims yet")
+
+    async def set(self, key: str, value: bytes | None, expect: bytes | None = None) -> bool:
+        """Set a small shared value (None deletes) if it is `expect` now; say whether it was."""
+        raise NotSupported(f"{type(self).__name__} has no shared values yet")
+
+    async def get_value(self, key: str) -> bytes | None:
+        """Return a shared value."""
+        raise NotSupported(f"{type(self).__name__} has no shared values yet")
+
+    def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
+        """Iterate over a shared value: as it is now, then each change."""
+        raise NotSupported(f"{type(self).__name__} has no shared values yet")
+
+    async def append(self, uuid: str, items: Sequence[bytes]) -> None:
+        """Append progress or streamed results to a task."""
+        raise NotSupported(f"{type(self).__name__} keeps no streams yet")
+
+    async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
+        """Return the appended items behind position `after`, with their positions."""
+        raise NotSupported(f"{type(self).__name__} keeps no streams yet")
+
+    async def delete(self, uuids: Sequence[str]) -> int:
+        """Delete records; return how many there were."""
+        raise NotSupported(f"{type(self).__name__} cannot delete records yet")
+
+    async def expire(self) -> int:
+        """Delete the records whose retention has passed; return how many."""
+        raise NotSupported(f"{type(self).__name__} cannot expire records yet")
+
+    async def migrate(self) -> None:
+        """Create or update what the server must have. Idempotent, locked against itself."""
+        raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")

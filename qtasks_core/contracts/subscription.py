@@ -1,0 +1,50 @@
+"""The contract of a Subscription: one receiver's hold on its deliveries."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from qtasks_core.schemas import Delivery, Outcome, Settlement
+
+
+class Subscription(ABC):
+    """Receives deliveries, each held under a lease until it is settled.
+
+    One call of `receive` at a time; `settle` and `extend` may run beside it and each other.
+    A receiver that dies or stops extending loses its deliveries to others within the lease.
+    """
+
+    @abstractmethod
+    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        """Wait for at least one delivery and return what is there.
+
+        At most `wanted[queue]` of each queue and `limit` in all. Waits without polling the
+        server. Cancelling it strands nothing: what the server has handed over by then is returned
+        by the next call, or released by `close`. Raises `Unavailable`; the next call reconnects.
+        """
+
+    @abstractmethod
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        """Acknowledge, retry or release deliveries; an outcome for each.
+
+        `refused` when the lease was lost: then nothing is changed. `unknown` where the server
+        gives no answer. Settling again what this subscription settled lately is `done`. A retry
+        never loses the message: a crash between the new one and the end of the old leaves both.
+        """
+
+    @abstractmethod
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        """Renew leases. For each: the delivery while it is still mine, None when it is lost.
+
+        May hand back a replacement with a new fence; settling the old one then follows it.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop receiving; what the server handed over and `receive` has not returned is released.
+
+        A waiting `receive` raises `Closed`. What was returned may still be settled and extended,
+        until the broker stops; with the last of it the subscription's resources are freed.
+        Idempotent.
+        """

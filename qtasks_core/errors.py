@@ -1,0 +1,81 @@
+"""Every error QTasks raises, from a bad URL to a failed task."""
+
+from __future__ import annotations
+
+
+class QTasksError(Exception):
+    """The root of all errors raised by QTasks."""
+
+
+class ConfigurationError(QTasksError):
+    """Something was set up wrongly; the message says what to change."""
+
+
+class MissingDriver(ConfigurationError):
+    """A backend's driver is not installed; the message names the extra that brings it."""
+
+    def __init__(self, backend: str, extra: str) -> None:
+        super().__init__(f"{backend} needs its driver: pip install 'qtasks[{extra}]'")
+
+
+class ServerTooOld(ConfigurationError):
+    """The server answers, but lacks something the backend relies on."""
+
+
+class NotSupported(QTasksError):
+    """This part cannot do what was asked; its guarantees say so too."""
+
+
+class Closed(QTasksError):
+    """A part was used before `start` or after `stop`."""
+
+
+class Unavailable(QTasksError, ConnectionError):
+    """The server cannot be reached now.
+
+    Whether the call had an effect is unknown. Calling again reconnects; every call of the
+    contracts may be repeated. The message never contains a password.
+    """
+
+
+class WireError(QTasksError):
+    """Bytes from the outside are not a message or record this release can read."""
+
+
+class SerializationError(QTasksError, TypeError):
+    """A value cannot travel: it would change its type unseen, or has no encoding.
+
+    The message names the argument.
+    """
+
+
+class SignatureMismatch(QTasksError, TypeError):
+    """The arguments of a call do not fit the task's signature."""
+
+
+class PayloadTooLarge(QTasksError, ValueError):
+    """A message is over the size limit."""
+
+
+class UnknownTask(QTasksError, LookupError):
+    """No task, or no record, has this name or uuid."""
+
+
+class AmbiguousApp(ConfigurationError):
+    """More than one app of this process included the router of a task."""
+
+
+class TaskTimeout(QTasksError, TimeoutError):
+    """The deadline of a wait has passed; the task itself goes on."""
+
+
+class TaskNotFinished(QTasksError):
+    """The task has no result yet."""
+
+
+class TaskFailed(QTasksError):
+    """The task ended in `error`; the message ends with the remote traceback."""
+
+
+class TaskCancelled(QTasksError):
+    """The task was cancelled before it could end."""

@@ -1,0 +1,48 @@
+"""The order of records: which save a storage takes and which it refuses.
+
+A storage that compares integers (SQL, Lua) keeps `order_of(task)`, `task.execution` and the
+record itself, and repeats `judge` in its own language:
+
+    repeat  = stored.execution = new.execution and stored.order = new.order     -> done
+    refused = stored.order % 8 >= FIRST_FINAL or new.order < stored.order       -> refused
+    else the new record replaces the stored one                                 -> done
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qtasks_core.schemas import Status, Task
+
+RANK: dict[Status, int] = {
+    "new": 0,
+    "scheduled": 1,
+    "process": 2,
+    "retry": 3,
+    "success": 4,
+    "error": 5,
+    "cancel": 6,
+}
+FIRST_FINAL = 4
+FINAL: frozenset[Status] = frozenset({"success", "error", "cancel"})
+
+
+def order_of(task: Task) -> int:
+    """Return `(attempt, rank of status)` as one integer, `attempt * 8 + rank`."""
+    return task.attempt * 8 + RANK[task.status]
+
+
+def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse"]:
+    """Say what a storage that holds `stored` does with a save of `new`.
+
+    A final record refuses every other, whatever its attempt; among the rest the order must not
+    go back. What is there already, from the same execution, is a repeat and counts as done.
+    """
+    if stored is None:
+        return "accept"
+    order, stored_order = order_of(new), order_of(stored)
+    if order == stored_order and new.execution == stored.execution:
+        return "repeat"
+    if stored.status in FINAL or order < stored_order:
+        return "refuse"
+    return "accept"

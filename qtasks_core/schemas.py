@@ -1,0 +1,220 @@
+"""The data that parts exchange: plain structs without behaviour.
+
+Times are Unix times in seconds (float), durations are seconds (float), sizes are bytes.
+Fields are only ever added, with a default: an older release ignores what it does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+from msgspec import Struct, field
+
+Status: TypeAlias = Literal["new", "scheduled", "process", "retry", "success", "error", "cancel"]
+
+
+class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
+    """What a broker carries: the order to run one task once.
+
+    `args` and `kwargs` are encoded by the serializer named in `encoding`; empty bytes mean none.
+    Brokers never look inside.
+    """
+
+    uuid: str
+    task_name: str
+    queue: str = "default"
+    args: bytes = b""
+    kwargs: bytes = b""
+    encoding: str = "msgpack"
+    priority: int = 5
+    """0 to 9, 9 first."""
+    delay: float = 0.0
+    """Seconds from the server's receipt before which the task must not start."""
+    attempt: int = 1
+    """1 for the first run, one more with each retry. A redelivery is not a new attempt."""
+    reply_to: str | None = None
+    """The `Inbox.address` that wants the final record."""
+    created_at: float = 0.0
+    expires_at: float | None = None
+    """Past this time the task is not started any more."""
+    store_result: bool = True
+    retention: float | None = None
+    """Seconds to keep the record after its end; None: the storage's default."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Room for plugins: trace context, signatures, tenant."""
+
+
+class Task(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
+    """What a storage keeps: the newest known state of one task.
+
+    `returning` is the encoded result. `execution` is the id of one run of the function and is
+    empty before the first run: saving the same execution with the same status twice is harmless.
+    """
+
+    uuid: str
+    task_name: str
+    status: Status
+    queue: str = "default"
+    args: bytes = b""
+    kwargs: bytes = b""
+    encoding: str = "msgpack"
+    priority: int = 5
+    attempt: int = 1
+    execution: str = ""
+    returning: bytes | None = None
+    error: str | None = None
+    """One line: the exception's type and message."""
+    traceback: str | None = None
+    dead: str | None = None
+    """On `error`: why it will not be tried again."""
+    worker: str | None = None
+    reply_to: str | None = None
+    created_at: float = 0.0
+    started_at: float | None = None
+    finished_at: float | None = None
+    due_at: float | None = None
+    """On `scheduled` and `retry`: about when it will run (the sender's clock)."""
+    retention: float | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class Raw(Struct, frozen=True):
+    """A message that could not be decoded, kept as it came."""
+
+    data: bytes
+    error: str
+
+
+class Delivery(Struct, frozen=True, eq=False):
+    """One message handed to one receiver, who holds it under a lease."""
+
+    message: TaskMessage | Raw
+    queue: str
+    fence: Any
+    """Opaque proof of ownership; only the broker that made it can read it."""
+    count: int | None = None
+    """How often this message has been delivered, this time included; None where unknown."""
+
+
+class Ack(Struct, frozen=True, eq=False):
+    """Settle: the delivery is done with."""
+
+    delivery: Delivery
+
+
+class Retry(Struct, frozen=True, eq=False):
+    """Settle: replace the delivery by `message`, due after `message.delay` seconds."""
+
+    delivery: Delivery
+    message: TaskMessage
+
+
+class Release(Struct, frozen=True, eq=False):
+    """Settle: give the delivery back unchanged; it may be received again at once."""
+
+    delivery: Delivery
+
+
+Settlement: TypeAlias = Ack | Retry | Release
+
+
+class Outcome(Struct, frozen=True):
+    """What became of one item of a batch.
+
+    `refused` is an answer, not an error: the lease was lost, a newer record is there, the queue
+    does not take the message. `unknown` means the server does not say (never a guessed `done`).
+    """
+
+    status: Literal["done", "refused", "unknown"]
+    reason: str = ""
+    there: Task | None = None
+    """What `save` found instead, when it was refused."""
+
+
+DONE = Outcome("done")
+LOST = Outcome("refused", "the lease was lost")
+
+
+class Completion(Struct, frozen=True, eq=False):
+    """The end of one run: how to settle its delivery and what to record. Either may be absent."""
+
+    settlement: Settlement | None
+    task: Task | None
+
+
+Verdict: TypeAlias = Literal["run", "final", "cancelled", "stale", "dead"]
+"""What `Composition.admit` says of a delivery; all but `run` are only acknowledged."""
+
+
+class QueueDepth(Struct, frozen=True):
+    """How much is in a queue. None: this transport cannot know."""
+
+    ready: int | None = None
+    delayed: int | None = None
+    in_flight: int | None = None
+
+
+class Guarantees(Struct, frozen=True, kw_only=True):
+    """What one part promises, as it is configured and as its server is.
+
+    `lease` is the time in seconds after which a delivery of a dead receiver goes to another; the
+    receiver calls `extend` at least every third of it.
+    """
+
+    part: str
+    """The class, for instance `RedisBroker`."""
+    server: str = ""
+    """Product and version, as far as known after `start`."""
+    survives: Literal["nothing", "client crash", "server crash", "machine crash"]
+    """The worst event after which nothing acknowledged is missing."""
+    durability: str
+    """The setting behind `survives`, in the server's own words."""
+    lease: float | None = None
+    """Brokers only."""
+    settle_confirmed: bool = True
+    """Brokers: the server answers a settle, so its outcome is known."""
+    counts_deliveries: bool = False
+    priorities: bool = False
+    transactions: bool = False
+    """`publish` or `save` accept the caller's transaction."""
+    unsupported: tuple[str, ...] = ()
+    """Methods of the contract that raise `NotSupported`."""
+    notes: tuple[str, ...] = ()
+
+
+class TaskQuery(Struct, frozen=True, kw_only=True):
+    """Which records to list, newest first. Fields left None do not filter."""
+
+    status: tuple[Status, ...] | None = None
+    task_name: str | None = None
+    queue: str | None = None
+    created_after: float | None = None
+    created_before: float | None = None
+    dead: bool | None = None
+    limit: int = 100
+    cursor: str | None = None
+
+
+class TaskPage(Struct, frozen=True):
+    """One page of a query; `cursor` goes on with the next, None at the end."""
+
+    tasks: list[Task]
+    cursor: str | None = None
+
+
+class Claim(Struct, frozen=True):
+    """A key held by one owner until `expires_at` unless it is claimed again."""
+
+    key: str
+    owner: str
+    expires_at: float
+
+
+class Command(Struct, frozen=True, kw_only=True):
+    """A word to every worker of a namespace."""
+
+    name: str
+    """`cancel`, `pause`, `resume`, `ping`, …"""
+    target: str | None = None
+    """A uuid, queue or worker; None: all."""
+    arguments: dict[str, str] = field(default_factory=dict)

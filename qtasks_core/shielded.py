@@ -1,0 +1,44 @@
+"""Keeping what a cancelled call has fetched, so that cancelling strands nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Shielded(Generic[T]):
+    """Runs one call at a time; a cancelled waiter leaves it running for the next to collect.
+
+    The owner ends with `abandon`, or awaits `pending`, so that no call outlives it.
+    """
+
+    def __init__(self) -> None:
+        self._call: asyncio.Task[T] | None = None
+
+    async def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what the call left by a cancelled waiter returns, else start `call`."""
+        if self._call is None:
+            self._call = asyncio.create_task(call())
+        running = self._call
+        await asyncio.wait({running})
+        self._call = None
+        return running.result()
+
+    @property
+    def pending(self) -> asyncio.Task[T] | None:
+        """The call that nobody has collected yet, if any; its owner may await it at the end."""
+        return self._call
+
+    async def abandon(self) -> T | None:
+        """Cancel the uncollected call and wait for it; return its result if it had one."""
+        call, self._call = self._call, None
+        if call is None:
+            return None
+        call.cancel()
+        await asyncio.wait({call})
+        if call.cancelled() or call.exception() is not None:
+            return None
+        return call.result()

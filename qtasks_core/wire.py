@@ -1,0 +1,56 @@
+"""The wire format: a version byte, then a MessagePack map of the struct's fields.
+
+Fields at their default are left out, unknown fields are ignored, so two releases can share a
+queue. A change that an older release could not read raises the version byte. Golden vectors in
+`tests/unit/golden/` pin the bytes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from qtasks_core.errors import WireError
+from qtasks_core.schemas import Raw, Task, TaskMessage
+
+VERSION = 1
+_HEADER = bytes([VERSION])
+
+_encoder = msgspec.msgpack.Encoder()
+_message_decoder = msgspec.msgpack.Decoder(TaskMessage)
+_task_decoder = msgspec.msgpack.Decoder(Task)
+
+
+def encode_message(message: TaskMessage) -> bytes:
+    """Return the bytes of a message."""
+    return _HEADER + _encoder.encode(message)
+
+
+def decode_message(data: bytes) -> TaskMessage | Raw:
+    """Return the message in `data`, or a `Raw` that says why there is none. Never raises."""
+    if data[:1] != _HEADER:
+        return Raw(bytes(data), _wrong_version(data))
+    try:
+        return _message_decoder.decode(memoryview(data)[1:])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        return Raw(bytes(data), str(error))
+
+
+def encode_task(task: Task) -> bytes:
+    """Return the bytes of a record."""
+    return _HEADER + _encoder.encode(task)
+
+
+def decode_task(data: bytes) -> Task:
+    """Return the record in `data`. Raises `WireError` when there is none."""
+    if data[:1] != _HEADER:
+        raise WireError(_wrong_version(data))
+    try:
+        return _task_decoder.decode(memoryview(data)[1:])
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise WireError(str(error)) from error
+
+
+def _wrong_version(data: bytes) -> str:
+    if not data:
+        return "empty"
+    return f"wire format {data[0]}, this release reads {VERSION}"

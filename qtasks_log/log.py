@@ -1,0 +1,64 @@
+"""The contract of a Log: what `LogStorage` asks of Kafka, RabbitMQ streams or the like."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from qtasks_core import Guarantees
+
+
+class Entry(Struct, frozen=True, gc=False):
+    """One keyed record of a log. `value` None is a tombstone: the key is not needed any more.
+
+    `partition_key` is the uuid it belongs to: entries of equal partition key keep their order.
+    """
+
+    partition_key: str
+    key: str
+    value: bytes | None
+
+
+class Log(ABC):
+    """An append-only, durable log of one namespace, read from its beginning by every process.
+
+    Lives on one event loop. Raises `Unavailable` like a broker, and reconnects when called again;
+    then reading goes on behind the last entry that was returned.
+    """
+
+    @property
+    @abstractmethod
+    def guarantees(self) -> Guarantees:
+        """What the log promises, as a storage's guarantees."""
+
+    @abstractmethod
+    async def start(self, namespace: str) -> None:
+        """Connect, create the log where it is missing, and open it for reading from its start."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Close connections. Idempotent."""
+
+    @abstractmethod
+    async def append(self, entries: Sequence[Entry]) -> None:
+        """Append entries in order; durable when it returns. Repeating it appends them again."""
+
+    @abstractmethod
+    async def read(self) -> list[Entry]:
+        """Wait for at least one further entry and return what is there, in the log's order.
+
+        One call at a time. Cancelling it skips nothing.
+        """
+
+    @abstractmethod
+    async def mark(self) -> object:
+        """Return a position behind every append that returned before this call began."""
+
+    @abstractmethod
+    def reached(self, mark: object) -> bool:
+        """Say whether `read` has returned everything in front of `mark`.
+
+        May become true with a `read` that returns an empty list: the only time it does.
+        """

@@ -1,0 +1,84 @@
+"""What memory parts connect to: dicts and heaps of this process, one set a namespace."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from heapq import heappop, heappush
+from itertools import count
+
+from qtasks_core import Task, TaskMessage
+
+
+class Entry:
+    """One message in a queue, and who holds it until when."""
+
+    __slots__ = ("count", "held_until", "holder", "message")
+
+    def __init__(self, message: TaskMessage) -> None:
+        self.message = message
+        self.count = 0
+        self.holder = 0
+        """The number of the delivery that holds it; 0 while nobody does."""
+        self.held_until = 0.0
+
+
+class Queue:
+    """Messages in order of priority, those that wait for their time, and those in flight."""
+
+    def __init__(self) -> None:
+        self._ready: list[tuple[int, int, Entry]] = []
+        self._delayed: list[tuple[float, int, Entry]] = []
+        self._sequence = count()
+        self.in_flight: dict[int, Entry] = {}
+
+    def put(self, entry: Entry, due: float = 0.0) -> None:
+        """Add an entry, receivable when the loop's clock shows `due`."""
+        entry.holder = 0
+        if due:
+            heappush(self._delayed, (due, next(self._sequence), entry))
+        else:
+            heappush(self._ready, (-entry.message.priority, next(self._sequence), entry))
+
+    def pop(self, now: float) -> Entry | None:
+        """Return the next receivable entry."""
+        while self._delayed and self._delayed[0][0] <= now:
+            self.put(heappop(self._delayed)[2])
+        if not self._ready:
+            for holder, entry in list(self.in_flight.items()):
+                if entry.held_until <= now:
+                    del self.in_flight[holder]
+                    self.put(entry)
+        return heappop(self._ready)[2] if self._ready else None
+
+    def next_change(self) -> float | None:
+        """Return when, without a new message, something may become receivable."""
+        moments = [entry.held_until for entry in self.in_flight.values()]
+        if self._delayed:
+            moments.append(self._delayed[0][0])
+        return min(moments, default=None)
+
+
+class Memory:
+    """All that one namespace keeps."""
+
+    def __init__(self) -> None:
+        self.queues: defaultdict[str, Queue] = defaultdict(Queue)
+        self.deliveries = count(1)
+        self.receivers: set[asyncio.Event] = set()
+        self.records: dict[str, Task] = {}
+        self.inboxes: dict[str, asyncio.Queue[Task]] = {}
+        self.watchers: defaultdict[str, set[str]] = defaultdict(set)
+
+    def ring(self) -> None:
+        """Wake every receiver: something became receivable, or may have."""
+        for receiver in self.receivers:
+            receiver.set()
+
+
+_memories: defaultdict[tuple[str, str], Memory] = defaultdict(Memory)
+
+
+def connect(name: str, namespace: str) -> Memory:
+    """Return the memory that all parts of this name and namespace share."""
+    return _memories[name, namespace]
