@@ -104,7 +104,7 @@ class Connection:
         make: Callable[[], AbstractConnection] = self._client.connection_pool.make_connection
         line = make()
         with self.reachable():
-            await line.connect()
+            await line.connect()  # type: ignore[no-untyped-call]
         return line
 
     async def close(self) -> None:
