@@ -27,8 +27,6 @@ from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended
 from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
 
-_LISTEN = 4.0
-"""Seconds a blocking read may last: less than the time in which the server must answer."""
 _MOST_TAKEN = 1000
 
 
@@ -216,7 +214,7 @@ class RedisSubscription(Subscription):
     async def _listen(self, queues: frozenset[str]) -> None:
         connection = self._connection()
         bells = {connection.key("bell", queue): queue for queue in queues}
-        heard = await connection.listen(list(bells), _LISTEN)
+        heard = await connection.listen(list(bells))
         if heard is not None and not self._asleep:
             await self._ring([bells[heard]])
 
