@@ -175,6 +175,7 @@ def main() -> None:
         for command in commands(parent):
             verb = command.pop("do")
             if verb == "detach":
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the terminal is not ours to hold
                 answer({})
                 while True:
                     signal.pause()

@@ -24,9 +24,9 @@ def cache() -> Path:
 
 
 @contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Hold the lock under which anything is installed: several test runs may want it at once."""
-    with open(cache() / "install.lock", "w") as file:
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Hold the lock of that name, which all test runs of this user share."""
+    with open(cache() / f"{what}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -50,7 +50,7 @@ def install_package(package: str, program: str) -> None:
     """Install a Debian package. Raises `Unobtainable` where that cannot be done."""
     if not shutil.which("apt-get") or os.geteuid() != 0:
         raise Unobtainable(f"{program} is missing; install it (Debian: apt-get install {package})")
-    with one_at_a_time():
+    with one_at_a_time("install"):
         if shutil.which(program):  # another run was faster
             return
         apt = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300"]

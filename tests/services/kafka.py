@@ -34,7 +34,7 @@ def jars() -> Path:
     if lib.is_dir():
         return lib
     maven = need_program("mvn", "maven")
-    with one_at_a_time():
+    with one_at_a_time("install"):
         if not lib.is_dir():
             lib.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=lib.parent) as work:

@@ -139,18 +139,17 @@ class Native(Way):
     def thaw(self) -> None:
         self._ask("signal", number=int(signal.SIGCONT))
 
+    def detach(self) -> int | None:
+        self._ask("detach")
+        guard, self._guard = self._guard, None
+        return guard.pid if guard else None
+
     def stop(self) -> None:
         if self._guard is None:
             return
         guard, self._guard = self._guard, None
         with guard:  # closing its input is what ends it
             pass
-
-    def detach(self) -> int:
-        """Let the server outlive this process; return the guard's pid, which SIGTERM ends."""
-        assert self._guard is not None
-        self._ask("detach")
-        return self._guard.pid
 
     def _spawn(self, argv: list[str]) -> None:
         self._ask(

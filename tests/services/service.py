@@ -68,6 +68,13 @@ class Way(ABC):
         """Let the frozen processes go on."""
 
     @abstractmethod
+    def detach(self) -> int | None:
+        """Let the server outlive this process.
+
+        Returns the pid of the process that ends it on SIGTERM, None when that is not our business.
+        """
+
+    @abstractmethod
     def stop(self) -> None:
         """End the server and remove what it wrote. Idempotent."""
 
@@ -100,6 +107,9 @@ class FromEnvironment(Way):
 
     def thaw(self) -> None:
         self._refuse("thawed")
+
+    def detach(self) -> None:
+        return None
 
     def stop(self) -> None:
         """Leave it running: it was there before."""
@@ -184,6 +194,14 @@ class Service(ABC):
     def thaw(self) -> None:
         """Let the frozen server go on."""
         self._way.thaw()
+
+    def detach(self) -> int | None:
+        """Let the server outlive this process; this object is done with it.
+
+        Returns the pid of the process that ends it on SIGTERM, None when it is not ours to end.
+        """
+        atexit.unregister(self.stop)
+        return self._way.detach()
 
     def stop(self) -> None:
         """End the server and remove its data, when it is ours. Idempotent."""
