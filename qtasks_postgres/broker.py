@@ -267,7 +267,7 @@ class Doorbell:
 class PostgresSubscription(Subscription):
     """Takes rows and holds them by their leases."""
 
-    SWEEP = 5.0
+    SWEEP = 3.0
     """Seconds after which a sleeper looks without being told, so that he notices a frozen server,
     and a message whose publisher died before he could ring."""
 
