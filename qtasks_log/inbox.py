@@ -79,7 +79,7 @@ class LogInbox(Inbox):
         while not self._arrived:
             self._started()
             self._bell = asyncio.get_running_loop().create_future()
-            await self._inboxes.reader.wait(self._bell, stalled=None)
+            await self._inboxes.reader.wait(self._bell, idle=True)
         arrived, self._arrived = self._arrived, []
         return arrived
 

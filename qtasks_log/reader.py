@@ -78,21 +78,22 @@ class Reader:
             if not waiter.done():
                 waiter.set_exception(error)
 
-    async def wait(self, waiter: Future[T], stalled: float | None = STALLED) -> T:
+    async def wait(self, waiter: Future[T], *, idle: bool = False) -> T:
         """Wait for what an entry will set.
 
-        Raises `Unavailable` when reading fails, or when nothing is read for `stalled` seconds.
+        Raises `Unavailable` when reading fails and, unless the log may well be `idle`, when
+        nothing is read for `STALLED` seconds.
         """
         self.keep_reading()
         self._waiting.add(waiter)
         try:
             while True:
                 reads = self._reads
-                await asyncio.wait({waiter}, timeout=stalled)
+                await asyncio.wait({waiter}, timeout=None if idle else STALLED)
                 if waiter.done():
                     return waiter.result()
                 if self._reads == reads:
-                    raise Unavailable(f"nothing could be read from the log for {stalled} s")
+                    raise Unavailable(f"nothing could be read from the log for {STALLED} s")
         finally:
             self._waiting.discard(waiter)
 
