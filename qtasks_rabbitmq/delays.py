@@ -62,7 +62,7 @@ def level_methods(names: Names, level: int) -> list[Frame]:
         "x-dead-letter-strategy": "at-least-once",
         "x-overflow": "reject-publish",
     }
-    match = {"x-match": "all"}
+    match: dict[str, Any] = {"x-match": "all"}
     return [
         Queue.Declare(queue=name, durable=True, arguments=arguments),
         Exchange.Declare(

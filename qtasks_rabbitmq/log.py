@@ -180,7 +180,7 @@ class RabbitMQLog(Log):
         """Declare the stream on a new connection."""
         from pamqp.commands import Queue
 
-        arguments = {"x-queue-type": "stream"}
+        arguments: dict[str, Any] = {"x-queue-type": "stream"}
         await declare(
             channel, [Queue.Declare(queue=self._stream, durable=True, arguments=arguments)]
         )
@@ -193,7 +193,7 @@ class RabbitMQLog(Log):
         self._arrived.clear()
         channel.on_delivery = partial(self._arrive, channel)
         channel.on_lost = self._bell.set
-        offset = {"x-stream-offset": self._next or "first"}
+        offset: dict[str, Any] = {"x-stream-offset": self._next or "first"}
         await channel.call(
             Basic.Qos(prefetch_count=PREFETCH),
             Basic.Consume(queue=self._stream, arguments=offset),
