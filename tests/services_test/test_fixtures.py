@@ -30,7 +30,7 @@ def test_takes_long(): pass
 
 @pytest.fixture
 def pytest_run(tmp_path: Path) -> Run:
-    """Give what runs the tests of ASKING, with these options and variables, and returns its text."""
+    """Give what runs the tests of ASKING, with options and variables, and returns its text."""
 
     def run(*arguments: str, **variables: str) -> str:
         (tmp_path / "test_asking.py").write_text(ASKING)
