@@ -107,7 +107,12 @@ async def ensure_schema(connection: Connection) -> None:
 
 async def _version(connection: Connection) -> int:
     """Return the version of the schema in the database, 0 when there is none."""
-    if await connection.fetchval("SELECT to_regclass('qtasks.version')") is None:
+    # Not to_regclass: inside a transaction it may answer from a cache that is older than the lock.
+    there = await connection.fetchval(
+        "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = 'qtasks' AND c.relname = 'version'"
+    )
+    if there is None:
         return 0
     version: int = await connection.fetchval("SELECT version FROM qtasks.version")
     return version
