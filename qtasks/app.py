@@ -142,6 +142,14 @@ class App:
                 client, self._client = self._client, None
                 await client.stop()
 
+    @property
+    def client(self) -> Client:
+        """The engine's client while the app is started; it lives on the I/O thread."""
+        client = self._client_now()[1]
+        if client is None:
+            raise self._not_started()
+        return client
+
     def _client_now(self) -> tuple[IOThread, Client | None]:
         return self._io(), self._client
 

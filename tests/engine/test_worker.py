@@ -148,7 +148,7 @@ class Garbled(MemoryBroker):
                 for d in deliveries
             ]
 
-        subscription.receive = garble
+        subscription.receive = garble  # type: ignore[method-assign]
         return subscription
 
 
