@@ -191,14 +191,15 @@ class PostgresBroker(Broker):
 
     async def start(self, namespace: str) -> None:
         await self._database.start()
+        self._listener.start()
         self._namespace = namespace
 
     async def stop(self) -> None:
+        await self._listener.stop()
         for subscription in tuple(self._subscriptions):
             await subscription.close()
         self._namespace = None
         await self._doorbell.stop()
-        await self._listener.stop()
         await self._database.stop()
 
     async def publish(
@@ -208,11 +209,11 @@ class PostgresBroker(Broker):
         for batch in batches(messages, encode_message):
             rows = columns_of(batch)
             await self._database.fetch(PUBLISH, namespace, *rows, transaction=transaction)
-        channels = {channel_of(namespace, message.queue) for message in messages}
-        if transaction is None:
-            self._doorbell.ring(channels)
-        else:
-            await self._database.fetch(RING, list(channels), transaction=transaction)
+            channels = {channel_of(namespace, queue) for queue in rows[0]}
+            if transaction is None:
+                self._doorbell.ring(channels)
+            else:
+                await self._database.fetch(RING, list(channels), transaction=transaction)
         return [DONE] * len(messages)
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
@@ -299,7 +300,6 @@ class PostgresSubscription(Subscription):
         self._spare: list[Delivery] = []
         self._floors: dict[tuple[str, int], int] = {}
         self._look_at = 0.0
-        self._settling = asyncio.Lock()
         self._settled = Recent()
         self._open = True
 
@@ -333,9 +333,9 @@ class PostgresSubscription(Subscription):
         for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
             if not places[kind]:
                 continue
-            # Beside each other, settle and extend could lock the same rows in opposite orders.
-            async with self._settling:
-                done = await run([settlements[place] for place in places[kind]])
+            # Settle and extend lock rows by ascending id, or they could wait for each other.
+            places[kind].sort(key=lambda place: settlements[place].delivery.fence)
+            done = await run([settlements[place] for place in places[kind]])
             for place in places[kind]:
                 fence = settlements[place].delivery.fence
                 if fence.id in done:
@@ -344,9 +344,8 @@ class PostgresSubscription(Subscription):
         return outcomes
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        fences = fences_of(deliveries)
-        async with self._settling:
-            rows = await self._database.fetch(EXTEND, *fences, self._lease)
+        fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
+        rows = await self._database.fetch(EXTEND, *fences, self._lease)
         held = {row["id"] for row in rows}
         return [delivery if delivery.fence.id in held else None for delivery in deliveries]
 

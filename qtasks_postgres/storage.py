@@ -99,13 +99,14 @@ class PostgresStorage(Storage):
 
     async def start(self, namespace: str) -> None:
         await self._database.start()
+        self._listener.start()
         self._namespace = namespace
 
     async def stop(self) -> None:
+        await self._listener.stop()
         for inbox in tuple(self._inboxes):
             await inbox.close()
         self._namespace = None
-        await self._listener.stop()
         await self._database.stop()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
