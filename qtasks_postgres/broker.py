@@ -45,7 +45,9 @@ PUBLISH = """
 RING = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS rung (channel)"
 
 # For each queue its priorities are gone through one after the other, the highest first, and no
-# further than it takes to have enough: LIMIT ends the loops, so only what is taken is locked.
+# further than it takes to have enough: LIMIT ends the loops, so only what is taken is locked. The
+# order is one that a single index has; by the id alone the planner could walk the primary key, past
+# all that is in other queues.
 TAKE = """
     WITH taken AS MATERIALIZED (
         SELECT lane.id
@@ -55,10 +57,11 @@ TAKE = """
             FROM generate_series(9, 0, -1) AS level (priority)
             CROSS JOIN LATERAL (
                 SELECT id FROM qtasks.messages
-                WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
-                  AND wake_at IS NULL
-                  AND id > ($4::bigint[])[want.position * 10 - level.priority]
-                ORDER BY id
+                WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
+                  AND priority <= level.priority
+                  AND (priority, id) >
+                      (level.priority, ($4::bigint[])[want.position * 10 - level.priority])
+                ORDER BY priority, id
                 LIMIT want.most
                 FOR UPDATE SKIP LOCKED
             ) AS message
@@ -97,18 +100,20 @@ WAKE = """
 
 # What SKIP LOCKED passes over is still there to be seen: then the wait is zero.
 NEXT = """
-    SELECT min(CASE
-        WHEN EXISTS (
-            SELECT FROM qtasks.messages
+    SELECT min(coalesce(
+        (
+            SELECT 0.0 FROM qtasks.messages
             WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
-        ) THEN 0.0
-        ELSE (
+            ORDER BY priority, id
+            LIMIT 1
+        ),
+        (
             SELECT extract(epoch FROM wake_at - clock_timestamp()) FROM qtasks.messages
             WHERE namespace = $1 AND queue = want.queue AND wake_at IS NOT NULL
             ORDER BY wake_at
             LIMIT 1
         )
-    END)::float8 AS wait
+    ))::float8 AS wait
     FROM unnest($2::text[]) AS want (queue)
 """
 

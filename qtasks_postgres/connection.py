@@ -107,7 +107,11 @@ class Database:
         """
         load_driver()
         self._open = True
-        self.durability = await self.calls.run(self._with_connection(self._prepare))
+        try:
+            self.durability = await self.calls.run(self._with_connection(self._prepare))
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         """Close all connections. Idempotent."""
