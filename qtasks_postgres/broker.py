@@ -44,12 +44,17 @@ PUBLISH = """
 
 RING = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS rung (channel)"
 
+# A statement is planned once a connection, maybe while its table is empty, and the plan must hold
+# when there are millions of rows. So rows are found in ways that leave the planner no choice: by an
+# array of ids, never by a join that it could begin at the table's end, and in an order that only
+# one index has (by the id alone it could walk the primary key, past all that is in other queues).
+
 # For each queue its priorities are gone through one after the other, the highest first, and no
-# further than it takes to have enough: LIMIT ends the loops, so only what is taken is locked. The
-# order is one that a single index has; by the id alone the planner could walk the primary key, past
-# all that is in other queues.
+# further than it takes to have enough: LIMIT ends the loops, so only what is taken is locked.
 TAKE = """
-    WITH taken AS MATERIALIZED (
+    UPDATE qtasks.messages
+    SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
+    WHERE id = ANY(ARRAY(
         SELECT lane.id
         FROM unnest($2::text[], $3::int[]) WITH ORDINALITY AS want (queue, most, position)
         CROSS JOIN LATERAL (
@@ -68,34 +73,25 @@ TAKE = """
             LIMIT want.most
         ) AS lane
         LIMIT $5
-    )
-    UPDATE qtasks.messages AS message
-    SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
-    FROM taken
-    WHERE message.id = taken.id
-    RETURNING message.id, message.queue, message.priority, message.delivery, message.body
+    ))
+    RETURNING id, queue, priority, delivery, body
 """
 
 # statement_timestamp() and not clock_timestamp(), which no index can be searched for.
 WAKE = """
-    WITH woken AS (
-        UPDATE qtasks.messages AS message
-        SET wake_at = NULL
-        FROM (
-            SELECT due.id
-            FROM unnest($2::text[]) AS want (queue)
-            CROSS JOIN LATERAL (
-                SELECT id FROM qtasks.messages
-                WHERE namespace = $1 AND queue = want.queue AND wake_at <= statement_timestamp()
-                ORDER BY wake_at
-                LIMIT 1000
-                FOR UPDATE SKIP LOCKED
-            ) AS due
+    UPDATE qtasks.messages
+    SET wake_at = NULL
+    WHERE id = ANY(ARRAY(
+        SELECT due.id
+        FROM unnest($2::text[]) AS want (queue)
+        CROSS JOIN LATERAL (
+            SELECT id FROM qtasks.messages
+            WHERE namespace = $1 AND queue = want.queue AND wake_at <= statement_timestamp()
+            ORDER BY wake_at
+            LIMIT 1000
+            FOR UPDATE SKIP LOCKED
         ) AS due
-        WHERE message.id = due.id
-        RETURNING message.id
-    )
-    SELECT count(*) FROM woken
+    ))
 """
 
 # What SKIP LOCKED passes over is still there to be seen: then the wait is zero.
@@ -117,47 +113,37 @@ NEXT = """
     FROM unnest($2::text[]) AS want (queue)
 """
 
-ACK = """
-    DELETE FROM qtasks.messages AS message
-    USING unnest($1::bigint[], $2::int[]) AS mine (id, delivery)
-    WHERE message.id = mine.id AND message.delivery = mine.delivery
-      AND message.wake_at > clock_timestamp()
-    RETURNING message.id
+# Whose lease has run out, or whose message was delivered again since, holds nothing. coalesce()
+# hides from the planner that the index of waiting messages would do as well, all of it.
+MINE = """
+    id = ANY($1::bigint[])
+    AND delivery = ($2::int[])[array_position($1::bigint[], id)]
+    AND coalesce(wake_at > clock_timestamp(), false)
 """
 
-RETRY = """
+ACK = f"DELETE FROM qtasks.messages WHERE {MINE} RETURNING id"
+
+RETRY = f"""
     WITH gone AS (
-        DELETE FROM qtasks.messages AS message
-        USING unnest($2::bigint[], $3::int[], $4::text[], $5::smallint[], $6::float8[], $7::bytea[])
-              AS mine (id, delivery, queue, priority, delay, body)
-        WHERE message.id = mine.id AND message.delivery = mine.delivery
-          AND message.wake_at > clock_timestamp()
-        RETURNING mine.*
+        DELETE FROM qtasks.messages WHERE {MINE} RETURNING id
     ), again AS (
         INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
-        SELECT $1, queue, priority,
+        SELECT $3, queue, priority,
                CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END, body
-        FROM gone
+        FROM unnest($1::bigint[], $4::text[], $5::smallint[], $6::float8[], $7::bytea[])
+             AS next (id, queue, priority, delay, body)
+        WHERE id = ANY(ARRAY(SELECT id FROM gone))
     )
     SELECT id FROM gone
 """
 
-RELEASE = """
-    UPDATE qtasks.messages AS message
-    SET wake_at = NULL
-    FROM unnest($1::bigint[], $2::int[]) AS mine (id, delivery)
-    WHERE message.id = mine.id AND message.delivery = mine.delivery
-      AND message.wake_at > clock_timestamp()
-    RETURNING message.id
-"""
+RELEASE = f"UPDATE qtasks.messages SET wake_at = NULL WHERE {MINE} RETURNING id"
 
-EXTEND = """
-    UPDATE qtasks.messages AS message
+EXTEND = f"""
+    UPDATE qtasks.messages
     SET wake_at = clock_timestamp() + $3::float8 * interval '1 second'
-    FROM unnest($1::bigint[], $2::int[]) AS mine (id, delivery)
-    WHERE message.id = mine.id AND message.delivery = mine.delivery
-      AND message.wake_at > clock_timestamp()
-    RETURNING message.id
+    WHERE {MINE}
+    RETURNING id
 """
 
 
@@ -472,7 +458,7 @@ class PostgresSubscription(Subscription):
         fences = fences_of([settlement.delivery for settlement in settlements])
         messages = [s.message for s in settlements if isinstance(s, Retry)]
         columns = columns_of([(message, encode_message(message)) for message in messages])
-        rows = await self._database.fetch(RETRY, self._namespace, *fences, *columns)
+        rows = await self._database.fetch(RETRY, *fences, self._namespace, *columns)
         self._doorbell.ring(channel_of(self._namespace, message.queue) for message in messages)
         return {row["id"] for row in rows}
 

@@ -56,9 +56,17 @@ SAVE = """
     SELECT uuid FROM saved WHERE (SELECT count(*) FROM told) >= 0
 """
 
+# LIMIT has each uuid looked up by itself: a plan made while the table was empty would else read all
+# of the namespace once it is not.
 GET = """
-    SELECT uuid, record FROM qtasks.records
-    WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NOT NULL
+    SELECT found.uuid, found.record
+    FROM unnest($2::text[]) AS asked (uuid)
+    CROSS JOIN LATERAL (
+        SELECT uuid, record FROM qtasks.records
+        WHERE namespace = $1 AND uuid = asked.uuid
+        LIMIT 1
+    ) AS found
+    WHERE found.record IS NOT NULL
 """
 
 # Written into the very row that a save of the task must lock, so that either the save sees the
