@@ -22,7 +22,7 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.recent import Recent
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
@@ -251,8 +251,9 @@ class Doorbell:
     async def _ring(self) -> None:
         while self._channels:
             channels, self._channels = self._channels, set()
-            # Whoever listens notices a lost server too, and looks for himself once it is back.
-            with suppress(Unavailable):
+            # Whoever listens notices a lost server too, and looks for himself once it is back. What
+            # is wrong for longer is told to the next who publishes.
+            with suppress(Unavailable, ConfigurationError):
                 await self._database.fetch(RING, list(channels))
 
 
@@ -297,8 +298,7 @@ class PostgresSubscription(Subscription):
     async def open(self, queues: Iterable[str]) -> None:
         """Listen to what is published to `queues`. Raises `Unavailable`."""
         self._channels = [channel_of(self._namespace, queue) for queue in queues]
-        for channel in self._channels:
-            await self._listener.listen(channel, self._rung)
+        await self._listener.listen(self._channels, self._rung)
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         wanted = {queue: most for queue, most in wanted.items() if most > 0}
@@ -349,8 +349,7 @@ class PostgresSubscription(Subscription):
         # Where the server cannot be reached the leases run out by themselves.
         with suppress(Unavailable):
             await self._give_back()
-        for channel in self._channels:
-            await self._listener.forget(channel, self._rung)
+        await self._listener.forget(self._channels, self._rung)
 
     def _rung(self, payload: str | None) -> None:
         self._bell.set()

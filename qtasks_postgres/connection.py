@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from hashlib import sha256
 from ssl import SSLCertVerificationError
@@ -245,19 +245,23 @@ class Listener:
         """Allow connecting; the connection is made when somebody listens."""
         self._open = True
 
-    async def listen(self, channel: str, callback: Callable[[str | None], None]) -> None:
-        """Call `callback` with what is sent to `channel` from now on. Raises `Unavailable`."""
-        self._callbacks.setdefault(channel, set()).add(callback)
-        await self.ensure()
+    async def listen(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> None:
+        """Call `callback` with what is sent to `channels` from now on. Raises `Unavailable`."""
+        channels = list(channels)
+        for channel in channels:
+            self._callbacks.setdefault(channel, set()).add(callback)
+        try:
+            await self.ensure()
+        except BaseException:
+            self._remove(channels, callback)
+            raise
 
-    async def forget(self, channel: str, callback: Callable[[str | None], None]) -> None:
+    async def forget(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> None:
         """Stop calling `callback`."""
-        callbacks = self._callbacks.get(channel, set())
-        callbacks.discard(callback)
-        if not callbacks and self._callbacks.pop(channel, None) is not None:
-            # A broken connection has forgotten the channel already.
+        if self._remove(channels, callback):
+            # A broken connection has forgotten its channels already.
             with suppress(Unavailable):
-                await self._database.calls.run(self._unlisten(channel))
+                await self._database.calls.run(self._unlisten())
 
     async def ensure(self) -> None:
         """Connect unless connected, and listen to every channel asked for.
@@ -293,10 +297,11 @@ class Listener:
                 await connection.add_listener(channel, self._heard)
                 self._listening.add(channel)
 
-    async def _unlisten(self, channel: str) -> None:
+    async def _unlisten(self) -> None:
         async with self._using() as connection:
-            if connection is not None and channel not in self._callbacks:
-                await connection.remove_listener(channel, self._heard)
+            for channel in self._listening - self._callbacks.keys():
+                if connection is not None:
+                    await connection.remove_listener(channel, self._heard)
                 self._listening.discard(channel)
 
     async def _ping(self) -> None:
@@ -324,6 +329,16 @@ class Listener:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.terminate()
+
+    def _remove(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> bool:
+        """Take `callback` off `channels`; say whether one of them is left with none."""
+        emptied = False
+        for channel in channels:
+            callbacks = self._callbacks.get(channel, set())
+            callbacks.discard(callback)
+            if not callbacks:
+                emptied |= self._callbacks.pop(channel, None) is not None
+        return emptied
 
     def _unheard(self) -> list[str]:
         return [channel for channel in self._callbacks if channel not in self._listening]

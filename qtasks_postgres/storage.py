@@ -193,7 +193,7 @@ class PostgresInbox(Inbox):
 
     async def open(self) -> None:
         """Listen to the address. Raises `Unavailable`."""
-        await self._listener.listen(self._address, self._heard)
+        await self._listener.listen([self._address], self._heard)
 
     def expect(self, uuids: Iterable[str]) -> None:
         self._expected.update(uuids)
@@ -233,7 +233,7 @@ class PostgresInbox(Inbox):
         if self._catching_up.pending is not None:
             await asyncio.wait({self._catching_up.pending})
             await self._catching_up.abandon()
-        await self._listener.forget(self._address, self._heard)
+        await self._listener.forget([self._address], self._heard)
 
     def _waits(self) -> bool:
         return bool(self._expected or self._watched)
