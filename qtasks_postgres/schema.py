@@ -107,12 +107,11 @@ async def ensure_schema(connection: Connection) -> None:
 
 async def _version(connection: Connection) -> int:
     """Return the version of the schema in the database, 0 when there is none."""
-    # Not to_regclass: inside a transaction it may answer from a cache that is older than the lock.
+    # to_regclass would answer from the session's cache, which waiting for a lock does not renew.
     there = await connection.fetchval(
-        "SELECT 1 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname = 'qtasks' AND c.relname = 'version'"
+        "SELECT true FROM pg_tables WHERE schemaname = 'qtasks' AND tablename = 'version'"
     )
-    if there is None:
+    if not there:
         return 0
     version: int = await connection.fetchval("SELECT version FROM qtasks.version")
     return version
