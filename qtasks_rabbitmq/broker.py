@@ -29,7 +29,7 @@ from qtasks_core.recent import Recent
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_rabbitmq.connection import Connection
-from qtasks_rabbitmq.delays import level_methods, rest_of, route
+from qtasks_rabbitmq.delays import ladder_methods, ladder_queues, rest_of, route
 from qtasks_rabbitmq.topology import Names, declare, namespace_methods, queue_methods
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ class RabbitMQBroker(Broker):
         except Unavailable:
             publishing.discard("the server did not confirm in time", only=channel)
             raise
+        await channel.registered()
         return {which[index]: reason for index, reason in refused.items()}
 
     async def _declare(self, channel: Channel, queues: Iterable[str], levels: int) -> None:
@@ -176,11 +177,14 @@ class RabbitMQBroker(Broker):
         names, _ = self._started()
         async with self._declaring:
             missing = [queue for queue in queues if queue not in self._declared]
+            created = [names.queue(queue) for queue in missing]
             methods = [m for q in missing for m in queue_methods(names, q, self._version)]
-            for level in range(self._levels, levels):
-                methods += level_methods(names, level)
+            if levels > self._levels:
+                above = range(self._levels, levels)
+                created += ladder_queues(names, above)
+                methods += ladder_methods(names, above)
             if methods:
-                await declare(channel, methods)
+                await declare(channel, methods, created)
                 self._declared.update(missing)
                 self._levels = max(self._levels, levels)
 
@@ -404,10 +408,9 @@ class RabbitMQSubscription(Subscription):
         self._drop(epoch)
         channel.on_delivery = partial(self._arrive, epoch)
         channel.on_lost = partial(self._drop, epoch)
-        methods = namespace_methods(self._names)
-        for queue in self._queues:
-            methods += queue_methods(self._names, queue, version)
-        await declare(channel, methods)
+        await declare(channel, namespace_methods(self._names))
+        methods = [m for q in self._queues for m in queue_methods(self._names, q, version)]
+        await declare(channel, methods, [self._names.queue(queue) for queue in self._queues])
         consuming: list[Frame] = []
         for queue, capacity in self._queues.items():
             consuming.append(Basic.Qos(prefetch_count=capacity))

@@ -50,8 +50,26 @@ def rest_of(headers: dict[str, Any]) -> float:
     return int(rest) / 1000 if isinstance(rest, str) and rest.isdigit() else 0.0
 
 
-def level_methods(names: Names, level: int) -> list[Frame]:
-    """Return what declares one level; the one below it must be there."""
+def ladder_methods(names: Names, levels: range) -> list[Frame]:
+    """Return what declares some levels; those below them must be there."""
+    from pamqp.commands import Exchange, Queue
+
+    methods: list[Frame] = [
+        Queue.Declare(queue=names.lost, durable=True, arguments=dict(QUORUM)),
+        Queue.Bind(queue=names.lost, exchange=names.lost),
+        Exchange.Declare(exchange=names.delay, exchange_type="headers", durable=True),
+    ]
+    for level in levels:
+        methods += _level_methods(names, level)
+    return methods
+
+
+def ladder_queues(names: Names, levels: range) -> list[str]:
+    """Return the names of the queues that `ladder_methods` declares."""
+    return [names.lost, *(names.level(level) for level in levels)]
+
+
+def _level_methods(names: Names, level: int) -> list[Frame]:
     from pamqp.commands import Exchange, Queue
 
     name = names.level(level)
@@ -73,7 +91,6 @@ def level_methods(names: Names, level: int) -> list[Frame]:
         ),
         Queue.Bind(queue=name, exchange=name, arguments=match | {_digit(level): True}),
         Exchange.Bind(destination=below, source=name, arguments=match | {_digit(level): False}),
-        Exchange.Declare(exchange=names.delay, exchange_type="headers", durable=True),
         Queue.Bind(queue=name, exchange=names.delay, arguments=match | {ENTER: str(level)}),
     ]
 

@@ -53,10 +53,16 @@ class Names:
         return f"{self._prefix}:level:{level}"
 
 
-async def declare(channel: Channel, methods: Sequence[Frame]) -> None:
-    """Declare in one write. Raises `ConfigurationError` when the server will never take it."""
+async def declare(channel: Channel, methods: Sequence[Frame], queues: Sequence[str] = ()) -> None:
+    """Declare in one write; `queues` names the queues among it.
+
+    Raises `ConfigurationError` when the server will never take it.
+    """
     try:
-        await channel.call(*methods)
+        if queues:
+            await channel.create(queues, methods)
+        else:
+            await channel.call(*methods)
     except Unavailable as error:
         if channel.close_code in (ACCESS_REFUSED, PRECONDITION_FAILED):
             raise ConfigurationError(str(error)) from error
@@ -64,13 +70,11 @@ async def declare(channel: Channel, methods: Sequence[Frame]) -> None:
 
 
 def namespace_methods(names: Names) -> list[Frame]:
-    """Return what declares the parts that every queue of a namespace relies on."""
-    from pamqp.commands import Exchange, Queue
+    """Return what declares the exchanges that every queue of a namespace relies on."""
+    from pamqp.commands import Exchange
 
     return [
         Exchange.Declare(exchange=names.lost, exchange_type="fanout", durable=True),
-        Queue.Declare(queue=names.lost, durable=True, arguments=dict(QUORUM)),
-        Queue.Bind(queue=names.lost, exchange=names.lost),
         Exchange.Declare(
             exchange=names.due,
             exchange_type="direct",
