@@ -22,6 +22,8 @@ UNIT = 0.1
 """Seconds of level 0: what rounding up may cost."""
 LEVELS = 26
 """The top level holds 38.8 days; the server takes no time to live above 49.7."""
+FIRST_LEVELS = 14
+"""Declared with the first delay, for all up to 27 minutes; the others with the first longer one."""
 MARGIN = 0.03
 """Seconds added against the server's clock, which cuts off up to a millisecond a level."""
 ENTER = "qtasks-enter"
@@ -42,6 +44,13 @@ def route(delay: float) -> tuple[int, dict[str, Any]]:
     for level in range(top):
         headers[_digit(level)] = bool(units >> level & 1)
     return top, headers
+
+
+def levels_for(top: int) -> int:
+    """Return how many levels to declare for a message that enters at `top` (-1: none)."""
+    if top < 0:
+        return 0
+    return FIRST_LEVELS if top < FIRST_LEVELS else LEVELS
 
 
 def rest_of(headers: dict[str, Any]) -> float:
