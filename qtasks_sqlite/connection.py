@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 from qtasks_core.errors import (
     Closed,
     ConfigurationError,
-    MissingDriver,
     QTasksError,
     ServerTooOld,
     Unavailable,
@@ -122,11 +121,12 @@ class Transaction:
 class _Job(Generic[T]):
     """Work for the thread, and who waits for its result."""
 
-    __slots__ = ("future", "work", "writes")
+    __slots__ = ("asked", "future", "work", "writes")
 
     def __init__(
         self, work: Callable[[Transaction], T], writes: bool, future: asyncio.Future[T]
     ) -> None:
+        self.asked = time.monotonic()
         self.work = work
         self.writes = writes
         self.future = future
@@ -211,23 +211,31 @@ class Database:
     # What follows runs in the thread.
 
     def _turn(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
-        """Return a result or an error for each job."""
+        """Return a result or an error for each job; what only reads goes first, without a lock."""
+        results: dict[_Job[Any], Any] = {}
+        for writes in (False, True):
+            half = [job for job in jobs if job.writes is writes]
+            if half:
+                results.update(zip(half, self._outcomes(half, writes), strict=True))
+        return [results[job] for job in jobs]
+
+    def _outcomes(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
         try:
-            return self._together(jobs)
+            return self._together(jobs, writes)
         except QTasksError as error:
             return [error] * len(jobs)
         except Exception as error:  # noqa: BLE001 (handed to the caller whose job it was)
             if len(jobs) == 1:
                 return [error]
-            return [result for job in jobs for result in self._turn([job])]
+            return [result for job in jobs for result in self._outcomes([job], writes)]
 
-    def _together(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
+    def _together(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
         sqlite3 = _driver()
-        deadline = time.monotonic() + PATIENCE
+        deadline = min(job.asked for job in jobs) + PATIENCE
         pause = 0.0001
         while True:
             try:
-                return self._attempt(jobs)
+                return self._attempt(jobs, writes)
             except sqlite3.Error as error:
                 translated = _translate(error, self.path)
                 if translated is None:
@@ -241,14 +249,12 @@ class Database:
             time.sleep(pause)
             pause = min(pause * 1.5, 0.002)
 
-    def _attempt(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
+    def _attempt(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect()
         turn = Transaction(connection, self._ids)
-        if not any(job.writes for job in jobs):
-            return [job.work(turn) for job in jobs]
-        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
         try:
             results = [job.work(turn) for job in jobs]
             # Under the lock, before the commit: see `doorbell`.
@@ -404,7 +410,7 @@ def _driver() -> Any:
     try:
         import sqlite3
     except ImportError as error:
-        raise MissingDriver("sqlite://", "sqlite") from error
+        raise ConfigurationError("sqlite:// needs a Python built with SQLite") from error
     return sqlite3
 
 
