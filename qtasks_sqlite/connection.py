@@ -35,7 +35,7 @@ PATIENCE = 5.0
 """Seconds to wait for a lock that another process holds."""
 _OLDEST = (3, 38)
 _SCHEMA_VERSION = 1
-# `wake_at` is 0 while a message is ready, else when it becomes so again: due, or its lease lost.
+# `wake_at` is NULL while a message is ready, else when it will be: due, or its lease lost.
 _SCHEMA = """
 CREATE TABLE qtasks_schema (version INTEGER NOT NULL);
 CREATE TABLE qtasks_namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
@@ -46,13 +46,13 @@ CREATE TABLE qtasks_messages (
     id INTEGER PRIMARY KEY,
     queue INTEGER NOT NULL,
     priority INTEGER NOT NULL,
-    wake_at REAL NOT NULL,
+    wake_at REAL,
     holder INTEGER NOT NULL,
     count INTEGER NOT NULL,
     data BLOB NOT NULL
 );
-CREATE INDEX qtasks_ready ON qtasks_messages (queue, priority DESC, id) WHERE wake_at = 0;
-CREATE INDEX qtasks_waiting ON qtasks_messages (queue, wake_at) WHERE wake_at > 0;
+CREATE INDEX qtasks_ready ON qtasks_messages (queue, priority DESC, id) WHERE wake_at IS NULL;
+CREATE INDEX qtasks_waiting ON qtasks_messages (queue, wake_at) WHERE wake_at IS NOT NULL;
 CREATE TABLE qtasks_records (
     namespace INTEGER NOT NULL,
     uuid TEXT NOT NULL,
@@ -304,8 +304,6 @@ class Database:
         return connection
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
-        # The lock is taken even when there is nothing to do, so that a file that cannot be
-        # written is found at the start.
         connection.execute("BEGIN IMMEDIATE")
         try:
             known = connection.execute(
@@ -315,6 +313,8 @@ class Database:
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
                 connection.execute("INSERT INTO qtasks_schema VALUES (?)", (_SCHEMA_VERSION,))
+            # Writes nothing, but finds at the start a file that cannot be written.
+            connection.execute("UPDATE qtasks_schema SET version = version WHERE false")
             (version,) = connection.execute("SELECT version FROM qtasks_schema").fetchone()
             if version > _SCHEMA_VERSION:
                 raise ConfigurationError(
