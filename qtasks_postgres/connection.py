@@ -85,8 +85,7 @@ class Database:
             version = connection.get_server_version()
             if version.major < OLDEST:
                 raise ServerTooOld(
-                    f"{self.shown} is PostgreSQL {version.major}; "
-                    f"qtasks needs {OLDEST} or newer"
+                    f"{self.shown} is PostgreSQL {version.major}; qtasks needs {OLDEST} or newer"
                 )
             await ensure_schema(connection)
             self.durability = await read_durability(connection)
