@@ -222,7 +222,7 @@ class Database:
     def _outcomes(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
         try:
             return self._together(jobs, writes)
-        except QTasksError as error:
+        except (Unavailable, ConfigurationError) as error:  # the file's, so everybody's
             return [error] * len(jobs)
         except Exception as error:  # noqa: BLE001 (handed to the caller whose job it was)
             if len(jobs) == 1:
