@@ -1,1 +1,46 @@
-"""The conformance package."""
+"""The contracts as tests: subclass them, say in one fixture which parts to test, run pytest.
+
+    from qtasks_conformance import BrokerContract, PairContract, Part, StorageContract, Subject
+
+    @pytest.fixture
+    def subject() -> Subject:
+        return Subject(
+            broker=Part("my_package:MyBroker", {"url": "my://…", "lease": 2.0}),
+            storage=Part("my_package:MyStorage", {"url": "my://…"}),
+            lease=2.0,
+        )
+
+    class TestMyBroker(BrokerContract): ...
+    class TestMyStorage(StorageContract): ...
+    class TestMyPair(PairContract): ...
+
+It needs the extra `conformance` (pytest, pytest-asyncio) and no option of either.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qtasks_conformance.subject import Least, Part, Server, Subject
+
+if TYPE_CHECKING:
+    from qtasks_conformance.contracts import BrokerContract, PairContract, StorageContract
+
+__all__ = [
+    "BrokerContract",
+    "Least",
+    "PairContract",
+    "Part",
+    "Server",
+    "StorageContract",
+    "Subject",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the contracts, and with them pytest, only when asked: child processes do not."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from qtasks_conformance import contracts
+
+    return getattr(contracts, name)

@@ -38,6 +38,10 @@ class Unavailable(QTasksError, ConnectionError):
     """
 
 
+class Refused(QTasksError):
+    """A broker or storage answered that it does not take this item; the message says why."""
+
+
 class WireError(QTasksError):
     """Bytes from the outside are not a message or record this release can read."""
 

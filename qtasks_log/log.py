@@ -25,7 +25,8 @@ class Log(ABC):
     """An append-only, durable log of one namespace, read from its beginning by every process.
 
     Lives on one event loop. Raises `Unavailable` like a broker, and reconnects when called again;
-    then reading goes on behind the last entry that was returned.
+    then reading goes on behind the last entry that was returned. It may compact, that is remove
+    entries whose key comes again later, but not what a running reader is about to read.
     """
 
     @property
@@ -43,7 +44,12 @@ class Log(ABC):
 
     @abstractmethod
     async def append(self, entries: Sequence[Entry]) -> None:
-        """Append entries in order; durable when it returns. Repeating it appends them again."""
+        """Append entries in order; durable when it returns. Repeating it appends them again.
+
+        One call appends each entry once: a driver that sends again by itself must do it
+        idempotently, since compaction would otherwise move a record behind its rivals. When it
+        raises, of the entries of one partition key any first part may have been appended.
+        """
 
     @abstractmethod
     async def read(self) -> list[Entry]:

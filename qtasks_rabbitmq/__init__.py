@@ -1,1 +1,26 @@
-"""The rabbitmq package."""
+"""RabbitMQ: a broker on quorum queues, a storage on a stream."""
+
+from qtasks_core import Backend
+from qtasks_core.urls import take_options
+from qtasks_rabbitmq.broker import RabbitMQBroker
+from qtasks_rabbitmq.log import RabbitMQLog
+from qtasks_rabbitmq.storage import RabbitMQStorage
+
+
+class RabbitMQBackend(Backend):
+    """Answers for `amqp://USER:PASSWORD@HOST:PORT/VHOST?lease=SECONDS`, and `amqps://`."""
+
+    contract = 1
+
+    def broker(self, url: str) -> RabbitMQBroker:
+        """Return the broker of `url`."""
+        rest, options = take_options(url, {"lease": float})
+        return RabbitMQBroker(rest, **options)
+
+    def storage(self, url: str) -> RabbitMQStorage:
+        """Return the storage of `url`."""
+        rest, _ = take_options(url, {"lease": float})
+        return RabbitMQStorage(rest)
+
+
+__all__ = ["RabbitMQBackend", "RabbitMQBroker", "RabbitMQLog", "RabbitMQStorage"]

@@ -31,8 +31,16 @@ class Serializer(ABC):
         """Return the bytes of prepared values (a list, a dict or one value)."""
 
     @abstractmethod
-    def decoder(self, annotation: Any) -> Callable[[bytes], Any]:
-        """Return a function from bytes to a value of this type, compiled once.
+    def split(self, data: bytes) -> list[Any]:
+        """Return the encoded items of an encoded list, each fit for a decoder."""
+
+    @abstractmethod
+    def split_pairs(self, data: bytes) -> dict[str, Any]:
+        """Return the encoded values of an encoded dict, each fit for a decoder."""
+
+    @abstractmethod
+    def decoder(self, annotation: Any) -> Callable[[Any], Any]:
+        """Return a function from encoded bytes to a value of this type, compiled once.
 
         That function raises `SerializationError` when the bytes do not fit the type.
         """

@@ -1,0 +1,51 @@
+# What a developer runs. Everything happens in .venv, made with PYTHON (3.11 or newer).
+PYTHON ?= python3
+BACKEND ?= sqlite
+PYTEST_ARGS ?=
+
+RUN := .venv/bin/python
+ENVIRONMENT := .venv/.made-from-pyproject
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint format format-check types imports bench clean
+
+help: ## what there is
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(ENVIRONMENT) ## a worker and an API on the embedded default, asked over HTTP
+	$(RUN) -m examples.demo
+
+test: $(ENVIRONMENT) ## all tests but the long ones; gets the servers it needs, and says how
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+test-full: $(ENVIRONMENT) ## the long ones too
+	$(RUN) -m pytest --full $(PYTEST_ARGS)
+
+lint: $(ENVIRONMENT) ## what ruff has to say
+	$(RUN) -m ruff check .
+
+format: $(ENVIRONMENT) ## put every file into shape
+	$(RUN) -m ruff format .
+
+format-check: $(ENVIRONMENT) ## is every file in shape
+	$(RUN) -m ruff format --check .
+
+types: $(ENVIRONMENT) ## mypy, strict
+	$(RUN) -m mypy
+
+imports: $(ENVIRONMENT) ## who may import whom
+	.venv/bin/lint-imports
+
+bench: $(ENVIRONMENT) ## throughput of BACKEND (sqlite), beside its bare driver
+	$(RUN) -m benchmarks.throughput --backend $(BACKEND)
+
+clean: ## forget the environment
+	rm -rf .venv
+
+$(ENVIRONMENT): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "QTasks needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	    "Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@

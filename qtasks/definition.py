@@ -1,0 +1,176 @@
+"""What is known of a task from its function: name, options, how arguments become bytes and back."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+
+from qtasks.serializers import MsgpackSerializer
+from qtasks_core import Serializer
+from qtasks_core.errors import ConfigurationError, SerializationError, SignatureMismatch
+
+logger = logging.getLogger("qtasks")
+
+RESERVED = ("timeout", "delay", "eta", "key", "queue", "priority", "expires")
+"""Option names of `add_task`: a parameter of this name is only reachable through `call`."""
+
+
+class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a decorator says of a task."""
+
+    queue: str = "default"
+    priority: int = 5
+    """0 to 9, 9 first."""
+    retry: int = 0
+    """How many more runs after the first may follow an exception."""
+    store_result: bool = True
+    retention: float | None = None
+    """Seconds to keep the record after the end."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.priority <= 9:
+            raise ConfigurationError(f"priority={self.priority} is not between 0 and 9")
+        if self.retry < 0:
+            raise ConfigurationError(f"retry={self.retry} is below 0")
+
+
+class TaskDefinition:
+    """A task's function with its name, options and codecs, compiled once at registration."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str | None,
+        options: TaskOptions,
+        serializer: Serializer | None = None,
+    ) -> None:
+        self.function = function
+        self.name = name or default_name(function)
+        self.options = options
+        self.serializer = serializer or MsgpackSerializer()
+        self.signature = inspect.signature(function)
+        self.reserved = [p for p in self.signature.parameters if p in RESERVED]
+        if self.reserved:
+            logger.warning(
+                "task %s: parameters %s are options of add_task; pass them through "
+                ".call(…).add_task()",
+                self.name,
+                ", ".join(self.reserved),
+            )
+        hints = _hints(function)
+        self._parameters = list(self.signature.parameters.values())
+        self._annotations = {p.name: hints.get(p.name, Any) for p in self._parameters}
+        self._encoders = {
+            name: self.serializer.encoder(annotation)
+            for name, annotation in self._annotations.items()
+        }
+        self._positional = [
+            p.name
+            for p in self._parameters
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        self._var_positional = _name_of(self._parameters, inspect.Parameter.VAR_POSITIONAL)
+        self._var_keyword = _name_of(self._parameters, inspect.Parameter.VAR_KEYWORD)
+        self._decoders = {
+            name: self.serializer.decoder(annotation)
+            for name, annotation in self._annotations.items()
+        }
+        returns = hints.get("return", Any)
+        self._encode_result = self.serializer.encoder(returns)
+        self.decode_result = self.serializer.decoder(returns)
+
+    def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, bytes]:
+        """Return the bytes of arguments. Raises `SignatureMismatch`, `SerializationError`."""
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise SignatureMismatch(f"{self.name}{self.signature}: {error}") from None
+        names = [self._name_at(at) for at in range(len(args))]
+        values = [self._prepare(name, value) for name, value in zip(names, args, strict=True)]
+        pairs = {key: self._prepare(key, value) for key, value in kwargs.items()}
+        try:
+            return (
+                self.serializer.encode(values) if values else b"",
+                self.serializer.encode(pairs) if pairs else b"",
+            )
+        except SerializationError as error:
+            raise self._name_culprit(dict(zip(names, values, strict=True)) | pairs, error) from None
+
+    def _prepare(self, name: str, value: Any) -> Any:
+        encoder = self._encoders.get(name) or self._encoders[self._var_keyword or ""]
+        try:
+            return encoder(value)
+        except SerializationError as error:
+            raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
+
+    def _name_culprit(self, values: Mapping[str, Any], error: Exception) -> SerializationError:
+        for name, value in values.items():
+            try:
+                self.serializer.encode(value)
+            except SerializationError as found:
+                return SerializationError(f"{self.name}: argument {name!r}: {found}")
+        return SerializationError(f"{self.name}: {error}")
+
+    def _name_at(self, position: int) -> str:
+        if position < len(self._positional):
+            return self._positional[position]
+        return self._var_positional or ""
+
+    def decode(self, args: bytes, kwargs: bytes) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments in bytes, typed as annotated. Raises `SerializationError`."""
+        values = [
+            self._decode(self._name_at(at), part)
+            for at, part in enumerate(self.serializer.split(args) if args else ())
+        ]
+        pairs = {
+            name: self._decode(name, part)
+            for name, part in (self.serializer.split_pairs(kwargs) if kwargs else {}).items()
+        }
+        return values, pairs
+
+    def _decode(self, name: str, data: Any) -> Any:
+        decoder = self._decoders.get(name) or self._decoders.get(self._var_keyword or "", _untyped)
+        try:
+            return decoder(data)
+        except SerializationError as error:
+            raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
+
+    def encode_result(self, value: Any) -> bytes:
+        """Return the bytes of a result. Raises `SerializationError`."""
+        return self.serializer.encode(self._encode_result(value))
+
+
+_untyped = MsgpackSerializer().decoder(Any)
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(function)
+    except NameError as error:
+        logger.warning(
+            "task %s: annotation not found at run time (%s); its values travel untyped",
+            default_name(function),
+            error,
+        )
+        return {}
+
+
+def _name_of(parameters: Sequence[inspect.Parameter], kind: Any) -> str | None:
+    return next((p.name for p in parameters if p.kind is kind), None)
+
+
+def default_name(function: Callable[..., Any]) -> str:
+    """Return `module.qualname`; the module that runs as `__main__` goes by its importable name."""
+    module = function.__module__
+    if module == "__main__":
+        main = sys.modules["__main__"]
+        spec = getattr(main, "__spec__", None)
+        file = getattr(main, "__file__", None)
+        module = spec.name if spec else Path(file).stem if file else module
+    return f"{module}.{function.__qualname__}"

@@ -1,0 +1,1 @@
+"""The engine: one I/O thread a process, a client and workers on it."""

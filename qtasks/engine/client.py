@@ -1,0 +1,255 @@
+"""The client half of the engine: submitting tasks and waiting for their ends.
+
+It lives on the I/O loop. Faces reach it through `IOThread`, with a `Reply` for each question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qtasks.engine.backoff import Backoff
+from qtasks.engine.gatherer import Gatherer
+from qtasks.engine.reply import Reply
+from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
+from qtasks_core.errors import Closed, Refused, Unavailable
+
+logger = logging.getLogger("qtasks")
+
+_BATCH = 500
+_FLIGHTS = 2
+"""While one batch waits for the server, the next is encoded."""
+
+
+class Submission(Struct, frozen=True, eq=False):
+    """A message on its way, and who wants to hear of it."""
+
+    message: TaskMessage
+    deadline: float
+    """On the monotonic clock; past it publishing is not tried again."""
+    reply: Reply[Task | None]
+    wait: bool
+    """Answer with the final record; else with None as soon as the write is durable."""
+
+
+class Client:
+    """One broker and one storage in use, under one app's name."""
+
+    def __init__(self, name: str, broker: Broker, storage: Storage) -> None:
+        self.name = name
+        self.broker = broker
+        self.storage = storage
+        self.composition: Composition = broker.compose(storage)
+        self._inbox: Inbox | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
+        self._waiters: dict[str, list[Reply[Task | None]]] = {}
+        self._submissions: Gatherer[Submission] = Gatherer(self._submit, _BATCH, _FLIGHTS)
+        self._watches: Gatherer[str] = Gatherer(self._watch, _BATCH, 1)
+
+    async def start(self, deadline: float) -> None:
+        """Connect both parts. Raises `Unavailable` when that has not worked by the deadline."""
+        backoff = Backoff()
+        while True:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self.broker.start(self.name))
+                    group.create_task(self.storage.start(self.name))
+                return
+            except BaseExceptionGroup as errors:
+                error = errors.exceptions[0]
+                pause = backoff.next()
+                late = asyncio.get_running_loop().time() + pause > deadline
+                if late or not isinstance(error, Unavailable):
+                    await self._stop_parts()
+                    raise error from None
+                logger.warning("%s; trying again", error)
+                await asyncio.sleep(pause)
+
+    async def stop(self) -> None:
+        """End all waits with `Closed` and disconnect."""
+        closed = Closed(f"the app {self.name!r} was stopped")
+        for submission in await self._submissions.close():
+            submission.reply.fail(closed)
+        await self._watches.close()
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.wait({self._listening})
+        if self._inbox is not None:
+            await self._inbox.close()
+        for replies in self._waiters.values():
+            for reply in replies:
+                reply.fail(closed)
+        self._waiters.clear()
+        await self._stop_parts()
+
+    async def _stop_parts(self) -> None:
+        await self.broker.stop()
+        await self.storage.stop()
+
+    def submit(
+        self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
+    ) -> None:
+        """Submit a message with all others of this turn of the loop."""
+        self._submissions.add(Submission(message, deadline, reply, wait))
+
+    def submit_all(
+        self, messages: Sequence[TaskMessage], deadline: float, reply: Reply[Task | None]
+    ) -> None:
+        """Submit many messages; answer once all writes are durable, or with the first error."""
+        share = _Countdown(reply, len(messages))
+        self._submissions.extend([Submission(m, deadline, share, False) for m in messages])
+
+    def wait(self, uuid: str, reply: Reply[Task | None]) -> None:
+        """Answer with the final record of any task, now or when there is one."""
+        if uuid not in self._waiters:
+            self._watches.add(uuid)
+        self._waiters.setdefault(uuid, []).append(reply)
+
+    def forget(self, uuid: str, reply: Reply[Task | None]) -> None:
+        """Take back a wait: nobody wants the answer any more."""
+        replies = self._waiters.get(uuid, [])
+        if reply in replies:
+            replies.remove(reply)
+        if not replies and self._waiters.pop(uuid, None) is not None and self._inbox is not None:
+            self._inbox.forget([uuid])
+
+    async def get(self, uuids: Sequence[str], deadline: float) -> list[Task | None]:
+        """Return the newest records. Raises `Unavailable` past the deadline."""
+        backoff = Backoff()
+        while True:
+            try:
+                return await self.storage.get(uuids)
+            except Unavailable:
+                pause = backoff.next()
+                if asyncio.get_running_loop().time() + pause > deadline:
+                    raise
+                await asyncio.sleep(pause)
+
+    async def _submit(self, batch: list[Submission]) -> None:
+        """Flush one batch: repeat until each item has its answer or is past its deadline."""
+        backoff = Backoff()
+        clock = asyncio.get_running_loop().time
+        while batch:
+            try:
+                async with asyncio.timeout_at(max(s.deadline for s in batch)):
+                    messages = await self._addressed(batch)
+                    outcomes = await self.composition.submit(messages)
+            except (Unavailable, TimeoutError) as error:
+                pause = backoff.next()
+                for late in [s for s in batch if s.deadline < clock() + pause]:
+                    batch.remove(late)
+                    self._fail(late, _unconfirmed(late.message, error))
+                if batch:
+                    await asyncio.sleep(pause)
+            except asyncio.CancelledError:
+                self._fail_all(batch, Closed(f"the app {self.name!r} was stopped"))
+                raise
+            except Exception as error:  # noqa: BLE001  # raised at each caller
+                self._fail_all(batch, error)
+                return
+            else:
+                for submission, outcome in zip(batch, outcomes, strict=True):
+                    self._answer(submission, outcome)
+                return
+
+    async def _addressed(self, batch: list[Submission]) -> list[TaskMessage]:
+        """Return the messages; those whose end is waited for bear this client's address."""
+        waited = [s for s in batch if s.wait]
+        if not waited:
+            return [s.message for s in batch]
+        inbox = await self._open_inbox()
+        inbox.expect([s.message.uuid for s in waited])
+        for submission in waited:
+            replies = self._waiters.setdefault(submission.message.uuid, [])
+            if submission.reply not in replies:
+                replies.append(submission.reply)
+        return [replace(s.message, reply_to=inbox.address) if s.wait else s.message for s in batch]
+
+    def _answer(self, submission: Submission, outcome: Outcome) -> None:
+        message = submission.message
+        if outcome.status == "refused":
+            reason = f"task {message.uuid} for queue {message.queue!r}: {outcome.reason}"
+            self._fail(submission, Refused(reason))
+        elif outcome.status == "unknown":
+            self._fail(submission, _unconfirmed(message, Unavailable(outcome.reason)))
+        elif not submission.wait:
+            submission.reply.set(None)
+
+    def _fail(self, submission: Submission, error: BaseException) -> None:
+        self.forget(submission.message.uuid, submission.reply)
+        submission.reply.fail(error)
+
+    def _fail_all(self, batch: list[Submission], error: BaseException) -> None:
+        for submission in batch:
+            self._fail(submission, error)
+
+    async def _watch(self, uuids: list[str]) -> None:
+        backoff = Backoff()
+        while waiting := [uuid for uuid in uuids if uuid in self._waiters]:
+            try:
+                inbox = await self._open_inbox()
+                await inbox.watch(waiting)
+                return
+            except Unavailable as error:
+                logger.warning("waiting for results: %s; trying again", error)
+                await asyncio.sleep(backoff.next())
+            except Exception as error:  # noqa: BLE001  # raised at each caller
+                for uuid in waiting:
+                    for reply in self._waiters.pop(uuid, ()):
+                        reply.fail(error)
+                return
+
+    async def _open_inbox(self) -> Inbox:
+        async with self._opening:
+            if self._inbox is None:
+                self._inbox = await self.storage.inbox()
+                self._listening = asyncio.create_task(self._listen(self._inbox))
+            return self._inbox
+
+    async def _listen(self, inbox: Inbox) -> None:
+        """Hand arriving records to who waits for them, for ever."""
+        backoff = Backoff()
+        while True:
+            try:
+                tasks = await inbox.receive()
+            except Unavailable as error:
+                logger.warning("waiting for results: %s; trying again", error)
+                await asyncio.sleep(backoff.next())
+                continue
+            backoff.reset()
+            for task in tasks:
+                for reply in self._waiters.pop(task.uuid, ()):
+                    reply.set(task)
+
+
+class _Countdown(Reply[Task | None]):
+    """One answer for many submissions, given after the last of them."""
+
+    def __init__(self, reply: Reply[Task | None], count: int) -> None:
+        self._reply = reply
+        self._count = count
+        self._error: BaseException | None = None
+
+    def set(self, value: Task | None) -> None:
+        self._count -= 1
+        if self._count == 0:
+            if self._error is not None:
+                self._reply.fail(self._error)
+            else:
+                self._reply.set(None)
+
+    def fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self.set(None)
+
+
+def _unconfirmed(message: TaskMessage, error: BaseException) -> Unavailable:
+    return Unavailable(
+        f"task {message.uuid} for queue {message.queue!r}: the write was not confirmed in time "
+        f"({error or type(error).__name__}); submitting the same uuid again is safe"
+    )

@@ -1,0 +1,64 @@
+"""Batches out of single items: what comes in one turn of the loop is flushed together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Gatherer(Generic[T]):
+    """Gathers items and flushes them in batches of at most `size`, `flights` of them at a time.
+
+    While the allowed flushes are under way, further items gather for the next one, so batches
+    grow with the load. `flush` must not raise: it answers for each of its items.
+    """
+
+    def __init__(
+        self, flush: Callable[[list[T]], Coroutine[Any, Any, None]], size: int, flights: int
+    ) -> None:
+        self._flush = flush
+        self._size = size
+        self._flights = flights
+        self._items: list[T] = []
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._scheduled = False
+        self._loop = asyncio.get_running_loop()
+
+    def add(self, item: T) -> None:
+        """Add an item to the batch of this turn."""
+        self._items.append(item)
+        self._schedule()
+
+    def extend(self, items: list[T]) -> None:
+        """Add many items to the batches of this turn."""
+        self._items += items
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._items and not self._scheduled and len(self._under_way) < self._flights:
+            self._scheduled = True
+            self._loop.call_soon(self._launch)
+
+    def _launch(self) -> None:
+        self._scheduled = False
+        while self._items and len(self._under_way) < self._flights:
+            batch, self._items = self._items[: self._size], self._items[self._size :]
+            task = self._loop.create_task(self._flush(batch))
+            self._under_way.add(task)
+            task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._schedule()
+
+    async def close(self) -> list[T]:
+        """Cancel what is under way; return what was never flushed."""
+        left, self._items = self._items, []
+        for task in self._under_way:
+            task.cancel()
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+        return left

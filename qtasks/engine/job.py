@@ -1,0 +1,98 @@
+"""One run of one task in a worker, from its delivery to its end."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from msgspec.structs import replace
+
+from qtasks_core import (
+    Ack,
+    Completion,
+    Delivery,
+    Release,
+    Retry,
+    Status,
+    Task,
+    TaskMessage,
+)
+
+
+class Job:
+    """What a worker holds: a delivery, the message in it, and what became of the run."""
+
+    __slots__ = ("again", "delivery", "execution", "lost", "message", "noted", "record", "started")
+
+    def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
+        self.delivery = delivery
+        self.message = message
+        self.execution = execution
+        self.started = time.time()
+        self.noted = False
+        """`process` was recorded."""
+        self.lost = False
+        """The lease is gone: another worker may run it."""
+        self.record: Task | None = None
+        """How the run ended; None for a run that was given back."""
+        self.again: TaskMessage | None = None
+        """The message of the next attempt."""
+
+    def as_record(
+        self,
+        status: Status,
+        *,
+        returning: bytes | None = None,
+        error: str | None = None,
+        traceback: str | None = None,
+        dead: str | None = None,
+    ) -> Task:
+        """Return the record of this run with the given status."""
+        message = self.message
+        final = status in ("success", "error", "cancel")
+        return Task(
+            uuid=message.uuid,
+            task_name=message.task_name,
+            status=status,
+            queue=message.queue,
+            args=message.args,
+            kwargs=message.kwargs,
+            encoding=message.encoding,
+            priority=message.priority,
+            attempt=message.attempt,
+            execution=self.execution,
+            returning=returning,
+            error=error,
+            traceback=traceback,
+            dead=dead,
+            worker=self.execution.partition("/")[0],
+            reply_to=message.reply_to,
+            created_at=message.created_at,
+            started_at=self.started,
+            finished_at=time.time() if final else None,
+            due_at=time.time() + self.again.delay if self.again else None,
+            retention=message.retention,
+            headers=message.headers,
+        )
+
+    def retry(self, delay: float, error: str, traceback: str | None) -> None:
+        """End this run with another attempt after `delay` seconds."""
+        self.again = replace(self.message, attempt=self.message.attempt + 1, delay=delay)
+        self.record = self.as_record("retry", error=error, traceback=traceback)
+
+    def end(
+        self, status: Literal["success", "error", "cancel"], **fields: str | bytes | None
+    ) -> None:
+        """End this run for good."""
+        self.record = self.as_record(status, **fields)  # type: ignore[arg-type]
+
+    def completion(self) -> Completion:
+        """Return what the composition has to do now that the run is over."""
+        if self.record is None:
+            return Completion(None if self.lost else Release(self.delivery), None)
+        if self.lost:
+            # A result may still count; whether it does, the order of records decides.
+            return Completion(None, None if self.again else self.record)
+        if self.again is not None:
+            return Completion(Retry(self.delivery, self.again), self.record)
+        return Completion(Ack(self.delivery), self.record)

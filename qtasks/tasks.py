@@ -1,0 +1,190 @@
+"""What decorators return: tasks that can be called, enqueued one by one, or many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar
+
+from qtasks.app import App
+from qtasks.definition import TaskDefinition
+from qtasks.handle import BlockingTask, Task
+from qtasks_core import TaskMessage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Owner(Protocol):
+    """Whom a task asks for its app: an app itself, or a router."""
+
+    def find_app(self) -> App:
+        """Return the app to enqueue with."""
+
+
+class FixedApp:
+    """The owner of a task that was told its app."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    def find_app(self) -> App:
+        """Return that app."""
+        return self._app
+
+
+class BaseTask(Generic[P, R]):
+    """A registered function; calling it runs it here and now, as if it were not decorated."""
+
+    def __init__(
+        self, function: Callable[P, Any], definition: TaskDefinition, owner: Owner
+    ) -> None:
+        self._function = function
+        self.definition = definition
+        self._owner = owner
+        self.__name__ = getattr(function, "__name__", definition.name)
+        self.__doc__ = function.__doc__
+        self.__wrapped__ = function
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    @property
+    def name(self) -> str:
+        """The name under which workers know it."""
+        return self.definition.name
+
+
+class Call(Generic[R]):
+    """Arguments checked against a task, not yet enqueued."""
+
+    def __init__(
+        self,
+        definition: TaskDefinition,
+        owner: Owner,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.definition = definition
+        self.owner = owner
+        self._args = args
+        self._kwargs = kwargs
+
+    def message(self, app: App, **options: Any) -> TaskMessage:
+        """Return the message of this call."""
+        return app.message(self.definition, self._args, self._kwargs, **options)
+
+
+class AsyncCall(Call[R]):
+    """A call that an async caller can enqueue."""
+
+    async def add_task(
+        self,
+        *,
+        timeout: float | None = None,
+        delay: float | None = None,
+        eta: datetime | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+    ) -> Task[R]:
+        """Enqueue. With `timeout` (seconds) return the finished task, else a `new` one.
+
+        Raises `TaskTimeout`, `Unavailable`, `Refused`, and what `App.message` raises.
+        """
+        app = self.owner.find_app()
+        message = self.message(app, delay=delay, eta=eta, queue=queue, priority=priority)
+        record = await app.submit(message, timeout)
+        return Task(app, record, self.definition.decode_result)
+
+
+class SyncCall(Call[R]):
+    """A call that a blocking caller can enqueue."""
+
+    def add_task(
+        self,
+        *,
+        timeout: float | None = None,
+        delay: float | None = None,
+        eta: datetime | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+    ) -> BlockingTask[R]:
+        """Enqueue. With `timeout` (seconds) return the finished task, else a `new` one."""
+        app = self.owner.find_app()
+        message = self.message(app, delay=delay, eta=eta, queue=queue, priority=priority)
+        record = app.submit_blocking(message, timeout)
+        return BlockingTask(app, record, self.definition.decode_result)
+
+
+class AsyncTask(BaseTask[P, R]):
+    """A task of the asynchronous face; its function may be a coroutine function or a plain one."""
+
+    def using(self, app: App) -> AsyncTask[P, R]:
+        """Return this task bound to an app."""
+        return AsyncTask(self._function, self.definition, FixedApp(app))
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> AsyncCall[R]:
+        """Return a call, its arguments checked by the type checker."""
+        return AsyncCall(self.definition, self._owner, args, kwargs)
+
+    async def add_task(
+        self,
+        *args: Any,
+        timeout: float | None = None,
+        delay: float | None = None,
+        eta: datetime | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        **kwargs: Any,
+    ) -> Task[R]:
+        """Enqueue a call with these arguments; the options are those of `AsyncCall.add_task`."""
+        call: AsyncCall[R] = AsyncCall(self.definition, self._owner, args, kwargs)
+        return await call.add_task(
+            timeout=timeout, delay=delay, eta=eta, queue=queue, priority=priority
+        )
+
+    async def map(self, arguments: Iterable[Sequence[Any]]) -> list[Task[R]]:
+        """Enqueue one call for each sequence of positional arguments, in few round trips."""
+        app = self._owner.find_app()
+        messages = [app.message(self.definition, args, {}) for args in arguments]
+        records = await app.submit_all(messages)
+        return [Task(app, record, self.definition.decode_result) for record in records]
+
+
+class SyncTask(BaseTask[P, R]):
+    """A task of the blocking face; its function may be a plain one or a coroutine function."""
+
+    def using(self, app: App) -> SyncTask[P, R]:
+        """Return this task bound to an app."""
+        return SyncTask(self._function, self.definition, FixedApp(app))
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> SyncCall[R]:
+        """Return a call, its arguments checked by the type checker."""
+        return SyncCall(self.definition, self._owner, args, kwargs)
+
+    def add_task(
+        self,
+        *args: Any,
+        timeout: float | None = None,
+        delay: float | None = None,
+        eta: datetime | None = None,
+        queue: str | None = None,
+        priority: int | None = None,
+        **kwargs: Any,
+    ) -> BlockingTask[R]:
+        """Enqueue a call with these arguments; the options are those of `SyncCall.add_task`."""
+        call: SyncCall[R] = SyncCall(self.definition, self._owner, args, kwargs)
+        return call.add_task(timeout=timeout, delay=delay, eta=eta, queue=queue, priority=priority)
+
+    def map(self, arguments: Iterable[Sequence[Any]]) -> list[BlockingTask[R]]:
+        """Enqueue one call for each sequence of positional arguments, in few round trips."""
+        app = self._owner.find_app()
+        messages = [app.message(self.definition, args, {}) for args in arguments]
+        records = app.submit_all_blocking(messages)
+        return [BlockingTask(app, record, self.definition.decode_result) for record in records]

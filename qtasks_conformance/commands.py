@@ -1,0 +1,264 @@
+"""What another process can be told to do with parts of its own, and how it answers.
+
+Commands and answers are JSON, a line each, so that they travel through a pipe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from qtasks_conformance.subject import Part
+from qtasks_conformance.waiting import persist
+from qtasks_core import (
+    Ack,
+    Completion,
+    Delivery,
+    Outcome,
+    Release,
+    Retry,
+    Settlement,
+    Status,
+    Subscription,
+    Task,
+    TaskMessage,
+    Verdict,
+)
+from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.separate import record_of
+
+How = Literal["ack", "retry", "release"]
+Halt = Literal["before", "after"]
+
+
+class Setup(Struct, frozen=True):
+    """The first line: which parts, in which namespace."""
+
+    broker: Part
+    storage: Part
+    namespace: str
+
+
+class Publish(Struct, frozen=True, tag=True):
+    """Publish messages; answers with outcomes."""
+
+    messages: list[TaskMessage]
+
+
+class Stream(Struct, frozen=True, tag=True):
+    """Publish messages one by one with a pause (seconds) between them."""
+
+    messages: list[TaskMessage]
+    pause: float
+
+
+class Receive(Struct, frozen=True, tag=True):
+    """Receive `count` more deliveries and hold them; answers with all that are held."""
+
+    wanted: dict[str, int]
+    count: int
+
+
+class Settle(Struct, frozen=True, tag=True):
+    """Settle held deliveries by their positions; answers with outcomes."""
+
+    how: list[tuple[int, How]]
+
+
+class Extend(Struct, frozen=True, tag=True):
+    """Extend all held deliveries; answers with whether each is still held."""
+
+
+class Save(Struct, frozen=True, tag=True):
+    """Save records; answers with outcomes."""
+
+    tasks: list[Task]
+
+
+class Submit(Struct, frozen=True, tag=True):
+    """Submit messages through the composition; answers with outcomes."""
+
+    messages: list[TaskMessage]
+
+
+class Admit(Struct, frozen=True, tag=True):
+    """Ask the composition about all held deliveries; answers with verdicts."""
+
+
+class Complete(Struct, frozen=True, tag=True):
+    """Complete held deliveries: position, settlement, status to record.
+
+    With `halt` it stops for good before, or after, the settling; the answer says if it did. Where
+    one step does both there is nothing between to halt at, and it completes.
+    """
+
+    ends: list[tuple[int, How, Status]]
+    halt: Halt | None = None
+
+
+Command = Publish | Stream | Receive | Settle | Extend | Save | Submit | Admit | Complete
+
+
+class Seen(Struct, frozen=True):
+    """A delivery as the other process saw it."""
+
+    message: TaskMessage
+    count: int | None
+
+
+class Answer(Struct, frozen=True):
+    """What came of a command; only the fields that belong to it are filled."""
+
+    outcomes: list[Outcome] = []
+    held: list[Seen] = []
+    mine: list[bool] = []
+    verdicts: list[Verdict] = []
+    halted: bool = False
+    unavailable: str | None = None
+    failure: str | None = None
+
+
+command_decoder = msgspec.json.Decoder(Command)
+answer_decoder = msgspec.json.Decoder(Answer)
+setup_decoder = msgspec.json.Decoder(Setup)
+part_decoder = msgspec.json.Decoder(Part)
+encode = msgspec.json.encode
+
+
+class Hands:
+    """Builds parts and does with them what it is told, one command at a time."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._namespace = setup.namespace
+        self._broker = setup.broker.broker()
+        self._storage = setup.storage.storage()
+        self._subscription: Subscription | None = None
+        self._held: list[Delivery] = []
+        self._completing: asyncio.Task[list[Outcome]] | None = None
+
+    async def start(self) -> None:
+        """Start both parts."""
+        await self._broker.start(self._namespace)
+        await self._storage.start(self._namespace)
+        self._composition = self._broker.compose(self._storage)
+
+    async def stop(self) -> None:
+        """Stop both parts in an orderly way, which is what a crash does not do."""
+        if self._completing is not None:
+            self._completing.cancel()
+            await asyncio.wait({self._completing})
+        await self._broker.stop()
+        await self._storage.stop()
+
+    async def obey(self, line: bytes) -> bytes:
+        """Do what a line says and return the line of the answer; errors are answers too."""
+        try:
+            answer = await self._do(command_decoder.decode(line))
+        except Unavailable as error:
+            answer = Answer(unavailable=str(error))
+        except Exception:  # noqa: BLE001 the parent raises it
+            answer = Answer(failure=traceback.format_exc())
+        return encode(answer)
+
+    async def _do(self, command: Command) -> Answer:
+        match command:
+            case Publish(messages):
+                return Answer(await self._broker.publish(messages))
+            case Stream(messages, pause):
+                return Answer(await self._stream(messages, pause))
+            case Receive(wanted, count):
+                await self._receive(wanted, count)
+                return Answer(held=[Seen(message_of(d), d.count) for d in self._held])
+            case Settle(how):
+                settlements = [settlement(self._held[at], kind) for at, kind in how]
+                return Answer(await self._open().settle(settlements))
+            case Extend():
+                extended = await self._open().extend(self._held)
+                kept = zip(extended, self._held, strict=True)
+                self._held = [new or old for new, old in kept]
+                return Answer(mine=[delivery is not None for delivery in extended])
+            case Save(tasks):
+                return Answer(await self._storage.save(tasks))
+            case Submit(messages):
+                return Answer(await self._composition.submit(messages))
+            case Admit():
+                admitted = await self._composition.admit(self._held)
+                return Answer(verdicts=[verdict for verdict, _ in admitted])
+            case Complete(ends, halt):
+                completions = [
+                    Completion(settlement(self._held[at], kind), self._record(at, status))
+                    for at, kind, status in ends
+                ]
+                if halt is not None:
+                    return Answer(halted=await self._complete_halfway(completions, halt))
+                return Answer(await self._composition.complete(self._open(), completions))
+
+    async def _stream(self, messages: list[TaskMessage], pause: float) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for message in messages:
+            outcomes += await self._broker.publish([message])
+            await asyncio.sleep(pause)
+        return outcomes
+
+    async def _complete_halfway(self, completions: list[Completion], halt: Halt) -> bool:
+        """Start to complete and say whether it came to the settling; then it never goes on."""
+        subscription = self._open()
+        settle = subscription.settle
+        halted = asyncio.Event()
+
+        async def settle_and_halt(settlements: Sequence[Settlement]) -> list[Outcome]:
+            outcomes = await settle(settlements) if halt == "after" else []
+            halted.set()
+            await asyncio.Event().wait()
+            return outcomes
+
+        setattr(subscription, "settle", settle_and_halt)  # noqa: B010 a method is replaced
+        self._completing = asyncio.create_task(
+            self._composition.complete(subscription, completions)
+        )
+        halting = asyncio.create_task(halted.wait())
+        await asyncio.wait({self._completing, halting}, return_when="FIRST_COMPLETED")
+        if halting.done():
+            return True
+        halting.cancel()
+        self._completing.result()
+        return False
+
+    async def _receive(self, wanted: dict[str, int], count: int) -> None:
+        if self._subscription is None:
+            self._subscription = await self._broker.subscribe(wanted)
+        enough = len(self._held) + count
+        while (missing := enough - len(self._held)) > 0:
+            self._held += await persist(partial(self._subscription.receive, wanted, missing))
+
+    def _record(self, at: int, status: Status) -> Task:
+        message = message_of(self._held[at])
+        return replace(record_of(message), status=status, execution=f"{self._namespace}-{id(self)}")
+
+    def _open(self) -> Subscription:
+        if self._subscription is None:
+            raise Closed("nothing was received yet")
+        return self._subscription
+
+
+def message_of(delivery: Delivery) -> TaskMessage:
+    """Return the message of a delivery, which the kit never makes undecodable."""
+    assert isinstance(delivery.message, TaskMessage), delivery
+    return delivery.message
+
+
+def settlement(delivery: Delivery, how: How) -> Settlement:
+    """Return a settlement; a retry is due at once and counts one attempt more."""
+    if how == "ack":
+        return Ack(delivery)
+    if how == "release":
+        return Release(delivery)
+    message = message_of(delivery)
+    return Retry(delivery, replace(message, attempt=message.attempt + 1, delay=0.0))

@@ -1,0 +1,39 @@
+"""What all contracts share: the rig of a test, made from the subject."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from qtasks_conformance.rig import Rig
+from qtasks_conformance.subject import Subject
+
+LIMIT = 180.0
+"""Seconds after which a test that hangs is cancelled; the deadlines of the tests are shorter."""
+
+asynchronous = pytest.mark.asyncio(loop_scope="function")
+
+
+class Contract:
+    """A base for test classes; pytest collects only subclasses named `Test…`."""
+
+    pytestmark = asynchronous
+
+    @pytest_asyncio.fixture(loop_scope="function")
+    async def rig(self, subject: Subject) -> AsyncIterator[Rig]:
+        """Parts in a fresh namespace; nothing of them is left when the test ends."""
+        mine = asyncio.all_tasks()
+        loop = asyncio.get_running_loop()
+
+        def cancel_the_test() -> None:
+            for task in asyncio.all_tasks() - mine:
+                task.cancel("the test hung")
+
+        watch = loop.call_later(LIMIT, cancel_the_test)
+        rig = Rig(subject)
+        yield rig
+        watch.cancel()
+        await rig.close()

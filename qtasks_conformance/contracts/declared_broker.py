@@ -1,0 +1,68 @@
+"""A broker is what its guarantees say, and no less than what is pinned for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.declaring import (
+    assert_abstract_methods_are_missed,
+    assert_at_least,
+    assert_declared,
+    assert_driver_comes_late,
+    optional_methods,
+)
+from qtasks_conformance.rig import Rig
+from qtasks_conformance.subject import Subject
+from qtasks_core import Broker, Command
+
+
+class DeclaredBrokerContract(Contract):
+    """The guarantees of a broker, and the methods that it may leave out."""
+
+    async def test_guarantees_are_no_less_than_pinned(self, rig: Rig) -> None:
+        """Each backend's least guarantees are pinned, so that declaring less passes no more."""
+        broker = await rig.broker()
+        assert_at_least(broker.guarantees, rig.subject.least_broker)
+        lease = broker.guarantees.lease
+        assert lease is not None, "a broker states its lease"
+        assert 0 < lease <= rig.subject.lease
+
+    async def test_missing_methods_are_named_when_it_is_built(self, subject: Subject) -> None:
+        """A class that leaves out an abstract method fails when it is built, naming it."""
+        assert_abstract_methods_are_missed(subject.broker, Broker)
+
+    async def test_the_driver_is_imported_late(self, subject: Subject) -> None:
+        """Importing and building it, and asking for its guarantees, imports no driver."""
+        await assert_driver_comes_late(subject.broker, subject.driver)
+
+    @pytest.mark.parametrize("method", optional_methods(Broker))
+    async def test_unsupported_is_what_raises(self, rig: Rig, method: str) -> None:
+        """A method raises `NotSupported` exactly when the guarantees list it."""
+        broker = await rig.broker()
+        calls: dict[str, Any] = {
+            "depth": lambda: broker.depth("q"),
+            "purge": lambda: broker.purge("q"),
+            "broadcast": lambda: broker.broadcast(Command(name="ping")),
+            "commands": lambda: first_command(broker.commands()),
+            "migrate": lambda: broker.migrate(),
+        }
+        await assert_declared(calls[method], method, broker.guarantees.unsupported)
+
+    async def test_nothing_unknown_is_declared_unsupported(self, rig: Rig) -> None:
+        """What is abstract cannot be left out, and what does not exist is a slip of the pen."""
+        broker = await rig.broker()
+        assert set(broker.guarantees.unsupported) <= set(optional_methods(Broker))
+
+
+async def first_command(commands: AsyncIterator[Command]) -> None:
+    """Listen for a moment: that nothing comes is fine."""
+    try:
+        async with asyncio.timeout(0.2):
+            await anext(commands)
+    except TimeoutError:
+        return

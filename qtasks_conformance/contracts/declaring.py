@@ -1,0 +1,74 @@
+"""Comparing what a part declares with what is pinned and with what it does."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import sys
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from qtasks_conformance.commands import encode
+from qtasks_conformance.subject import Least, Part
+from qtasks_core import Guarantees
+from qtasks_core.errors import NotSupported
+
+EVENTS = ("nothing", "client crash", "server crash", "machine crash")
+
+
+def optional_methods(contract: type) -> list[str]:
+    """Return the methods a part may leave out: those that are not abstract, but for `compose`."""
+    return [
+        name
+        for name, _ in inspect.getmembers(contract, inspect.isfunction)
+        if not name.startswith("_")
+        and name not in contract.__abstractmethods__  # type: ignore[attr-defined]
+        and name != "compose"
+    ]
+
+
+def assert_at_least(guarantees: Guarantees, least: Least) -> None:
+    """Fail when less is declared than is pinned."""
+    assert guarantees.part
+    assert guarantees.durability
+    assert EVENTS.index(guarantees.survives) >= EVENTS.index(least.survives)
+    for name in ("settle_confirmed", "counts_deliveries", "priorities", "transactions"):
+        assert getattr(guarantees, name) >= getattr(least, name), name
+    assert not set(least.supports) & set(guarantees.unsupported)
+
+
+def assert_abstract_methods_are_missed(part: Part, contract: type) -> None:
+    """Take each abstract method away from the part's class in turn, and try to build it."""
+    for name in sorted(contract.__abstractmethods__):  # type: ignore[attr-defined]
+        incomplete = type("Incomplete", (part.load(),), {name: getattr(contract, name)})
+        with pytest.raises(TypeError, match=rf"\b{name}\b"):
+            incomplete(**part.arguments)
+
+
+async def assert_driver_comes_late(part: Part, driver: str | None) -> None:
+    """Build the part in an interpreter of its own and look for the driver."""
+    if driver is None:
+        pytest.skip("it has no driver")
+    program = (
+        "import sys; from qtasks_conformance.commands import part_decoder\n"
+        "part_decoder.decode(sys.argv[1]).build().guarantees\n"
+        "sys.exit(sys.argv[2] in sys.modules)"
+    )
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, encode(part).decode(), driver,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert await child.wait() == 0, f"{driver} is imported before `start`"
+
+
+async def assert_declared(
+    call: Callable[[], Awaitable[object]], method: str, unsupported: tuple[str, ...]
+) -> None:
+    """Fail unless the call raises `NotSupported` exactly when it is declared to."""
+    if method in unsupported:
+        with pytest.raises(NotSupported):
+            await call()
+    else:
+        await call()

@@ -1,0 +1,110 @@
+"""Delays: never early, at most two seconds late, and never a cause of a second delivery."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec.structs import replace
+
+from qtasks_conformance.commands import message_of
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled
+from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_core import Ack, Broker, Retry, Subscription
+
+LATE = 2.0
+"""Seconds that a due message may take on an idle system."""
+ROUNDING = 0.002
+"""Seconds by which two clocks that count milliseconds may differ."""
+
+
+class DelayContract(Contract):
+    """Invariant 3, measured on this process's monotonic clock."""
+
+    async def test_a_published_delay_passes(self, rig: Rig) -> None:
+        """Each message of a batch starts no earlier than its own delay says, and not much later."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        subscription = await joined(rig, broker)
+        delays = [2.4, 0.3, 1.2, 0.0]
+        before = clock()
+        assert_done(await broker.publish([rig.message(delay=delay) for delay in delays]))
+        after = clock()
+        for delay in sorted(delays):
+            (delivery,) = await collect(subscription, 1, delay + 10)
+            assert message_of(delivery).delay == delay, "out of order: one of them is not on time"
+            assert_on_time(delay, before, after)
+            await subscription.settle([Ack(delivery)])
+
+    async def test_a_retry_delay_passes(self, rig: Rig) -> None:
+        """The delay of a retry counts from its settlement."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        subscription = await joined(rig, broker)
+        assert_done(await broker.publish([rig.message()]))
+        (delivery,) = await collect(subscription, 1)
+        again = replace(message_of(delivery), attempt=2, delay=1.1)
+        before = clock()
+        assert_settled(await subscription.settle([Retry(delivery, again)]), broker.guarantees)
+        after = clock()
+        (back,) = await collect(subscription, 1)
+        assert_on_time(1.1, before, after)
+        assert message_of(back).attempt == 2
+
+    async def test_a_new_earliest_wakes_sleepers(self, rig: Rig) -> None:
+        """A receiver asleep towards a later delay hears of an earlier one of another client."""
+        publisher, broker = await rig.broker(), await rig.broker(lease=LONG_LEASE)
+        subscription = await joined(rig, broker)
+        assert_done(await publisher.publish([rig.message(delay=3600.0)]))
+        waiting = asyncio.create_task(collect(subscription, 1))
+        await asyncio.sleep(0.5)
+        before = clock()
+        assert_done(await publisher.publish([rig.message(delay=0.7)]))
+        after = clock()
+        (delivery,) = await waiting
+        assert_on_time(0.7, before, after)
+        assert message_of(delivery).delay == 0.7
+
+    async def test_a_delay_beyond_the_lease_is_delivered_once(self, rig: Rig) -> None:
+        """However long a delay, it never causes a second delivery."""
+        brokers = [await rig.broker() for _ in range(2)]
+        first, second = [await joined(rig, broker) for broker in brokers]
+        delay = 2.2 * rig.subject.lease
+        message = rig.message(delay=delay)
+        before = clock()
+        assert_done(await brokers[0].publish([message]))
+        after = clock()
+        waiting = [asyncio.create_task(s.receive({"q": 1}, 1)) for s in (first, second)]
+        await asyncio.wait(waiting, timeout=delay + 10, return_when="FIRST_COMPLETED")
+        assert_on_time(delay, before, after)
+        for task, subscription in zip(waiting, (first, second), strict=True):
+            if task.done():
+                assert_settled(
+                    await subscription.settle([Ack(d) for d in task.result()]),
+                    brokers[0].guarantees,
+                )
+        await asyncio.wait(waiting, timeout=1.0)
+        assert sum(task.done() for task in waiting) == 1, "it was delivered twice"
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        await asyncio.gather(assert_silent(first, 0.3), assert_silent(second, 0.3))
+
+
+async def joined(rig: Rig, broker: Broker) -> Subscription:
+    """Subscribe, and be sure that messages flow: joining may take a transport its time."""
+    subscription = await broker.subscribe({"q": 10})
+    assert_done(await broker.publish([rig.message()]))
+    await subscription.settle([Ack(d) for d in await collect(subscription, 1)])
+    return subscription
+
+
+def clock() -> float:
+    """Return monotonic seconds."""
+    return asyncio.get_running_loop().time()
+
+
+def assert_on_time(delay: float, before: float, after: float) -> None:
+    """Fail unless now is due: the server got the message between `before` and `after`."""
+    now = clock()
+    assert now - before >= delay - ROUNDING, f"{delay} s had not passed after {now - before:.3f} s"
+    assert now - after <= delay + LATE, f"{delay} s took {now - after:.3f} s"

@@ -1,0 +1,240 @@
+"""Publishing, receiving, settling; each item with its own outcome; namespaces that never meet."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec.structs import replace
+
+from qtasks_conformance.commands import message_of
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_core import Ack, Broker, Delivery, Guarantees, Outcome, Release, Retry, Settlement
+from qtasks_core.errors import ConfigurationError
+
+SEPARATORS = (".", ":", "-", "_", "/")
+"""What names are likely to be joined with inside a backend."""
+
+
+class DeliveringContract(Contract):
+    """What happens while nothing goes wrong."""
+
+    async def test_a_message_comes_as_it_went(self, rig: Rig) -> None:
+        """Every field of a message survives, bytes and text of any kind included."""
+        broker = await rig.broker()
+        sent = rig.message(
+            task_name="models.übung", args=bytes(range(256)), kwargs=b"\x00\r\n", priority=0,
+            attempt=3, reply_to="client:1", created_at=1700000000.25, expires_at=4e9,
+            store_result=False, retention=86400.5, encoding="json",
+            headers={"traceparent": "00-ab-01", "ключ": "значение"},
+        )  # fmt: skip
+        assert_done(await broker.publish([sent]))
+        subscription = await broker.subscribe({"q": 10})
+        (delivery,) = await collect(subscription, 1)
+        assert delivery.message == sent
+        assert delivery.queue == "q"
+        assert_settled(await subscription.settle([Ack(delivery)]), broker.guarantees)
+
+    async def test_an_empty_batch_is_nothing(self, rig: Rig) -> None:
+        """A batch without items is answered without outcomes."""
+        broker = await rig.broker()
+        assert await broker.publish([]) == []
+        subscription = await broker.subscribe({"q": 10})
+        assert await subscription.settle([]) == []
+        assert await subscription.extend([]) == []
+
+    async def test_publish_answers_for_each(self, rig: Rig) -> None:
+        """A batch has an outcome for each message, and each of them can be received."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        messages = rig.messages(50)
+        outcomes = await broker.publish(messages)
+        assert len(outcomes) == len(messages)
+        assert_done(outcomes)
+        deliveries = await collect(await broker.subscribe({"q": 100}), len(messages))
+        assert uuids(deliveries) == sorted(message.uuid for message in messages)
+
+    async def test_a_waiting_receive_is_woken(self, rig: Rig) -> None:
+        """What another client publishes wakes a receiver that waits."""
+        publisher, receiver = await rig.broker(), await rig.broker()
+        subscription = await receiver.subscribe({"q": 10})
+        waiting = asyncio.create_task(collect(subscription, 1))
+        await asyncio.sleep(0.3)
+        message = rig.message()
+        assert_done(await publisher.publish([message]))
+        (delivery,) = await waiting
+        assert delivery.message == message
+
+    async def test_no_more_is_received_than_wanted(self, rig: Rig) -> None:
+        """At most `wanted` of each queue and `limit` in all; the rest comes later."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        messages = rig.messages(6, queue="a") + rig.messages(6, queue="b")
+        assert_done(await broker.publish(messages))
+        subscription = await broker.subscribe({"a": 20, "b": 20})
+        only_a: list[Delivery] = []
+        async with asyncio.timeout(LONG_LEASE):
+            while len(only_a) < 4:
+                only_a += await subscription.receive({"a": 4 - len(only_a), "b": 0}, 10)
+            assert {d.queue for d in only_a} == {"a"}
+            received = list(only_a)
+            while len(received) < len(messages):
+                some = await subscription.receive({"a": 2, "b": 2}, 3)
+                assert 1 <= len(some) <= 3
+                assert max(sum(d.queue == name for d in some) for name in "ab") <= 2
+                received += some
+        assert uuids(received) == sorted(message.uuid for message in messages)
+
+    async def test_two_receivers_share_a_queue(self, rig: Rig) -> None:
+        """Each message goes to one receiver; between them they get all."""
+        brokers = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
+        subscriptions = [await broker.subscribe({"q": 100}) for broker in brokers]
+        messages = rig.messages(60)
+        received: list[Delivery] = []
+
+        async def take(at: int) -> None:
+            while len(received) < len(messages):
+                received.extend(await subscriptions[at].receive({"q": 3}, 3))
+
+        takers = [asyncio.create_task(take(at)) for at in range(2)]
+        assert_done(await brokers[0].publish(messages[:30]))
+        assert_done(await brokers[1].publish(messages[30:]))
+        done, _ = await asyncio.wait(takers, timeout=LONG_LEASE, return_when="FIRST_COMPLETED")
+        assert done, f"{len(received)} of {len(messages)} were received"
+        for taker in takers:
+            taker.cancel()
+        await asyncio.wait(takers)
+        assert uuids(received) == sorted(message.uuid for message in messages)
+        await asyncio.gather(*(assert_silent(s, 0.3) for s in subscriptions))
+
+    async def test_publishing_again_is_safe(self, rig: Rig) -> None:
+        """The same uuid twice is delivered once or twice: a publish of unknown fate is repeated."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        message = rig.message()
+        assert_done(await broker.publish([message]))
+        assert_done(await broker.publish([message]))
+        subscription = await broker.subscribe({"q": 10})
+        first = await collect(subscription, 1)
+        assert_settled(await subscription.settle([Ack(first[0])]), broker.guarantees)
+        try:
+            async with asyncio.timeout(0.5):
+                second = await subscription.receive({"q": 10}, 10)
+        except TimeoutError:
+            return
+        assert uuids(second) == [message.uuid]
+
+    async def test_each_settlement_has_its_own_outcome(self, rig: Rig) -> None:
+        """Ack, Retry and Release in one batch do what they say, and the outcomes are in order."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        assert_done(await broker.publish(rig.messages(3)))
+        subscription = await broker.subscribe({"q": 10})
+        acked, retried, released = await collect(subscription, 3)
+        again = replace(message_of(retried), attempt=2, args=b"changed")
+        outcomes = await subscription.settle([Ack(acked), Retry(retried, again), Release(released)])
+        assert len(outcomes) == 3
+        assert_settled(outcomes, broker.guarantees)
+        back = await collect(subscription, 2)
+        by_uuid = {message_of(delivery).uuid: delivery.message for delivery in back}
+        assert by_uuid == {again.uuid: again, message_of(released).uuid: released.message}
+        assert_settled(await subscription.settle([Ack(d) for d in back]), broker.guarantees)
+        await assert_silent(subscription, 0.5)
+
+    async def test_a_retry_may_move_to_another_queue(self, rig: Rig) -> None:
+        """A retry replaces the delivery by the message it carries, wherever that belongs."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        assert_done(await broker.publish([rig.message()]))
+        subscription = await broker.subscribe({"q": 10, "elsewhere": 10})
+        (delivery,) = await collect(subscription, 1)
+        moved = replace(message_of(delivery), queue="elsewhere", attempt=2)
+        assert_settled(await subscription.settle([Retry(delivery, moved)]), broker.guarantees)
+        (back,) = await collect(subscription, 1, queue="elsewhere")
+        assert (back.message, back.queue) == (moved, "elsewhere")
+        await assert_silent(subscription, 0.3, "q", "elsewhere")
+
+    async def test_settling_again_is_done(self, rig: Rig) -> None:
+        """Settling is idempotent: repeated, it is done and has no further effect."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        assert_done(await broker.publish(rig.messages(3)))
+        subscription = await broker.subscribe({"q": 10})
+        acked, retried, released = await collect(subscription, 3)
+        again = replace(message_of(retried), attempt=2)
+        settlements: list[Settlement] = [Ack(acked), Retry(retried, again), Release(released)]
+        for _ in range(2):
+            assert_settled(await subscription.settle(settlements), broker.guarantees)
+        back = await collect(subscription, 2)
+        assert uuids(back) == sorted([again.uuid, message_of(released).uuid])
+        await assert_silent(subscription, 0.5)
+
+    async def test_deliveries_are_counted_where_declared(self, rig: Rig) -> None:
+        """Where deliveries are counted, the first is 1 and a released one comes back as 2."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        assert_done(await broker.publish([rig.message()]))
+        subscription = await broker.subscribe({"q": 10})
+        counts: list[int | None] = []
+        for _ in range(2):
+            (delivery,) = await collect(subscription, 1)
+            counts.append(delivery.count)
+            await subscription.settle([Release(delivery)])
+        if broker.guarantees.counts_deliveries:
+            assert counts == [1, 2]
+        else:
+            assert all(count is None or count >= 1 for count in counts)
+
+    async def test_priorities_order_a_queue_where_declared(self, rig: Rig) -> None:
+        """Where priorities are declared, what is there is received from 9 down to 0."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        priorities = [3, 9, 0, 5, 7, 1]
+        messages = [rig.message(priority=priority) for priority in priorities]
+        assert_done(await broker.publish(messages))
+        subscription = await broker.subscribe({"q": 1})
+        received: list[int] = []
+        for _ in priorities:
+            (delivery,) = await collect(subscription, 1)
+            received.append(message_of(delivery).priority)
+            await subscription.settle([Ack(delivery)])
+        assert sorted(received) == sorted(priorities)
+        if broker.guarantees.priorities:
+            assert received == sorted(priorities, reverse=True)
+
+    async def test_namespaces_never_meet(self, rig: Rig) -> None:
+        """Apps of different names share nothing, whatever their names look like joined."""
+        broker = await rig.broker()
+        others = await self._neighbours(rig)
+        own = {name: rig.message() for name in others}
+        for name, other in others.items():
+            assert_done(await other.publish([own[name]]))
+        near = [rig.message()] + [rig.message(queue=f"x{mark}q") for mark in SEPARATORS]
+        assert_done(await broker.publish(near))
+        for name, other in others.items():
+            subscription = await other.subscribe({"q": 10})
+            (delivery,) = await collect(subscription, 1)
+            assert delivery.message == own[name]
+            await subscription.settle([Ack(delivery)])
+            await assert_silent(subscription, 0.2)
+
+    async def _neighbours(self, rig: Rig) -> dict[str, Broker]:
+        names = ["other" + rig.namespace, *(f"{rig.namespace}{mark}x" for mark in SEPARATORS)]
+        neighbours: dict[str, Broker] = {}
+        for name in names:
+            try:
+                neighbours[name] = await rig.broker(namespace=name)
+            except ConfigurationError:
+                assert "/" in name or ":" in name, f"{name!r} is a plain enough name"
+        return neighbours
+
+
+def uuids(deliveries: list[Delivery]) -> list[str]:
+    """Return the uuids of deliveries, sorted."""
+    return sorted(message_of(delivery).uuid for delivery in deliveries)
+
+
+def assert_done(outcomes: list[Outcome]) -> None:
+    """Fail unless there are outcomes and all are `done`."""
+    assert outcomes
+    assert {outcome.status for outcome in outcomes} == {"done"}, outcomes
+
+
+def assert_settled(outcomes: list[Outcome], guarantees: Guarantees) -> None:
+    """Fail unless all are `done`, or `unknown` where the server does not answer a settle."""
+    allowed = {"done"} if guarantees.settle_confirmed else {"done", "unknown"}
+    assert outcomes
+    assert {outcome.status for outcome in outcomes} <= allowed, outcomes

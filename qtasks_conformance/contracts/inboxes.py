@@ -1,0 +1,189 @@
+"""Inboxes hear of final records: before, during and after, one's own and those of others."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import pytest
+
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delivering import assert_done
+from qtasks_conformance.rig import Rig
+from qtasks_conformance.waiting import SOON
+from qtasks_core import Inbox, Task
+
+
+class InboxContract(Contract):
+    """What a client that waits for results relies on."""
+
+    @pytest.mark.parametrize("how", ["expect", "watch"])
+    async def test_told_while_it_waits(self, rig: Rig, how: str) -> None:
+        """A receive that waits returns when another process saves the final record."""
+        inbox = await rig.inbox(await rig.storage())
+        saver = await rig.elsewhere()
+        record = self._record(rig, inbox, how)
+        await self._ask(inbox, how, record)
+        waiting = asyncio.create_task(hear(inbox, 1))
+        await asyncio.sleep(0.2)
+        assert_done(await saver.save(record))
+        assert await waiting == {record.uuid: record}
+
+    @pytest.mark.parametrize("how", ["expect", "watch"])
+    async def test_told_of_what_came_before_it_received(self, rig: Rig, how: str) -> None:
+        """What became final between asking and receiving arrives."""
+        inbox = await rig.inbox(await rig.storage())
+        saver = await rig.storage()
+        record = self._record(rig, inbox, how)
+        await self._ask(inbox, how, record)
+        assert_done(await saver.save([record]))
+        await asyncio.sleep(0.2)
+        assert await hear(inbox, 1) == {record.uuid: record}
+
+    async def test_told_of_what_was_final_before_it_watched(self, rig: Rig) -> None:
+        """A task of another client that is final already arrives at once."""
+        saver = await rig.storage()
+        record = rig.record("cancel", reply_to="another-client")
+        assert_done(await saver.save([record]))
+        inbox = await rig.inbox(await rig.storage())
+        await inbox.watch([record.uuid])
+        assert await hear(inbox, 1) == {record.uuid: record}
+
+    async def test_told_of_what_becomes_final_while_it_begins_to_watch(self, rig: Rig) -> None:
+        """Watching and saving at the same time misses nothing."""
+        inbox = await rig.inbox(await rig.storage())
+        saver = await rig.elsewhere()
+        records = [rig.record("success") for _ in range(60)]
+        batches = [records[at : at + 5] for at in range(0, len(records), 5)]
+
+        async def watch() -> None:
+            for batch in batches:
+                await inbox.watch([record.uuid for record in batch])
+
+        async def save() -> None:
+            for batch in batches:
+                assert_done(await saver.save(*batch))
+
+        heard, _, _ = await asyncio.gather(hear(inbox, len(records)), watch(), save())
+        assert heard == {record.uuid: record for record in records}
+
+    async def test_told_only_of_the_end(self, rig: Rig) -> None:
+        """Records that are not final do not arrive, the final one does, and it can be read."""
+        storage, saver = await rig.storage(), await rig.storage()
+        inbox = await rig.inbox(storage)
+        start = rig.record("new", reply_to=inbox.address)
+        inbox.expect([start.uuid])
+        await inbox.watch([start.uuid])
+        for status in ("new", "process", "retry"):
+            record = rig.record(status, uuid=start.uuid, reply_to=inbox.address)
+            assert_done(await saver.save([record]))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.4):
+                await inbox.receive()
+        final = rig.record("success", uuid=start.uuid, reply_to=inbox.address, attempt=2)
+        assert_done(await saver.save([final]))
+        assert await hear(inbox, 1) == {final.uuid: final}
+        assert await storage.get([final.uuid]) == [final]
+
+    async def test_each_client_hears_its_own(self, rig: Rig) -> None:
+        """Results go to the address in `reply_to`, and to everyone who watches."""
+        clients = [await rig.storage() for _ in range(3)]
+        inboxes = [await rig.inbox(storage) for storage in clients]
+        assert len({inbox.address for inbox in inboxes}) == 3
+        records = [rig.record("success", reply_to=inbox.address) for inbox in inboxes[:2]]
+        for inbox, record in zip(inboxes, records, strict=False):
+            inbox.expect([record.uuid])
+        await inboxes[2].watch([record.uuid for record in records])
+        assert_done(await (await rig.storage()).save(records))
+        for inbox, record in zip(inboxes, records, strict=False):
+            assert record.uuid in await hear(inbox, 1, {record.uuid})
+        assert await hear(inboxes[2], 2) == {record.uuid: record for record in records}
+
+    async def test_a_refused_final_is_not_told(self, rig: Rig) -> None:
+        """Who waits hears of the record that is there, never of one that was refused."""
+        saver = await rig.storage()
+        inbox = await rig.inbox(await rig.storage())
+        first = rig.record("success", execution="a", reply_to=inbox.address)
+        second = rig.record("error", uuid=first.uuid, execution="b", reply_to=inbox.address)
+        inbox.expect([first.uuid])
+        outcomes = await saver.save([first, second])
+        assert [outcome.status for outcome in outcomes] == ["done", "refused"]
+        assert await hear(inbox, 1) == {first.uuid: first}
+        try:
+            async with asyncio.timeout(0.3):
+                more = await inbox.receive()
+        except TimeoutError:
+            return
+        assert {task.uuid: task for task in more} == {first.uuid: first}
+
+    async def test_cancelled_receives_strand_nothing(self, rig: Rig) -> None:
+        """Receives cancelled at random instants lose no news."""
+        inbox = await rig.inbox(await rig.storage())
+        saver = await rig.elsewhere()
+        records = [
+            rig.record("success", reply_to=inbox.address if at % 2 else None) for at in range(80)
+        ]
+        inbox.expect([record.uuid for record in records[1::2]])
+        await inbox.watch([record.uuid for record in records[0::2]])
+
+        async def save() -> None:
+            for record in records:
+                assert_done(await saver.save(record))
+
+        saving = asyncio.create_task(save())
+        heard = await self._cancel_often(inbox)
+        missing = {record.uuid for record in records} - heard.keys()
+        heard |= await hear(inbox, len(missing), missing)
+        await saving
+        assert heard == {record.uuid: record for record in records}
+
+    @staticmethod
+    async def _cancel_often(inbox: Inbox) -> dict[str, Task]:
+        instants = Random()
+        heard: dict[str, Task] = {}
+        for _ in range(100):
+            receiving = asyncio.create_task(inbox.receive())
+            await asyncio.wait({receiving}, timeout=instants.uniform(0.0, 0.005))
+            receiving.cancel()
+            await asyncio.wait({receiving})
+            if not receiving.cancelled():
+                heard |= {task.uuid: task for task in receiving.result()}
+        return heard
+
+    async def test_what_is_forgotten_is_waited_for_no_more(self, rig: Rig) -> None:
+        """Forgetting some leaves the others; forgetting what is unknown is harmless."""
+        inbox = await rig.inbox(await rig.storage())
+        forgotten, wanted = rig.record("success"), rig.record("success")
+        await inbox.watch([forgotten.uuid, wanted.uuid])
+        inbox.forget([forgotten.uuid, "unknown"])
+        assert_done(await (await rig.storage()).save([forgotten, wanted]))
+        assert wanted.uuid in await hear(inbox, 1, {wanted.uuid})
+
+    async def test_closing_twice_is_harmless(self, rig: Rig) -> None:
+        """`close` gives up the address, once."""
+        inbox = await rig.inbox(await rig.storage())
+        await inbox.close()
+        await inbox.close()
+
+    @staticmethod
+    def _record(rig: Rig, inbox: Inbox, how: str) -> Task:
+        return rig.record("success", reply_to=inbox.address if how == "expect" else "another")
+
+    @staticmethod
+    async def _ask(inbox: Inbox, how: str, record: Task) -> None:
+        if how == "expect":
+            inbox.expect([record.uuid])
+        else:
+            await inbox.watch([record.uuid])
+
+
+async def hear(inbox: Inbox, count: int, wanted: set[str] | None = None) -> dict[str, Task]:
+    """Receive until so many records (those wanted, or any) are there; fails when they are late."""
+    heard: dict[str, Task] = {}
+    try:
+        async with asyncio.timeout(SOON):
+            while len(heard.keys() & wanted if wanted is not None else heard) < count:
+                heard |= {task.uuid: task for task in await inbox.receive()}
+    except TimeoutError:
+        raise AssertionError(f"heard of {len(heard)} within {SOON} s, not of {count}") from None
+    return heard

@@ -1,0 +1,112 @@
+"""Leases: a dead receiver's go to another, a living one's do not, a zombie is refused."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from qtasks_conformance.commands import message_of
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
+from qtasks_conformance.rig import Rig
+from qtasks_conformance.waiting import assert_silent, collect, keeping, persist
+from qtasks_core import Ack, Delivery, Guarantees, Release, Subscription
+
+
+class LeaseContract(Contract):
+    """Invariants 1, 4 and 9."""
+
+    async def test_a_killed_receiver_loses_nothing(self, rig: Rig) -> None:
+        """What a process held when it was killed goes to another within the lease."""
+        broker, victim = await rig.broker(), await rig.elsewhere()
+        messages = rig.messages(5)
+        assert_done(await broker.publish(messages))
+        await victim.receive(3)
+        subscription = await broker.subscribe({"q": 10})
+        await victim.kill()
+        deliveries: list[Delivery] = []
+        async with keeping(subscription, deliveries, rig.subject.lease / 4):
+            await collect(subscription, 5, rig.within, into=deliveries)
+        assert uuids(deliveries) == sorted(message.uuid for message in messages)
+        assert_settled(await subscription.settle([Ack(d) for d in deliveries]), broker.guarantees)
+        if broker.guarantees.counts_deliveries:
+            assert sorted(d.count or 0 for d in deliveries)[2:] == [2, 2, 2]
+
+    @pytest.mark.parametrize("first", ["settle", "extend"])
+    async def test_a_zombie_is_refused(self, rig: Rig, first: str) -> None:
+        """A receiver stopped beyond its lease hears that it was lost, and changes nothing.
+
+        Its settlements of what another has received by then are refused (at least not confirmed,
+        where the server does not answer a settle); what it receives afterwards is its own.
+        """
+        broker, zombie = await rig.broker(), await rig.elsewhere()
+        messages = rig.messages(3)
+        assert_done(await broker.publish(messages))
+        await zombie.receive(3, "q", "own")
+        subscription = await broker.subscribe({"q": 10})
+        zombie.pause()
+        held: list[Delivery] = []
+        async with keeping(subscription, held, rig.subject.lease / 4):
+            await collect(subscription, 3, rig.within, into=held)
+            zombie.resume()
+            if first == "extend":
+                assert await zombie.extend() == [False, False, False]
+            refusals = self._refusals(broker.guarantees)
+            outcomes = await zombie.settle((0, "ack"), (1, "retry"), (2, "release"))
+            assert {outcome.status for outcome in outcomes} <= refusals, outcomes
+            assert await zombie.extend() == [False, False, False]
+            assert_done(await broker.publish([rig.message(queue="own")]))
+            await persist(lambda: zombie.receive(1, "q", "own"))
+            mixed = await zombie.settle((0, "ack"), (3, "ack"), (1, "ack"), (2, "ack"))
+            assert {mixed[at].status for at in (0, 2, 3)} <= refusals, mixed
+            assert_settled([mixed[1]], broker.guarantees)
+        await self._still_owns(subscription, held)
+
+    @staticmethod
+    def _refusals(guarantees: Guarantees) -> set[str]:
+        return {"refused"} if guarantees.settle_confirmed else {"refused", "unknown"}
+
+    @staticmethod
+    async def _still_owns(subscription: Subscription, held: list[Delivery]) -> None:
+        """Give all back and find each again, unchanged: the zombie's word had no effect."""
+        assert None not in await subscription.extend(held)
+        await subscription.settle([Release(delivery) for delivery in held])
+        back = await collect(subscription, len(held))
+        assert uuids(back) == uuids(held)
+        assert {message_of(delivery).attempt for delivery in back} == {1}
+        await subscription.settle([Ack(delivery) for delivery in back])
+        await assert_silent(subscription, 0.5)
+
+    async def test_an_extended_delivery_stays(self, rig: Rig) -> None:
+        """Extended over two and a half lease times it goes to nobody else and can be settled."""
+        subscriptions = [await (await rig.broker()).subscribe({"q": 1}) for _ in range(2)]
+        publisher = await rig.broker()
+        waiting = [asyncio.create_task(s.receive({"q": 1}, 1)) for s in subscriptions]
+        await asyncio.sleep(0.2)
+        assert_done(await publisher.publish([rig.message()]))
+        done, _ = await asyncio.wait(waiting, timeout=30, return_when="FIRST_COMPLETED")
+        assert len(done) == 1, "exactly one receiver gets the message"
+        holder = subscriptions[waiting.index(next(iter(done)))]
+        other = next(task for task in waiting if task not in done)
+        held = next(iter(done)).result()
+        async with keeping(holder, held, rig.subject.lease / 4):
+            await asyncio.wait({other}, timeout=2.5 * rig.subject.lease)
+        assert not other.done(), "another receiver got a delivery that is held"
+        assert_settled(await holder.settle([Ack(held[0])]), publisher.guarantees)
+        await asyncio.wait({other}, timeout=0.5)
+        assert not other.done(), "an acknowledged delivery came again"
+        other.cancel()
+        await asyncio.wait({other})
+
+    async def test_settling_follows_a_replaced_fence(self, rig: Rig) -> None:
+        """Where `extend` hands back a replacement, the old delivery can still be settled."""
+        broker = await rig.broker()
+        assert_done(await broker.publish([rig.message()]))
+        subscription = await broker.subscribe({"q": 10})
+        (old,) = await collect(subscription, 1)
+        for _ in range(2):
+            (new,) = await subscription.extend([old])
+            assert new is not None
+        assert_settled(await subscription.settle([Ack(old)]), broker.guarantees)
+        await assert_silent(subscription, rig.subject.lease)

@@ -1,0 +1,126 @@
+"""The server is killed and started again under the same client objects."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from qtasks_conformance.commands import message_of
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.declaring import EVENTS
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
+from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.subject import Server
+from qtasks_conformance.waiting import PATIENCE, collect, persist
+from qtasks_core import Ack, Guarantees, Inbox, Task
+from qtasks_core.errors import Unavailable
+
+FEW = min(12.0, PATIENCE)
+"""Seconds in which a call must give up on a server that is not there, on a busy machine."""
+
+
+class BrokerOutageContract(Contract):
+    """Invariants 1 and 5, for messages."""
+
+    async def test_messages_outlive_the_server(self, rig: Rig) -> None:
+        """What was published before is received after, by a subscription opened before."""
+        broker, receiver = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
+        server = server_of(rig, broker.guarantees)
+        subscription = await receiver.subscribe({"q": 100})
+        before = rig.messages(20) + rig.messages(2, delay=1.0)
+        assert_done(await broker.publish(before))
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(server.restart)
+        deliveries = await collect(subscription, len(before), 2 * PATIENCE)
+        assert uuids(deliveries) == sorted(message.uuid for message in before)
+        assert_settled(
+            await persist(lambda: subscription.settle([Ack(d) for d in deliveries])),
+            receiver.guarantees,
+        )
+        after = rig.messages(5)
+        assert_done(await persist(lambda: broker.publish(after)))
+        expected = {message.uuid for message in after}
+        deliveries = await collect(subscription, len(after))
+        assert {message_of(delivery).uuid for delivery in deliveries} <= expected
+
+    async def test_a_waiting_receive_outlives_the_server(self, rig: Rig) -> None:
+        """A receiver that waits when the server is killed gets what is published afterwards."""
+        broker, receiver = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
+        server = server_of(rig, broker.guarantees)
+        subscription = await receiver.subscribe({"q": 100})
+        waiting = asyncio.create_task(collect(subscription, 3, 2 * PATIENCE))
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(server.kill)
+        await self._gives_up(broker.publish(rig.messages(1)))
+        await asyncio.to_thread(server.restart)
+        messages = rig.messages(3)
+        assert_done(await persist(lambda: broker.publish(messages)))
+        assert len(await waiting) == 3
+
+    @staticmethod
+    async def _gives_up(publishing: object) -> None:
+        """While the server is down a call raises `Unavailable` within seconds."""
+        with pytest.raises(Unavailable):
+            async with asyncio.timeout(FEW):
+                await publishing  # type: ignore[misc]
+
+
+class StorageOutageContract(Contract):
+    """Invariants 1, 2 and 5, for records."""
+
+    async def test_records_outlive_the_server(self, rig: Rig) -> None:
+        """What was saved before is there after, and the order of records still holds."""
+        storage = await rig.storage()
+        server = server_of(rig, storage.guarantees)
+        final = rig.record("success", returning=b"1", execution="a")
+        open_ = rig.record("process", execution="b")
+        assert_done(await storage.save([final, open_]))
+        await asyncio.to_thread(server.kill)
+        with pytest.raises(Unavailable):
+            async with asyncio.timeout(FEW):
+                await storage.save([rig.record("new")])
+        await asyncio.to_thread(server.restart)
+        assert await persist(lambda: storage.get([final.uuid, open_.uuid])) == [final, open_]
+        other = rig.record("error", uuid=final.uuid, execution="c")
+        (outcome,) = await persist(lambda: storage.save([other]))
+        assert (outcome.status, outcome.there) == ("refused", final)
+
+    async def test_an_inbox_outlives_the_server(self, rig: Rig) -> None:
+        """It hears of what became final before, and after; its address stays the same."""
+        storage, saver = await rig.storage(), await rig.storage()
+        server = server_of(rig, storage.guarantees)
+        inbox = await rig.inbox(storage)
+        address = inbox.address
+        early, mine = [rig.record("success", reply_to=address) for _ in range(2)]
+        watched = rig.record("error")
+        inbox.expect([early.uuid, mine.uuid])
+        await inbox.watch([watched.uuid])
+        assert_done(await saver.save([early]))
+        await asyncio.to_thread(server.kill)
+        waiting = asyncio.create_task(self._hear(inbox, {early.uuid, mine.uuid, watched.uuid}))
+        await asyncio.to_thread(server.restart)
+        assert_done(await persist(lambda: saver.save([mine, watched])))
+        heard = await waiting
+        assert heard == {record.uuid: record for record in (early, mine, watched)}
+        assert inbox.address == address
+
+    @staticmethod
+    async def _hear(inbox: Inbox, wanted: set[str]) -> dict[str, Task]:
+        heard: dict[str, Task] = {}
+        try:
+            async with asyncio.timeout(2 * PATIENCE):
+                while not wanted <= heard.keys():
+                    heard |= {task.uuid: task for task in await persist(inbox.receive)}
+        except TimeoutError:
+            raise AssertionError(f"never heard of {wanted - heard.keys()}") from None
+        return heard
+
+
+def server_of(rig: Rig, guarantees: Guarantees) -> Server:
+    """Return the server, or skip: without one there is nothing to kill."""
+    if rig.subject.server is None:
+        pytest.skip("there is no server")
+    if EVENTS.index(guarantees.survives) < EVENTS.index("server crash"):
+        pytest.skip(f"declared not to survive it: {guarantees.durability}")
+    return rig.subject.server

@@ -1,0 +1,157 @@
+"""The order of records: what a storage takes, what it refuses, what it gives back."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import product
+
+import pytest
+from msgspec.structs import replace
+
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delivering import SEPARATORS, assert_done
+from qtasks_conformance.rig import Rig, new_uuid
+from qtasks_core import Status, Storage, Task
+from qtasks_core.errors import ConfigurationError
+
+STATUSES: tuple[Status, ...] = (
+    "new", "scheduled", "process", "retry", "success", "error", "cancel",
+)  # fmt: skip
+FINAL = STATUSES[4:]
+STATES = tuple(product((1, 2), STATUSES))
+"""Every (attempt, status) of two attempts."""
+
+
+def expected(first: Task, second: Task) -> str:
+    """Say what the second save is answered; the design's words, not the core's function.
+
+    A final record refuses every other, whatever its attempt; among the rest (attempt, rank of
+    status) must not go back; saving again what is there (same execution) is done.
+    """
+    was, now = [(t.attempt, STATUSES.index(t.status)) for t in (first, second)]
+    if was == now and first.execution == second.execution:
+        return "done"
+    if first.status in FINAL:
+        return "refused"
+    return "done" if now >= was else "refused"
+
+
+class RecordContract(Contract):
+    """Invariants 2 and 8, for records."""
+
+    async def test_a_record_comes_as_it_went(self, rig: Rig) -> None:
+        """Every field survives, for a client other than the one that saved it."""
+        saver, reader = await rig.storage(), await rig.storage()
+        record = rig.record(
+            "error", task_name="models.übung", args=bytes(range(256)), kwargs=b"\x00",
+            encoding="json", priority=9, attempt=4, execution="e1", returning=b"\xff\x00",
+            error="ValueError: größer", traceback="Traceback\n  …", dead="too often",
+            worker="w:1", reply_to="client", created_at=1.5, started_at=2.5, finished_at=3.25,
+            due_at=4.0, retention=0.5, headers={"ключ": "значение"},
+        )  # fmt: skip
+        assert_done(await saver.save([record]))
+        assert await reader.get([record.uuid]) == [record]
+
+    async def test_get_answers_in_order(self, rig: Rig) -> None:
+        """Unknown uuids are None, duplicates are answered as often as they are asked."""
+        storage = await rig.storage()
+        one, two = rig.record("new"), rig.record("process")
+        assert_done(await storage.save([one, two]))
+        asked = [two.uuid, new_uuid(), one.uuid, two.uuid]
+        assert await storage.get(asked) == [two, None, one, two]
+        assert await storage.get([]) == []
+        assert await storage.save([]) == []
+
+    async def test_get_sees_what_was_saved_elsewhere(self, rig: Rig) -> None:
+        """A save that returned before the call began is seen, from any process."""
+        storage, other = await rig.storage(), await rig.elsewhere()
+        for _ in range(20):
+            records = [rig.record("process"), rig.record("success")]
+            assert_done(await other.save(*records))
+            assert await storage.get([record.uuid for record in records]) == records
+
+    @pytest.mark.parametrize("executions", ["same", "different"])
+    @pytest.mark.parametrize("calls", ["one call", "two calls", "two clients"])
+    async def test_every_pair_of_states(self, rig: Rig, executions: str, calls: str) -> None:
+        """Each (attempt, status) after each other is taken or refused as the order says."""
+        first_storage, second_storage = await rig.storage(), await rig.storage()
+        if calls != "two clients":
+            second_storage = first_storage
+        pairs = [self._pair(rig, one, two, executions) for one, two in product(STATES, STATES)]
+        if calls == "one call":
+            outcomes = await first_storage.save([record for pair in pairs for record in pair])
+            assert_done(outcomes[0::2])
+            outcomes = outcomes[1::2]
+        else:
+            assert_done(await first_storage.save([first for first, _ in pairs]))
+            outcomes = await second_storage.save([second for _, second in pairs])
+        there = await first_storage.get([first.uuid for first, _ in pairs])
+        for (first, second), outcome, record in zip(pairs, outcomes, there, strict=True):
+            what = f"{second.status} {second.attempt} after {first.status} {first.attempt}"
+            assert outcome.status == expected(first, second), what
+            if outcome.status == "refused":
+                assert outcome.there == first, what
+            assert record in self._newest(first, second), what
+
+    @staticmethod
+    def _pair(
+        rig: Rig, one: tuple[int, Status], two: tuple[int, Status], executions: str
+    ) -> tuple[Task, Task]:
+        first = rig.record(one[1], attempt=one[0], execution="a", error="first")
+        execution = "a" if executions == "same" else "b"
+        error = "first" if one == two and executions == "same" else "second"
+        return first, replace(
+            first, status=two[1], attempt=two[0], execution=execution, error=error
+        )
+
+    @staticmethod
+    def _newest(first: Task, second: Task) -> tuple[Task, ...]:
+        return (second,) if expected(first, second) == "done" else (first,)
+
+    async def test_one_of_two_finals_is_taken(self, rig: Rig) -> None:
+        """Of two finals saved at once by two processes exactly one is taken, for every reader."""
+        storage, other = await rig.storage(), await rig.elsewhere()
+        mine = [rig.record("success", execution="mine") for _ in range(25)]
+        theirs = [replace(r, status="error", execution="theirs") for r in reversed(mine)]
+        answers = await asyncio.gather(storage.save(mine), other.save(*theirs))
+        there = await (await rig.storage()).get([record.uuid for record in mine])
+        theirs_by_uuid = dict(zip((t.uuid for t in theirs), answers[1], strict=True))
+        for record, outcome, winner in zip(mine, answers[0], there, strict=True):
+            both = (outcome, theirs_by_uuid[record.uuid])
+            assert sorted(o.status for o in both) == ["done", "refused"]
+            assert winner is not None
+            assert (winner.execution == "mine") == (outcome.status == "done")
+            assert next(o.there for o in both if o.status == "refused") == winner
+
+    async def test_a_final_can_be_saved_again(self, rig: Rig) -> None:
+        """A save of unknown outcome is repeated by the same execution, from any client."""
+        first, second = await rig.storage(), await rig.storage()
+        record = rig.record("success", execution="a", returning=b"1")
+        for storage in (first, first, second):
+            assert_done(await storage.save([record]))
+        other = replace(record, execution="b", returning=b"2")
+        (outcome,) = await second.save([other])
+        assert (outcome.status, outcome.there) == ("refused", record)
+        assert await first.get([record.uuid]) == [record]
+
+    async def test_namespaces_never_meet(self, rig: Rig) -> None:
+        """The same uuid is another record in another namespace."""
+        storage = await rig.storage()
+        record = rig.record("success")
+        assert_done(await storage.save([record]))
+        for name, other in (await self._neighbours(rig)).items():
+            assert await other.get([record.uuid]) == [None], name
+            theirs = replace(record, task_name=name, status="process")
+            assert_done(await other.save([theirs]))
+            assert await other.get([record.uuid]) == [theirs], name
+        assert await storage.get([record.uuid]) == [record]
+
+    async def _neighbours(self, rig: Rig) -> dict[str, Storage]:
+        names = ["other" + rig.namespace, *(f"{rig.namespace}{mark}x" for mark in SEPARATORS)]
+        neighbours: dict[str, Storage] = {}
+        for name in names:
+            try:
+                neighbours[name] = await rig.storage(namespace=name)
+            except ConfigurationError:
+                assert "/" in name or ":" in name, f"{name!r} is a plain enough name"
+        return neighbours

@@ -1,0 +1,88 @@
+"""What a test works with: parts of the subject in a namespace of its own, all freed at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from typing import Any
+
+from uuid_utils import uuid7
+
+from qtasks_conformance.commands import Setup
+from qtasks_conformance.elsewhere import Elsewhere, Inside, Process
+from qtasks_conformance.subject import Subject
+from qtasks_core import Broker, Inbox, Status, Storage, Task, TaskMessage
+
+LONG_LEASE = 30.0
+"""Seconds: longer than any test that must not lose a lease."""
+
+
+class Rig:
+    """Starts parts and other processes for one test."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.namespace = f"kit{uuid7().hex[-12:]}"
+        self.within = subject.lease + subject.slack
+        """Seconds within which a lost delivery must be with another."""
+        self._end = AsyncExitStack()
+
+    async def broker(self, *, namespace: str | None = None, lease: float | None = None) -> Broker:
+        """Start one more broker; with a lease of its own (seconds) where the test needs it."""
+        part = self.subject.broker if lease is None else self.subject.broker.but(lease=lease)
+        broker = part.broker()
+        self._end.push_async_callback(broker.stop)
+        await broker.start(namespace or self.namespace)
+        return broker
+
+    async def storage(self, *, namespace: str | None = None) -> Storage:
+        """Start one more storage."""
+        storage = self.subject.storage.storage()
+        self._end.push_async_callback(storage.stop)
+        await storage.start(namespace or self.namespace)
+        return storage
+
+    async def inbox(self, storage: Storage) -> Inbox:
+        """Open an inbox."""
+        inbox = await storage.inbox()
+        self._end.push_async_callback(inbox.close)
+        return inbox
+
+    async def elsewhere(self, *, lease: float | None = None) -> Elsewhere:
+        """Start another process with parts of its own."""
+        part = self.subject.broker if lease is None else self.subject.broker.but(lease=lease)
+        setup = Setup(part, self.subject.storage, self.namespace)
+        other = Inside(setup) if self.subject.ends_with_process else Process(setup)
+        self._end.push_async_callback(other.close)
+        await other.start()
+        return other
+
+    def message(self, **fields: Any) -> TaskMessage:
+        """Make a message with a new uuid, in queue `q` unless said otherwise."""
+        return TaskMessage(**{"uuid": new_uuid(), "task_name": "kit.task", "queue": "q", **fields})
+
+    def messages(self, count: int, **fields: Any) -> list[TaskMessage]:
+        """Make so many messages."""
+        return [self.message(**fields) for _ in range(count)]
+
+    def record(self, status: Status, **fields: Any) -> Task:
+        """Make a record with a new uuid unless one is given."""
+        return Task(
+            **{
+                "uuid": new_uuid(),
+                "task_name": "kit.task",
+                "queue": "q",
+                "status": status,
+                **fields,
+            }
+        )
+
+    async def close(self) -> None:
+        """Free everything, the newest first, even when some of it fails."""
+        async with asyncio.timeout(60):
+            await self._end.aclose()
+
+
+def new_uuid() -> str:
+    """Return a uuid as the engine makes them."""
+    return str(uuid7())

@@ -1,0 +1,97 @@
+"""What is tested: parts that any process can build, their server, and what they must promise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any, Literal, Protocol
+
+from qtasks_core import Broker, Storage
+
+Survives = Literal["nothing", "client crash", "server crash", "machine crash"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """How to build a broker or a storage, here or in a child process.
+
+    `target` is `module:Class`, `arguments` are its keyword arguments, made of what JSON knows.
+    """
+
+    target: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> type[Any]:
+        """Import and return the class."""
+        module, _, name = self.target.partition(":")
+        loaded: type[Any] = getattr(import_module(module), name)
+        return loaded
+
+    def build(self) -> Any:
+        """Return a new part, not yet started."""
+        return self.load()(**self.arguments)
+
+    def broker(self) -> Broker:
+        """Build, and insist on a Broker."""
+        part = self.build()
+        assert isinstance(part, Broker), f"{self.target} is no Broker"
+        return part
+
+    def storage(self) -> Storage:
+        """Build, and insist on a Storage."""
+        part = self.build()
+        assert isinstance(part, Storage), f"{self.target} is no Storage"
+        return part
+
+    def but(self, **arguments: Any) -> Part:
+        """Return this part with other arguments."""
+        return replace(self, arguments={**self.arguments, **arguments})
+
+
+class Server(Protocol):
+    """The server behind the parts, for the tests that crash it. Both calls block."""
+
+    def kill(self) -> object:
+        """Kill it as a crash does (SIGKILL), and return when it is gone."""
+
+    def restart(self) -> object:
+        """Start it again on the same address and data, and return when it answers."""
+
+
+@dataclass(frozen=True)
+class Least:
+    """The least a part has to declare. What it declares beyond that is tested as well."""
+
+    survives: Survives = "nothing"
+    settle_confirmed: bool = False
+    counts_deliveries: bool = False
+    priorities: bool = False
+    transactions: bool = False
+    supports: tuple[str, ...] = ()
+    """Optional methods that must not be among the unsupported."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A broker and a storage to be tested, each for itself and as a pair.
+
+    The broker's constructor must take `lease` (seconds): tests that must not lose a lease on a
+    slow machine build it with a long one.
+    """
+
+    broker: Part
+    storage: Part
+    lease: float
+    """Seconds within which a delivery of a dead receiver of `broker` must go to another."""
+    server: Server | None = None
+    """None where there is none to kill; for a pair on two servers, one that stands for both."""
+    ends_with_process: bool = False
+    """Whether all is gone with the process: then 'another process' is another instance here, and
+    killing it means to drop it without a word."""
+    driver: str | None = None
+    """The module that must not be imported before `start`."""
+    slack: float = 4.0
+    """Seconds by which a busy machine may be late."""
+    least_broker: Least = Least()
+    least_storage: Least = Least()

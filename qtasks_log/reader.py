@@ -1,0 +1,137 @@
+"""The one task that reads a log, and all who wait for what it reads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio import Future
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from qtasks_core.errors import Closed, Unavailable
+from qtasks_log.log import Entry, Log
+
+logger = logging.getLogger(__name__)
+
+STALLED = 5.0
+"""Seconds without anything read after which who waits for an entry gets `Unavailable`."""
+
+T = TypeVar("T")
+
+
+class Reader:
+    """Hands every entry of a log to `take`, in the log's order.
+
+    When reading fails, all who wait are told; whoever waits next starts it again, and it goes on
+    where it was.
+    """
+
+    def __init__(self, log: Log, take: Callable[[Entry], None]) -> None:
+        self._log = log
+        self._take = take
+        self._task: asyncio.Task[None] | None = None
+        self._open = True
+        self._reads = 0
+        self._waiting: set[Future[Any]] = set()
+        self._marks: list[tuple[object, Future[None]]] = []
+        self._marking = asyncio.Lock()
+        self._gathering: asyncio.Task[None] | None = None
+        self._catching_up: set[asyncio.Task[None]] = set()
+
+    async def stop(self) -> None:
+        """End reading; who waits gets `Closed`."""
+        self._open = False
+        self._fail_waiting(Closed("LogStorage was stopped"))
+        tasks = [*self._catching_up, *([self._task] if self._task is not None else [])]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def keep_reading(self) -> None:
+        """Start the task, anew if it has failed."""
+        if not self._open:
+            raise Closed("LogStorage was stopped")
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._read())
+            self._task.add_done_callback(self._ended)
+
+    async def _read(self) -> None:
+        while True:
+            entries = await self._log.read()
+            self._reads += 1
+            for entry in entries:
+                self._take(entry)
+            for mark, reached in self._marks:
+                if not reached.done() and self._log.reached(mark):
+                    reached.set_result(None)
+            # A log that has much to give may answer without ever suspending.
+            await asyncio.sleep(0)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("reading the log ended, the next call goes on: %s", error)
+            self._fail_waiting(error)
+
+    def _fail_waiting(self, error: BaseException) -> None:
+        for waiter in self._waiting:
+            if not waiter.done():
+                waiter.set_exception(error)
+
+    async def wait(self, waiter: Future[T], *, idle: bool = False) -> T:
+        """Wait for what an entry will set.
+
+        Raises `Unavailable` when reading fails and, unless the log may well be `idle`, when
+        nothing is read for `STALLED` seconds.
+        """
+        self.keep_reading()
+        self._waiting.add(waiter)
+        try:
+            while True:
+                reads = self._reads
+                await asyncio.wait({waiter}, timeout=None if idle else STALLED)
+                if waiter.done():
+                    return waiter.result()
+                if self._reads == reads:
+                    raise Unavailable(f"nothing could be read from the log for {STALLED} s")
+        finally:
+            self._waiting.discard(waiter)
+
+    async def catch_up(self) -> None:
+        """Wait until all is read that was durable when this call began.
+
+        Costs one mark for all calls that begin while an earlier mark is on its way. Raises
+        `Unavailable`.
+        """
+        self.keep_reading()
+        if self._gathering is None:
+            self._gathering = asyncio.create_task(self._reach_next_mark())
+            self._catching_up.add(self._gathering)
+            self._gathering.add_done_callback(self._caught_up)
+        gathering = self._gathering
+        # Not awaited itself: others share it when this call is cancelled.
+        await asyncio.wait({gathering})
+        if gathering.cancelled():
+            raise Closed("LogStorage was stopped")
+        gathering.result()
+
+    async def _reach_next_mark(self) -> None:
+        async with self._marking:
+            self._gathering = None
+            mark = await self._log.mark()
+        if self._log.reached(mark):
+            return
+        reached: Future[None] = asyncio.get_running_loop().create_future()
+        self._marks.append((mark, reached))
+        try:
+            await self.wait(reached)
+        finally:
+            self._marks.remove((mark, reached))
+
+    def _caught_up(self, task: asyncio.Task[None]) -> None:
+        self._catching_up.discard(task)
+        if self._gathering is task:
+            self._gathering = None
+        if not task.cancelled():
+            # Looked at even when every caller was cancelled meanwhile.
+            task.exception()

@@ -1,0 +1,204 @@
+"""A storage on an append-only log: saves are proposals, and who reads them back knows who won."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio import Future
+from collections.abc import Iterable, Sequence
+from itertools import count, islice
+
+from msgspec.structs import replace
+from uuid_utils import uuid7
+
+from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
+from qtasks_core.errors import Closed, NotSupported, Unavailable, WireError
+from qtasks_core.records import FINAL
+from qtasks_core.wire import decode_task, encode_task
+from qtasks_log.inbox import Inboxes, LogInbox
+from qtasks_log.log import Entry, Log
+from qtasks_log.reader import Reader
+from qtasks_log.view import Judgement, Proposal, View
+
+logger = logging.getLogger(__name__)
+
+LINGER = 0.05
+"""Seconds in which tombstones gather, so that they share an append and let saves go first."""
+LAST_SWEEP = 2.0
+"""Seconds that `stop` gives the tombstones still to be written."""
+
+
+class LogStorage(Storage):
+    """Remembers tasks in a log that every process reads from its start into a view of its own."""
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._open = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._view = View()
+        self._reader = Reader(self._log, self._take)
+        self._inboxes = Inboxes(self._reader, self._view)
+        # Keys are unique: under one key for all repeats of a save, compaction would keep the last
+        # of them, and a loser in front of that would win.
+        self._writer = f"{uuid7().hex}."
+        self._sequence = count()
+        self._saves: dict[str, tuple[Save, int]] = {}
+        self._needless: dict[str, Entry] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+        self.undecodable = 0
+        """How many entries of the log were skipped because they are no records."""
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return replace(
+            self._log.guarantees,
+            unsupported=(
+                "query", "claim", "release", "set", "get_value", "watch_value",
+                "append", "read", "delete", "expire", "migrate",
+            ),
+        )  # fmt: skip
+
+    async def start(self, namespace: str) -> None:
+        """Connect and read the log to its end: from here on this view judges as all others do."""
+        self._reset()
+        self._open = True
+        try:
+            await self._log.start(namespace)
+            await self._reader.catch_up()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        if self._open:
+            self._open = False
+            await self._inboxes.close()
+            await self._reader.stop()
+            await self._sweep_last()
+        await self._log.stop()
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        """Append a proposal for each task and wait until all were read back and judged."""
+        self._started()
+        if transaction is not None:
+            raise NotSupported("LogStorage cannot take part in a transaction")
+        if not tasks:
+            return []
+        save = Save(len(tasks))
+        entries: list[Entry] = []
+        for at, task in enumerate(tasks):
+            key = f"{self._writer}{next(self._sequence)}"
+            entries.append(Entry(task.uuid, key, encode_task(task)))
+            self._saves[key] = save, at
+        try:
+            await self._log.append(entries)
+            return await self._reader.wait(save.judged)
+        finally:
+            for entry in entries:
+                self._saves.pop(entry.key, None)
+
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        self._started()
+        if uuids:
+            await self._reader.catch_up()
+        return [self._view.get(uuid) for uuid in uuids]
+
+    async def inbox(self) -> Inbox:
+        self._started()
+        return LogInbox(self._inboxes)
+
+    def _started(self) -> None:
+        if not self._open:
+            raise Closed("LogStorage is not started")
+
+    def _take(self, entry: Entry) -> None:
+        """Take the next entry of the log into the view, and tell who has to know of it."""
+        if entry.value is None:
+            self._view.discard(entry.partition_key, entry.key)
+            return
+        try:
+            task = decode_task(entry.value)
+        except WireError as error:
+            self._skip(entry, error)
+            return
+        judgement = self._view.propose(Proposal(entry.key, task))
+        if judgement == "accept" and task.status in FINAL:
+            self._inboxes.push(task)
+        if entry.key.startswith(self._writer):
+            self._own(entry, judgement)
+
+    def _skip(self, entry: Entry, error: WireError) -> None:
+        if not self.undecodable:
+            logger.warning("skipping what is no record in the log, under %s: %s", entry.key, error)
+        self.undecodable += 1
+        if entry.key in self._saves:
+            save, at = self._saves[entry.key]
+            save.set(at, Outcome("refused", f"the record cannot be read back: {error}"))
+
+    def _own(self, entry: Entry, judgement: Judgement) -> None:
+        """Tell who waits for a proposal of this process, and discard what it made needless."""
+        uuid = entry.partition_key
+        if entry.key in self._saves:
+            save, at = self._saves[entry.key]
+            if judgement == "refuse":
+                save.set(at, Outcome("refused", "a newer record is there", self._view.get(uuid)))
+            else:
+                save.set(at, DONE)
+        needless = self._view.needless(uuid) if judgement == "accept" else [entry.key]
+        self._discard(uuid, needless)
+
+    def _discard(self, uuid: str, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._needless.setdefault(key, Entry(uuid, key, None))
+        if self._needless and (self._sweeper is None or self._sweeper.done()):
+            self._sweeper = asyncio.create_task(self._sweep())
+            self._sweeper.add_done_callback(_log_failure)
+
+    async def _sweep(self) -> None:
+        """Write the tombstones. What could not be written is tried again with the next ones."""
+        while self._needless:
+            await asyncio.sleep(LINGER)
+            batch = list(islice(self._needless.values(), 1000))
+            try:
+                await self._log.append(batch)
+            except Unavailable as error:
+                logger.info("%d tombstones have to wait: %s", len(self._needless), error)
+                return
+            for entry in batch:
+                del self._needless[entry.key]
+
+    async def _sweep_last(self) -> None:
+        """Write what tombstones are left; those that fail only save room."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.wait({self._sweeper})
+        if self._needless:
+            try:
+                async with asyncio.timeout(LAST_SWEEP):
+                    await self._log.append(list(self._needless.values()))
+            except (Unavailable, TimeoutError) as error:
+                logger.info("%d tombstones were not written: %s", len(self._needless), error)
+
+
+def _log_failure(sweeper: asyncio.Task[None]) -> None:
+    if not sweeper.cancelled() and (error := sweeper.exception()) is not None:
+        logger.error("writing tombstones failed", exc_info=error)
+
+
+class Save:
+    """A batch whose proposals are on their way through the log."""
+
+    def __init__(self, size: int) -> None:
+        self._outcomes: list[Outcome] = [DONE] * size
+        self._missing = set(range(size))
+        self.judged: Future[list[Outcome]] = asyncio.get_running_loop().create_future()
+
+    def set(self, at: int, outcome: Outcome) -> None:
+        """Note the outcome of one item; the last one ends the wait."""
+        if at in self._missing:
+            self._outcomes[at] = outcome
+            self._missing.discard(at)
+            if not self._missing and not self.judged.done():
+                self.judged.set_result(self._outcomes)

@@ -1,0 +1,219 @@
+"""A log on a RabbitMQ stream: append with confirms, read on from an offset, catch up by a mark."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from uuid_utils import uuid7
+
+from qtasks_core import Guarantees
+from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.shielded import Shielded
+from qtasks_log import Entry, Log
+from qtasks_rabbitmq.connection import Connection
+from qtasks_rabbitmq.topology import Names, declare
+
+if TYPE_CHECKING:
+    from qtasks_rabbitmq.channel import Channel
+
+HEARTBEAT = 10
+"""Seconds."""
+PREFETCH = 2000
+MOST_AT_ONCE = 1000
+MOST_BYTES_AT_ONCE = 4 * 2**20
+"""What is written before the server's confirms are awaited."""
+VERSION = b"\x01"
+"""The first byte of every record; a record that an older release cannot read raises it."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
+    """What stands in the stream: an entry, or a mark if `mark` is set."""
+
+    partition_key: str
+    key: str
+    value: bytes | None
+    mark: str = ""
+
+
+class Mark:
+    """A position in the log: reached when the reader has come past its record."""
+
+    __slots__ = ("id", "reached")
+
+    def __init__(self) -> None:
+        self.id = str(uuid7())
+        self.reached = False
+
+
+log = logging.getLogger(__name__)
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Record)
+
+
+class RabbitMQLog(Log):
+    """One stream a namespace, without a limit of size or age."""
+
+    def __init__(self, url: str = "amqp://localhost") -> None:
+        self._url = url
+        self._stream = ""
+        self._writing: Connection | None = None
+        self._reading: Connection | None = None
+        self._reader: Channel | None = None
+        self._next = 0
+        """The offset behind the last record that was returned."""
+        self._arrived: deque[tuple[int, int, bytes]] = deque()
+        self._bell = asyncio.Event()
+        self._opening: Shielded[Channel] = Shielded()
+        self._marks: dict[str, Mark] = {}
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return Guarantees(
+            part="RabbitMQLog",
+            server=self._writing.server if self._writing is not None else "",
+            survives="server crash",
+            durability="a stream: confirmed when a majority has written it; RabbitMQ does not sync "
+            "streams to disk, so one machine alone may forget the last seconds when it fails",
+            notes=("the stream has no limit of size or age: it grows until it is deleted",),
+        )
+
+    async def start(self, namespace: str) -> None:
+        self._stream = Names(namespace).log
+        if self._writing is None:
+            self._writing = Connection(self._url, "log writer", HEARTBEAT, self._create)
+            self._reading = Connection(self._url, "log reader", HEARTBEAT, self._consume)
+        await self._writing.channel()
+
+    async def stop(self) -> None:
+        await self._opening.abandon()
+        connections = (self._writing, self._reading)
+        self._writing = self._reading = self._reader = None
+        for connection in connections:
+            if connection is not None:
+                await connection.close()
+        self._bell.set()
+
+    async def append(self, entries: Sequence[Entry]) -> None:
+        chunk: list[bytes] = []
+        size = 0
+        for entry in entries:
+            record = Record(entry.partition_key, entry.key, entry.value)
+            chunk.append(VERSION + _encoder.encode(record))
+            size += len(chunk[-1])
+            if len(chunk) == MOST_AT_ONCE or size > MOST_BYTES_AT_ONCE:
+                await self._append(chunk)
+                chunk, size = [], 0
+        if chunk:
+            await self._append(chunk)
+
+    async def read(self) -> list[Entry]:
+        while True:
+            self._bell.clear()
+            if self._reading is None:
+                raise Closed("RabbitMQLog is not started")
+            if self._reader is None or self._reader.lost is not None:
+                self._reader = await self._opening.run(self._reading.channel)
+            if self._arrived:
+                reached, entries = await self._collect(self._reader)
+                if entries or reached:
+                    return entries
+            else:
+                await self._bell.wait()
+
+    async def mark(self) -> object:
+        """Write a record of its own and return it: streams cannot be asked for their end."""
+        mark = Mark()
+        self._marks[mark.id] = mark
+        try:
+            await self._append([VERSION + _encoder.encode(Record("", "", None, mark.id))])
+        except BaseException:
+            self._marks.pop(mark.id, None)
+            raise
+        return mark
+
+    def reached(self, mark: object) -> bool:
+        return isinstance(mark, Mark) and mark.reached
+
+    async def _append(self, bodies: Sequence[bytes]) -> None:
+        from qtasks_rabbitmq.channel import Sending
+
+        if self._writing is None:
+            raise Closed("RabbitMQLog is not started")
+        channel = await self._writing.channel()
+        try:
+            async with self._writing.answering():
+                refused = await channel.publish([Sending(body, self._stream) for body in bodies])
+        except Unavailable:
+            self._writing.discard("the server did not confirm in time", only=channel)
+            raise
+        if refused:
+            self._writing.discard("the stream is gone", only=channel)
+            raise Unavailable(f"the stream {self._stream}: {next(iter(refused.values()))}")
+
+    async def _collect(self, reader: Channel) -> tuple[bool, list[Entry]]:
+        """Return whether a mark of this log was reached, and the entries that have arrived."""
+        from pamqp.commands import Basic
+
+        # It asks for more, and comes before anything is taken: being cancelled here skips nothing.
+        await reader.send(Basic.Ack(delivery_tag=self._arrived[-1][1], multiple=True))
+        reached = False
+        entries: list[Entry] = []
+        while self._arrived:
+            offset, _, body = self._arrived.popleft()
+            self._next = offset + 1
+            record = _decode(offset, body)
+            if record is None:
+                continue
+            if not record.mark:
+                entries.append(Entry(record.partition_key, record.key, record.value))
+            elif (mark := self._marks.pop(record.mark, None)) is not None:
+                mark.reached = reached = True
+        return reached, entries
+
+    async def _create(self, channel: Channel, _version: tuple[int, ...]) -> None:
+        """Declare the stream on a new connection."""
+        from pamqp.commands import Queue
+
+        arguments: dict[str, Any] = {"x-queue-type": "stream"}
+        stream = Queue.Declare(queue=self._stream, durable=True, arguments=arguments)
+        await declare(channel, [stream], [self._stream])
+
+    async def _consume(self, channel: Channel, version: tuple[int, ...]) -> None:
+        """Read on from behind what was returned, on a new connection."""
+        from pamqp.commands import Basic
+
+        await self._create(channel, version)
+        self._arrived.clear()
+        channel.on_delivery = partial(self._arrive, channel)
+        channel.on_lost = self._bell.set
+        offset: dict[str, Any] = {"x-stream-offset": self._next or "first"}
+        await channel.call(
+            Basic.Qos(prefetch_count=PREFETCH),
+            Basic.Consume(queue=self._stream, arguments=offset),
+        )
+
+    def _arrive(
+        self, channel: Channel, _tag: str, delivery_tag: int, headers: dict[str, Any], body: bytes
+    ) -> None:
+        offset = headers["x-stream-offset"]
+        if channel.lost is None and offset >= self._next:
+            self._arrived.append((offset, delivery_tag, body))
+            self._bell.set()
+
+
+def _decode(offset: int, body: bytes) -> Record | None:
+    """Return the record, or None for what another program or a later release wrote."""
+    if body[:1] == VERSION:
+        try:
+            return _decoder.decode(memoryview(body)[1:])
+        except msgspec.MsgspecError as error:
+            log.error("offset %d of the log cannot be read: %s", offset, error)
+            return None
+    log.error("offset %d of the log cannot be read: not written by this release", offset)
+    return None

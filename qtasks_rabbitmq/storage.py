@@ -1,0 +1,13 @@
+"""A storage on RabbitMQ: the log storage on a stream."""
+
+from __future__ import annotations
+
+from qtasks_log import LogStorage
+from qtasks_rabbitmq.log import RabbitMQLog
+
+
+class RabbitMQStorage(LogStorage):
+    """Remembers tasks in a stream, and reads all of it at the start."""
+
+    def __init__(self, url: str = "amqp://localhost") -> None:
+        super().__init__(RabbitMQLog(url))

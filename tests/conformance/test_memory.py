@@ -1,0 +1,36 @@
+"""The kit on the memory backend, which ends with its process and is let off the kills."""
+
+import pytest
+
+from qtasks_conformance import (
+    BrokerContract,
+    Least,
+    PairContract,
+    Part,
+    StorageContract,
+    Subject,
+)
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return Subject(
+        broker=Part("qtasks_memory:MemoryBroker", {"lease": 1.0}),
+        storage=Part("qtasks_memory:MemoryStorage"),
+        lease=1.0,
+        ends_with_process=True,
+        least_broker=Least(settle_confirmed=True, counts_deliveries=True, priorities=True),
+        least_storage=Least(settle_confirmed=True),
+    )
+
+
+class TestMemoryBroker(BrokerContract):
+    pass
+
+
+class TestMemoryStorage(StorageContract):
+    pass
+
+
+class TestMemoryPair(PairContract):
+    pass

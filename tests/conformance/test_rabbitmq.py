@@ -1,0 +1,38 @@
+"""The kit on RabbitMQ: quorum queues, and a log storage on a stream."""
+
+import pytest
+
+from qtasks_conformance import (
+    BrokerContract,
+    Least,
+    PairContract,
+    Part,
+    StorageContract,
+    Subject,
+)
+from tests.services import Service
+
+
+@pytest.fixture
+def subject(rabbitmq_server: Service) -> Subject:
+    return Subject(
+        broker=Part("qtasks_rabbitmq:RabbitMQBroker", {"url": rabbitmq_server.url, "lease": 3.0}),
+        storage=Part("qtasks_rabbitmq:RabbitMQStorage", {"url": rabbitmq_server.url}),
+        lease=3.0,
+        server=rabbitmq_server,
+        driver="aiormq",
+        least_broker=Least(survives="machine crash", counts_deliveries=True),
+        least_storage=Least(survives="server crash", settle_confirmed=True),
+    )
+
+
+class TestRabbitMQBroker(BrokerContract):
+    pass
+
+
+class TestRabbitMQStorage(StorageContract):
+    pass
+
+
+class TestRabbitMQPair(PairContract):
+    pass

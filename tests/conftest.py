@@ -1,0 +1,93 @@
+"""The servers as fixtures: started when a test first asks, once a run, and told of at its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from qtasks_core.urls import redact
+from tests.services import SERVICES, NotOurs, NotReady, Service, Unobtainable
+
+# What became of each server that a test asked for: name -> (how, version, URL or reason).
+TOLD = pytest.StashKey[dict[str, tuple[str, str, str]]]()
+
+
+def in_ci() -> bool:
+    """Tell whether a test that cannot run is a failure."""
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the tests marked `full` too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[TOLD] = {}
+    config.addinivalue_line("markers", "full: takes long; runs with --full only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="takes long: --full runs it"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """A test that would kill a server somebody else runs is skipped with that reason."""
+    try:
+        return (yield)
+    except NotOurs as error:
+        if in_ci():
+            raise
+        pytest.skip(str(error))
+
+
+def serve(config: pytest.Config, name: str) -> Iterator[Service]:
+    """Give the started server; what cannot be had skips its tests, in CI it fails them."""
+    told, service = config.stash[TOLD], SERVICES[name]()
+    try:
+        service.start()
+    except Unobtainable as error:
+        told[name] = ("not had", "", str(error))
+        (pytest.fail if in_ci() else pytest.skip)(f"{name} cannot be had: {error}")
+    except NotReady as error:
+        told[name] = ("failed", "", str(error))
+        raise
+    told[name] = (service.how, service.version, redact(service.url))
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server(pytestconfig: pytest.Config) -> Iterator[Service]:
+    yield from serve(pytestconfig, "redis")
+
+
+@pytest.fixture(scope="session")
+def postgres_server(pytestconfig: pytest.Config) -> Iterator[Service]:
+    yield from serve(pytestconfig, "postgres")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server(pytestconfig: pytest.Config) -> Iterator[Service]:
+    yield from serve(pytestconfig, "rabbitmq")
+
+
+@pytest.fixture(scope="session")
+def kafka_server(pytestconfig: pytest.Config) -> Iterator[Service]:
+    yield from serve(pytestconfig, "kafka")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    terminalreporter.section("servers")
+    for name in SERVICES:
+        how, version, detail = config.stash[TOLD].get(name, ("not asked for", "", ""))
+        terminalreporter.write_line(f"{name:10} {how:14} {version:10} {detail}".rstrip())

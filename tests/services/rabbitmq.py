@@ -1,0 +1,92 @@
+"""RabbitMQ for the tests, a node with an epmd of its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+from tests.services.install import need_program
+from tests.services.native import Native, free_port
+from tests.services.service import NotReady, Service, Way
+
+NEW_QUEUE_NOTED = 1.2  # seconds
+
+
+class NativeRabbitMQ(Native):
+    """Debian's rabbitmq-server, which wants to be its own user and shares what it is not told."""
+
+    account = "rabbitmq"
+
+    def find(self) -> None:
+        program = need_program("rabbitmq-server", "rabbitmq-server")
+        # Debian's wrapper in PATH writes to one log for all nodes; what it wraps does not.
+        wrapped = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+        self._program = wrapped if os.access(wrapped, os.X_OK) else program
+
+    def prepare(self) -> str:
+        self.port, self._distribution, self._epmd = free_port(), free_port(), free_port()
+        self.write("enabled_plugins", "[].\n")
+        self.write("rabbitmq-env.conf", "")
+        self.write("rabbitmq.conf", "log.file.level = warning\ndisk_free_limit.absolute = 50MB\n")
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    def command(self) -> list[str]:
+        return [self._program]
+
+    def kill(self) -> None:
+        """Kill it once it has noted every queue that was declared before.
+
+        The name of a new quorum queue reaches the disk up to a second after its declaration was
+        answered (Ra's names.dets, saved every 500 ms when at rest). Killed earlier, RabbitMQ loses
+        the queue and all that was confirmed in it, and the queue has no leader from then on. That
+        is the server's own durability; a test of ours that ran into it would test nothing else.
+        """
+        time.sleep(NEW_QUEUE_NOTED)
+        super().kill()
+
+    def environment(self) -> Mapping[str, str]:
+        below = self.directory
+        return {
+            "HOME": str(below),
+            "RABBITMQ_NODENAME": f"qtasks-{self.port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(self.port),
+            "RABBITMQ_DIST_PORT": str(self._distribution),
+            "ERL_EPMD_PORT": str(self._epmd),
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "RABBITMQ_CONF_ENV_FILE": str(below / "rabbitmq-env.conf"),
+            "RABBITMQ_CONFIG_FILE": str(below / "rabbitmq"),
+            "RABBITMQ_ADVANCED_CONFIG_FILE": str(below / "advanced"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(below / "enabled_plugins"),
+            "RABBITMQ_FEATURE_FLAGS_FILE": str(below / "feature_flags"),
+            "RABBITMQ_MNESIA_BASE": str(below / "mnesia"),
+            "RABBITMQ_LOG_BASE": str(below / "log"),
+            "RABBITMQ_PID_FILE": str(below / "pid"),
+            # Its start script then becomes the server instead of waiting for it.
+            "RABBITMQ_ALLOW_INPUT": "true",
+            # No spinning schedulers: the machine is shared with the tests.
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput +sbwt none +sbwtdcpu none"
+            " +sbwtdio none",
+        }
+
+
+class RabbitMQServer(Service):
+    name = "rabbitmq"
+
+    def native(self) -> Way:
+        return NativeRabbitMQ()
+
+    async def probe(self, url: str) -> str:
+        import aiormq
+
+        connection = aiormq.Connection(url)
+        try:
+            await connection.connect()
+        except (OSError, aiormq.exceptions.AMQPError) as error:
+            raise NotReady(str(error)) from error
+        try:
+            version = connection.server_properties["version"]
+        finally:
+            await connection.close()
+        return version.decode() if isinstance(version, bytes) else str(version)
