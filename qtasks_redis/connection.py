@@ -24,6 +24,8 @@ CONNECT_WITHIN: Final = 3.0
 """Seconds to wait for a new connection; the handshake comes on top."""
 _SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "valkey": "redis"}
 _NEEDS: Final = (6, 2)
+_MOST_CALLS: Final = 32
+"""Calls on the way at once, each on a connection of its own; the others wait their turn."""
 _MOST_ITEMS: Final = 1000
 _MOST_BYTES: Final = 4 * 1024 * 1024
 _PASSING: Final = ("OOM", "READONLY", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY")
@@ -66,6 +68,7 @@ class Connection:
         self._execute: Callable[..., Awaitable[Any]] = client.execute_command
         self._url = url
         self.server = UNKNOWN
+        self._slots = asyncio.Semaphore(_MOST_CALLS)
         self.answer_within = within
         # The braces are the hash tag of a cluster; quoting keeps namespaces from meeting.
         self._prefix = f"qtasks:{{{quote(namespace, safe='')}}}:"
@@ -85,7 +88,7 @@ class Connection:
         can swallow a cancellation.
         """
         with self.reachable():
-            async with asyncio.timeout(self.answer_within):
+            async with asyncio.timeout(self.answer_within), self._slots:
                 return await self._execute(*command)
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
@@ -107,7 +110,10 @@ class Connection:
 
         Less than the time in which the server must answer, so that a dead one is noticed.
         """
-        heard = await self.call("BLPOP", *bells, f"{0.8 * self.answer_within:.3f}")
+        seconds = f"{0.8 * self.answer_within:.3f}"
+        with self.reachable():
+            async with asyncio.timeout(self.answer_within):
+                heard = await self._execute("BLPOP", *bells, seconds)
         return None if heard is None else heard[0].decode()
 
     async def line(self) -> AbstractConnection:
