@@ -149,7 +149,8 @@ class RedisInbox(Inbox):
         """The uuids that are waited for, and whether they are watched."""
         self._dropped: set[str] = set()
         """Channels that are subscribed to and no longer needed."""
-        self._confirming: dict[str, asyncio.Future[None]] = {}
+        self._confirming: dict[str, asyncio.Future[bool]] = {}
+        """For each channel whether the server has confirmed it, False when the line broke first."""
         self._arrived: list[Task] = []
         self._news = asyncio.Event()
         self._line: AbstractConnection | None = None
@@ -245,16 +246,19 @@ class RedisInbox(Inbox):
             return
         self._dropped.difference_update(channels)
         loop = asyncio.get_running_loop()
-        confirming = {channel: loop.create_future() for channel in channels}
-        self._confirming.update(confirming)
+        confirmed = [
+            self._confirming.setdefault(channel, loop.create_future()) for channel in channels
+        ]
         try:
             with self._connection.reachable():
                 async with asyncio.timeout(self._connection.answer_within):
                     await line.send_command("SUBSCRIBE", *channels)
-                    await asyncio.gather(*confirming.values())
+                    await asyncio.wait(confirmed)
         finally:
             for channel in channels:
                 self._confirming.pop(channel, None)
+        if not all(future.result() for future in confirmed):
+            raise Unavailable("the inbox has lost its connection")
 
     async def _read(self, line: AbstractConnection) -> None:
         """Read until the connection breaks; the error is for `receive` to raise."""
@@ -263,10 +267,9 @@ class RedisInbox(Inbox):
                 await self._follow(line)
         finally:
             self._line = None
-            lost = Unavailable("the inbox has lost its connection")
             for future in self._confirming.values():
                 if not future.done():
-                    future.set_exception(lost)
+                    future.set_result(False)
             await line.disconnect(nowait=True)
 
     async def _follow(self, line: AbstractConnection) -> None:
@@ -303,7 +306,7 @@ class RedisInbox(Inbox):
         elif kind == b"subscribe":
             future = self._confirming.get(reply[1].decode())
             if future is not None and not future.done():
-                future.set_result(None)
+                future.set_result(True)
 
     def _take(self, tasks: Sequence[Task | None]) -> None:
         """Keep the final records that are waited for, each once."""
