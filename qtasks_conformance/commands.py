@@ -128,6 +128,7 @@ class Answer(Struct, frozen=True):
 command_decoder = msgspec.json.Decoder(Command)
 answer_decoder = msgspec.json.Decoder(Answer)
 setup_decoder = msgspec.json.Decoder(Setup)
+part_decoder = msgspec.json.Decoder(Part)
 encode = msgspec.json.encode
 
 

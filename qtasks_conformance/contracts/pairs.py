@@ -11,7 +11,7 @@ from qtasks_conformance.commands import Halt, How, message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_conformance.waiting import SOON, assert_silent, collect
 from qtasks_core import (
     Ack,
     Broker,
@@ -226,9 +226,9 @@ class PairContract(Contract):
         await victim.kill()
         subscription = await broker.subscribe({"q": 100})
         finished: list[str] = []
-        deadline = asyncio.get_running_loop().time() + rig.within + 10
+        deadline = asyncio.get_running_loop().time() + rig.within + SOON
         while len(finished) < 28 and asyncio.get_running_loop().time() < deadline:
-            deliveries = await collect(subscription, 1, rig.within + 10)
+            deliveries = await collect(subscription, 1, rig.within + SOON)
             verdicts = [verdict for verdict, _ in await composition.admit(deliveries)]
             assert verdicts == ["run"]
             ends = [end(delivery, "ack", "success") for delivery in deliveries]
