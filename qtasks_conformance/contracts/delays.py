@@ -55,7 +55,7 @@ class DelayContract(Contract):
         publisher, broker = await rig.broker(), await rig.broker(lease=LONG_LEASE)
         subscription = await joined(rig, broker)
         assert_done(await publisher.publish([rig.message(delay=3600.0)]))
-        waiting = asyncio.create_task(collect(subscription, 1))
+        waiting = rig.background(collect(subscription, 1))
         await asyncio.sleep(0.5)
         before = clock()
         assert_done(await publisher.publish([rig.message(delay=0.7)]))
@@ -73,7 +73,7 @@ class DelayContract(Contract):
         before = clock()
         assert_done(await brokers[0].publish([message]))
         after = clock()
-        waiting = [asyncio.create_task(s.receive({"q": 1}, 1)) for s in (first, second)]
+        waiting = [rig.background(s.receive({"q": 1}, 1)) for s in (first, second)]
         await asyncio.wait(waiting, timeout=delay + 10, return_when="FIRST_COMPLETED")
         assert_on_time(delay, before, after)
         for task, subscription in zip(waiting, (first, second), strict=True):

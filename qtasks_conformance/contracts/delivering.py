@@ -58,7 +58,7 @@ class DeliveringContract(Contract):
         """What another client publishes wakes a receiver that waits."""
         publisher, receiver = await rig.broker(), await rig.broker()
         subscription = await receiver.subscribe({"q": 10})
-        waiting = asyncio.create_task(collect(subscription, 1))
+        waiting = rig.background(collect(subscription, 1))
         await asyncio.sleep(0.3)
         message = rig.message()
         assert_done(await publisher.publish([message]))
@@ -95,11 +95,13 @@ class DeliveringContract(Contract):
             while len(received) < len(messages):
                 received.extend(await subscriptions[at].receive({"q": 3}, 3))
 
-        takers = [asyncio.create_task(take(at)) for at in range(2)]
+        takers = [rig.background(take(at)) for at in range(2)]
         assert_done(await brokers[0].publish(messages[:30]))
         assert_done(await brokers[1].publish(messages[30:]))
         done, _ = await asyncio.wait(takers, timeout=LONG_LEASE, return_when="FIRST_COMPLETED")
         assert done, f"{len(received)} of {len(messages)} were received"
+        for taker in done:
+            taker.result()
         for taker in takers:
             taker.cancel()
         await asyncio.wait(takers)

@@ -49,7 +49,7 @@ class BrokerOutageContract(Contract):
         broker, receiver = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         server = server_of(rig, broker.guarantees)
         subscription = await receiver.subscribe({"q": 100})
-        waiting = asyncio.create_task(collect(subscription, 3, 2 * PATIENCE))
+        waiting = rig.background(collect(subscription, 3, 2 * PATIENCE))
         await asyncio.sleep(0.3)
         await asyncio.to_thread(server.kill)
         await self._gives_up(broker.publish(rig.messages(1)))
@@ -98,7 +98,7 @@ class StorageOutageContract(Contract):
         await inbox.watch([watched.uuid])
         assert_done(await saver.save([early]))
         await asyncio.to_thread(server.kill)
-        waiting = asyncio.create_task(self._hear(inbox, {early.uuid, mine.uuid, watched.uuid}))
+        waiting = rig.background(self._hear(inbox, {early.uuid, mine.uuid, watched.uuid}))
         await asyncio.to_thread(server.restart)
         assert_done(await persist(lambda: saver.save([mine, watched])))
         heard = await waiting
