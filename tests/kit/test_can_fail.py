@@ -1,6 +1,6 @@
 """Each test of the kit is tried on a part that is wrong on purpose: it must find it out.
 
-Two pytests of their own run them all side by side; the tests here read their reports.
+Some pytests of their own run them all side by side; the tests here read their reports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from tests.kit.tries import TRIES, Try
 
 FILE = Path(__file__).with_name("wrong_contracts.py")
 ROOT = FILE.parents[2]
+SHARES = 3
+"""How many run side by side: they mostly wait."""
 PATIENCE = "3"
+"""Seconds they wait for what does not come."""
 LIMIT = 400.0
 """Seconds that the pytests may take."""
 
@@ -36,8 +39,8 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             wanted |= {(trial.on_trial, test), (trial.honest, test)}
     ordered = sorted(wanted)
     runs = [
-        (run_pytest(half, log := directory / f"{at}.log", log.with_suffix(".xml")), log)
-        for at, half in enumerate((ordered[0::2], ordered[1::2]))
+        (run_pytest(share, log := directory / f"{at}.log", log.with_suffix(".xml")), log)
+        for at, share in enumerate(ordered[start::SHARES] for start in range(SHARES))
     ]
     found: Report = {}
     for run, log in runs:

@@ -66,7 +66,7 @@ TRIES = (
                "test_one_of_two_finals_is_taken"),
     of_storage(processes.HearsOnlyItself, "test_told_while_it_waits[expect]",
                "test_told_while_it_waits[watch]"),
-    of_pair(processes.LosesWithTheProcess, "test_a_crash_in_completing_runs_nothing_twice[before]"),
+    of_pair(processes.LosesWithTheProcess, "test_many_workers_finish_each_task_once"),
     of_broker(brokers.LosesOnCrash, "test_a_killed_receiver_loses_nothing"),
     of_broker(brokers.StartsEarly, "test_a_published_delay_passes"),
     of_broker(brokers.StartsLate, "test_a_published_delay_passes"),
