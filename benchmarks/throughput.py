@@ -64,7 +64,9 @@ def measure(backend: str, url: str, tasks: int, concurrency: int) -> None:
     # As in a worker process: see QueueTasks.run_forever.
     sys.setswitchinterval(0.0005)
     ours = asyncio.run(engine(backend, url, tasks, concurrency))
-    bare: Rates = asyncio.run(import_module(f"benchmarks.bare.{backend}").run(url, tasks))
+    bare: Rates = {}
+    if backend != "memory":  # memory has no driver
+        bare = asyncio.run(import_module(f"benchmarks.bare.{backend}").run(url, tasks))
     waits = {} if backend in ("memory", "sqlite") else asyncio.run(count_waits(url))
     cores = os.cpu_count()
     print(f"\n{backend}: {tasks} no-op tasks, worker concurrency {concurrency}, {cores} cores")

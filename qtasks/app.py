@@ -397,9 +397,9 @@ class App:
         """
         refuse_running_loop()
         if not logging.getLogger().handlers:
-            logging.basicConfig(
-                level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-            )
+            # Drivers are only heard when something is wrong.
+            logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+            logger.setLevel(logging.INFO)
         # The two loops of this process hand over work many times a millisecond; with the
         # default of 5 ms each would wait for the other.
         sys.setswitchinterval(0.0005)

@@ -24,8 +24,8 @@ class Holdings(Struct, frozen=True):
 
     busy: list[tuple[str, int]] = []
     idle: list[tuple[str, int]] = []
-    leaving: bool = False
-    """It finishes what it has in flight and wants nothing else."""
+    wanting: bool = True
+    """False: it finishes what it has in flight and must get nothing else."""
 
 
 class KeepingAssignor:
@@ -50,15 +50,15 @@ class KeepingAssignor:
     ) -> dict[str, ConsumerProtocolMemberAssignment]:
         """Deal the partitions of all topics to the members that want them."""
         holdings = {name: _read(metadata.user_data) for name, metadata in members.items()}
-        wanting: defaultdict[str, list[str]] = defaultdict(list)
+        subscribed: defaultdict[str, list[str]] = defaultdict(list)
         for name in sorted(members):
             for topic in members[name].subscription:
-                wanting[topic].append(name)
+                subscribed[topic].append(name)
         dealt: dict[str, dict[str, list[int]]] = {name: {} for name in members}
         load = dict.fromkeys(members, 0)
-        for topic in sorted(wanting):
+        for topic in sorted(subscribed):
             numbers = sorted(cluster.partitions_for_topic(topic) or ())
-            owners = deal(topic, numbers, wanting[topic], holdings, load)
+            owners = deal(topic, numbers, subscribed[topic], holdings, load)
             for number, name in owners.items():
                 dealt[name].setdefault(topic, []).append(number)
                 load[name] += 1
@@ -75,16 +75,16 @@ def deal(
     holdings: Mapping[str, Holdings],
     load: Mapping[str, int],
 ) -> dict[int, str]:
-    """Return who gets each partition of one topic; what only leaving members want stays free."""
+    """Return who gets each partition of one topic; what nobody wants stays free."""
     owners: dict[int, str] = {}
     for name in names:
-        if holdings[name].leaving:
+        if not holdings[name].wanting:
             owners.update((n, name) for t, n in holdings[name].busy if t == topic and n in numbers)
-    staying = [name for name in names if not holdings[name].leaving]
-    if not staying:
+    wanting = [name for name in names if holdings[name].wanting]
+    if not wanting:
         return owners
-    fair, extra = divmod(len(numbers) - len(owners), len(staying))
-    counts = dict.fromkeys(staying, 0)
+    fair, extra = divmod(len(numbers) - len(owners), len(wanting))
+    counts = dict.fromkeys(wanting, 0)
 
     def give(number: int, name: str) -> None:
         nonlocal extra
@@ -93,14 +93,14 @@ def deal(
         owners[number] = name
 
     for claims in ("busy", "idle"):
-        for name in staying:
+        for name in wanting:
             for claimed, number in getattr(holdings[name], claims):
                 room = counts[name] < fair or (counts[name] == fair and extra > 0)
                 if claimed == topic and number in numbers and number not in owners and room:
                     give(number, name)
     for number in numbers:
         if number not in owners:
-            give(number, min(staying, key=lambda name: (counts[name], load[name], name)))
+            give(number, min(wanting, key=lambda name: (counts[name], load[name], name)))
     return owners
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qtasks_core import (
@@ -20,7 +21,7 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError, NotSupported
+from qtasks_core.errors import Closed, ConfigurationError, NotSupported, Unavailable
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_kafka.connection import Connection, topic_name
 from qtasks_kafka.watermark import Partition
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from qtasks_kafka.delays import DelayMover
     from qtasks_kafka.group import Membership
     from qtasks_kafka.writer import Record
+
+logger = logging.getLogger(__name__)
 
 
 class KafkaBroker(Broker):
@@ -66,6 +69,7 @@ class KafkaBroker(Broker):
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(
                 "a log has no priorities",
+                "a message waits for the worker that has its partition, though another be idle",
                 "delivery counts are known only of what was in flight at a commit",
                 "when workers come and go, a task that runs longer than the rebalance waits for "
                 "it (half the lease, at most 5 s) may run again where its partition went",
@@ -95,28 +99,27 @@ class KafkaBroker(Broker):
     ) -> list[Outcome]:
         if transaction is not None:
             raise NotSupported("KafkaBroker cannot publish in a caller's transaction")
-        return await self.send((m.queue, encode_message(m), m.delay) for m in messages)
+        return await self.append([self.record(message) for message in messages])
 
-    async def send(self, messages: Iterable[tuple[str, bytes, float]]) -> list[Outcome]:
-        """Append encoded messages to (queue, at once or after a delay in seconds)."""
+    def record(self, message: TaskMessage) -> Record:
+        """Return the record that carries a message, at once or after its delay."""
+        from qtasks_kafka.delays import delayed_record, delayed_topic
         from qtasks_kafka.writer import Record
 
+        topic, value = self.topic(message.queue), encode_message(message)
+        if message.delay > 0:
+            return delayed_record(delayed_topic(self._namespace), topic, value, message.delay)
+        return Record(topic, value)
+
+    async def append(self, records: Sequence[Record]) -> list[Outcome]:
+        """Append records, durable when it returns."""
         if self._connection.writer is None:
             raise Closed("KafkaBroker is not started")
-        records = [
-            self._delayed(queue, value, delay) if delay > 0 else Record(self.topic(queue), value)
-            for queue, value, delay in messages
-        ]
         await self._connection.ensure(list({r.topic for r in records if not r.headers}))
         if any(record.headers for record in records):
             await self._ensure_delayed()
         written = await self._connection.writer.write(records)
         return [DONE if w.refused is None else Outcome("refused", w.refused) for w in written]
-
-    def _delayed(self, queue: str, value: bytes, delay: float) -> Record:
-        from qtasks_kafka.delays import delayed_record, delayed_topic
-
-        return delayed_record(delayed_topic(self._namespace), self.topic(queue), value, delay)
 
     async def _ensure_delayed(self) -> None:
         from qtasks_kafka.delays import CONFIG, delayed_topic
@@ -154,6 +157,8 @@ class Held(NamedTuple):
 
     partition: Partition
     offset: int
+    topic: str
+    number: int
     value: bytes
 
 
@@ -168,15 +173,45 @@ class KafkaSubscription(Subscription):
             queue: deque() for queue in topics.values()
         }
         self._epoch = member.epoch
+        self._receiving = False
+        self._resting: asyncio.TimerHandle | None = None
+        self._passing: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        while not self._closed.done():
-            deliveries = self._take(wanted, limit)
-            if deliveries:
-                return deliveries
-            await self._fetch({queue for queue, most in wanted.items() if most > 0}, limit)
+        queues = {queue for queue, most in wanted.items() if most > 0}
+        self._stay_awake()
+        self._receiving = True
+        try:
+            while not self._closed.done():
+                deliveries = self._take(wanted, limit)
+                if deliveries:
+                    return deliveries
+                await self._fetch(queues, limit)
+        finally:
+            self._receiving = False
+            if not self._member.in_flight:
+                await self._idle()
         raise Closed("the subscription is closed")
+
+    def _stay_awake(self) -> None:
+        """Want partitions (again)."""
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
+        if not self._closed.done():
+            self._member.want(True)
+
+    async def _idle(self) -> None:
+        """Free what is not needed any more: nothing is in flight.
+
+        Messages must not wait in the partitions of a receiver that does not receive.
+        """
+        if self._closed.done():
+            await self.leave()
+        elif not self._receiving and self._resting is None:
+            loop = asyncio.get_running_loop()
+            self._resting = loop.call_later(self._member.patience, self._member.want, False)
 
     def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         """Deliver what was fetched, unless a rebalance has come in between."""
@@ -191,7 +226,7 @@ class KafkaSubscription(Subscription):
                 count = partition.deliver(record.offset)
                 if count is not None:
                     value = record.value or b""
-                    held = Held(partition, record.offset, value)
+                    held = Held(partition, record.offset, record.topic, record.partition, value)
                     known = count if count > 1 else None
                     deliveries.append(Delivery(decode_message(value), queue, held, known))
                     room -= 1
@@ -233,7 +268,7 @@ class KafkaSubscription(Subscription):
             await self._replace(settlements, replaced, outcomes)
         touched: set[Partition] = set()
         for settlement, outcome in zip(settlements, outcomes, strict=True):
-            partition, offset, _ = settlement.delivery.fence
+            partition, offset, *_ = settlement.delivery.fence
             if outcome is None and not partition.lost:
                 partition.finish(offset)
                 if partition.unconfirmed:
@@ -241,8 +276,8 @@ class KafkaSubscription(Subscription):
         self._member.notice_idle()
         if touched:
             await self._member.confirm(touched)
-        if self._closed.done() and not self._member.in_flight:
-            await self.leave()
+        if not self._member.in_flight:
+            await self._idle()
         return [
             outcome or (DONE if _settled(settlement.delivery) else LOST)
             for settlement, outcome in zip(settlements, outcomes, strict=True)
@@ -257,10 +292,19 @@ class KafkaSubscription(Subscription):
         """
         await self._member.confirm({settlements[at].delivery.fence.partition for at in which})
         mine = [at for at in which if _held(settlements[at].delivery)]
-        sent = await self._broker.send(_replacement(settlements[at]) for at in mine)
+        sent = await self._broker.append([self._replacement(settlements[at]) for at in mine])
         for at, outcome in zip(mine, sent, strict=True):
             if outcome.status != "done":
                 outcomes[at] = outcome
+
+    def _replacement(self, settlement: Settlement) -> Record:
+        """Return what a retry or a release appends; what is released stays in its partition."""
+        from qtasks_kafka.writer import Record
+
+        if isinstance(settlement, Retry):
+            return self._broker.record(settlement.message)
+        held: Held = settlement.delivery.fence
+        return Record(held.topic, held.value, partition=held.number)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         """Ask the group by a commit: heartbeats go on by themselves, but they tell us nothing."""
@@ -270,33 +314,65 @@ class KafkaSubscription(Subscription):
     async def close(self) -> None:
         if self._closed.done():
             return
-        self._closed.set_result(None)
+        self._end()
         if self._member.in_flight:
-            self._member.leave_when_idle()
+            self._member.want(False)
+            self._passing = asyncio.create_task(self._pass_on())
         else:
             await self.leave()
 
-    async def leave(self) -> None:
-        """Leave the group: what is still in flight is lost. Idempotent."""
+    def _end(self) -> None:
+        if self._resting is not None:
+            self._resting.cancel()
         if not self._closed.done():
             self._closed.set_result(None)
+
+    async def _pass_on(self) -> None:
+        """Give others what comes in the partitions that are kept for what is in flight: copies."""
+        await asyncio.wait({self._member.changed})
+        passing: list[tuple[Partition, Any]] = []
+        while self._member.in_flight:
+            try:
+                if not passing:
+                    records = await self._member.poll(set(self._queues), 256)
+                    passing = [(p, r) for p, r in records if p.deliver(r.offset)]
+                await self._copy(passing)
+                passing = []
+            except Unavailable as error:
+                logger.warning("messages wait for tasks that a closed subscription runs: %s", error)
+                await asyncio.sleep(1.0)
+        await self.leave()
+
+    async def _copy(self, records: list[tuple[Partition, Any]]) -> None:
+        from qtasks_kafka.writer import Record
+
+        copies = []
+        for at, (_, record) in enumerate(records):
+            others = self._member.others(record.topic) or [record.partition]
+            number = others[at % len(others)]
+            copies.append(Record(record.topic, record.value, partition=number))
+        if copies:
+            await self._broker.append(copies)
+        for partition, record in records:
+            partition.finish(record.offset)
+        await self._member.confirm({partition for partition, _ in records})
+
+    async def leave(self) -> None:
+        """Leave the group: what is still in flight is lost. Idempotent."""
+        self._end()
+        passing, self._passing = self._passing, None
+        if passing is not None and passing is not asyncio.current_task():
+            passing.cancel()
+            await asyncio.wait({passing})
         await self._member.close()
         self._broker.forget(self)
 
 
 def _held(delivery: Delivery) -> bool:
-    partition, offset, _ = delivery.fence
+    partition, offset, *_ = delivery.fence
     return bool(partition.holds(offset))
 
 
 def _settled(delivery: Delivery) -> bool:
-    partition, offset, _ = delivery.fence
+    partition, offset, *_ = delivery.fence
     return bool(partition.settled(offset))
-
-
-def _replacement(settlement: Settlement) -> tuple[str, bytes, float]:
-    """Return (queue, message, delay) of the record that a retry or a release appends."""
-    if isinstance(settlement, Retry):
-        message = settlement.message
-        return message.queue, encode_message(message), message.delay
-    return settlement.delivery.queue, settlement.delivery.fence.value, 0.0

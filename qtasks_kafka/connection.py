@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 REQUEST = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
+PAUSE = 0.05
+"""Seconds between attempts while the cluster changes under our hands."""
 LARGEST_MESSAGE = 4 * 1024 * 1024
 """Bytes; what topics made here take, the server's own default being just under 1 MiB."""
 KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(LARGEST_MESSAGE)}
@@ -175,7 +177,10 @@ class Connection:
         self.started()
         settings = {"request_timeout_ms": int(REQUEST * 1000), **self._settings, **options}
         consumer: AIOKafkaConsumer = self._driver.AIOKafkaConsumer(
-            enable_auto_commit=False, auto_offset_reset="earliest", **settings
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            metadata_max_age_ms=10_000,  # A topic that grows is noticed within this.
+            **settings,
         )
         return consumer
 
@@ -212,10 +217,12 @@ class Connection:
                         for name in missing
                     ]
                     answer = await admin.create_topics(new, timeout_ms=int(REQUEST * 1000))
-            for name, code, *_ in answer.topic_errors:
-                if code not in (0, _EXISTS):
-                    raise self.translated(self._errors.for_code(code)(name))
-                self._topics.add(name)
+                    for name, code, *_ in answer.topic_errors:
+                        if code not in (0, _EXISTS):
+                            raise self._errors.for_code(code)(name)
+                    while not _led(await admin.describe_topics(missing)):  # noqa: ASYNC110
+                        await asyncio.sleep(PAUSE)
+            self._topics.update(missing)
 
     async def _brokers(self, admin: AIOKafkaAdminClient) -> int:
         description = await admin.describe_cluster()
@@ -230,6 +237,16 @@ class Connection:
         if self._admin is None:
             raise Closed("this part of Kafka is not started")
         return self._admin
+
+
+def _led(topics: list[Any]) -> bool:
+    """Say whether every partition has a leader: from then on clients find them."""
+    return all(
+        not topic["error_code"]
+        and topic["partitions"]
+        and all(not p["error_code"] and p["leader"] >= 0 for p in topic["partitions"])
+        for topic in topics
+    )
 
 
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:

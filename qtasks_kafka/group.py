@@ -26,7 +26,7 @@ from uuid_utils import uuid7
 
 from qtasks_core.errors import QTasksError, Unavailable
 from qtasks_kafka.assignor import Holdings, KeepingAssignor
-from qtasks_kafka.connection import REQUEST, Connection, close_consumer
+from qtasks_kafka.connection import PAUSE, REQUEST, Connection, close_consumer
 from qtasks_kafka.watermark import Partition, owner_of, restored
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from aiokafka.structs import ConsumerRecord
 
 logger = logging.getLogger(__name__)
-
-PAUSE = 0.05
-"""Seconds between attempts while the coordinator moves or a rebalance ends."""
 
 
 class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -57,7 +54,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         self.epoch = 0
         """Raised by whatever makes records that are fetched and not delivered void."""
         self._idle: Future[None] | None = None
-        self._leaving = False
+        self._wanting = True
         self._answered = 0.0
         self.partitions: dict[TopicPartition, Partition] = {}
         self._retired: set[asyncio.Task[None]] = set()
@@ -77,9 +74,9 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             partition_assignment_strategy=[KeepingAssignor(self._holdings)],
             session_timeout_ms=session,
             heartbeat_interval_ms=max(50, session // 4),
-            rebalance_timeout_ms=session + int(self._patience * 1000) + 2000,
+            rebalance_timeout_ms=session + int(self.patience * 1000) + 2000,
             # The answer to a join takes as long as the slowest member's patience.
-            request_timeout_ms=session + int((self._patience + REQUEST) * 1000) + 2000,
+            request_timeout_ms=session + int((self.patience + REQUEST) * 1000) + 2000,
             # A worker whose slots are all taken does not poll, for hours if need be.
             max_poll_interval_ms=2**31 - 1,
             fetch_max_wait_ms=500,
@@ -96,7 +93,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         self._consumer = consumer
 
     @property
-    def _patience(self) -> float:
+    def patience(self) -> float:
         """Seconds for which a rebalance waits for what is in flight here."""
         return min(self._lease / 2, 5.0)
 
@@ -110,15 +107,16 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             self._retired.add(closing)
             closing.add_done_callback(self._retired.discard)
 
-    def leave_when_idle(self) -> None:
-        """Keep only the partitions that have something in flight, and let others have the rest."""
-        self._leaving = True
-        if self._consumer is not None:
-            self._coordinator.request_rejoin()
+    def want(self, wanting: bool) -> None:
+        """Say whether to get partitions, or to keep only those with something in flight."""
+        if wanting != self._wanting:
+            self._wanting = wanting
+            if self._consumer is not None:
+                self._coordinator.request_rejoin()
 
     async def close(self) -> None:
         """Commit what is done and leave the group. Idempotent."""
-        self._leaving = True
+        self._wanting = False
         self.notice_idle(force=True)
         if self._consumer is not None and self._assigned.is_set():
             try:
@@ -134,7 +132,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         """Say what this member has, for the one that assigns."""
         busy = [tuple(tp) for tp, p in self.partitions.items() if p.in_flight]
         idle = [tuple(tp) for tp, p in self.partitions.items() if not p.in_flight]
-        return Holdings(busy, idle, self._leaving)
+        return Holdings(busy, idle, self._wanting)
 
     # --- what the driver calls -----------------------------------------------------------------
 
@@ -167,10 +165,10 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             changed.set_result(None)
 
     async def _wait_until_idle(self) -> None:
-        if self._leaving or not self.in_flight:
+        if not self._wanting or not self.in_flight:
             return
         self._idle = asyncio.get_running_loop().create_future()
-        await asyncio.wait({self._idle}, timeout=self._patience)
+        await asyncio.wait({self._idle}, timeout=self.patience)
         self._idle = None
 
     def notice_idle(self, *, force: bool = False) -> None:
@@ -182,6 +180,11 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
     def in_flight(self) -> int:
         """How many deliveries are not settled."""
         return sum(partition.in_flight for partition in self.partitions.values())
+
+    def others(self, topic: str) -> list[int]:
+        """Return the partitions of a topic that are not ours."""
+        known = self._running().partitions_for_topic(topic) or ()
+        return [n for n in known if TopicPartition(topic, n) not in self.partitions]
 
     # --- receiving -----------------------------------------------------------------------------
 

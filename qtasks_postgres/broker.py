@@ -22,7 +22,7 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.recent import Recent
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
@@ -44,10 +44,17 @@ PUBLISH = """
 
 RING = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS rung (channel)"
 
+# A statement is planned once a connection, maybe while its table is empty, and the plan must hold
+# when there are millions of rows. So rows are found in ways that leave the planner no choice: by an
+# array of ids, never by a join that it could begin at the table's end, and in an order that only
+# one index has (by the id alone it could walk the primary key, past all that is in other queues).
+
 # For each queue its priorities are gone through one after the other, the highest first, and no
 # further than it takes to have enough: LIMIT ends the loops, so only what is taken is locked.
 TAKE = """
-    WITH taken AS MATERIALIZED (
+    UPDATE qtasks.messages
+    SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
+    WHERE id = ANY(ARRAY(
         SELECT lane.id
         FROM unnest($2::text[], $3::int[]) WITH ORDINALITY AS want (queue, most, position)
         CROSS JOIN LATERAL (
@@ -55,104 +62,88 @@ TAKE = """
             FROM generate_series(9, 0, -1) AS level (priority)
             CROSS JOIN LATERAL (
                 SELECT id FROM qtasks.messages
-                WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
-                  AND wake_at IS NULL
-                  AND id > ($4::bigint[])[want.position * 10 - level.priority]
-                ORDER BY id
+                WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
+                  AND priority <= level.priority
+                  AND (priority, id) >
+                      (level.priority, ($4::bigint[])[want.position * 10 - level.priority])
+                ORDER BY priority, id
                 LIMIT want.most
                 FOR UPDATE SKIP LOCKED
             ) AS message
             LIMIT want.most
         ) AS lane
         LIMIT $5
-    )
-    UPDATE qtasks.messages AS message
-    SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
-    FROM taken
-    WHERE message.id = taken.id
-    RETURNING message.id, message.queue, message.priority, message.delivery, message.body
+    ))
+    RETURNING id, queue, priority, delivery, body
 """
 
 # statement_timestamp() and not clock_timestamp(), which no index can be searched for.
 WAKE = """
-    WITH woken AS (
-        UPDATE qtasks.messages AS message
-        SET wake_at = NULL
-        FROM (
-            SELECT due.id
-            FROM unnest($2::text[]) AS want (queue)
-            CROSS JOIN LATERAL (
-                SELECT id FROM qtasks.messages
-                WHERE namespace = $1 AND queue = want.queue AND wake_at <= statement_timestamp()
-                ORDER BY wake_at
-                LIMIT 1000
-                FOR UPDATE SKIP LOCKED
-            ) AS due
+    UPDATE qtasks.messages
+    SET wake_at = NULL
+    WHERE id = ANY(ARRAY(
+        SELECT due.id
+        FROM unnest($2::text[]) AS want (queue)
+        CROSS JOIN LATERAL (
+            SELECT id FROM qtasks.messages
+            WHERE namespace = $1 AND queue = want.queue AND wake_at <= statement_timestamp()
+            ORDER BY wake_at
+            LIMIT 1000
+            FOR UPDATE SKIP LOCKED
         ) AS due
-        WHERE message.id = due.id
-        RETURNING message.id
-    )
-    SELECT count(*) FROM woken
+    ))
 """
 
 # What SKIP LOCKED passes over is still there to be seen: then the wait is zero.
 NEXT = """
-    SELECT min(CASE
-        WHEN EXISTS (
-            SELECT FROM qtasks.messages
+    SELECT min(coalesce(
+        (
+            SELECT 0.0 FROM qtasks.messages
             WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
-        ) THEN 0.0
-        ELSE (
+            ORDER BY priority, id
+            LIMIT 1
+        ),
+        (
             SELECT extract(epoch FROM wake_at - clock_timestamp()) FROM qtasks.messages
             WHERE namespace = $1 AND queue = want.queue AND wake_at IS NOT NULL
             ORDER BY wake_at
             LIMIT 1
         )
-    END)::float8 AS wait
+    ))::float8 AS wait
     FROM unnest($2::text[]) AS want (queue)
 """
 
-ACK = """
-    DELETE FROM qtasks.messages AS message
-    USING unnest($1::bigint[], $2::int[]) AS mine (id, delivery)
-    WHERE message.id = mine.id AND message.delivery = mine.delivery
-      AND message.wake_at > clock_timestamp()
-    RETURNING message.id
+# Whose lease has run out, or whose message was delivered again since, holds nothing. coalesce()
+# hides from the planner that the index of waiting messages would do as well, all of it.
+MINE = """
+    id = ANY($1::bigint[])
+    AND delivery = ($2::int[])[array_position($1::bigint[], id)]
+    AND coalesce(wake_at > clock_timestamp(), false)
 """
 
-RETRY = """
+ACK = f"DELETE FROM qtasks.messages WHERE {MINE} RETURNING id"
+
+RETRY = f"""
     WITH gone AS (
-        DELETE FROM qtasks.messages AS message
-        USING unnest($2::bigint[], $3::int[], $4::text[], $5::smallint[], $6::float8[], $7::bytea[])
-              AS mine (id, delivery, queue, priority, delay, body)
-        WHERE message.id = mine.id AND message.delivery = mine.delivery
-          AND message.wake_at > clock_timestamp()
-        RETURNING mine.*
+        DELETE FROM qtasks.messages WHERE {MINE} RETURNING id
     ), again AS (
         INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
-        SELECT $1, queue, priority,
+        SELECT $3, queue, priority,
                CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END, body
-        FROM gone
+        FROM unnest($1::bigint[], $4::text[], $5::smallint[], $6::float8[], $7::bytea[])
+             AS next (id, queue, priority, delay, body)
+        WHERE id = ANY(ARRAY(SELECT id FROM gone))
     )
     SELECT id FROM gone
 """
 
-RELEASE = """
-    UPDATE qtasks.messages AS message
-    SET wake_at = NULL
-    FROM unnest($1::bigint[], $2::int[]) AS mine (id, delivery)
-    WHERE message.id = mine.id AND message.delivery = mine.delivery
-      AND message.wake_at > clock_timestamp()
-    RETURNING message.id
-"""
+RELEASE = f"UPDATE qtasks.messages SET wake_at = NULL WHERE {MINE} RETURNING id"
 
-EXTEND = """
-    UPDATE qtasks.messages AS message
+EXTEND = f"""
+    UPDATE qtasks.messages
     SET wake_at = clock_timestamp() + $3::float8 * interval '1 second'
-    FROM unnest($1::bigint[], $2::int[]) AS mine (id, delivery)
-    WHERE message.id = mine.id AND message.delivery = mine.delivery
-      AND message.wake_at > clock_timestamp()
-    RETURNING message.id
+    WHERE {MINE}
+    RETURNING id
 """
 
 
@@ -191,14 +182,15 @@ class PostgresBroker(Broker):
 
     async def start(self, namespace: str) -> None:
         await self._database.start()
+        self._listener.start()
         self._namespace = namespace
 
     async def stop(self) -> None:
+        await self._listener.stop()
         for subscription in tuple(self._subscriptions):
             await subscription.close()
         self._namespace = None
         await self._doorbell.stop()
-        await self._listener.stop()
         await self._database.stop()
 
     async def publish(
@@ -208,11 +200,11 @@ class PostgresBroker(Broker):
         for batch in batches(messages, encode_message):
             rows = columns_of(batch)
             await self._database.fetch(PUBLISH, namespace, *rows, transaction=transaction)
-        channels = {channel_of(namespace, message.queue) for message in messages}
-        if transaction is None:
-            self._doorbell.ring(channels)
-        else:
-            await self._database.fetch(RING, list(channels), transaction=transaction)
+            channels = {channel_of(namespace, queue) for queue in rows[0]}
+            if transaction is None:
+                self._doorbell.ring(channels)
+            else:
+                await self._database.fetch(RING, list(channels), transaction=transaction)
         return [DONE] * len(messages)
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
@@ -259,8 +251,9 @@ class Doorbell:
     async def _ring(self) -> None:
         while self._channels:
             channels, self._channels = self._channels, set()
-            # Whoever listens notices a lost server too, and looks for himself once it is back.
-            with suppress(Unavailable):
+            # Whoever listens notices a lost server too, and looks for himself once it is back. What
+            # is wrong for longer is told to the next who publishes.
+            with suppress(Unavailable, ConfigurationError):
                 await self._database.fetch(RING, list(channels))
 
 
@@ -299,15 +292,13 @@ class PostgresSubscription(Subscription):
         self._spare: list[Delivery] = []
         self._floors: dict[tuple[str, int], int] = {}
         self._look_at = 0.0
-        self._settling = asyncio.Lock()
         self._settled = Recent()
         self._open = True
 
     async def open(self, queues: Iterable[str]) -> None:
         """Listen to what is published to `queues`. Raises `Unavailable`."""
         self._channels = [channel_of(self._namespace, queue) for queue in queues]
-        for channel in self._channels:
-            await self._listener.listen(channel, self._rung)
+        await self._listener.listen(self._channels, self._rung)
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         wanted = {queue: most for queue, most in wanted.items() if most > 0}
@@ -333,9 +324,9 @@ class PostgresSubscription(Subscription):
         for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
             if not places[kind]:
                 continue
-            # Beside each other, settle and extend could lock the same rows in opposite orders.
-            async with self._settling:
-                done = await run([settlements[place] for place in places[kind]])
+            # Settle and extend lock rows by ascending id, or they could wait for each other.
+            places[kind].sort(key=lambda place: settlements[place].delivery.fence)
+            done = await run([settlements[place] for place in places[kind]])
             for place in places[kind]:
                 fence = settlements[place].delivery.fence
                 if fence.id in done:
@@ -344,9 +335,8 @@ class PostgresSubscription(Subscription):
         return outcomes
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        fences = fences_of(deliveries)
-        async with self._settling:
-            rows = await self._database.fetch(EXTEND, *fences, self._lease)
+        fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
+        rows = await self._database.fetch(EXTEND, *fences, self._lease)
         held = {row["id"] for row in rows}
         return [delivery if delivery.fence.id in held else None for delivery in deliveries]
 
@@ -359,8 +349,7 @@ class PostgresSubscription(Subscription):
         # Where the server cannot be reached the leases run out by themselves.
         with suppress(Unavailable):
             await self._give_back()
-        for channel in self._channels:
-            await self._listener.forget(channel, self._rung)
+        await self._listener.forget(self._channels, self._rung)
 
     def _rung(self, payload: str | None) -> None:
         self._bell.set()
@@ -468,7 +457,7 @@ class PostgresSubscription(Subscription):
         fences = fences_of([settlement.delivery for settlement in settlements])
         messages = [s.message for s in settlements if isinstance(s, Retry)]
         columns = columns_of([(message, encode_message(message)) for message in messages])
-        rows = await self._database.fetch(RETRY, self._namespace, *fences, *columns)
+        rows = await self._database.fetch(RETRY, *fences, self._namespace, *columns)
         self._doorbell.ring(channel_of(self._namespace, message.queue) for message in messages)
         return {row["id"] for row in rows}
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from hashlib import sha256
 from ssl import SSLCertVerificationError
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from qtasks_core.errors import (
@@ -24,24 +24,23 @@ from qtasks_postgres.schema import ensure_schema
 if TYPE_CHECKING:
     from asyncpg import Connection
 
+T = TypeVar("T")
+
 TIMEOUT = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
 
 OLDEST = 12
-"""The oldest major version of the server: the statements rely on AS MATERIALIZED."""
+"""The oldest major version of the server. Older ones have had no fixes for years."""
 
 CONNECTIONS = 4
 """The most connections of one pool. Calls come in batches, so a few serve many tasks."""
 
-# A statement is planned once a connection, maybe while its table is still empty; that plan must
-# hold when the table has grown by millions, so only index scans are in question.
+# Statements find their rows by indexes, and none is worth compiling.
 SETTINGS = {
     "application_name": "qtasks",
     "default_transaction_isolation": "read committed",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
     "jit": "off",
 }
 
@@ -52,6 +51,29 @@ class Durability(NamedTuple):
     survives: Literal["client crash", "server crash", "machine crash"] = "client crash"
     settings: str = "known once started"
     server: str = "PostgreSQL"
+
+
+class Calls:
+    """Runs calls to their end, also when whoever waits for one is cancelled.
+
+    A statement that is broken off costs its connection, and whether it took effect is open either
+    way; so it is left to run, for no longer than its timeout.
+    """
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def run(self, call: Coroutine[Any, Any, T]) -> T:
+        """Return what `call` returns."""
+        running = asyncio.create_task(call)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return await asyncio.shield(running)
+
+    async def ended(self) -> None:
+        """Wait until no call is running."""
+        if self._running:
+            await asyncio.wait(tuple(self._running))
 
 
 class Database:
@@ -70,6 +92,7 @@ class Database:
         self.url = url
         self.shown = redact(url)
         self.durability = Durability()
+        self.calls = Calls()
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(CONNECTIONS)
         self._open = False
@@ -81,35 +104,35 @@ class Database:
         """
         load_driver()
         self._open = True
-        async with self._borrow() as connection:
-            version = connection.get_server_version()
-            if version.major < OLDEST:
-                raise ServerTooOld(
-                    f"{self.shown} is PostgreSQL {version.major}; qtasks needs {OLDEST} or newer"
-                )
-            await ensure_schema(connection)
-            self.durability = await read_durability(connection)
+        try:
+            self.durability = await self.calls.run(self._with_connection(self._prepare))
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         """Close all connections. Idempotent."""
         self._open = False
+        await self.calls.ended()
         idle, self._idle = self._idle, []
-        for connection in idle:
-            await close_gently(connection)
+        async with asyncio.TaskGroup() as group:
+            for connection in idle:
+                group.create_task(close_gently(connection))
 
     async def fetch(
         self, sql: str, *arguments: Any, transaction: object | None = None
     ) -> list[Any]:
         """Run a statement and return its rows; in the caller's transaction where there is one.
 
-        Cancelling it leaves open whether the statement took effect. Raises `Unavailable`.
+        Raises `Unavailable`.
         """
         if transaction is not None:
             connection = callers_connection(transaction)
             with self.translated():
                 return await connection.fetch(sql, *arguments)
-        async with self._borrow() as connection:
-            return await connection.fetch(sql, *arguments)
+        return await self.calls.run(
+            self._with_connection(lambda connection: connection.fetch(sql, *arguments))
+        )
 
     async def connect(self) -> Connection:
         """Open a connection outside the pool, for the caller to keep. Raises `Unavailable`."""
@@ -149,9 +172,8 @@ class Database:
             what = str(error) or f"no answer within {TIMEOUT:g} s"
             raise Unavailable(f"{self.shown}: {what}") from error
 
-    @asynccontextmanager
-    async def _borrow(self) -> AsyncIterator[Connection]:
-        """Lend a connection. One that was lost or left in the middle of a statement is dropped."""
+    async def _with_connection(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Do `work` on a connection. One left in the middle of a statement is dropped."""
         from asyncpg import PostgresError
 
         if not self._open:
@@ -161,7 +183,7 @@ class Database:
                 async with asyncio.timeout(TIMEOUT), self._slots:
                     connection = await self._take()
                     try:
-                        yield connection
+                        result = await work(connection)
                     except PostgresError:
                         self._give_back(connection)
                         raise
@@ -169,11 +191,21 @@ class Database:
                         connection.terminate()
                         raise
                     self._give_back(connection)
+                    return result
             except (OSError, TimeoutError):
                 idle, self._idle = self._idle, []
                 for connection in idle:
                     connection.terminate()
                 raise
+
+    async def _prepare(self, connection: Connection) -> Durability:
+        version = connection.get_server_version()
+        if version.major < OLDEST:
+            raise ServerTooOld(
+                f"{self.shown} is PostgreSQL {version.major}; qtasks needs {OLDEST} or newer"
+            )
+        await ensure_schema(connection)
+        return await read_durability(connection)
 
     async def _take(self) -> Connection:
         while self._idle:
@@ -207,30 +239,54 @@ class Listener:
         self._connection: Connection | None = None
         self._listening: set[str] = set()
         self._busy = asyncio.Lock()
+        self._open = False
 
-    async def listen(self, channel: str, callback: Callable[[str | None], None]) -> None:
-        """Call `callback` with what is sent to `channel` from now on. Raises `Unavailable`."""
-        self._callbacks.setdefault(channel, set()).add(callback)
-        await self.ensure()
+    def start(self) -> None:
+        """Allow connecting; the connection is made when somebody listens."""
+        self._open = True
 
-    async def forget(self, channel: str, callback: Callable[[str | None], None]) -> None:
+    async def listen(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> None:
+        """Call `callback` with what is sent to `channels` from now on. Raises `Unavailable`."""
+        channels = list(channels)
+        for channel in channels:
+            self._callbacks.setdefault(channel, set()).add(callback)
+        try:
+            await self.ensure()
+        except BaseException:
+            self._remove(channels, callback)
+            raise
+
+    async def forget(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> None:
         """Stop calling `callback`."""
-        callbacks = self._callbacks.get(channel, set())
-        callbacks.discard(callback)
-        if callbacks:
-            return
-        self._callbacks.pop(channel, None)
-        # A broken connection has forgotten the channel already.
-        with suppress(Unavailable):
-            async with self._using() as connection:
-                if connection is not None and channel not in self._callbacks:
-                    await connection.remove_listener(channel, self._heard)
-                    self._listening.discard(channel)
+        if self._remove(channels, callback):
+            # A broken connection has forgotten its channels already.
+            with suppress(Unavailable):
+                await self._database.calls.run(self._unlisten())
 
     async def ensure(self) -> None:
-        """Connect unless connected, and listen to every channel asked for. Raises `Unavailable`."""
-        if self._connected() is not None and not self._unheard():
-            return
+        """Connect unless connected, and listen to every channel asked for.
+
+        Raises `Unavailable`, and `Closed` once stopped.
+        """
+        if not self._open:
+            raise Closed("stopped")
+        if self._connected() is None or self._unheard():
+            await self._database.calls.run(self._listen())
+
+    async def ping(self) -> None:
+        """Find out whether the server still answers. Raises `Unavailable`."""
+        await self._database.calls.run(self._ping())
+
+    async def stop(self) -> None:
+        """Close the connection. Idempotent."""
+        self._open = False
+        self._callbacks.clear()
+        await self._database.calls.ended()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await close_gently(connection)
+
+    async def _listen(self) -> None:
         async with self._using() as connection:
             if connection is None:
                 connection = await self._database.connect()
@@ -241,18 +297,17 @@ class Listener:
                 await connection.add_listener(channel, self._heard)
                 self._listening.add(channel)
 
-    async def ping(self) -> None:
-        """Find out whether the server still answers. Raises `Unavailable`."""
+    async def _unlisten(self) -> None:
+        async with self._using() as connection:
+            for channel in self._listening - self._callbacks.keys():
+                if connection is not None:
+                    await connection.remove_listener(channel, self._heard)
+                self._listening.discard(channel)
+
+    async def _ping(self) -> None:
         async with self._using() as connection:
             if connection is not None:
                 await connection.execute("SELECT 1")
-
-    async def stop(self) -> None:
-        """Close the connection. Idempotent."""
-        self._callbacks.clear()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await close_gently(connection)
 
     @asynccontextmanager
     async def _using(self) -> AsyncIterator[Connection | None]:
@@ -274,6 +329,16 @@ class Listener:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.terminate()
+
+    def _remove(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> bool:
+        """Take `callback` off `channels`; say whether one of them is left with none."""
+        emptied = False
+        for channel in channels:
+            callbacks = self._callbacks.get(channel, set())
+            callbacks.discard(callback)
+            if not callbacks:
+                emptied |= self._callbacks.pop(channel, None) is not None
+        return emptied
 
     def _unheard(self) -> list[str]:
         return [channel for channel in self._callbacks if channel not in self._listening]

@@ -107,7 +107,11 @@ async def ensure_schema(connection: Connection) -> None:
 
 async def _version(connection: Connection) -> int:
     """Return the version of the schema in the database, 0 when there is none."""
-    if await connection.fetchval("SELECT to_regclass('qtasks.version')") is None:
+    # to_regclass would answer from the session's cache, which waiting for a lock does not renew.
+    there = await connection.fetchval(
+        "SELECT true FROM pg_tables WHERE schemaname = 'qtasks' AND tablename = 'version'"
+    )
+    if not there:
         return 0
     version: int = await connection.fetchval("SELECT version FROM qtasks.version")
     return version

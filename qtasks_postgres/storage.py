@@ -56,9 +56,17 @@ SAVE = """
     SELECT uuid FROM saved WHERE (SELECT count(*) FROM told) >= 0
 """
 
+# LIMIT has each uuid looked up by itself: a plan made while the table was empty would else read all
+# of the namespace once it is not.
 GET = """
-    SELECT uuid, record FROM qtasks.records
-    WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NOT NULL
+    SELECT found.uuid, found.record
+    FROM unnest($2::text[]) AS asked (uuid)
+    CROSS JOIN LATERAL (
+        SELECT uuid, record FROM qtasks.records
+        WHERE namespace = $1 AND uuid = asked.uuid
+        LIMIT 1
+    ) AS found
+    WHERE found.record IS NOT NULL
 """
 
 # Written into the very row that a save of the task must lock, so that either the save sees the
@@ -99,13 +107,14 @@ class PostgresStorage(Storage):
 
     async def start(self, namespace: str) -> None:
         await self._database.start()
+        self._listener.start()
         self._namespace = namespace
 
     async def stop(self) -> None:
+        await self._listener.stop()
         for inbox in tuple(self._inboxes):
             await inbox.close()
         self._namespace = None
-        await self._listener.stop()
         await self._database.stop()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
@@ -184,7 +193,7 @@ class PostgresInbox(Inbox):
 
     async def open(self) -> None:
         """Listen to the address. Raises `Unavailable`."""
-        await self._listener.listen(self._address, self._heard)
+        await self._listener.listen([self._address], self._heard)
 
     def expect(self, uuids: Iterable[str]) -> None:
         self._expected.update(uuids)
@@ -224,7 +233,7 @@ class PostgresInbox(Inbox):
         if self._catching_up.pending is not None:
             await asyncio.wait({self._catching_up.pending})
             await self._catching_up.abandon()
-        await self._listener.forget(self._address, self._heard)
+        await self._listener.forget([self._address], self._heard)
 
     def _waits(self) -> bool:
         return bool(self._expected or self._watched)

@@ -29,7 +29,7 @@ from qtasks_core.recent import Recent
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_rabbitmq.connection import Connection
-from qtasks_rabbitmq.delays import level_methods, rest_of, route
+from qtasks_rabbitmq.delays import ladder_methods, ladder_queues, levels_for, rest_of, route
 from qtasks_rabbitmq.topology import Names, declare, namespace_methods, queue_methods
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ SILENCE = 3
 MOST_AT_ONCE = 1000
 MOST_BYTES_AT_ONCE = 4 * 2**20
 """What is written before the server's confirms are awaited."""
+LINGER = 0.5
+"""Seconds that a delivery waits for a call of `receive` before another receiver gets it."""
+COUNT = "qtasks-count"
+"""Header: deliveries of earlier copies of a message."""
 UNKNOWN = Outcome("unknown", "RabbitMQ does not answer an acknowledgement")
 TWICE = Outcome("unknown", "the retry is published, but the lease of the old delivery was lost")
 
@@ -56,6 +60,8 @@ class Parcel(Struct, frozen=True, gc=False):
     delay: float
     message_id: str
     body: bytes
+    count: int = 0
+    """How often it was delivered before, where the server cannot know."""
 
 
 class RabbitMQBroker(Broker):
@@ -161,7 +167,7 @@ class RabbitMQBroker(Broker):
         for at in which:
             sending, top = _address(names, parcels[at])
             sendings.append(sending)
-            levels = max(levels, top + 1)
+            levels = max(levels, levels_for(top))
         try:
             async with publishing.answering():
                 await self._declare(channel, {parcels[at].queue for at in which}, levels)
@@ -169,6 +175,7 @@ class RabbitMQBroker(Broker):
         except Unavailable:
             publishing.discard("the server did not confirm in time", only=channel)
             raise
+        await channel.registered()
         return {which[index]: reason for index, reason in refused.items()}
 
     async def _declare(self, channel: Channel, queues: Iterable[str], levels: int) -> None:
@@ -176,11 +183,14 @@ class RabbitMQBroker(Broker):
         names, _ = self._started()
         async with self._declaring:
             missing = [queue for queue in queues if queue not in self._declared]
+            created = [names.queue(queue) for queue in missing]
             methods = [m for q in missing for m in queue_methods(names, q, self._version)]
-            for level in range(self._levels, levels):
-                methods += level_methods(names, level)
+            if levels > self._levels:
+                above = range(self._levels, levels)
+                created += ladder_queues(names, above)
+                methods += ladder_methods(names, above)
             if methods:
-                await declare(channel, methods)
+                await declare(channel, methods, created)
                 self._declared.update(missing)
                 self._levels = max(self._levels, levels)
 
@@ -214,52 +224,136 @@ class RabbitMQSubscription(Subscription):
         self._connection = Connection(url, "receiver", broker.heartbeat, self._set_up)
         self._channel: Channel | None = None
         self._epoch = 0
-        self._held: dict[int, bool] = {}
-        """Delivery tags of this epoch, in order; True while a call is settling it."""
-        self._ready: dict[str, deque[Delivery]] = {queue: deque() for queue in queues}
+        self._held: dict[int, str] = {}
+        """Delivery tags of this epoch, in order, and the consumers they came by."""
+        self._settling: set[int] = set()
+        """Those that a call is settling now."""
+        self._ready: dict[str, deque[tuple[Delivery, bytes]]] = {q: deque() for q in queues}
+        """What `receive` has not returned yet, with its bytes."""
         self._early: dict[int, Parcel] = {}
         """What came out of the ladder before its time, because its delay is longer than that."""
         self._settled = Recent()
         self._bell = asyncio.Event()
         self._preparing: Shielded[None] = Shielded()
+        self._consumers: dict[str, str] = {}
+        """Consumer tag -> queue, in this epoch; also of those that are cancelled."""
+        self._active: dict[str, int] = {}
+        """Consumer tag -> how many more deliveries the server may push through it."""
+        self._receiving = False
+        self._idle: asyncio.TimerHandle | None = None
+        self._resting: asyncio.Task[None] | None = None
         self._open = True
-        self._consuming = False
 
     async def open(self) -> None:
         """Connect and begin to consume. Raises `Unavailable`, `ConfigurationError`."""
         self._channel = await self._connection.channel()
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        while self._open:
-            self._bell.clear()
-            if self._early or self._lost():
-                await self._preparing.run(self._prepare)
-                continue
-            deliveries = self._take(wanted, limit)
-            if deliveries:
-                return deliveries
-            await self._bell.wait()
-        raise Closed("the subscription is closed")
+        self._receiving = True
+        try:
+            while self._open:
+                self._bell.clear()
+                if self._lost() or self._early or self._missing(wanted):
+                    await self._preparing.run(partial(self._prepare, dict(wanted)))
+                    continue
+                deliveries = self._take(wanted, limit)
+                if deliveries:
+                    return deliveries
+                await self._bell.wait()
+            raise Closed("the subscription is closed")
+        finally:
+            self._receiving = False
+            self._rest_later()
 
     def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         deliveries: list[Delivery] = []
         for queue, most in wanted.items():
             ready = self._ready[queue]
             for _ in range(min(most, limit - len(deliveries), len(ready))):
-                deliveries.append(ready.popleft())
+                deliveries.append(ready.popleft()[0])
         return deliveries
 
-    async def _prepare(self) -> None:
-        """Reconnect where needed, and send on what came too early."""
-        self._channel = await self._connection.channel()
-        early = dict(self._early)
-        if early:
-            epoch = self._epoch
-            outcomes = await self._broker.dispatch(list(early.values()))
+    def _missing(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """Return what is wanted of each queue beyond what is here or may be pushed."""
+        coming = dict.fromkeys(self._queues, 0)
+        for tag, more in self._active.items():
+            coming[self._consumers[tag]] += more
+        missing = {
+            queue: min(most, self._queues[queue]) - coming[queue] - len(self._ready[queue])
+            for queue, most in wanted.items()
+        }
+        return {queue: lack for queue, lack in missing.items() if lack > 0}
+
+    async def _prepare(self, wanted: Mapping[str, int]) -> None:
+        """Reconnect where needed, send on what came too early, and consume what is wanted."""
+        from pamqp.commands import Basic
+
+        self._channel = channel = await self._connection.channel()
+        if self._early:
+            await self._send_on()
+        methods: list[Frame] = []
+        for queue, lack in self._missing(wanted).items():
+            tag = str(len(self._consumers))
+            self._consumers[tag] = queue
+            self._active[tag] = lack
+            methods.append(Basic.Qos(prefetch_count=lack))
+            methods.append(Basic.Consume(queue=self._names.queue(queue), consumer_tag=tag))
+        if methods:
+            async with self._connection.answering():
+                await channel.call(*methods)
+
+    async def _send_on(self) -> None:
+        """Let messages wait for the rest of their delay: it is longer than the ladder."""
+        early, epoch = dict(self._early), self._epoch
+        outcomes = await self._broker.dispatch(list(early.values()))
+        if epoch == self._epoch:
             sent = [tag for tag, out in zip(early, outcomes, strict=True) if out.status == "done"]
+            for tag in early:
+                del self._early[tag]
+            await self._acknowledge(sent, [tag for tag in early if tag not in sent])
+
+    def _rest_later(self) -> None:
+        """See to it that what nobody takes does not wait here while others are idle."""
+        if self._idle is None and self._open and any(self._ready.values()):
+            loop = asyncio.get_running_loop()
+            self._idle = loop.call_later(LINGER, self._rest_unless_busy)
+
+    def _rest_unless_busy(self) -> None:
+        self._idle = None
+        if not self._receiving and self._resting is None and not self._lost():
+            self._resting = asyncio.create_task(self._rest())
+
+    async def _rest(self) -> None:
+        """Stop consuming and hand what is here on as copies, whose count has not been raised."""
+        try:
+            await self._cancel_consumers()
+            if self._receiving:
+                return
+            epoch, parcels = self._epoch, dict[int, Parcel]()
+            for queue, ready in self._ready.items():
+                while ready:
+                    delivery, body = ready.popleft()
+                    parcels[delivery.fence[1]] = Parcel(
+                        queue, 0.0, _name_of(delivery), body, (delivery.count or 1) - 1
+                    )
+            outcomes = await self._broker.dispatch(list(parcels.values()))
             if epoch == self._epoch:
-                self._early = {t: p for t, p in self._early.items() if t not in early}
-                await self._acknowledge(sent, [tag for tag in early if tag not in sent])
+                done = [t for t, out in zip(parcels, outcomes, strict=True) if out.status == "done"]
+                await self._acknowledge(done, [tag for tag in parcels if tag not in done])
+        except Unavailable as error:
+            # Without its connection the server hands all of it to others.
+            self._connection.discard(str(error))
+        finally:
+            self._resting = None
+
+    async def _cancel_consumers(self) -> None:
+        from pamqp.commands import Basic
+
+        tags = list(self._active)
+        self._active.clear()
+        if tags and self._channel is not None:
+            async with self._connection.answering():
+                await self._channel.call(*(Basic.Cancel(consumer_tag=tag) for tag in tags))
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         mine = [s for s in settlements if self._mine(s.delivery)]
@@ -294,12 +388,12 @@ class RabbitMQSubscription(Subscription):
         epoch = self._epoch
         tags = {at: retry.delivery.fence[1] for at, retry in retries.items()}
         messages = [retry.message for retry in retries.values()]
-        self._mark(tags.values(), True)
+        self._settling.update(tags.values())
         try:
             published = await self._broker.publish(messages)
         finally:
             if epoch == self._epoch:
-                self._mark(tags.values(), False)
+                self._settling.difference_update(tags.values())
         done: list[int] = []
         for at, outcome in zip(retries, published, strict=True):
             if outcome.status == "refused":
@@ -316,22 +410,23 @@ class RabbitMQSubscription(Subscription):
         if channel is None or not (done or back):
             return
         methods = list(self._methods(done, back))
-        self._mark((*done, *back), True)
+        self._settling.update(done, back)
         try:
             async with self._connection.answering():
                 await channel.send(*methods)
         except Unavailable:
-            # Lost in the middle, the outcome is unknown; else nothing was sent, and it may be
-            # repeated.
+            # Lost in the middle, the outcome is unknown; otherwise nothing was sent, and the
+            # call may be repeated.
             if channel.lost is None:
                 raise
         finally:
             if epoch == self._epoch:
-                self._mark((*done, *back), False)
+                self._settling.difference_update(done, back)
         for tag in (*done, *back):
             self._settled.add((epoch, tag))
-            if epoch == self._epoch:
-                self._held.pop(tag, None)
+            consumer = self._held.pop(tag, "") if epoch == self._epoch else ""
+            if consumer in self._active:
+                self._active[consumer] += 1
 
     def _methods(self, done: Iterable[int], back: Iterable[int]) -> Iterator[Frame]:
         """Yield acknowledgements: one for all up to the first delivery that is not finished."""
@@ -359,26 +454,23 @@ class RabbitMQSubscription(Subscription):
     async def close(self) -> None:
         self._open = False
         self._bell.set()
-        if (preparing := self._preparing.pending) is not None:
-            await asyncio.wait({preparing})
-        if self._consuming and not self._lost():
+        if self._idle is not None:
+            self._idle.cancel()
+        pending = {task for task in (self._preparing.pending, self._resting) if task is not None}
+        if pending:
+            await asyncio.wait(pending)
+        if not self._lost():
             try:
-                await self._stop_consuming()
+                await self._cancel_consumers()
+                await self._give_back()
             except Unavailable as error:
                 self._connection.discard(str(error))
         if not self._held:
             await self.end()
 
-    async def _stop_consuming(self) -> None:
-        """Cancel the consumers, then give back what was not returned."""
-        from pamqp.commands import Basic
-
-        channel = self._channel
-        assert channel is not None
-        async with self._connection.answering():
-            await channel.call(*(Basic.Cancel(consumer_tag=queue) for queue in self._queues))
-        self._consuming = False
-        unreturned = [delivery.fence[1] for ready in self._ready.values() for delivery in ready]
+    async def _give_back(self) -> None:
+        """Return to the server what `receive` has not returned."""
+        unreturned = [d.fence[1] for ready in self._ready.values() for d, _ in ready]
         unreturned += self._early
         for ready in self._ready.values():
             ready.clear()
@@ -397,44 +489,40 @@ class RabbitMQSubscription(Subscription):
         self._broker.forget(self)
 
     async def _set_up(self, channel: Channel, version: tuple[int, ...]) -> None:
-        """Begin a new epoch on a new channel: declare the queues and consume them."""
-        from pamqp.commands import Basic
-
+        """Begin a new epoch on a new channel, and declare the queues."""
         self._epoch = epoch = next(epochs)
         self._drop(epoch)
         channel.on_delivery = partial(self._arrive, epoch)
         channel.on_lost = partial(self._drop, epoch)
-        methods = namespace_methods(self._names)
-        for queue in self._queues:
-            methods += queue_methods(self._names, queue, version)
-        await declare(channel, methods)
-        consuming: list[Frame] = []
-        for queue, capacity in self._queues.items():
-            consuming.append(Basic.Qos(prefetch_count=capacity))
-            consuming.append(Basic.Consume(queue=self._names.queue(queue), consumer_tag=queue))
-        await channel.call(*consuming)
-        self._consuming = True
+        await declare(channel, namespace_methods(self._names))
+        methods = [m for q in self._queues for m in queue_methods(self._names, q, version)]
+        await declare(channel, methods, [self._names.queue(queue) for queue in self._queues])
 
     def _arrive(
-        self, epoch: int, queue: str, tag: int, headers: dict[str, Any], body: bytes
+        self, epoch: int, consumer: str, tag: int, headers: dict[str, Any], body: bytes
     ) -> None:
         if epoch != self._epoch:
             return
-        self._held[tag] = False
+        queue = self._consumers[consumer]
+        self._held[tag] = consumer
+        if consumer in self._active:
+            self._active[consumer] -= 1
         if rest := rest_of(headers):
             self._early[tag] = Parcel(queue, rest, "", body)
         else:
-            before = headers.get("x-delivery-count", 0)
-            times = before + 1 if isinstance(before, int) else None
-            delivery = Delivery(decode_message(body), queue, (epoch, tag), times)
-            self._ready[queue].append(delivery)
+            message = decode_message(body)
+            delivery = Delivery(message, queue, (epoch, tag), _count_of(headers))
+            self._ready[queue].append((delivery, body))
         self._bell.set()
+        if not self._receiving:
+            self._rest_later()
 
     def _drop(self, epoch: int) -> None:
         """Forget what a lost channel held: the server gives it to others."""
         if epoch == self._epoch:
-            self._held.clear()
-            self._early.clear()
+            for forgotten in (self._held, self._early, self._consumers, self._active):
+                forgotten.clear()
+            self._settling.clear()
             for ready in self._ready.values():
                 ready.clear()
             self._bell.set()
@@ -466,12 +554,7 @@ class RabbitMQSubscription(Subscription):
 
     def _mine(self, delivery: Delivery) -> bool:
         epoch, tag = delivery.fence
-        return epoch == self._epoch and self._held.get(tag) is False
-
-    def _mark(self, tags: Iterable[int], settling: bool) -> None:
-        for tag in tags:
-            if tag in self._held:
-                self._held[tag] = settling
+        return epoch == self._epoch and tag in self._held and tag not in self._settling
 
     def _lost(self) -> bool:
         return self._channel is None or self._channel.lost is not None
@@ -483,9 +566,21 @@ def _address(names: Names, parcel: Parcel) -> tuple[Sending, int]:
 
     queue = names.queue(parcel.queue)
     if parcel.delay <= 0:
-        return Sending(parcel.body, queue, message_id=parcel.message_id), -1
+        counted = {COUNT: str(parcel.count)} if parcel.count else None
+        return Sending(parcel.body, queue, "", parcel.message_id, counted), -1
     top, headers = route(parcel.delay)
     return Sending(parcel.body, queue, names.delay, parcel.message_id, headers), top
+
+
+def _name_of(delivery: Delivery) -> str:
+    return delivery.message.uuid if isinstance(delivery.message, TaskMessage) else ""
+
+
+def _count_of(headers: Mapping[str, Any]) -> int:
+    """Return how often a message was delivered, this time and earlier copies included."""
+    returned, copied = headers.get("x-delivery-count", 0), headers.get(COUNT, "")
+    count = 1 + returned if isinstance(returned, int) else 1
+    return count + int(copied) if isinstance(copied, str) and copied.isdigit() else count
 
 
 def _chunks(parcels: Sequence[Parcel], which: Iterable[int]) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any, TypeAlias, cast
 
 from aiormq.abc import AbstractChannel, AbstractConnection, ChannelFrame
@@ -23,10 +24,11 @@ from pamqp.header import ContentHeader
 
 from qtasks_core.errors import Unavailable
 
-NUMBER = 1
-"""Each connection carries one channel."""
 FRAME_OVERHEAD = 8
 PERSISTENT = 2
+NOT_FOUND = 404
+REGISTRATION = 1.5
+"""Seconds after which the server remembers a new queue; see `Channel.registered`."""
 
 OnDelivery: TypeAlias = Callable[[str, int, dict[str, Any], bytes], None]
 """Called with consumer tag, delivery tag, headers and body, on the connection's reader."""
@@ -75,11 +77,12 @@ class Batch:
 
 
 class Channel:
-    """The one channel of a connection. Every wait ends with `Unavailable` when it is lost."""
+    """A channel of a connection. Every wait ends with `Unavailable` when it is lost."""
 
-    def __init__(self, connection: AbstractConnection, name: str) -> None:
+    def __init__(self, connection: AbstractConnection, name: str, number: int = 1) -> None:
         self._connection = connection
         self._name = name
+        self._number = number
         self._loop = asyncio.get_running_loop()
         self._replies: deque[asyncio.Future[Frame]] = deque()
         self._batches: list[Batch] = []
@@ -100,9 +103,11 @@ class Channel:
         """The server's reply code when it closed the channel itself."""
         self.heard = self._loop.time()
         """When the server was last heard of on this channel, on the loop's clock."""
+        self._registered_at = 0.0
+        self._numbers = count(number + 1)
         # The connection hands the frames of a channel to `frames.put`.
         self.frames = self
-        connection.channels[NUMBER] = cast(AbstractChannel, self)
+        connection.channels[number] = cast(AbstractChannel, self)
         connection.closing.add_done_callback(self._on_connection_closed)
 
     async def open(self) -> None:
@@ -118,7 +123,7 @@ class Channel:
 
     async def send(self, *methods: Frame) -> None:
         """Send methods that have no reply. Cancelled, it has sent all of them or none."""
-        await self._write(b"".join(frame.marshal(method, NUMBER) for method in methods))
+        await self._write(b"".join(frame.marshal(method, self._number) for method in methods))
 
     async def publish(self, sendings: Sequence[Sending]) -> dict[int, str]:
         """Publish messages and wait once until the server has confirmed all.
@@ -136,6 +141,38 @@ class Channel:
         finally:
             self._batches.remove(batch)
         return batch.refusals
+
+    async def create(self, queues: Sequence[str], methods: Sequence[Frame]) -> None:
+        """Declare queues by `methods`, and note when the server will remember those it lacked."""
+        if not await self._has(queues):
+            await self.call(*methods)
+            self._registered_at = self._loop.time() + REGISTRATION
+        else:
+            await self.call(*methods)
+
+    async def registered(self) -> None:
+        """Wait until what was created is safe from a crash.
+
+        The server answers the declaration of a replicated queue before its Raft library has
+        written the queue's name to disk, which it does within 1.25 s. After a crash before that,
+        the queue has no leader and has lost even what it had confirmed.
+        """
+        young = self._registered_at - self._loop.time()
+        if young > 0:
+            await asyncio.sleep(young)
+
+    async def _has(self, queues: Sequence[str]) -> bool:
+        """Say whether the server has all these queues; the answer no costs a channel."""
+        looking = Channel(self._connection, self._name, next(self._numbers))
+        try:
+            await looking.call(commands.Channel.Open())
+            await looking.call(*(commands.Queue.Declare(queue=q, passive=True) for q in queues))
+            await looking.call(commands.Channel.Close(200, "done", 0, 0))
+        except Unavailable:
+            if looking.close_code != NOT_FOUND:
+                raise
+            return False
+        return True
 
     async def put(self, item: tuple[int, Any]) -> None:
         """Take a frame from the connection's reader."""
@@ -160,6 +197,7 @@ class Channel:
                 self.fail(f"{self._name} cancelled a consumer: its queue was deleted or moved")
             case commands.Channel.Close():
                 self.close_code = received.reply_code or 0
+                await self.send(commands.Channel.CloseOk())
                 self.fail(f"{self._name} closed the channel: {received.reply_text}")
             case _ if self._replies:
                 reply = self._replies.popleft()
@@ -198,7 +236,7 @@ class Channel:
             method = commands.Basic.Publish(
                 exchange=sending.exchange, routing_key=sending.routing_key, mandatory=True
             )
-            publish = self._publish_frames[target] = frame.marshal(method, NUMBER)
+            publish = self._publish_frames[target] = frame.marshal(method, self._number)
         body = sending.body
         properties = commands.Basic.Properties(
             delivery_mode=PERSISTENT,
@@ -206,10 +244,10 @@ class Channel:
             headers=sending.headers,
         )
         header = ContentHeader(body_size=len(body), properties=properties)
-        pieces = [publish, frame.marshal(header, NUMBER)]
+        pieces = [publish, frame.marshal(header, self._number)]
         for start in range(0, len(body), self._body_size):
             part = ContentBody(body[start : start + self._body_size])
-            pieces.append(frame.marshal(part, NUMBER))
+            pieces.append(frame.marshal(part, self._number))
         return b"".join(pieces)
 
     def _end_content(self) -> None:

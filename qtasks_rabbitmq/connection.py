@@ -59,6 +59,7 @@ class Connection:
                 self.discard("reconnecting")
                 async with self.answering():
                     self._channel = await self._open()
+                await self._channel.registered()
             return self._channel
 
     @asynccontextmanager

@@ -22,6 +22,8 @@ UNIT = 0.1
 """Seconds of level 0: what rounding up may cost."""
 LEVELS = 26
 """The top level holds 38.8 days; the server takes no time to live above 49.7."""
+FIRST_LEVELS = 14
+"""Declared with the first delay, for all up to 27 minutes; the others with the first longer one."""
 MARGIN = 0.03
 """Seconds added against the server's clock, which cuts off up to a millisecond a level."""
 ENTER = "qtasks-enter"
@@ -44,14 +46,39 @@ def route(delay: float) -> tuple[int, dict[str, Any]]:
     return top, headers
 
 
+def levels_for(top: int) -> int:
+    """Return how many levels to declare for a message that enters at `top` (-1: none)."""
+    if top < 0:
+        return 0
+    return FIRST_LEVELS if top < FIRST_LEVELS else LEVELS
+
+
 def rest_of(headers: dict[str, Any]) -> float:
     """Return the seconds that a message which left the ladder still has to wait."""
     rest = headers.get(REST)
     return int(rest) / 1000 if isinstance(rest, str) and rest.isdigit() else 0.0
 
 
-def level_methods(names: Names, level: int) -> list[Frame]:
-    """Return what declares one level; the one below it must be there."""
+def ladder_methods(names: Names, levels: range) -> list[Frame]:
+    """Return what declares some levels; those below them must be there."""
+    from pamqp.commands import Exchange, Queue
+
+    methods: list[Frame] = [
+        Queue.Declare(queue=names.lost, durable=True, arguments=dict(QUORUM)),
+        Queue.Bind(queue=names.lost, exchange=names.lost),
+        Exchange.Declare(exchange=names.delay, exchange_type="headers", durable=True),
+    ]
+    for level in levels:
+        methods += _level_methods(names, level)
+    return methods
+
+
+def ladder_queues(names: Names, levels: range) -> list[str]:
+    """Return the names of the queues that `ladder_methods` declares."""
+    return [names.lost, *(names.level(level) for level in levels)]
+
+
+def _level_methods(names: Names, level: int) -> list[Frame]:
     from pamqp.commands import Exchange, Queue
 
     name = names.level(level)
@@ -73,7 +100,6 @@ def level_methods(names: Names, level: int) -> list[Frame]:
         ),
         Queue.Bind(queue=name, exchange=name, arguments=match | {_digit(level): True}),
         Exchange.Bind(destination=below, source=name, arguments=match | {_digit(level): False}),
-        Exchange.Declare(exchange=names.delay, exchange_type="headers", durable=True),
         Queue.Bind(queue=name, exchange=names.delay, arguments=match | {ENTER: str(level)}),
     ]
 

@@ -181,9 +181,8 @@ class RabbitMQLog(Log):
         from pamqp.commands import Queue
 
         arguments: dict[str, Any] = {"x-queue-type": "stream"}
-        await declare(
-            channel, [Queue.Declare(queue=self._stream, durable=True, arguments=arguments)]
-        )
+        stream = Queue.Declare(queue=self._stream, durable=True, arguments=arguments)
+        await declare(channel, [stream], [self._stream])
 
     async def _consume(self, channel: Channel, version: tuple[int, ...]) -> None:
         """Read on from behind what was returned, on a new connection."""

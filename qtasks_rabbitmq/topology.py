@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from qtasks_rabbitmq.channel import Channel
 
-LONGEST_NAME = 255
+LONGEST_EXCHANGE = 127
+LONGEST_QUEUE = 255
+"""Characters; what stands for the namespace, and escapes, count too."""
 ACCESS_REFUSED = 403
 PRECONDITION_FAILED = 406
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
@@ -25,10 +27,12 @@ log = logging.getLogger(__name__)
 
 
 class Names:
-    """The names of one namespace. A quoted namespace has no colon, so no two share one."""
+    """The names of one namespace. Quoted, it has no colon, so no two namespaces share a name."""
 
     def __init__(self, namespace: str) -> None:
-        self._prefix = f"qtasks:{quote(namespace, safe='')}"
+        self._prefix = f"qtasks:{_quoted(namespace)}"
+        if len(self.level(99)) > LONGEST_EXCHANGE:
+            raise ConfigurationError(f"the name {namespace[:60]}… is too long for RabbitMQ")
         self.due = f"{self._prefix}:due"
         """Direct exchange: what has waited long enough goes to the queue it names."""
         self.lost = f"{self._prefix}:lost"
@@ -40,23 +44,34 @@ class Names:
 
     def queue(self, name: str) -> str:
         """Return the server's name of a task queue."""
-        return f"{self._prefix}:queue:{name}"
+        return f"{self._prefix}:queue:{_quoted(name)}"
 
     def objection(self, name: str) -> str:
         """Return why RabbitMQ cannot have a queue of this name; empty when it can."""
-        if len(self.queue(name).encode()) <= LONGEST_NAME:
+        if len(self.queue(name)) <= LONGEST_QUEUE:
             return ""
-        return f"the queue's name {name[:60]}… is too long for RabbitMQ ({LONGEST_NAME} bytes)"
+        return f"the queue's name {name[:60]}… is too long for RabbitMQ"
 
     def level(self, level: int) -> str:
         """Return the name of a level of the ladder, its queue's and its exchange's."""
         return f"{self._prefix}:level:{level}"
 
 
-async def declare(channel: Channel, methods: Sequence[Frame]) -> None:
-    """Declare in one write. Raises `ConfigurationError` when the server will never take it."""
+def _quoted(name: str) -> str:
+    """Return a name in the characters that the driver lets pass, different for each name."""
+    return quote(name, safe="").replace("~", "%7E").replace("%", "@")
+
+
+async def declare(channel: Channel, methods: Sequence[Frame], queues: Sequence[str] = ()) -> None:
+    """Declare in one write; `queues` names the queues among it.
+
+    Raises `ConfigurationError` when the server will never take it.
+    """
     try:
-        await channel.call(*methods)
+        if queues:
+            await channel.create(queues, methods)
+        else:
+            await channel.call(*methods)
     except Unavailable as error:
         if channel.close_code in (ACCESS_REFUSED, PRECONDITION_FAILED):
             raise ConfigurationError(str(error)) from error
@@ -64,13 +79,11 @@ async def declare(channel: Channel, methods: Sequence[Frame]) -> None:
 
 
 def namespace_methods(names: Names) -> list[Frame]:
-    """Return what declares the parts that every queue of a namespace relies on."""
-    from pamqp.commands import Exchange, Queue
+    """Return what declares the exchanges that every queue of a namespace relies on."""
+    from pamqp.commands import Exchange
 
     return [
         Exchange.Declare(exchange=names.lost, exchange_type="fanout", durable=True),
-        Queue.Declare(queue=names.lost, durable=True, arguments=dict(QUORUM)),
-        Queue.Bind(queue=names.lost, exchange=names.lost),
         Exchange.Declare(
             exchange=names.due,
             exchange_type="direct",

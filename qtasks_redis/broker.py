@@ -27,8 +27,6 @@ from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended
 from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
 
-_SLEEP = 4.0
-"""Seconds a blocking read may last: less than the time in which the server must answer."""
 _MOST_TAKEN = 1000
 
 
@@ -150,27 +148,24 @@ class RedisSubscription(Subscription):
         """What the server handed over and `receive` has not returned."""
         self._known: dict[str, int] = {}
         """Of each queue the earliest due time, in the server's milliseconds, as last heard."""
-        self._sleeping: asyncio.Task[None] | None = None
-        self._waited: frozenset[str] = frozenset()
-        """The queues whose bells the running `receive` waits for."""
+        self._listening: asyncio.Task[None] | None = None
+        self._bells: frozenset[str] = frozenset()
+        """The queues whose bells it listens to."""
+        self._asleep = False
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         queues = {queue: most for queue, most in wanted.items() if most > 0}
         if not queues or limit < 1:
             raise ValueError("receive must want at least one delivery")
-        self._waited = frozenset(queues)
-        try:
-            while self._open:
-                leftover = self._taking.pending is not None
-                pause = await self._taking.run(lambda: self._take(queues, limit))
-                if self._open and (deliveries := self._collect()):
-                    return deliveries
-                # What a cancelled call had asked for may have been another queue.
-                if self._open and pause > 0 and not leftover:
-                    await self._sleep(pause)
-            raise Closed("the subscription is closed")
-        finally:
-            self._waited = frozenset()
+        while self._open:
+            leftover = self._taking.pending is not None
+            pause = await self._taking.run(lambda: self._take(queues, limit))
+            if self._open and (deliveries := self._collect()):
+                return deliveries
+            # What a cancelled call had asked for may have been another queue.
+            if self._open and pause > 0 and not leftover:
+                await self._sleep(frozenset(queues), pause)
+        raise Closed("the subscription is closed")
 
     def _collect(self) -> list[Delivery]:
         """Return what was handed over, without what a cancelled `receive` left for too long."""
@@ -194,23 +189,42 @@ class RedisSubscription(Subscription):
             self._handed.append(Delivery(message, names[queue], Held(token, until), count))
         return float(change) / 1000
 
-    async def _sleep(self, seconds: float) -> None:
-        """Wait until a bell rings or `seconds` have passed; go on with a wait left unfinished."""
-        if self._sleeping is None or self._sleeping.done():
-            # A lease that begins meanwhile must not run out unnoticed.
-            bounded = max(0.001, min(seconds, self._lease, _SLEEP))
-            self._sleeping = asyncio.create_task(self._listen(self._waited, bounded))
-        sleeping = self._sleeping
-        await asyncio.wait({sleeping})
-        if not sleeping.cancelled():
-            sleeping.result()
+    async def _sleep(self, queues: frozenset[str], seconds: float) -> None:
+        """Wait until a bell rings or `seconds` have passed.
 
-    async def _listen(self, names: frozenset[str], seconds: float) -> None:
+        The time is measured here, since the server ends blocking reads up to 0.1 s late; the
+        read itself goes on, for the next call to listen to.
+        """
+        if self._listening is not None and (self._listening.done() or self._bells != queues):
+            await self._stop_listening()
+        if self._listening is None:
+            self._bells = queues
+            self._listening = asyncio.create_task(self._listen(queues))
+        self._asleep = True
+        try:
+            # A lease that begins meanwhile must not run out unnoticed.
+            bounded = min(seconds, self._lease)
+            done, _ = await asyncio.wait({self._listening}, timeout=bounded)
+        finally:
+            self._asleep = False
+        if done and self._open:
+            listening, self._listening = self._listening, None
+            listening.result()
+
+    async def _listen(self, queues: frozenset[str]) -> None:
         connection = self._connection()
-        bells = {connection.key("bell", name): name for name in names}
-        heard = await connection.listen(list(bells), seconds)
-        if heard is not None and bells[heard] not in self._waited:
+        bells = {connection.key("bell", queue): queue for queue in queues}
+        heard = await connection.listen(list(bells))
+        if heard is not None and not self._asleep:
             await self._ring([bells[heard]])
+
+    async def _stop_listening(self) -> None:
+        """End the blocking read, and ring for the others in case it had just got a token."""
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening.cancel()
+            await ended(listening)
+            await self._ring(self._bells)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         fresh = [s for s in settlements if not s.delivery.fence.settled]
@@ -263,24 +277,15 @@ class RedisSubscription(Subscription):
         if not self._open:
             return
         self._open = False
+        if (taking := self._taking.pending) is not None:
+            await ended(taking)
         try:
-            await self._end()
+            await self._stop_listening()
+            handed, self._handed = self._handed, []
+            await self.settle([Release(delivery) for delivery in handed])
         except Unavailable:
             # The leases run out by themselves.
             return
-
-    async def _end(self) -> None:
-        sleeping, taking = self._sleeping, self._taking.pending
-        if sleeping is not None and not sleeping.done():
-            sleeping.cancel()
-            await ended(sleeping)
-        if taking is not None:
-            await ended(taking)
-        handed, self._handed = self._handed, []
-        await self.settle([Release(delivery) for delivery in handed])
-        if self._known:
-            # The blocking read that was ended may have had a token.
-            await self._ring(list(self._known))
 
     async def _ring(self, queues: Iterable[str]) -> None:
         connection = self._connection()

@@ -66,6 +66,9 @@ class Connection:
         self._execute: Callable[..., Awaitable[Any]] = client.execute_command
         self._url = url
         self.server = UNKNOWN
+        within = client.connection_pool.connection_kwargs.get("socket_timeout")
+        self.listen_for = 0.8 * (within or ANSWER_WITHIN)
+        """Seconds a blocking read may last: less than the time in which the server must answer."""
         # The braces are the hash tag of a cluster; quoting keeps namespaces from meeting.
         self._prefix = f"qtasks:{{{quote(namespace, safe='')}}}:"
 
@@ -93,10 +96,10 @@ class Connection:
             values: list[bytes | None] = await self._execute("MGET", *keys)
             return values
 
-    async def listen(self, bells: Sequence[str], seconds: float) -> str | None:
-        """Block until a token is in one of these lists; return which, None after `seconds`."""
+    async def listen(self, bells: Sequence[str]) -> str | None:
+        """Block until a token is in one of these lists; return which, None after `listen_for`."""
         with self.reachable():
-            heard = await self._execute("BLPOP", *bells, f"{seconds:.3f}")
+            heard = await self._execute("BLPOP", *bells, f"{self.listen_for:.3f}")
         return None if heard is None else heard[0].decode()
 
     async def line(self) -> AbstractConnection:
@@ -104,7 +107,7 @@ class Connection:
         make: Callable[[], AbstractConnection] = self._client.connection_pool.make_connection
         line = make()
         with self.reachable():
-            await line.connect()
+            await line.connect()  # type: ignore[no-untyped-call]
         return line
 
     async def close(self) -> None:

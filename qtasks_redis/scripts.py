@@ -102,16 +102,18 @@ local function take(queue, at, want)
     local entry = redis.call('XRANGE', KEYS[at + STREAM], id, id)[1]
     if entry then hold(entry, count + 1) end
   end
-  if #over > 0 then redis.call('ZREM', KEYS[at + LEASES], unpack(over)) end
-  local got = #over
+  local got, last = #over, nil
   if got < want then
     local after = redis.call('GET', KEYS[at + CURSOR]) or '0-0'
     local fresh = redis.call('XRANGE', KEYS[at + STREAM], '(' .. after, '+', 'COUNT', want - got)
     for _, entry in ipairs(fresh) do hold(entry, 1) end
-    if #fresh > 0 then redis.call('SET', KEYS[at + CURSOR], fresh[#fresh][1]) end
+    if #fresh > 0 then last = fresh[#fresh][1] end
     got = got + #fresh
   end
+  -- The new holders first: were the server to refuse what follows, nothing would be lost.
   if #held > 0 then redis.call('ZADD', KEYS[at + LEASES], unpack(held)) end
+  if #over > 0 then redis.call('ZREM', KEYS[at + LEASES], unpack(over)) end
+  if last then redis.call('SET', KEYS[at + CURSOR], last) end
   return got
 end
 

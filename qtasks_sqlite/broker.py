@@ -47,17 +47,17 @@ Fence: TypeAlias = tuple[int, int]
 _INTO = "INTO qtasks_messages (queue, priority, wake_at, holder, count, data)"
 # Bounded, so that a flood of delayed messages that are due at once does not make one long turn.
 _PROMOTE = """
-UPDATE qtasks_messages SET wake_at = 0, holder = 0 WHERE id IN (
-    SELECT id FROM qtasks_messages WHERE queue = ? AND wake_at > 0 AND wake_at <= ?
+UPDATE qtasks_messages SET wake_at = NULL, holder = 0 WHERE id IN (
+    SELECT id FROM qtasks_messages WHERE queue = ? AND wake_at <= ?
     ORDER BY wake_at LIMIT 5000)
 """
 _TAKE = """
 UPDATE qtasks_messages SET wake_at = ?, holder = ?, count = count + 1 WHERE id IN (
-    SELECT id FROM qtasks_messages WHERE queue = ? AND wake_at = 0
+    SELECT id FROM qtasks_messages WHERE queue = ? AND wake_at IS NULL
     ORDER BY priority DESC, id LIMIT ?)
 """
-_TAKEN = "queue = ? AND wake_at = ? AND wake_at > 0 AND holder = ?"
-_NEAREST = "SELECT min(wake_at) FROM qtasks_messages WHERE queue = ? AND wake_at > 0"
+_TAKEN = "queue = ? AND wake_at = ? AND holder = ?"
+_NEAREST = "SELECT min(wake_at) FROM qtasks_messages WHERE queue = ? AND wake_at IS NOT NULL"
 _HELD = """
 FROM qtasks_messages WHERE id IN (SELECT value FROM json_each(?)) AND holder != 0 AND wake_at > ?
 """
@@ -130,7 +130,7 @@ class SqliteBroker(Broker):
             for message, data in zip(messages, encoded, strict=True):
                 queue = turn.queue(self._namespace, message.queue)
                 turn.rung_queues.add(queue)
-                due = now + message.delay if message.delay > 0 else 0
+                due = now + message.delay if message.delay > 0 else None
                 rows.append((queue, message.priority, due, 0, 0, data))
             batches.insert(turn.execute, _INTO, rows)
 
@@ -341,7 +341,7 @@ class SqliteSubscription(Subscription):
             turn.execute(f"DELETE FROM qtasks_messages {_THESE}", (batches.array(ended),))
         if released:
             turn.execute(
-                f"UPDATE qtasks_messages SET wake_at = 0, holder = 0 {_THESE}",
+                f"UPDATE qtasks_messages SET wake_at = NULL, holder = 0 {_THESE}",
                 (batches.array(released),),
             )
         if retried:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 from qtasks_core.errors import (
     Closed,
     ConfigurationError,
-    MissingDriver,
     QTasksError,
     ServerTooOld,
     Unavailable,
@@ -36,7 +35,7 @@ PATIENCE = 5.0
 """Seconds to wait for a lock that another process holds."""
 _OLDEST = (3, 38)
 _SCHEMA_VERSION = 1
-# `wake_at` is 0 while a message is ready, else when it becomes so again: due, or its lease lost.
+# `wake_at` is NULL while a message is ready, else when it will be: due, or its lease lost.
 _SCHEMA = """
 CREATE TABLE qtasks_schema (version INTEGER NOT NULL);
 CREATE TABLE qtasks_namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
@@ -47,13 +46,13 @@ CREATE TABLE qtasks_messages (
     id INTEGER PRIMARY KEY,
     queue INTEGER NOT NULL,
     priority INTEGER NOT NULL,
-    wake_at REAL NOT NULL,
+    wake_at REAL,
     holder INTEGER NOT NULL,
     count INTEGER NOT NULL,
     data BLOB NOT NULL
 );
-CREATE INDEX qtasks_ready ON qtasks_messages (queue, priority DESC, id) WHERE wake_at = 0;
-CREATE INDEX qtasks_waiting ON qtasks_messages (queue, wake_at) WHERE wake_at > 0;
+CREATE INDEX qtasks_ready ON qtasks_messages (queue, priority DESC, id) WHERE wake_at IS NULL;
+CREATE INDEX qtasks_waiting ON qtasks_messages (queue, wake_at) WHERE wake_at IS NOT NULL;
 CREATE TABLE qtasks_records (
     namespace INTEGER NOT NULL,
     uuid TEXT NOT NULL,
@@ -122,11 +121,12 @@ class Transaction:
 class _Job(Generic[T]):
     """Work for the thread, and who waits for its result."""
 
-    __slots__ = ("future", "work", "writes")
+    __slots__ = ("asked", "future", "work", "writes")
 
     def __init__(
         self, work: Callable[[Transaction], T], writes: bool, future: asyncio.Future[T]
     ) -> None:
+        self.asked = time.monotonic()
         self.work = work
         self.writes = writes
         self.future = future
@@ -211,23 +211,31 @@ class Database:
     # What follows runs in the thread.
 
     def _turn(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
-        """Return a result or an error for each job."""
+        """Return a result or an error for each job; what only reads goes first, without a lock."""
+        results: dict[_Job[Any], Any] = {}
+        for writes in (False, True):
+            half = [job for job in jobs if job.writes is writes]
+            if half:
+                results.update(zip(half, self._outcomes(half, writes), strict=True))
+        return [results[job] for job in jobs]
+
+    def _outcomes(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
         try:
-            return self._together(jobs)
-        except QTasksError as error:
+            return self._together(jobs, writes)
+        except (Unavailable, ConfigurationError) as error:  # the file's, so everybody's
             return [error] * len(jobs)
         except Exception as error:  # noqa: BLE001 (handed to the caller whose job it was)
             if len(jobs) == 1:
                 return [error]
-            return [result for job in jobs for result in self._turn([job])]
+            return [result for job in jobs for result in self._outcomes([job], writes)]
 
-    def _together(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
+    def _together(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
         sqlite3 = _driver()
-        deadline = time.monotonic() + PATIENCE
+        deadline = min(job.asked for job in jobs) + PATIENCE
         pause = 0.0001
         while True:
             try:
-                return self._attempt(jobs)
+                return self._attempt(jobs, writes)
             except sqlite3.Error as error:
                 translated = _translate(error, self.path)
                 if translated is None:
@@ -241,14 +249,12 @@ class Database:
             time.sleep(pause)
             pause = min(pause * 1.5, 0.002)
 
-    def _attempt(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
+    def _attempt(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect()
         turn = Transaction(connection, self._ids)
-        if not any(job.writes for job in jobs):
-            return [job.work(turn) for job in jobs]
-        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
         try:
             results = [job.work(turn) for job in jobs]
             # Under the lock, before the commit: see `doorbell`.
@@ -298,8 +304,6 @@ class Database:
         return connection
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
-        # The lock is taken even when there is nothing to do, so that a file that cannot be
-        # written is found at the start.
         connection.execute("BEGIN IMMEDIATE")
         try:
             known = connection.execute(
@@ -309,6 +313,8 @@ class Database:
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
                 connection.execute("INSERT INTO qtasks_schema VALUES (?)", (_SCHEMA_VERSION,))
+            # Writes nothing, but finds at the start a file that cannot be written.
+            connection.execute("UPDATE qtasks_schema SET version = version WHERE false")
             (version,) = connection.execute("SELECT version FROM qtasks_schema").fetchone()
             if version > _SCHEMA_VERSION:
                 raise ConfigurationError(
@@ -404,7 +410,7 @@ def _driver() -> Any:
     try:
         import sqlite3
     except ImportError as error:
-        raise MissingDriver("sqlite://", "sqlite") from error
+        raise ConfigurationError("sqlite:// needs a Python built with SQLite") from error
     return sqlite3
 
 

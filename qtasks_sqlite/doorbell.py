@@ -146,19 +146,18 @@ class Doorbell:
                 (self._directory / name).unlink(missing_ok=True)
 
     def _alive(self, address: str, port: str | None) -> bool:
-        family = socket.AF_UNIX if port is None else socket.AF_INET
+        family = socket.AF_INET if port is not None else socket.AF_UNIX
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            if port is None:
-                try:
-                    probe.connect(self.path(address))
-                except (ConnectionRefusedError, FileNotFoundError):
-                    return False
-                return True
             try:
-                probe.bind(("127.0.0.1", int(port)))
-            except OSError:
+                if port is None:
+                    probe.connect(self.path(address))
+                else:
+                    probe.bind(("127.0.0.1", int(port)))
+            except (ConnectionRefusedError, FileNotFoundError):
+                return False
+            except OSError:  # the port is taken, as it should be, or this process cannot tell
                 return True
-            return False
+            return port is None
 
 
 class Bell:

@@ -159,7 +159,7 @@ async def test_a_blocked_loop_keeps_its_lease(setting: Setting) -> None:
                 await asyncio.to_thread(worker.wait_for, "worker ")
             uuids = await setting.enqueue(app, "block", 1, 2 * setting.pair.lease)
             records = await finals(app, uuids, 2 * setting.pair.lease + 30)
-            assert [record.status for record in records] == ["success"]
-            assert len(setting.log.numbers("begin")) == 1
-            assert [answer for _, _, answer in setting.log.lines("saved")] == ["done"]
             assert one.terminate() == other.terminate() == 0
+    assert [record.status for record in records] == ["success"]
+    assert len(setting.log.numbers("begin")) == 1
+    assert [answer for _, _, answer in setting.log.lines("saved")] == ["done"]

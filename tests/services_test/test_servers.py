@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from tests.services import SERVICES, Service
+from tests.services import SERVICES, PostgresServer, Service
 from tests.services_test.clients import CLIENTS, WORD
 from tests.services_test.processes import below, gone
 
@@ -46,6 +49,8 @@ async def test_what_was_promised_survives_a_kill(server: Service) -> None:
     await client.write(server.url)
     url = server.url
     await asyncio.to_thread(server.kill)
+    with socket.socket() as knocking:
+        assert knocking.connect_ex(("127.0.0.1", urlsplit(url).port)) == errno.ECONNREFUSED
     with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it
         await asyncio.wait_for(client.read(url), 10)
     await asyncio.to_thread(server.restart)
@@ -76,6 +81,24 @@ def test_stop_leaves_no_process_and_no_directory(name: str) -> None:
     assert gone(pids, within=0)
     assert not directory.exists()
     service.stop()
+
+
+@pytest.mark.parametrize("killed_before", [False, True])
+def test_postgres_leaves_no_shared_memory(killed_before: bool) -> None:
+    service = PostgresServer()
+    service.start()
+    directory = service._way.directory  # type: ignore[attr-defined]
+    segment = (directory / "data" / "postmaster.pid").read_text().splitlines()[6].split()[1]
+    assert segment in segments()
+    if killed_before:
+        service.kill()
+    service.stop()
+    assert segment not in segments()
+
+
+def segments() -> set[str]:
+    lines = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+    return {line.split()[1] for line in lines}
 
 
 @pytest.mark.parametrize("state", ["running", "frozen"])

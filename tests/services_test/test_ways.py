@@ -39,7 +39,7 @@ def test_a_url_that_does_not_answer_is_an_error_and_shows_no_password(
     assert "hidden" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["redis", "rabbitmq", "kafka"])
+@pytest.mark.parametrize("name", ["redis", "kafka"])
 def test_without_any_way_all_reasons_are_told(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
