@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -38,40 +39,35 @@ def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             assert isinstance(trial, Try)
             wanted |= {(trial.on_trial, test), (trial.honest, test)}
     ordered = sorted(wanted)
-    runs = [
-        (run_pytest(share, log := directory / f"{at}.log", log.with_suffix(".xml")), log)
-        for at, share in enumerate(ordered[start::SHARES] for start in range(SHARES))
-    ]
+    shares = [share for start in range(SHARES) if (share := ordered[start::SHARES])]
     found: Report = {}
-    for run, log in runs:
-        try:
+    with ExitStack() as end:
+        runs = [run_pytest(share, directory / str(at), end) for at, share in enumerate(shares)]
+        for at, run in enumerate(runs):
             run.wait(LIMIT)
-        finally:
-            run.kill()
-        assert log.with_suffix(".xml").exists(), log.read_text()
-        found |= read(log.with_suffix(".xml"))
+            xml = directory / f"{at}.xml"
+            assert xml.exists(), (directory / f"{at}.log").read_text()
+            found |= read(xml)
     assert wanted == found.keys()
     return found
 
 
-def run_pytest(wanted: list[tuple[str, str]], log: Path, xml: Path) -> subprocess.Popen[bytes]:
-    """Start a pytest of these tests, each by its class and its name."""
+def run_pytest(
+    wanted: list[tuple[str, str]], path: Path, end: ExitStack
+) -> subprocess.Popen[bytes]:
+    """Start a pytest of these tests, each by its class and its name; killed at the end at last."""
     command = [
         sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
-        f"--junitxml={xml}", *(f"{FILE}::{name}::{test}" for name, test in wanted),
+        f"--junitxml={path}.xml", *(f"{FILE}::{name}::{test}" for name, test in wanted),
     ]  # fmt: skip
-    with log.open("wb") as out:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "QTASKS_CONFORMANCE_PATIENCE": PATIENCE,
-            },
-        )
+    environment = {"PYTHONPATH": str(ROOT), "QTASKS_CONFORMANCE_PATIENCE": PATIENCE}
+    log = end.enter_context(path.with_suffix(".log").open("wb"))
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+    )
+    end.callback(run.wait)
+    end.callback(run.kill)
+    return run
 
 
 def read(xml: Path) -> Report:
