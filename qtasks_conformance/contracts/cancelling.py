@@ -126,6 +126,20 @@ class CancellingContract(Contract):
         successor = await other.subscribe({"q": 10})
         assert len(await collect(successor, 9, SOON)) == 9
 
+    async def test_stopping_ends_a_waiting_receive(self, rig: Rig) -> None:
+        """Stopped, a broker and its subscriptions raise `Closed`; stopping twice is harmless."""
+        broker = await rig.broker()
+        subscription = await broker.subscribe({"q": 10})
+        receiving = rig.background(subscription.receive({"q": 10}, 10))
+        await asyncio.sleep(0.1)
+        await broker.stop()
+        await broker.stop()
+        await asyncio.wait({receiving}, timeout=SOON)
+        assert receiving.done(), "the receive goes on waiting"
+        assert isinstance(receiving.exception(), Closed)
+        with pytest.raises(Closed):
+            await broker.publish([rig.message()])
+
     async def test_closing_ends_a_waiting_receive(self, rig: Rig) -> None:
         """A receive that waits raises `Closed`, and so does the next; closing twice is harmless."""
         broker = await rig.broker()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from msgspec.structs import replace
 
 from qtasks_conformance.commands import message_of
@@ -11,7 +12,7 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_conformance.waiting import assert_silent, collect
 from qtasks_core import Ack, Broker, Delivery, Guarantees, Outcome, Release, Retry, Settlement
-from qtasks_core.errors import ConfigurationError
+from qtasks_core.errors import Closed, ConfigurationError
 
 SEPARATORS = (".", ":", "-", "_", "/")
 """What names are likely to be joined with inside a backend."""
@@ -35,6 +36,11 @@ class DeliveringContract(Contract):
         assert delivery.message == sent
         assert delivery.queue == "q"
         assert_settled(await subscription.settle([Ack(delivery)]), broker.guarantees)
+
+    async def test_it_is_closed_before_it_starts(self, rig: Rig) -> None:
+        """A call before `start` raises `Closed`."""
+        with pytest.raises(Closed):
+            await rig.subject.broker.broker().publish([rig.message()])
 
     async def test_an_empty_batch_is_nothing(self, rig: Rig) -> None:
         """A batch without items is answered without outcomes."""
