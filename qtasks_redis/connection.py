@@ -24,6 +24,8 @@ CONNECT_WITHIN: Final = 3.0
 """Seconds to wait for a new connection; the handshake comes on top."""
 _SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "valkey": "redis"}
 _NEEDS: Final = (6, 2)
+_MOST_CALLS: Final = 32
+"""Calls on the way at once, each on a connection of its own; the others wait their turn."""
 _MOST_ITEMS: Final = 1000
 _MOST_BYTES: Final = 4 * 1024 * 1024
 _PASSING: Final = ("OOM", "READONLY", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY")
@@ -61,14 +63,13 @@ def checked(url: str) -> str:
 class Connection:
     """A pool to one server, and the names of what one namespace keeps there."""
 
-    def __init__(self, client: Redis, url: str, namespace: str) -> None:
+    def __init__(self, client: Redis, url: str, namespace: str, within: float) -> None:
         self._client = client
         self._execute: Callable[..., Awaitable[Any]] = client.execute_command
         self._url = url
         self.server = UNKNOWN
-        within = client.connection_pool.connection_kwargs.get("socket_timeout")
-        self.listen_for = 0.8 * (within or ANSWER_WITHIN)
-        """Seconds a blocking read may last: less than the time in which the server must answer."""
+        self._slots = asyncio.Semaphore(_MOST_CALLS)
+        self.answer_within = within
         # The braces are the hash tag of a cluster; quoting keeps namespaces from meeting.
         self._prefix = f"qtasks:{{{quote(namespace, safe='')}}}:"
 
@@ -80,26 +81,39 @@ class Connection:
         """Return the name from which `key` made this key."""
         return key[len(self._prefix.encode()) :].partition(b":")[2].decode()
 
+    async def call(self, *command: str | bytes | int) -> Any:
+        """Send a command and return its answer.
+
+        The driver's own timeout is off: it waits with `asyncio.wait_for`, which before Python 3.12
+        can swallow a cancellation.
+        """
+        with self.reachable():
+            async with asyncio.timeout(self.answer_within), self._slots:
+                return await self._execute(*command)
+
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
         """Run a script, and load it first if the server has forgotten it."""
         from redis.exceptions import NoScriptError
 
-        with self.reachable():
-            try:
-                return await self._execute("EVALSHA", script.sha, len(keys), *keys, *args)
-            except NoScriptError:
-                return await self._execute("EVAL", script.source, len(keys), *keys, *args)
+        try:
+            return await self.call("EVALSHA", script.sha, len(keys), *keys, *args)
+        except NoScriptError:
+            return await self.call("EVAL", script.source, len(keys), *keys, *args)
 
     async def read(self, keys: Sequence[str]) -> list[bytes | None]:
         """Return the values of keys in one round trip, None where there is none."""
-        with self.reachable():
-            values: list[bytes | None] = await self._execute("MGET", *keys)
-            return values
+        values: list[bytes | None] = await self.call("MGET", *keys)
+        return values
 
     async def listen(self, bells: Sequence[str]) -> str | None:
-        """Block until a token is in one of these lists; return which, None after `listen_for`."""
+        """Block until a token is in one of these lists; return which, None after a while.
+
+        Less than the time in which the server must answer, so that a dead one is noticed.
+        """
+        seconds = f"{0.8 * self.answer_within:.3f}"
         with self.reachable():
-            heard = await self._execute("BLPOP", *bells, f"{self.listen_for:.3f}")
+            async with asyncio.timeout(self.answer_within):
+                heard = await self._execute("BLPOP", *bells, seconds)
         return None if heard is None else heard[0].decode()
 
     async def line(self) -> AbstractConnection:
@@ -107,7 +121,8 @@ class Connection:
         make: Callable[[], AbstractConnection] = self._client.connection_pool.make_connection
         line = make()
         with self.reachable():
-            await line.connect()  # type: ignore[no-untyped-call]
+            async with asyncio.timeout(self.answer_within):
+                await line.connect()  # type: ignore[no-untyped-call]
         return line
 
     async def close(self) -> None:
@@ -129,7 +144,7 @@ class Connection:
                 f"{where}: the user's rights do not suffice: {error}"
             ) from None
         except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
-            raise Unavailable(f"{where}: {error or type(error).__name__}") from error
+            raise Unavailable(f"{where}: {str(error) or 'no answer in time'}") from error
         except exceptions.ResponseError as error:
             passing = (
                 exceptions.OutOfMemoryError,
@@ -152,33 +167,31 @@ async def connect(url: str, namespace: str) -> Connection:
         from redis.backoff import NoBackoff
     except ImportError:
         raise MissingDriver("redis://", "redis") from None
+    rest, options = take_options(url, {"socket_timeout": float})
     try:
         client: Redis = Redis.from_url(
-            url,
+            rest,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
-            socket_timeout=ANSWER_WITHIN,
+            socket_timeout=None,
             socket_connect_timeout=CONNECT_WITHIN,
         )
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{redact(url)}: {error}") from None
-    connection = Connection(client, url, namespace)
+    within = options.get("socket_timeout", ANSWER_WITHIN)
+    connection = Connection(client, url, namespace, within)
     try:
-        with connection.reachable():
-            connection.server = await _ask(client, url)
+        connection.server = await _ask(connection.call, url)
     except BaseException:
         await connection.close()
         raise
     return connection
 
 
-async def _ask(client: Redis, url: str) -> Server:
+async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
     """Read what product this is and what it survives, as far as the user's rights go."""
-    from redis.exceptions import NoPermissionError
-
-    execute: Callable[..., Awaitable[Any]] = client.execute_command
     try:
-        hello = _pairs(await execute("HELLO"))
+        hello = _pairs(await call("HELLO"))
     except TypeError as error:
         # An unknown option of the URL shows only when the first connection is made.
         raise ConfigurationError(f"{redact(url)}: {error}") from None
@@ -187,20 +200,20 @@ async def _ask(client: Redis, url: str) -> Server:
     if tuple(int(part) for part in version.split(".")[:2]) < _NEEDS:
         raise ServerTooOld(f"{redact(url)} is {name}; Redis 6.2 or newer is needed")
     try:
-        info = await client.info("everything")
-    except NoPermissionError:
+        info = await call("INFO")
+    except ConfigurationError:
         unknown = "unknown: the user may not call INFO"
         return Server(name, "client crash", unknown, ("its eviction policy is unknown",))
     if "valkey_version" in info:
         name = f"Valkey {info['valkey_version']}"
-    return await _durability(execute, name, info)
+    return await _durability(call, name, info)
 
 
 async def _durability(
-    execute: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
+    call: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
 ) -> Server:
     """Derive what the server survives from INFO and, where it may be asked, CONFIG."""
-    from redis.exceptions import NoPermissionError, ResponseError
+    from redis.exceptions import ResponseError
 
     notes: list[str] = []
     policy = str(info.get("maxmemory_policy", "unknown"))
@@ -209,8 +222,8 @@ async def _durability(
     if not info.get("aof_enabled"):
         return Server(name, "client crash", "appendonly no: at most snapshots", tuple(notes))
     try:
-        fsync = _pairs(await execute("CONFIG GET", "appendfsync"))["appendfsync"]
-    except (NoPermissionError, ResponseError, KeyError):
+        fsync = _pairs(await call("CONFIG GET", "appendfsync"))["appendfsync"]
+    except (ConfigurationError, ResponseError, KeyError):
         notes.append("appendfsync is unknown: the user may not call CONFIG GET")
         return Server(name, "server crash", "appendonly yes", tuple(notes))
     if fsync == "always":

@@ -15,7 +15,6 @@ from qtasks_core.errors import Closed, ConfigurationError, NotSupported, Unavail
 from qtasks_core.records import FINAL, order_of
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_redis.connection import (
-    ANSWER_WITHIN,
     UNKNOWN,
     Connection,
     batches,
@@ -250,8 +249,8 @@ class RedisInbox(Inbox):
         self._confirming.update(confirming)
         try:
             with self._connection.reachable():
-                await line.send_command("SUBSCRIBE", *channels)
-                async with asyncio.timeout(ANSWER_WITHIN):
+                async with asyncio.timeout(self._connection.answer_within):
+                    await line.send_command("SUBSCRIBE", *channels)
                     await asyncio.gather(*confirming.values())
         finally:
             for channel in channels:

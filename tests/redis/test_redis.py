@@ -1,0 +1,430 @@
+"""What is Redis's own: bells, tokens, pushes, rights, and a server that freezes or forgets."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+from msgspec.structs import replace
+from redis.asyncio import Redis
+
+from qtasks_core import DONE, LOST, Ack, Delivery, Release, Retry, Task, TaskMessage
+from qtasks_core.errors import Closed, ConfigurationError, ServerTooOld, Unavailable
+from qtasks_redis import RedisBackend, RedisBroker, RedisStorage, connection
+from qtasks_redis.broker import Held, RedisSubscription
+from tests.services import Service
+
+
+def message(**fields: object) -> TaskMessage:
+    return TaskMessage(uuid=str(uuid4()), task_name="tests:task", **fields)  # type: ignore[arg-type]
+
+
+def final(uuid: str, **fields: object) -> Task:
+    return Task(uuid=uuid, task_name="tests:task", status="success", **fields)  # type: ignore[arg-type]
+
+
+def sent(delivery: Delivery) -> TaskMessage:
+    assert isinstance(delivery.message, TaskMessage)
+    return delivery.message
+
+
+@pytest.fixture
+async def parts(redis_server: Service) -> AsyncIterator[tuple[RedisBroker, RedisStorage]]:
+    namespace = str(uuid4())
+    broker = RedisBackend().broker(f"{redis_server.url}?lease=30&retention=60")
+    storage = RedisBackend().storage(f"{redis_server.url}?lease=30&retention=60")
+    await broker.start(namespace)
+    await storage.start(namespace)
+    yield broker, storage
+    await broker.stop()
+    await storage.stop()
+
+
+@pytest.fixture
+async def server(redis_server: Service) -> AsyncIterator[Redis]:
+    client: Redis = Redis.from_url(redis_server.url)
+    yield client
+    await client.aclose()
+
+
+async def subscribed(broker: RedisBroker, queue: str = "default") -> RedisSubscription:
+    subscription = await broker.subscribe({queue: 10})
+    assert isinstance(subscription, RedisSubscription)
+    return subscription
+
+
+async def calls(server: Redis) -> int:
+    """Return how many commands clients have sent; those within scripts are not counted."""
+    counts = await server.info("commandstats")
+    return sum(counts.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("evalsha", "blpop"))
+
+
+# Waiting
+
+
+async def test_a_new_earliest_delay_is_heard_by_every_sleeper(
+    parts: tuple[RedisBroker, RedisStorage],
+) -> None:
+    broker, _ = parts
+    sleepers = [await subscribed(broker) for _ in range(3)]
+    await broker.publish([message(delay=60)])
+    waiting = [asyncio.create_task(s.receive({"default": 1}, 1)) for s in sleepers]
+    await asyncio.sleep(0.2)
+    began = time.monotonic()
+    # The first who hears of it is busy when it is due; the others have to know as well.
+    await broker.publish([message(delay=0.6)])
+    await asyncio.sleep(0.2)
+    await broker.publish([message(), message()])
+    done, left = await asyncio.wait(waiting, timeout=0.3)
+    assert len(done) == 2
+    assert sent((await left.pop())[0]).delay == 0.6
+    assert 0.6 <= time.monotonic() - began < 1.6
+
+
+async def test_waiting_costs_less_than_two_commands_a_second(
+    parts: tuple[RedisBroker, RedisStorage], server: Redis
+) -> None:
+    subscription = await subscribed(parts[0])
+    waiting = asyncio.create_task(subscription.receive({"default": 1}, 1))
+    await asyncio.sleep(0.5)
+    before = await calls(server)
+    await asyncio.sleep(5)
+    assert await calls(server) - before < 10
+    await subscription.close()
+    with pytest.raises(Closed):
+        await waiting
+
+
+async def test_a_token_heard_by_a_cancelled_receiver_wakes_another(
+    parts: tuple[RedisBroker, RedisStorage],
+) -> None:
+    broker, _ = parts
+    first, second = await subscribed(broker), await subscribed(broker)
+    waiting = asyncio.create_task(first.receive({"default": 1}, 1))
+    await asyncio.sleep(0.2)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    receiving = asyncio.create_task(second.receive({"default": 1}, 1))
+    await asyncio.sleep(0.2)
+    began = time.monotonic()
+    # The first still listens, and is the longer in line.
+    await broker.publish([message()])
+    assert len(await receiving) == 1
+    assert time.monotonic() - began < 1
+
+
+async def test_another_queue_can_be_wanted_after_a_cancelled_receive(
+    parts: tuple[RedisBroker, RedisStorage],
+) -> None:
+    broker, _ = parts
+    subscription = await broker.subscribe({"a": 1, "b": 1})
+    waiting = asyncio.create_task(subscription.receive({"a": 1}, 1))
+    await asyncio.sleep(0.2)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    receiving = asyncio.create_task(subscription.receive({"b": 1}, 1))
+    await asyncio.sleep(0.2)
+    await broker.publish([message(queue="b")])
+    async with asyncio.timeout(1):
+        assert len(await receiving) == 1
+
+
+async def test_a_limit_is_kept_over_queues_and_the_rest_stays_receivable(
+    parts: tuple[RedisBroker, RedisStorage],
+) -> None:
+    broker, _ = parts
+    await broker.publish([message(queue=queue) for queue in "aaabbb"])
+    one, two = await broker.subscribe({"a": 9, "b": 9}), await broker.subscribe({"b": 9})
+    assert [d.queue for d in await one.receive({"a": 9, "b": 9}, 4)] == ["a", "a", "a", "b"]
+    async with asyncio.timeout(1):
+        assert len(await two.receive({"b": 9}, 9)) == 2
+
+
+# Ownership
+
+
+async def test_leases_of_different_length_are_each_kept(redis_server: Service) -> None:
+    namespace = str(uuid4())
+    long = RedisBroker(redis_server.url, lease=30)
+    short = RedisBroker(redis_server.url, lease=0.3)
+    await long.start(namespace)
+    await short.start(namespace)
+    holder, other = await subscribed(long), await subscribed(short)
+    await long.publish([message()])
+    (held,) = await holder.receive({"default": 1}, 1)
+    receiving = asyncio.create_task(other.receive({"default": 1}, 1))
+    await asyncio.sleep(1)
+    assert not receiving.done()
+    assert await holder.settle([Release(held)]) == [DONE]
+    (again,) = await receiving
+    assert again.count == 2
+    zombie = replace(held, fence=Held(held.fence.token, 0.0))
+    assert await holder.settle([Ack(zombie)]) == [LOST]
+    await short.stop()
+    await long.stop()
+
+
+async def test_a_settle_whose_answer_was_lost_can_be_repeated(
+    parts: tuple[RedisBroker, RedisStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker, _ = parts
+    subscription = await subscribed(broker)
+    await broker.publish([message()])
+    (delivery,) = await subscription.receive({"default": 1}, 1)
+    retry = Retry(delivery, replace(sent(delivery), attempt=2))
+    call = connection.Connection.call
+
+    async def deaf(self: connection.Connection, *command: Any) -> Any:
+        await call(self, *command)
+        raise Unavailable("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection.Connection, "call", deaf)
+        with pytest.raises(Unavailable):
+            await subscription.settle([retry])
+    assert await subscription.settle([retry]) == [DONE]
+    assert [sent(d).attempt for d in await subscription.receive({"default": 9}, 9)] == [2]
+
+
+async def test_a_settle_whose_answer_was_lost_is_refused_when_another_may_own(
+    redis_server: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = RedisBroker(redis_server.url, lease=0.3)
+    await broker.start(str(uuid4()))
+    mine, other = await subscribed(broker), await subscribed(broker)
+    await broker.publish([message()])
+    (delivery,) = await mine.receive({"default": 1}, 1)
+
+    async def down(self: connection.Connection, *command: Any) -> Any:
+        raise Unavailable("the question was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection.Connection, "call", down)
+        with pytest.raises(Unavailable):
+            await mine.settle([Ack(delivery)])
+    (taken,) = await other.receive({"default": 1}, 1)
+    assert await mine.settle([Ack(delivery)]) == [LOST]
+    assert await other.settle([Ack(taken)]) == [DONE]
+    await broker.stop()
+
+
+async def test_scripts_are_loaded_again_when_the_server_forgot_them(
+    parts: tuple[RedisBroker, RedisStorage], server: Redis
+) -> None:
+    broker, storage = parts
+    subscription = await subscribed(broker)
+    ours = message()
+    for _ in range(2):
+        await server.script_flush()
+        await broker.publish([ours])
+        await server.script_flush()
+        deliveries = await subscription.receive({"default": 1}, 1)
+        await server.script_flush()
+        assert await storage.save([final(ours.uuid)]) == [DONE]
+        assert await subscription.extend(deliveries) == deliveries
+        assert await subscription.settle([Ack(d) for d in deliveries]) == [DONE]
+
+
+async def test_nothing_is_left_of_what_was_settled(
+    parts: tuple[RedisBroker, RedisStorage], server: Redis
+) -> None:
+    broker, _ = parts
+    subscription = await subscribed(broker)
+    await broker.publish([message() for _ in range(2500)])
+    left = 2500
+    while left:
+        deliveries = await subscription.receive({"default": 2000}, 2000)
+        assert await subscription.settle([Ack(d) for d in deliveries]) == [DONE] * len(deliveries)
+        left -= len(deliveries)
+    key = broker._started().key
+    assert await server.xlen(key("stream", "default")) == 0
+    assert not await server.exists(key("leases", "default"), key("delayed", "default"))
+
+
+# Records
+
+
+async def test_a_final_record_expires_and_others_stay(
+    parts: tuple[RedisBroker, RedisStorage], server: Redis
+) -> None:
+    _, storage = parts
+    own, default, open_ = str(uuid4()), str(uuid4()), str(uuid4())
+    running = replace(final(open_), status="process")
+    forever = str(uuid4())
+    records = [final(own, retention=0.2), final(default), running]
+    await storage.save([*records, final(forever, retention=float("inf"))])
+    key = storage._started().key
+    assert 50 < await server.ttl(key("record", default)) <= 60
+    assert await server.ttl(key("record", open_)) == -1
+    assert await server.ttl(key("record", forever)) == -1
+    await asyncio.sleep(0.4)
+    assert await storage.get([own]) == [None]
+
+
+async def test_large_records_are_only_named_and_still_arrive(
+    parts: tuple[RedisBroker, RedisStorage],
+) -> None:
+    _, storage = parts
+    inbox = await storage.inbox()
+    uuids = [str(uuid4()) for _ in range(12)]
+    inbox.expect(uuids[:8])
+    await inbox.watch(uuids[8:])
+    sizes = (10, 60_000, 70_000, 500_000)
+    records = [
+        final(uuid, returning=b"x" * sizes[at % 4], reply_to=inbox.address if at < 8 else None)
+        for at, uuid in enumerate(uuids)
+    ]
+    assert await storage.save(records) == [DONE] * 12
+    arrived: list[Task] = []
+    while len(arrived) < 12:
+        arrived += await inbox.receive()
+    assert {task.uuid: task for task in arrived} == {record.uuid: record for record in records}
+    await inbox.close()
+
+
+async def test_many_calls_share_a_few_connections(
+    parts: tuple[RedisBroker, RedisStorage], server: Redis
+) -> None:
+    _, storage = parts
+    uuids = [str(uuid4()) for _ in range(400)]
+    await asyncio.gather(*(storage.save([final(uuid)]) for uuid in uuids))
+    found: Sequence[list[Task | None]] = await asyncio.gather(*(storage.get([u]) for u in uuids))
+    assert all(tasks[0] is not None for tasks in found)
+    assert (await server.info("clients"))["connected_clients"] < 60
+
+
+async def test_a_cancelled_call_is_cancelled(parts: tuple[RedisBroker, RedisStorage]) -> None:
+    _, storage = parts
+
+    async def forever() -> None:
+        while True:
+            await storage.get(["a"])
+
+    for turns in range(60):
+        running = asyncio.create_task(forever())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running.cancel()
+        done, _ = await asyncio.wait({running}, timeout=1)
+        assert done
+
+
+# Trouble
+
+
+async def test_a_frozen_server_is_unreachable_within_seconds(
+    parts: tuple[RedisBroker, RedisStorage], redis_server: Service
+) -> None:
+    broker, storage = parts
+    subscription, inbox = await subscribed(broker), await storage.inbox()
+    uuid = str(uuid4())
+    inbox.expect([uuid])
+    waiting = [subscription.receive({"default": 1}, 1), inbox.receive()]
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(call) for call in waiting]
+    await asyncio.sleep(0.3)
+    await asyncio.to_thread(redis_server.freeze)
+    try:
+        tasks += [
+            asyncio.create_task(broker.publish([message(queue="other")])),
+            asyncio.create_task(storage.get([uuid])),
+            asyncio.create_task(RedisBroker(redis_server.url).start("tests")),
+        ]
+        done, pending = await asyncio.wait(tasks, timeout=7)
+    finally:
+        await asyncio.to_thread(redis_server.thaw)
+    assert not pending
+    assert all(isinstance(task.exception(), Unavailable) for task in done)
+    await storage.save([final(uuid)])
+    assert [task.uuid for task in await inbox.receive()] == [uuid]
+    await broker.publish([message()])
+    assert len(await subscription.receive({"default": 1}, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://host", "redis://"),
+        ("redis://host/name", "'name'"),
+        ("redis://host:port", "port"),
+        ("redis://host?lease=soon", "soon"),
+        ("redis://host?lease=0", "lease"),
+    ],
+)
+def test_a_wrong_url_is_told_when_the_part_is_built(url: str, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        RedisBackend().broker(url)
+
+
+async def test_what_the_server_refuses_is_a_matter_of_configuration(redis_server: Service) -> None:
+    port = urlsplit(redis_server.url).port
+    for wrong in (
+        f"redis://:guessed@127.0.0.1:{port}",
+        f"redis://127.0.0.1:{port}",
+        f"{redis_server.url}99999",
+        f"{redis_server.url}?sockets=9",
+    ):
+        with pytest.raises(ConfigurationError) as told:
+            await RedisBroker(wrong).start("tests")
+        assert "guessed" not in str(told.value)
+
+
+async def test_an_old_server_is_refused(
+    redis_server: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_NEEDS", (99, 0))
+    with pytest.raises(ServerTooOld, match="Redis"):
+        await RedisStorage(redis_server.url).start("tests")
+
+
+async def test_a_user_without_rights_to_ask_gets_the_least_guarantees(
+    redis_server: Service, server: Redis
+) -> None:
+    port = urlsplit(redis_server.url).port
+    for forbidden, survives in (("-@dangerous", "client crash"), ("-config", "server crash")):
+        await server.execute_command(  # type: ignore[no-untyped-call]
+            "ACL", "SETUSER", "worker", "reset", "on", ">pw", "~*", "&*", "+@all", forbidden
+        )
+        broker = RedisBroker(f"redis://worker:pw@127.0.0.1:{port}")
+        await broker.start("tests")
+        assert broker.guarantees.survives == survives
+        assert "unknown" in f"{broker.guarantees.durability} {broker.guarantees.notes}"
+        await broker.publish([message(queue=str(uuid4()))])
+        await broker.stop()
+    await server.acl_deluser("worker")
+
+
+async def test_eviction_is_noted(redis_server: Service, server: Redis) -> None:
+    await server.config_set("maxmemory", "900mb")
+    await server.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        storage = RedisStorage(redis_server.url)
+        await storage.start("tests")
+        assert "allkeys-lru" in str(storage.guarantees.notes)
+        await storage.stop()
+    finally:
+        await server.config_set("maxmemory-policy", "noeviction")
+        await server.config_set("maxmemory", "0")
+
+
+async def test_full_memory_is_a_passing_state(
+    parts: tuple[RedisBroker, RedisStorage], server: Redis
+) -> None:
+    broker, _ = parts
+    subscription = await subscribed(broker)
+    await broker.publish([message(), message()])
+    (held,) = await subscription.receive({"default": 1}, 1)
+    await server.config_set("maxmemory", "1mb")
+    try:
+        with pytest.raises(Unavailable, match="maxmemory"):
+            await broker.publish([message()])
+        with pytest.raises(Unavailable, match="maxmemory"):
+            await subscription.receive({"default": 1}, 1)
+        assert await subscription.settle([Ack(held)]) == [DONE]
+    finally:
+        await server.config_set("maxmemory", "0")
+    assert len(await subscription.receive({"default": 9}, 9)) == 1
