@@ -320,31 +320,34 @@ class RabbitMQSubscription(Subscription):
 
     def _rest_unless_busy(self) -> None:
         self._idle = None
-        if not self._receiving and self._resting is None and not self._lost():
+        if any(self._ready.values()) and not self._receiving and self._resting is None:
             self._resting = asyncio.create_task(self._rest())
 
     async def _rest(self) -> None:
         """Stop consuming and hand what is here on as copies, whose count has not been raised."""
+        leaving: list[tuple[Delivery, bytes]] = []
+        epoch = self._epoch
         try:
             await self._cancel_consumers()
             if self._receiving:
                 return
-            epoch, parcels = self._epoch, dict[int, Parcel]()
-            for queue, ready in self._ready.items():
-                while ready:
-                    delivery, body = ready.popleft()
-                    parcels[delivery.fence[1]] = Parcel(
-                        queue, 0.0, _name_of(delivery), body, (delivery.count or 1) - 1
-                    )
-            outcomes = await self._broker.dispatch(list(parcels.values()))
+            for ready in self._ready.values():
+                leaving.extend(ready)
+                ready.clear()
+            outcomes = await self._broker.dispatch([_copy_of(*each) for each in leaving])
             if epoch == self._epoch:
-                done = [t for t, out in zip(parcels, outcomes, strict=True) if out.status == "done"]
-                await self._acknowledge(done, [tag for tag in parcels if tag not in done])
-        except Unavailable as error:
-            # Without its connection the server hands all of it to others.
-            self._connection.discard(str(error))
+                tags: dict[bool, list[int]] = {True: [], False: []}
+                for (delivery, _), outcome in zip(leaving, outcomes, strict=True):
+                    tags[outcome.status == "done"].append(delivery.fence[1])
+                await self._acknowledge(tags[True], tags[False])
+        except Unavailable:
+            # They are still here, if the connection is: another time.
+            if epoch == self._epoch:
+                for delivery, body in leaving:
+                    self._ready[delivery.queue].append((delivery, body))
         finally:
             self._resting = None
+            self._rest_later()
 
     async def _cancel_consumers(self) -> None:
         from pamqp.commands import Basic
@@ -572,8 +575,10 @@ def _address(names: Names, parcel: Parcel) -> tuple[Sending, int]:
     return Sending(parcel.body, queue, names.delay, parcel.message_id, headers), top
 
 
-def _name_of(delivery: Delivery) -> str:
-    return delivery.message.uuid if isinstance(delivery.message, TaskMessage) else ""
+def _copy_of(delivery: Delivery, body: bytes) -> Parcel:
+    """Return a message as it came, for another receiver."""
+    name = delivery.message.uuid if isinstance(delivery.message, TaskMessage) else ""
+    return Parcel(delivery.queue, 0.0, name, body, (delivery.count or 1) - 1)
 
 
 def _count_of(headers: Mapping[str, Any]) -> int:
