@@ -171,11 +171,12 @@ class RabbitMQBroker(Broker):
         try:
             async with publishing.answering():
                 await self._declare(channel, {parcels[at].queue for at in which}, levels)
+            await channel.registered()
+            async with publishing.answering():
                 refused = await channel.publish(sendings)
         except Unavailable:
             publishing.discard("the server did not confirm in time", only=channel)
             raise
-        await channel.registered()
         return {which[index]: reason for index, reason in refused.items()}
 
     async def _declare(self, channel: Channel, queues: Iterable[str], levels: int) -> None:
