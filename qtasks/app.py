@@ -142,6 +142,14 @@ class App:
                 client, self._client = self._client, None
                 await client.stop()
 
+    @property
+    def client(self) -> Client:
+        """The engine's client while the app is started; it lives on the I/O thread."""
+        client = self._client_now()[1]
+        if client is None:
+            raise self._not_started()
+        return client
+
     def _client_now(self) -> tuple[IOThread, Client | None]:
         return self._io(), self._client
 
@@ -389,9 +397,9 @@ class App:
         """
         refuse_running_loop()
         if not logging.getLogger().handlers:
-            logging.basicConfig(
-                level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-            )
+            # Drivers are only heard when something is wrong.
+            logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+            logger.setLevel(logging.INFO)
         # The two loops of this process hand over work many times a millisecond; with the
         # default of 5 ms each would wait for the other.
         sys.setswitchinterval(0.0005)

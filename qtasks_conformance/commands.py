@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -34,6 +35,7 @@ from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.separate import record_of
 
 How = Literal["ack", "retry", "release"]
+Halt = Literal["before", "after"]
 
 
 class Setup(Struct, frozen=True):
@@ -91,9 +93,14 @@ class Admit(Struct, frozen=True, tag=True):
 
 
 class Complete(Struct, frozen=True, tag=True):
-    """Complete held deliveries: position, settlement, status to record."""
+    """Complete held deliveries: position, settlement, status to record.
+
+    With `halt` it stops for good before, or after, the settling; the answer says if it did. Where
+    one step does both there is nothing between to halt at, and it completes.
+    """
 
     ends: list[tuple[int, How, Status]]
+    halt: Halt | None = None
 
 
 Command = Publish | Stream | Receive | Settle | Extend | Save | Submit | Admit | Complete
@@ -113,6 +120,7 @@ class Answer(Struct, frozen=True):
     held: list[Seen] = []
     mine: list[bool] = []
     verdicts: list[Verdict] = []
+    halted: bool = False
     unavailable: str | None = None
     failure: str | None = None
 
@@ -120,6 +128,7 @@ class Answer(Struct, frozen=True):
 command_decoder = msgspec.json.Decoder(Command)
 answer_decoder = msgspec.json.Decoder(Answer)
 setup_decoder = msgspec.json.Decoder(Setup)
+part_decoder = msgspec.json.Decoder(Part)
 encode = msgspec.json.encode
 
 
@@ -132,6 +141,7 @@ class Hands:
         self._storage = setup.storage.storage()
         self._subscription: Subscription | None = None
         self._held: list[Delivery] = []
+        self._completing: asyncio.Task[list[Outcome]] | None = None
 
     async def start(self) -> None:
         """Start both parts."""
@@ -141,6 +151,9 @@ class Hands:
 
     async def stop(self) -> None:
         """Stop both parts in an orderly way, which is what a crash does not do."""
+        if self._completing is not None:
+            self._completing.cancel()
+            await asyncio.wait({self._completing})
         await self._broker.stop()
         await self._storage.stop()
 
@@ -178,11 +191,13 @@ class Hands:
             case Admit():
                 admitted = await self._composition.admit(self._held)
                 return Answer(verdicts=[verdict for verdict, _ in admitted])
-            case Complete(ends):
+            case Complete(ends, halt):
                 completions = [
                     Completion(settlement(self._held[at], kind), self._record(at, status))
                     for at, kind, status in ends
                 ]
+                if halt is not None:
+                    return Answer(halted=await self._complete_halfway(completions, halt))
                 return Answer(await self._composition.complete(self._open(), completions))
 
     async def _stream(self, messages: list[TaskMessage], pause: float) -> list[Outcome]:
@@ -191,6 +206,30 @@ class Hands:
             outcomes += await self._broker.publish([message])
             await asyncio.sleep(pause)
         return outcomes
+
+    async def _complete_halfway(self, completions: list[Completion], halt: Halt) -> bool:
+        """Start to complete and say whether it came to the settling; then it never goes on."""
+        subscription = self._open()
+        settle = subscription.settle
+        halted = asyncio.Event()
+
+        async def settle_and_halt(settlements: Sequence[Settlement]) -> list[Outcome]:
+            outcomes = await settle(settlements) if halt == "after" else []
+            halted.set()
+            await asyncio.Event().wait()
+            return outcomes
+
+        setattr(subscription, "settle", settle_and_halt)  # noqa: B010 a method is replaced
+        self._completing = asyncio.create_task(
+            self._composition.complete(subscription, completions)
+        )
+        halting = asyncio.create_task(halted.wait())
+        await asyncio.wait({self._completing, halting}, return_when="FIRST_COMPLETED")
+        if halting.done():
+            return True
+        halting.cancel()
+        self._completing.result()
+        return False
 
     async def _receive(self, wanted: dict[str, int], count: int) -> None:
         if self._subscription is None:

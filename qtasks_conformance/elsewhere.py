@@ -17,6 +17,7 @@ from qtasks_conformance.commands import (
     Command,
     Complete,
     Extend,
+    Halt,
     Hands,
     How,
     Publish,
@@ -98,6 +99,10 @@ class Elsewhere(ABC):
     async def complete(self, *ends: tuple[int, How, Status]) -> list[Outcome]:
         """Complete held deliveries there: position, settlement, status to record."""
         return (await self._tell(Complete(list(ends)))).outcomes
+
+    async def complete_halfway(self, end: tuple[int, How, Status], halt: Halt) -> bool:
+        """Complete there, but halt for good at the settling; says whether it came to that."""
+        return (await self._tell(Complete([end], halt))).halted
 
     async def _tell(self, command: Command) -> Answer:
         try:

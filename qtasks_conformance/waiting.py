@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,8 +14,10 @@ from qtasks_core.errors import Unavailable
 
 T = TypeVar("T")
 
-PATIENCE = 30.0
+PATIENCE = float(os.environ.get("QTASKS_CONFORMANCE_PATIENCE", "30"))
 """Seconds for what must happen but has no time of its own in the contracts."""
+SOON = min(10.0, PATIENCE)
+"""Seconds for what must happen long before a long lease runs out, a rebalance included."""
 
 
 async def persist(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:

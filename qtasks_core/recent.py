@@ -14,6 +14,7 @@ class Recent:
 
     def add(self, key: Hashable) -> None:
         """Remember a key, at the cost of the oldest when the set is full."""
+        self._keys.pop(key, None)
         self._keys[key] = None
         if len(self._keys) > self._limit:
             del self._keys[next(iter(self._keys))]

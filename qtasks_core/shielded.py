@@ -24,7 +24,9 @@ class Shielded(Generic[T]):
             self._call = asyncio.create_task(call())
         running = self._call
         await asyncio.wait({running})
-        self._call = None
+        # Another call may be under way if this one was abandoned meanwhile.
+        if self._call is running:
+            self._call = None
         return running.result()
 
     @property

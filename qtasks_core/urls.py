@@ -8,6 +8,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from qtasks_core.errors import ConfigurationError
 
+SECRET_WORDS = ("pass", "secret", "token")
+
 
 def redact(url: str) -> str:
     """Return `url` fit for a log: the password and secret-looking options are `***`."""
@@ -16,32 +18,40 @@ def redact(url: str) -> str:
     except ValueError:
         return "***"
     netloc = parts.netloc
+    if ":" in netloc and "@" in parts.path + parts.query + parts.fragment:
+        # A password with a bare / ? or # ends the authority early and would stand in the rest.
+        return f"{parts.scheme}://***"
     if "@" in netloc:
         credentials, _, host = netloc.rpartition("@")
         user, colon, _ = credentials.partition(":")
         netloc = f"{user}{colon and ':***'}@{host}"
     query = urlencode(
-        [(k, "***" if "pass" in k.lower() or "secret" in k.lower() else v)
-         for k, v in parse_qsl(parts.query, keep_blank_values=True)],
+        [
+            (key, "***" if any(word in key.lower() for word in SECRET_WORDS) else value)
+            for key, value in parse_qsl(parts.query, keep_blank_values=True)
+        ],
         safe="*/:,",
-    )  # fmt: skip
+    )
     # urlunsplit drops the empty authority of sqlite:///file, so the text is put together by hand.
-    _, _, rest = url.partition("://")
-    slashes = "//" if rest or parts.netloc else ""
-    return f"{parts.scheme}:{slashes}{netloc}{parts.path}{query and '?' + query}"
+    scheme = f"{parts.scheme}:" if parts.scheme else ""
+    slashes = "//" if "://" in url else ""
+    return f"{scheme}{slashes}{netloc}{parts.path}{query and '?' + query}"
 
 
 def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
     """Split the options named in `known` off the query of `url`.
 
     Returns the URL without them and their converted values (absent options are left out). Raises
-    `ConfigurationError` when a value does not convert. Options not in `known` stay in the URL,
-    for the driver.
+    `ConfigurationError` when a value does not convert or the URL is none. Options not in `known`
+    stay in the URL, for the driver.
     """
-    parts = urlsplit(url)
+    try:
+        query = urlsplit(url).query
+    except ValueError as error:
+        raise ConfigurationError(f"{redact(url)} is not a URL: {error}") from None
     taken: dict[str, Any] = {}
     left: list[tuple[str, str]] = []
-    for key, value in parse_qsl(parts.query, keep_blank_values=True):
+    for key, value in parse_qsl(query, keep_blank_values=True):
         if key not in known:
             left.append((key, value))
             continue
@@ -50,5 +60,7 @@ def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[s
         except ValueError as error:
             message = f"{key}={value!r} in {redact(url)} is not a {known[key].__name__}"
             raise ConfigurationError(message) from error
+    if not taken:
+        return url, {}
     head = url.partition("?")[0]
     return head + ("?" + urlencode(left) if left else ""), taken

@@ -1,1 +1,29 @@
-"""The sqlite package."""
+"""The embedded default: durable in one file, shared by the processes of one machine."""
+
+from qtasks_core import Backend
+from qtasks_sqlite.broker import SqliteBroker
+from qtasks_sqlite.connection import parse
+from qtasks_sqlite.storage import SqliteStorage
+
+
+class SqliteBackend(Backend):
+    """Answers for `sqlite:///relative` and `sqlite:////absolute`.
+
+    Options: `lease` in seconds, `synchronous` (`normal`; `full` survives a crash of the machine).
+    """
+
+    contract = 1
+
+    def broker(self, url: str) -> SqliteBroker:
+        """Return the broker of `url`."""
+        rest, options = parse(url)
+        return SqliteBroker(rest, **options)
+
+    def storage(self, url: str) -> SqliteStorage:
+        """Return the storage of `url`."""
+        rest, options = parse(url)
+        options.pop("lease", None)
+        return SqliteStorage(rest, **options)
+
+
+__all__ = ["SqliteBackend", "SqliteBroker", "SqliteStorage"]

@@ -141,7 +141,7 @@ def _trace(error: BaseException) -> str:
 
 
 def _is_engine(frame: FrameType) -> bool:
-    module = frame.f_globals.get("__name__", "")
+    module: str = frame.f_globals.get("__name__", "")
     return module.startswith(("qtasks.", "concurrent.futures"))
 
 

@@ -10,13 +10,11 @@ import pytest
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_conformance.waiting import SOON, assert_silent, collect
 from qtasks_core import Ack, Delivery, Subscription
 from qtasks_core.errors import Closed
 
 CANCELS = 300
-SOON = LONG_LEASE / 3
-"""Seconds: well before a lease runs out, with time for a rebalance on a busy machine."""
 
 
 class CancellingContract(Contract):

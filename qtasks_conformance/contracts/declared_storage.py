@@ -11,6 +11,7 @@ from qtasks_conformance.contracts.declaring import (
     assert_abstract_methods_are_missed,
     assert_at_least,
     assert_declared,
+    assert_driver_comes_late,
     optional_methods,
 )
 from qtasks_conformance.rig import Rig, new_uuid
@@ -29,6 +30,10 @@ class DeclaredStorageContract(Contract):
     async def test_missing_methods_are_named_when_it_is_built(self, subject: Subject) -> None:
         """A class that leaves out an abstract method fails when it is built, naming it."""
         assert_abstract_methods_are_missed(subject.storage, Storage)
+
+    async def test_the_driver_is_imported_late(self, subject: Subject) -> None:
+        """Importing and building it, and asking for its guarantees, imports no driver."""
+        await assert_driver_comes_late(subject.storage, subject.driver)
 
     @pytest.mark.parametrize("method", optional_methods(Storage))
     async def test_unsupported_is_what_raises(self, rig: Rig, method: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import os
+import sys
 from collections.abc import Awaitable, Callable
 
 import pytest
 
+from qtasks_conformance.commands import encode
 from qtasks_conformance.subject import Least, Part
 from qtasks_core import Guarantees
 from qtasks_core.errors import NotSupported
@@ -41,6 +45,22 @@ def assert_abstract_methods_are_missed(part: Part, contract: type) -> None:
         incomplete = type("Incomplete", (part.load(),), {name: getattr(contract, name)})
         with pytest.raises(TypeError, match=rf"\b{name}\b"):
             incomplete(**part.arguments)
+
+
+async def assert_driver_comes_late(part: Part, driver: str | None) -> None:
+    """Build the part in an interpreter of its own and look for the driver."""
+    if driver is None:
+        pytest.skip("it has no driver")
+    program = (
+        "import sys; from qtasks_conformance.commands import part_decoder\n"
+        "part_decoder.decode(sys.argv[1]).build().guarantees\n"
+        "sys.exit(sys.argv[2] in sys.modules)"
+    )
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, encode(part).decode(), driver,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert await child.wait() == 0, f"{driver} is imported before `start`"
 
 
 async def assert_declared(

@@ -44,6 +44,16 @@ class DeliveringContract(Contract):
         assert await subscription.settle([]) == []
         assert await subscription.extend([]) == []
 
+    async def test_publish_answers_for_each(self, rig: Rig) -> None:
+        """A batch has an outcome for each message, and each of them can be received."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        messages = rig.messages(50)
+        outcomes = await broker.publish(messages)
+        assert len(outcomes) == len(messages)
+        assert_done(outcomes)
+        deliveries = await collect(await broker.subscribe({"q": 100}), len(messages))
+        assert uuids(deliveries) == sorted(message.uuid for message in messages)
+
     async def test_a_waiting_receive_is_woken(self, rig: Rig) -> None:
         """What another client publishes wakes a receiver that waits."""
         publisher, receiver = await rig.broker(), await rig.broker()
@@ -94,6 +104,7 @@ class DeliveringContract(Contract):
             taker.cancel()
         await asyncio.wait(takers)
         assert uuids(received) == sorted(message.uuid for message in messages)
+        await asyncio.gather(*(assert_silent(s, 0.3) for s in subscriptions))
 
     async def test_publishing_again_is_safe(self, rig: Rig) -> None:
         """The same uuid twice is delivered once or twice: a publish of unknown fate is repeated."""

@@ -10,10 +10,8 @@ import pytest
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done
 from qtasks_conformance.rig import Rig
+from qtasks_conformance.waiting import SOON
 from qtasks_core import Inbox, Task
-
-SOON = 10.0
-"""Seconds in which news must arrive on a busy machine."""
 
 
 class InboxContract(Contract):

@@ -16,7 +16,7 @@ from qtasks_conformance.waiting import PATIENCE, collect, persist
 from qtasks_core import Ack, Guarantees, Inbox, Task
 from qtasks_core.errors import Unavailable
 
-FEW = 12.0
+FEW = min(12.0, PATIENCE)
 """Seconds in which a call must give up on a server that is not there, on a busy machine."""
 
 

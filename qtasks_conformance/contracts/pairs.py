@@ -7,11 +7,11 @@ import asyncio
 import pytest
 from msgspec.structs import replace
 
-from qtasks_conformance.commands import How, message_of
+from qtasks_conformance.commands import Halt, How, message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_conformance.waiting import SOON, assert_silent, collect
 from qtasks_core import (
     Ack,
     Broker,
@@ -134,35 +134,44 @@ class PairContract(Contract):
         await subscription.close()
         await assert_silent(await broker.subscribe({"q": 10}), 0.5)
 
-    async def test_a_crash_between_save_and_settle_runs_nothing_twice(self, rig: Rig) -> None:
-        """The redelivery of a finished task is found final."""
+    @pytest.mark.parametrize("halt", ["before", "after"])
+    async def test_a_crash_in_completing_runs_nothing_twice(self, rig: Rig, halt: Halt) -> None:
+        """Killed before the settling: the redelivery of the finished task is found final."""
         broker, storage, composition = await self._pair(rig, lease=None)
         victim = await rig.elsewhere()
-        message = rig.message()
-        assert_done(await composition.submit([message]))
-        await victim.receive(1)
-        final = rig.record("success", uuid=message.uuid, execution="victim")
-        assert_done(await victim.save(final))
+        assert_done(await composition.submit([rig.message()]))
+        (seen,) = await victim.receive(1)
+        halted = await victim.complete_halfway((0, "ack", "success"), halt)
         await victim.kill()
+        (record,) = await storage.get([seen.message.uuid])
+        assert record is not None
+        assert record.status == "success"
         subscription = await broker.subscribe({"q": 10})
-        (delivery,) = await collect(subscription, 1, rig.within)
-        assert await composition.admit([delivery]) == [("final", final)]
-        assert_settled(
-            await composition.complete(subscription, [Completion(Ack(delivery), None)]),
-            broker.guarantees,
-        )
-        assert await storage.get([message.uuid]) == [final]
+        if halted and halt == "before":
+            (delivery,) = await collect(subscription, 1, rig.within)
+            assert await composition.admit([delivery]) == [("final", record)]
+            drop = [Completion(Ack(delivery), None)]
+            assert_settled(await composition.complete(subscription, drop), broker.guarantees)
+        elif broker.guarantees.settle_confirmed:
+            await assert_silent(subscription, rig.subject.lease)
+        assert await storage.get([seen.message.uuid]) == [record]
 
-    async def test_a_crash_between_retry_and_its_record_loses_nothing(self, rig: Rig) -> None:
-        """A retry is settled before it is recorded: the only message left is not stale."""
-        broker, _, composition = await self._pair(rig, lease=None)
+    @pytest.mark.parametrize("halt", ["before", "after"])
+    async def test_a_crash_in_retrying_loses_nothing(self, rig: Rig, halt: Halt) -> None:
+        """A retry is settled before it is recorded, or the only message left would be stale."""
+        broker, storage, composition = await self._pair(rig, lease=None)
         victim = await rig.elsewhere()
         assert_done(await composition.submit([rig.message()]))
         await victim.receive(1)
-        await victim.settle((0, "retry"))
+        halted = await victim.complete_halfway((0, "retry", "retry"), halt)
         await victim.kill()
         subscription = await broker.subscribe({"q": 10})
-        await self._runs(broker, composition, subscription, rig, attempt=2)
+        attempt = 1 if halted and halt == "before" else 2
+        delivery = await self._of_attempt(subscription, attempt, rig.within)
+        assert [verdict for verdict, _ in await composition.admit([delivery])] == ["run"]
+        ends = [end(delivery, "ack", "success")]
+        assert_settled(await composition.complete(subscription, ends), broker.guarantees)
+        assert await self._statuses(storage, [delivery]) == ["success"]
 
     async def test_a_crash_between_publish_and_record_loses_nothing(self, rig: Rig) -> None:
         """A message without a record runs, and its end is recorded."""
@@ -217,9 +226,9 @@ class PairContract(Contract):
         await victim.kill()
         subscription = await broker.subscribe({"q": 100})
         finished: list[str] = []
-        deadline = asyncio.get_running_loop().time() + rig.within + 10
+        deadline = asyncio.get_running_loop().time() + rig.within + SOON
         while len(finished) < 28 and asyncio.get_running_loop().time() < deadline:
-            deliveries = await collect(subscription, 1, rig.within + 10)
+            deliveries = await collect(subscription, 1, rig.within + SOON)
             verdicts = [verdict for verdict, _ in await composition.admit(deliveries)]
             assert verdicts == ["run"]
             ends = [end(delivery, "ack", "success") for delivery in deliveries]
@@ -242,27 +251,13 @@ class PairContract(Contract):
         return [record.status if record is not None else None for record in records]
 
     @staticmethod
-    async def _runs(
-        broker: Broker,
-        composition: Composition,
-        subscription: Subscription,
-        rig: Rig,
-        attempt: int,
-    ) -> None:
-        """Receive until the message of this attempt comes, and find that it has to run.
-
-        A crash may have left the one before it as well.
-        """
-        async with asyncio.timeout(rig.within):
+    async def _of_attempt(subscription: Subscription, attempt: int, within: float) -> Delivery:
+        """Receive until this attempt comes: a crash may have left the one before it as well."""
+        async with asyncio.timeout(within):
             while True:
-                (delivery,) = await collect(subscription, 1, rig.within)
+                (delivery,) = await collect(subscription, 1, within)
                 if message_of(delivery).attempt == attempt:
-                    break
-        assert [verdict for verdict, _ in await composition.admit([delivery])] == ["run"]
-        assert_settled(
-            await composition.complete(subscription, [end(delivery, "ack", "success")]),
-            broker.guarantees,
-        )
+                    return delivery
 
 
 def end(delivery: Delivery, how: How, status: Status) -> Completion:

@@ -30,22 +30,25 @@ from typing import Any, NoReturn
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 LIBC = ctypes.CDLL(None, use_errno=True)
+KILL_WITHIN = 20.0  # seconds; a dying process may hang in the kernel, on a disk say
 STOP_GRACE = 5.0  # seconds that a server has to stop in its own way before it is killed
 
 
 def descendants(ancestor: int) -> list[int]:
-    """Return the pids of the living processes below `ancestor`, parents before children."""
+    """Return the pids of the processes below `ancestor`, parents before children.
+
+    Zombies count: one that has threads still holds its port until it can be reaped.
+    """
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         try:
             with open(f"/proc/{entry}/stat") as file:
-                state, parent = file.read().rpartition(")")[2].split()[:2]
+                parent = int(file.read().rpartition(")")[2].split()[1])
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if state != "Z":
-            children.setdefault(int(parent), []).append(int(entry))
+        children.setdefault(parent, []).append(int(entry))
     found = [ancestor]
     for pid in found:
         found.extend(children.get(pid, ()))
@@ -98,7 +101,8 @@ class Guard:
     def signal(self, number: int) -> dict[str, Any]:
         """Send `number` to every process of the server; SIGKILL returns when none is left."""
         signalled: set[int] = set()
-        while True:
+        deadline = time.monotonic() + KILL_WITHIN
+        while time.monotonic() < deadline:
             self.reap()
             pids = descendants(os.getpid())
             fresh = [pid for pid in pids if number == signal.SIGKILL or pid not in signalled]
@@ -108,6 +112,7 @@ class Guard:
                 self.send(pid, number)
             signalled.update(fresh)
             time.sleep(0.005)  # a process that was forking meanwhile is seen in the next round
+        raise TimeoutError(f"processes {pids} are still there after {KILL_WITHIN:.0f} s")
 
     def send(self, pid: int, number: int) -> None:
         """Send a signal to a descendant that may have ended since it was seen."""
@@ -134,8 +139,10 @@ class Guard:
             while descendants(os.getpid()) and time.monotonic() < deadline:
                 time.sleep(0.01)
                 self.reap()
-        self.signal(signal.SIGKILL)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        try:
+            self.signal(signal.SIGKILL)
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def commands(parent: int) -> Iterator[dict[str, Any]]:

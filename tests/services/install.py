@@ -31,18 +31,23 @@ def one_at_a_time(what: str) -> Iterator[None]:
         yield
 
 
+def locate(program: str) -> str | None:
+    """Return the path of `program`; Debian keeps some servers where only root's PATH looks."""
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+
 def need_program(program: str, package: str) -> str:
     """Return the path of `program`, installing Debian's `package` when it is missing.
 
     Raises `Unobtainable` when it cannot be installed.
     """
-    found = shutil.which(program)
+    found = locate(program)
     if found:
         return found
     install_package(package, program)
-    found = shutil.which(program)
+    found = locate(program)
     if not found:
-        raise Unobtainable(f"{package} is installed, but {program} is not in PATH")
+        raise Unobtainable(f"{package} is installed, but {program} is not found")
     return found
 
 
@@ -51,7 +56,7 @@ def install_package(package: str, program: str) -> None:
     if not shutil.which("apt-get") or os.geteuid() != 0:
         raise Unobtainable(f"{program} is missing; install it (Debian: apt-get install {package})")
     with one_at_a_time("install"):
-        if shutil.which(program):  # another run was faster
+        if locate(program):  # another run was faster
             return
         apt = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300"]
         # RUNLEVEL=1 keeps the package's scripts from starting a service of their own.

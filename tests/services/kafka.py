@@ -85,7 +85,7 @@ class NativeKafka(Native):
             "group.min.session.timeout.ms": "500",
             "group.initial.rebalance.delay.ms": "0",
             # A broker killed and started again is refused until its old session has ended.
-            "broker.session.timeout.ms": "2000",
+            "broker.session.timeout.ms": "3000",
             "broker.heartbeat.interval.ms": "500",
         }
         text = "".join(f"{key}={value}\n" for key, value in settings.items())

@@ -77,7 +77,8 @@ class Native(Way):
         if not hasattr(os, "pidfd_open") or not Path("/proc/self/stat").exists():
             raise Unobtainable("native servers are run on Linux only")
         self.find()
-        self.directory = Path(tempfile.mkdtemp(prefix=f"qtasks-{type(self).__name__.lower()}-"))
+        name = type(self).__name__.removeprefix("Native").lower()
+        self.directory = Path(tempfile.mkdtemp(prefix=f"qtasks-{name}-"))
         if self.user:
             shutil.chown(self.directory, self.user)
         self._guard = subprocess.Popen(

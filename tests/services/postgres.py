@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 from tests.services.install import install_package
@@ -43,11 +44,21 @@ class NativePostgres(Native):
         self.run([str(self._programs / "initdb"), *options])
         return f"postgresql://postgres:{PASSWORD}@127.0.0.1:{self.port}/postgres"
 
+    def kill(self) -> None:
+        super().kill()
+        # The killed server cannot take its segment of shared memory along, and only its next start
+        # in this directory would: remove it, as long as the file that names it is there.
+        pid_file = self.directory / "data" / "postmaster.pid"
+        if pid_file.exists() and len(lines := pid_file.read_text().splitlines()) > 6:
+            segment = lines[6].split()[1]
+            subprocess.run(["ipcrm", "-m", segment], stderr=subprocess.DEVNULL, check=False)
+
     def command(self) -> list[str]:
         options = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
             "max_connections": "200",
+            "dynamic_shared_memory_type": "mmap",  # in the directory, not in /dev/shm
         }
         settings = [part for k, v in options.items() for part in ("-c", f"{k}={v}")]
         return [str(self._programs / "postgres"), "-D", "data", "-p", str(self.port), *settings]

@@ -183,7 +183,8 @@ class Service(ABC):
 
         Raises `NotOurs`, and `NotReady` when it does not come up.
         """
-        self._way.kill()
+        if self._way.ended() is None:
+            self._way.kill()
         self._way.restart()
         self._wait_until_ready()
 

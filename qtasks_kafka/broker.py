@@ -1,0 +1,378 @@
+"""A broker on a consumer group: a partition is leased to one member, a record is done by commit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qtasks_core import (
+    DONE,
+    LOST,
+    Ack,
+    Broker,
+    Delivery,
+    Guarantees,
+    Outcome,
+    Retry,
+    Settlement,
+    Subscription,
+    TaskMessage,
+)
+from qtasks_core.errors import Closed, ConfigurationError, NotSupported, Unavailable
+from qtasks_core.wire import decode_message, encode_message
+from qtasks_kafka.connection import Connection, topic_name
+from qtasks_kafka.watermark import Partition
+
+if TYPE_CHECKING:
+    from qtasks_kafka.delays import DelayMover
+    from qtasks_kafka.group import Membership
+    from qtasks_kafka.writer import Record
+
+logger = logging.getLogger(__name__)
+
+
+class KafkaBroker(Broker):
+    """Moves messages through one topic a queue, at least once. `lease` is in seconds.
+
+    `partitions` and `replicas` are those of topics that do not exist yet; the server's brokers,
+    at most three, are the default of the latter. More workers than partitions stay idle.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        lease: float = 30.0,
+        partitions: int = 8,
+        replicas: int | None = None,
+    ) -> None:
+        if lease <= 0 or partitions < 1:
+            raise ConfigurationError("lease and partitions must be above 0")
+        self._connection = Connection(url, partitions=partitions, replicas=replicas)
+        self._lease = lease
+        self._namespace = ""
+        self._mover: DelayMover | None = None
+        self._subscriptions: set[KafkaSubscription] = set()
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return Guarantees(
+            part="KafkaBroker",
+            server="Apache Kafka",
+            survives="machine crash",
+            durability="acks=all with an idempotent producer; on how many machines say the "
+            "topics' replication factor and min.insync.replicas, of one the page cache",
+            lease=self._lease,
+            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
+            notes=(
+                "a log has no priorities",
+                "a message waits for the worker that has its partition, though another be idle",
+                "delivery counts are known only of what was in flight at a commit",
+                "when workers come and go, a task that runs longer than the rebalance waits for "
+                "it (half the lease, at most 5 s) may run again where its partition went",
+                "topics are kept for ever (retention.ms=-1): finished records may be deleted up "
+                "to the group's committed offsets",
+                "the server forgets the offsets of a group without workers after "
+                "offsets.retention.minutes (7 days by default)",
+                "a delayed message is moved to its queue in two steps: a crash in between "
+                "delivers it twice",
+            ),
+        )
+
+    async def start(self, namespace: str) -> None:
+        self._namespace = namespace
+        await self._connection.start()
+
+    async def stop(self) -> None:
+        for subscription in list(self._subscriptions):
+            await subscription.leave()
+        mover, self._mover = self._mover, None
+        if mover is not None:
+            await mover.stop()
+        await self._connection.stop()
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        if transaction is not None:
+            raise NotSupported("KafkaBroker cannot publish in a caller's transaction")
+        return await self.append([self.record(message) for message in messages])
+
+    def record(self, message: TaskMessage) -> Record:
+        """Return the record that carries a message, at once or after its delay."""
+        from qtasks_kafka.delays import delayed_record, delayed_topic
+        from qtasks_kafka.writer import Record
+
+        topic, value = self.topic(message.queue), encode_message(message)
+        if message.delay > 0:
+            return delayed_record(delayed_topic(self._namespace), topic, value, message.delay)
+        return Record(topic, value)
+
+    async def append(self, records: Sequence[Record]) -> list[Outcome]:
+        """Append records, durable when it returns."""
+        if self._connection.writer is None:
+            raise Closed("KafkaBroker is not started")
+        await self._connection.ensure(list({r.topic for r in records if not r.headers}))
+        if any(record.headers for record in records):
+            await self._ensure_delayed()
+        written = await self._connection.writer.write(records)
+        return [DONE if w.refused is None else Outcome("refused", w.refused) for w in written]
+
+    async def _ensure_delayed(self) -> None:
+        from qtasks_kafka.delays import CONFIG, delayed_topic
+
+        await self._connection.ensure([delayed_topic(self._namespace)], CONFIG)
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        from qtasks_kafka.delays import DelayMover
+        from qtasks_kafka.group import Membership
+
+        topics = {self.topic(queue): queue for queue in queues}
+        await self._connection.ensure(list(topics))
+        await self._ensure_delayed()
+        group = topic_name(self._namespace, "workers")
+        member = Membership(self._connection, group, topics, self._lease)
+        await member.open()
+        if self._mover is None:
+            self._mover = DelayMover(self._connection, self._namespace, self._lease)
+            self._mover.start()
+        subscription = KafkaSubscription(self, member, topics)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def topic(self, queue: str) -> str:
+        """Return the topic of a queue."""
+        return topic_name(self._namespace, "queue", queue)
+
+    def forget(self, subscription: KafkaSubscription) -> None:
+        """Let go of a subscription that has left its group."""
+        self._subscriptions.discard(subscription)
+
+
+class Held(NamedTuple):
+    """The fence: a record of a partition, as held since one takeover of it."""
+
+    partition: Partition
+    offset: int
+    topic: str
+    number: int
+    value: bytes
+
+
+class KafkaSubscription(Subscription):
+    """Receives from the partitions that the group gives to this member."""
+
+    def __init__(self, broker: KafkaBroker, member: Membership, topics: Mapping[str, str]) -> None:
+        self._broker = broker
+        self._member = member
+        self._queues = dict(topics)
+        self._fetched: dict[str, deque[tuple[Partition, Any]]] = {
+            queue: deque() for queue in topics.values()
+        }
+        self._epoch = member.epoch
+        self._receiving = False
+        self._resting: asyncio.TimerHandle | None = None
+        self._passing: asyncio.Task[None] | None = None
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        queues = {queue for queue, most in wanted.items() if most > 0}
+        self._stay_awake()
+        self._receiving = True
+        try:
+            while not self._closed.done():
+                deliveries = self._take(wanted, limit)
+                if deliveries:
+                    return deliveries
+                await self._fetch(queues, limit)
+        finally:
+            self._receiving = False
+            if not self._member.in_flight:
+                await self._idle()
+        raise Closed("the subscription is closed")
+
+    def _stay_awake(self) -> None:
+        """Want partitions (again)."""
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
+        if not self._closed.done():
+            self._member.want(True)
+
+    async def _idle(self) -> None:
+        """Free what is not needed any more: nothing is in flight.
+
+        Messages must not wait in the partitions of a receiver that does not receive.
+        """
+        if self._closed.done():
+            await self.leave()
+        elif not self._receiving and self._resting is None:
+            loop = asyncio.get_running_loop()
+            self._resting = loop.call_later(self._member.patience, self._member.want, False)
+
+    def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        """Deliver what was fetched, unless a rebalance has come in between."""
+        deliveries: list[Delivery] = []
+        if self._epoch != self._member.epoch:
+            return deliveries
+        for queue, most in wanted.items():
+            fetched = self._fetched[queue]
+            room = min(most, limit - len(deliveries))
+            while fetched and room > 0:
+                partition, record = fetched.popleft()
+                count = partition.deliver(record.offset)
+                if count is not None:
+                    value = record.value or b""
+                    held = Held(partition, record.offset, record.topic, record.partition, value)
+                    known = count if count > 1 else None
+                    deliveries.append(Delivery(decode_message(value), queue, held, known))
+                    room -= 1
+        return deliveries
+
+    async def _fetch(self, queues: set[str], limit: int) -> None:
+        """Wait for records, a change of partitions or the end; whatever is fetched is kept."""
+        filling = asyncio.create_task(self._fill(queues, limit))
+        try:
+            await asyncio.wait(
+                {filling, self._closed, self._member.changed},
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            if not filling.done():
+                filling.cancel()
+                await asyncio.wait({filling})
+        if not filling.cancelled():
+            filling.result()
+
+    async def _fill(self, queues: set[str], limit: int) -> None:
+        topics = {topic for topic, queue in self._queues.items() if queue in queues}
+        records = await self._member.poll(topics, limit)
+        if self._epoch != self._member.epoch:
+            for fetched in self._fetched.values():
+                fetched.clear()
+            self._epoch = self._member.epoch
+        for partition, record in records:
+            self._fetched[self._queues[record.topic]].append((partition, record))
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        outcomes: list[Outcome | None] = [None] * len(settlements)
+        replaced = [
+            at
+            for at, settlement in enumerate(settlements)
+            if not isinstance(settlement, Ack) and _held(settlement.delivery)
+        ]
+        if replaced:
+            await self._replace(settlements, replaced, outcomes)
+        touched: set[Partition] = set()
+        for settlement, outcome in zip(settlements, outcomes, strict=True):
+            partition, offset, *_ = settlement.delivery.fence
+            if outcome is None and not partition.lost:
+                partition.finish(offset)
+                if partition.unconfirmed:
+                    touched.add(partition)
+        self._member.notice_idle()
+        if touched:
+            await self._member.confirm(touched)
+        if not self._member.in_flight:
+            await self._idle()
+        return [
+            outcome or (DONE if _settled(settlement.delivery) else LOST)
+            for settlement, outcome in zip(settlements, outcomes, strict=True)
+        ]
+
+    async def _replace(
+        self, settlements: Sequence[Settlement], which: list[int], outcomes: list[Outcome | None]
+    ) -> None:
+        """Append what takes the place of a retried or released record.
+
+        The group is asked first: who has lost the lease must not append anything.
+        """
+        await self._member.confirm({settlements[at].delivery.fence.partition for at in which})
+        mine = [at for at in which if _held(settlements[at].delivery)]
+        sent = await self._broker.append([self._replacement(settlements[at]) for at in mine])
+        for at, outcome in zip(mine, sent, strict=True):
+            if outcome.status != "done":
+                outcomes[at] = outcome
+
+    def _replacement(self, settlement: Settlement) -> Record:
+        """Return what a retry or a release appends; what is released stays in its partition."""
+        from qtasks_kafka.writer import Record
+
+        if isinstance(settlement, Retry):
+            return self._broker.record(settlement.message)
+        held: Held = settlement.delivery.fence
+        return Record(held.topic, held.value, partition=held.number)
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        """Ask the group by a commit: heartbeats go on by themselves, but they tell us nothing."""
+        await self._member.confirm({d.fence.partition for d in deliveries if _held(d)})
+        return [delivery if _held(delivery) else None for delivery in deliveries]
+
+    async def close(self) -> None:
+        if self._closed.done():
+            return
+        self._end()
+        if self._member.in_flight:
+            self._member.want(False)
+            self._passing = asyncio.create_task(self._pass_on())
+        else:
+            await self.leave()
+
+    def _end(self) -> None:
+        if self._resting is not None:
+            self._resting.cancel()
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    async def _pass_on(self) -> None:
+        """Give others what comes in the partitions that are kept for what is in flight: copies."""
+        await asyncio.wait({self._member.changed})
+        passing: list[tuple[Partition, Any]] = []
+        while self._member.in_flight:
+            try:
+                if not passing:
+                    records = await self._member.poll(set(self._queues), 256)
+                    passing = [(p, r) for p, r in records if p.deliver(r.offset)]
+                await self._copy(passing)
+                passing = []
+            except Unavailable as error:
+                logger.warning("messages wait for tasks that a closed subscription runs: %s", error)
+                await asyncio.sleep(1.0)
+        await self.leave()
+
+    async def _copy(self, records: list[tuple[Partition, Any]]) -> None:
+        from qtasks_kafka.writer import Record
+
+        copies = []
+        for at, (_, record) in enumerate(records):
+            others = self._member.others(record.topic) or [record.partition]
+            number = others[at % len(others)]
+            copies.append(Record(record.topic, record.value, partition=number))
+        if copies:
+            await self._broker.append(copies)
+        for partition, record in records:
+            partition.finish(record.offset)
+        await self._member.confirm({partition for partition, _ in records})
+
+    async def leave(self) -> None:
+        """Leave the group: what is still in flight is lost. Idempotent."""
+        self._end()
+        passing, self._passing = self._passing, None
+        if passing is not None and passing is not asyncio.current_task():
+            passing.cancel()
+            await asyncio.wait({passing})
+        await self._member.close()
+        self._broker.forget(self)
+
+
+def _held(delivery: Delivery) -> bool:
+    partition, offset, *_ = delivery.fence
+    return bool(partition.holds(offset))
+
+
+def _settled(delivery: Delivery) -> bool:
+    partition, offset, *_ = delivery.fence
+    return bool(partition.settled(offset))

@@ -1,0 +1,374 @@
+"""A member of a consumer group that knows at any time which partitions it still owns.
+
+aiokafka revokes everything at each rebalance and forgets positions. Here a partition that comes
+back keeps what it has in flight. That nobody had it in between shows the name that each owner
+leaves in the metadata of its commits, from the takeover on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from asyncio import Future
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from aiokafka import ConsumerRebalanceListener
+from aiokafka.errors import (
+    IllegalGenerationError,
+    KafkaError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
+from uuid_utils import uuid7
+
+from qtasks_core.errors import QTasksError, Unavailable
+from qtasks_kafka.assignor import Holdings, KeepingAssignor
+from qtasks_kafka.connection import PAUSE, REQUEST, Connection, close_consumer
+from qtasks_kafka.watermark import Partition, owner_of, restored
+
+if TYPE_CHECKING:
+    from aiokafka import AIOKafkaConsumer
+    from aiokafka.structs import ConsumerRecord
+
+logger = logging.getLogger(__name__)
+
+
+class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Holds partitions of `topics`. `lease` (seconds) is the session of the group."""
+
+    def __init__(
+        self, connection: Connection, group: str, topics: Iterable[str], lease: float
+    ) -> None:
+        self._connection = connection
+        self._group = group
+        self._topics = list(topics)
+        self._lease = lease
+        self._name = uuid7().hex[-12:]
+        self._consumer: AIOKafkaConsumer | None = None
+        self._lock = asyncio.Lock()
+        self._assigned = asyncio.Event()
+        self._to_take: set[TopicPartition] = set()
+        self.epoch = 0
+        """Raised by whatever makes records that are fetched and not delivered void."""
+        self._idle: Future[None] | None = None
+        self._wanting = True
+        self._answered = 0.0
+        self.partitions: dict[TopicPartition, Partition] = {}
+        self._retired: set[asyncio.Task[None]] = set()
+        self._polled = 0.0
+        self.changed: Future[None] = asyncio.get_running_loop().create_future()
+        """Done with the next assignment, and replaced: what waits in `poll` should start anew."""
+
+    # --- joining and leaving -------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Join the group, if not yet (or not any more). Does not wait for the join to end."""
+        if self._consumer is not None:
+            return
+        session = int(self._lease * 1000)
+        consumer = self._connection.consumer(
+            group_id=self._group,
+            partition_assignment_strategy=[KeepingAssignor(self._holdings)],
+            session_timeout_ms=session,
+            heartbeat_interval_ms=max(50, session // 4),
+            rebalance_timeout_ms=session + int(self.patience * 1000) + 2000,
+            # The answer to a join takes as long as the slowest member's patience.
+            request_timeout_ms=session + int((self.patience + REQUEST) * 1000) + 2000,
+            # A worker whose slots are all taken does not poll, for hours if need be.
+            max_poll_interval_ms=2**31 - 1,
+            fetch_max_wait_ms=500,
+        )
+        try:
+            with self._connection.reaching():
+                async with asyncio.timeout(REQUEST):
+                    await consumer.start()
+        except BaseException:
+            await close_consumer(consumer)
+            raise
+        consumer.subscribe(self._topics, listener=self)
+        self._answered = time.monotonic()
+        self._consumer = consumer
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which a rebalance waits for what is in flight here."""
+        return min(self._lease / 2, 5.0)
+
+    def _retire(self) -> None:
+        """Give up a consumer; `open` joins with a new one. Its end is awaited by `close`."""
+        consumer, self._consumer = self._consumer, None
+        self._assigned.clear()
+        self.epoch += 1
+        if consumer is not None:
+            closing = asyncio.create_task(close_consumer(consumer))
+            self._retired.add(closing)
+            closing.add_done_callback(self._retired.discard)
+
+    def want(self, wanting: bool) -> None:
+        """Say whether to get partitions, or to keep only those with something in flight."""
+        if wanting != self._wanting:
+            self._wanting = wanting
+            if self._consumer is not None:
+                self._coordinator.request_rejoin()
+
+    async def close(self) -> None:
+        """Commit what is done and leave the group. Idempotent."""
+        self._wanting = False
+        self.notice_idle(force=True)
+        if self._consumer is not None and self._assigned.is_set():
+            try:
+                await self.confirm([p for p in self.partitions.values() if p.unconfirmed])
+            except QTasksError as error:
+                logger.warning("what was settled last may run again: %s", error)
+        self._lose_all()
+        self._retire()
+        if self._retired:
+            await asyncio.wait(self._retired)
+
+    def _holdings(self) -> Holdings:
+        """Say what this member has, for the one that assigns."""
+        busy = [tuple(tp) for tp, p in self.partitions.items() if p.in_flight]
+        idle = [tuple(tp) for tp, p in self.partitions.items() if not p.in_flight]
+        return Holdings(busy, idle, self._wanting)
+
+    # --- what the driver calls -----------------------------------------------------------------
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """Wait a while for what is in flight, and commit, before others may get it.
+
+        Heartbeats and commits go on meanwhile.
+        """
+        self.epoch += 1
+        if not self._is_member:
+            self._lose_all()
+        elif self._assigned.is_set():
+            await self._wait_until_idle()
+            try:
+                await self.confirm([p for p in self.partitions.values() if p.unconfirmed])
+            except QTasksError as error:
+                logger.warning("what was settled last may run again: %s", error)
+        async with self._lock:  # A commit with the old generation must not follow the join.
+            self._assigned.clear()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """Note what is ours now; the next call takes it over."""
+        self._to_take = set(assigned)
+        for tp in self.partitions.keys() - self._to_take:
+            self.partitions.pop(tp).lost = True
+        self.epoch += 1
+        self._assigned.set()
+        changed, self.changed = self.changed, asyncio.get_running_loop().create_future()
+        if not changed.done():
+            changed.set_result(None)
+
+    async def _wait_until_idle(self) -> None:
+        if not self._wanting or not self.in_flight:
+            return
+        self._idle = asyncio.get_running_loop().create_future()
+        await asyncio.wait({self._idle}, timeout=self.patience)
+        self._idle = None
+
+    def notice_idle(self, *, force: bool = False) -> None:
+        """Let a waiting rebalance go on when nothing is in flight any more."""
+        if self._idle is not None and not self._idle.done() and (force or not self.in_flight):
+            self._idle.set_result(None)
+
+    @property
+    def in_flight(self) -> int:
+        """How many deliveries are not settled."""
+        return sum(partition.in_flight for partition in self.partitions.values())
+
+    def others(self, topic: str) -> list[int]:
+        """Return the partitions of a topic that are not ours."""
+        known = self._running().partitions_for_topic(topic) or ()
+        return [n for n in known if TopicPartition(topic, n) not in self.partitions]
+
+    # --- receiving -----------------------------------------------------------------------------
+
+    async def poll(self, topics: set[str], limit: int) -> list[tuple[Partition, ConsumerRecord]]:
+        """Wait for records of some topics, up to `limit`. Cancelling it skips nothing.
+
+        May return none: after a rebalance. Raises `Unavailable` and `ConfigurationError`.
+        """
+        await self.open()
+        if self._to_take or not self._assigned.is_set():
+            await self._await_assignment()
+        consumer = self._running()
+        epoch = self.epoch
+        places = [tp for tp in self.partitions if tp.topic in topics]
+        if time.monotonic() - self._polled > REQUEST / 2:
+            self._answered = time.monotonic()
+        try:
+            # Without a place it would take any; this one returns when things change.
+            batches = await consumer.getmany(
+                *(places or [TopicPartition("", 0)]), timeout_ms=1000, max_records=limit
+            )
+        except KafkaError as error:
+            self._retire()
+            raise self._connection.translated(error) from error
+        finally:
+            self._polled = time.monotonic()
+        if batches and epoch != self.epoch:
+            self._rewind()
+            return []
+        self._check_answers(consumer, places)
+        return [
+            (self.partitions[tp], record)
+            for tp, records in batches.items()
+            if tp in self.partitions
+            for record in records
+        ]
+
+    async def _await_assignment(self) -> None:
+        """Wait for the group's word, as long as its coordinator answers, and take over."""
+        waiting_since = time.monotonic()
+        while not self._assigned.is_set():
+            try:
+                async with asyncio.timeout(0.5):
+                    await self._assigned.wait()
+            except TimeoutError:
+                try:
+                    # Raises what went wrong in joining.
+                    self._coordinator.check_errors()
+                except KafkaError as error:
+                    self._retire()
+                    raise self._connection.translated(error) from error
+                if self._coordinator.coordinator_id is not None:
+                    waiting_since = time.monotonic()
+                elif time.monotonic() - waiting_since > REQUEST:
+                    raise Unavailable("Kafka's group coordinator does not answer") from None
+        await self.confirm([])
+
+    def _check_answers(self, consumer: AIOKafkaConsumer, places: list[TopicPartition]) -> None:
+        """Raise `Unavailable` when the server has not answered a fetch for some seconds."""
+        polled = [consumer.last_poll_timestamp(tp) for tp in places if self._mine(consumer, tp)]
+        age = time.time() - max((ms for ms in polled if ms), default=0) / 1000
+        now = time.monotonic()
+        if age < REQUEST or not places:
+            self._answered = now
+        elif now - self._answered > REQUEST:
+            raise Unavailable(f"Kafka at {self._connection.shown} does not answer")
+
+    @staticmethod
+    def _mine(consumer: AIOKafkaConsumer, tp: TopicPartition) -> bool:
+        return tp in consumer.assignment()
+
+    def _rewind(self) -> None:
+        """Fetch again from what was not delivered."""
+        consumer = self._running()
+        for tp, partition in self.partitions.items():
+            if tp in consumer.assignment():
+                consumer.seek(tp, partition.next_fetch)
+
+    # --- asking the group ----------------------------------------------------------------------
+
+    async def confirm(self, partitions: Iterable[Partition]) -> None:
+        """Commit what is done in these partitions: then each is either confirmed or `lost`.
+
+        One wait for the server. Raises `Unavailable` when the group does not answer.
+        """
+        wanted = set(partitions)
+        with self._connection.reaching():
+            async with asyncio.timeout(REQUEST):
+                await self.open()
+                confirmed = await self._try_confirm(wanted)
+                while not confirmed:
+                    await asyncio.sleep(PAUSE)
+                    confirmed = await self._try_confirm(wanted)
+
+    async def _try_confirm(self, wanted: set[Partition]) -> bool:
+        await self._assigned.wait()
+        async with self._lock:
+            if not self._assigned.is_set():
+                return False
+            if not self._is_member:
+                self._lose_all()
+                return not self._to_take
+            try:
+                if self._to_take:
+                    await self._take_over()
+                places = {tp: p for tp, p in self.partitions.items() if p in wanted}
+                if places:
+                    await self._commit(places)
+            except (UnknownMemberIdError, IllegalGenerationError):
+                self._lose_all()
+            except RebalanceInProgressError:
+                return False
+            except KafkaError as error:
+                if not error.retriable:
+                    raise
+                return False
+            return not self._to_take
+
+    async def _take_over(self) -> None:
+        """Learn what is done in newly assigned partitions and leave our name in them."""
+        consumer, epoch = self._running(), self.epoch
+        taking = sorted(self._to_take)
+        committed = await self._coordinator.fetch_committed_offsets(taking)
+        unknown = [tp for tp in taking if tp not in committed]
+        first = await consumer.beginning_offsets(unknown) if unknown else {}
+        taken: dict[TopicPartition, Partition] = {}
+        for tp in taking:
+            known = self.partitions.get(tp)
+            if tp not in committed:
+                taken[tp] = Partition(first[tp])
+            elif known is not None and owner_of(committed[tp].metadata) == self._name:
+                taken[tp] = known
+                continue
+            else:
+                taken[tp] = restored(committed[tp].offset, committed[tp].metadata)
+            if known is not None:
+                known.lost = True
+        if epoch != self.epoch:
+            return
+        self.partitions = taken
+        if taken:
+            await self._commit(taken)
+        if epoch == self.epoch:
+            self._to_take = set()
+            self._answered = time.monotonic()
+            self._rewind()
+        self.notice_idle()
+
+    async def _commit(self, places: dict[TopicPartition, Partition]) -> None:
+        """Send one commit, with the generation in which these partitions are ours.
+
+        The driver's public `commit` repeats without end, and once the group has forgotten the
+        member it sends no generation at all, which an empty group obeys: a receiver that lost its
+        lease would put the offsets of its successor back.
+        """
+        if not self._is_member:
+            raise UnknownMemberIdError(self._group)
+        covered = {partition: set(partition.unconfirmed) for partition in places.values()}
+        offsets = {
+            tp: OffsetAndMetadata(p.watermark, p.metadata(self._name)) for tp, p in places.items()
+        }
+        await self._coordinator._do_commit_offsets(None, offsets)
+        for partition, offsets_done in covered.items():
+            partition.unconfirmed -= offsets_done
+
+    def _lose_all(self) -> None:
+        """The group has given our partitions away: whatever is in flight is not ours any more."""
+        for partition in self.partitions.values():
+            partition.lost = True
+        self.partitions = {}
+        self.epoch += 1
+        self.notice_idle()
+
+    def _running(self) -> AIOKafkaConsumer:
+        if self._consumer is None:
+            raise Unavailable("the membership of the group was given up; call again")
+        return self._consumer
+
+    # What aiokafka keeps to itself, and all that is used of it.
+
+    @property
+    def _coordinator(self) -> Any:
+        return self._running()._coordinator
+
+    @property
+    def _is_member(self) -> bool:
+        return self._consumer is not None and self._coordinator.generation > 0

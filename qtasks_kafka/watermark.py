@@ -1,0 +1,131 @@
+"""Which records of one partition are done, though they end out of order.
+
+Kafka commits one offset a partition. What is done above it travels beside it in the commit's
+metadata: the position behind the newest delivered record, and the open ones in front of that
+with the number of times each was delivered. A successor delivers those again and no others.
+"""
+
+from __future__ import annotations
+
+from base64 import b85decode, b85encode
+from collections import deque
+from collections.abc import Iterator
+
+METADATA_LIMIT = 4000
+"""Characters; a server takes 4096 (offset.metadata.max.bytes)."""
+_VERSION = "1"
+
+
+class Partition:
+    """One receiver's hold on a partition, from the takeover until it is lost."""
+
+    def __init__(self, position: int, open_: dict[int, int] | None = None) -> None:
+        self.position = position
+        """The offset behind the newest record that was delivered."""
+        self.open = dict(open_ or {})
+        """Offsets that are not done, ascending, and how often each was delivered."""
+        self.returning = deque(self.open)
+        """Those of them that wait to be fetched (again)."""
+        self.unconfirmed: set[int] = set()
+        """Done, but the group has not taken a commit that says so."""
+        self.lost = False
+
+    @property
+    def watermark(self) -> int:
+        """The offset below which everything is done."""
+        return next(iter(self.open), self.position)
+
+    @property
+    def next_fetch(self) -> int:
+        """The offset from which to fetch what is to be delivered next."""
+        return self.returning[0] if self.returning else self.position
+
+    @property
+    def in_flight(self) -> int:
+        """How many records are delivered and not settled."""
+        return 0 if self.lost else len(self.open) - len(self.returning)
+
+    def deliver(self, offset: int) -> int | None:
+        """Take note that a fetched record is delivered; return how often, as far as known.
+
+        None: it must not be delivered, since it is done or in flight.
+        """
+        while self.returning and self.returning[0] < offset:
+            # Fetching went past it, so it is not in the log any more.
+            del self.open[self.returning.popleft()]
+        if self.returning and self.returning[0] == offset:
+            self.returning.popleft()
+            self.open[offset] += 1
+            return self.open[offset]
+        if offset < self.position:
+            return None
+        self.position = offset + 1
+        self.open[offset] = 1
+        return 1
+
+    def holds(self, offset: int) -> bool:
+        """Say whether a delivered record is still to be settled here."""
+        return not self.lost and offset in self.open
+
+    def finish(self, offset: int) -> None:
+        """Mark a record done; the group hears of it with the next commit."""
+        if self.open.pop(offset, None) is not None:
+            self.unconfirmed.add(offset)
+
+    def settled(self, offset: int) -> bool:
+        """Say whether a delivered record is done and the group knows it."""
+        return offset not in self.open and offset not in self.unconfirmed
+
+    def metadata(self, owner: str) -> str:
+        """Return what a commit of `watermark` carries: who commits and what is done above it."""
+        start = previous = self.watermark
+        data = bytearray()
+        position = self.position
+        room = (METADATA_LIMIT - len(owner) - 16) * 4 // 5
+        for offset, count in self.open.items():
+            piece = _varint(offset - previous) + _varint(count)
+            if len(data) + len(piece) > room:
+                position = offset  # After a crash the rest runs again.
+                break
+            data += piece
+            previous = offset
+        return f"{_VERSION} {owner} {position - start} {b85encode(bytes(data)).decode()}"
+
+
+def owner_of(metadata: str) -> str:
+    """Return who made a commit; empty when it does not say."""
+    fields = metadata.split(" ")
+    return fields[1] if fields[0] == _VERSION and len(fields) == 4 else ""
+
+
+def restored(watermark: int, metadata: str) -> Partition:
+    """Return the hold that goes on where a commit ended."""
+    if not owner_of(metadata):
+        return Partition(watermark)
+    _, _, ahead, encoded = metadata.split(" ")
+    numbers = _varints(b85decode(encoded))
+    open_: dict[int, int] = {}
+    offset = watermark
+    for delta, count in zip(numbers, numbers, strict=True):
+        offset += delta
+        open_[offset] = count
+    return Partition(watermark + int(ahead), open_)
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+def _varints(data: bytes) -> Iterator[int]:
+    number = shift = 0
+    for byte in data:
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            yield number
+            number = shift = 0

@@ -1,0 +1,487 @@
+"""A broker in one table: rows taken with SKIP LOCKED, held by a lease, told of by NOTIFY."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import NamedTuple
+from weakref import WeakSet
+
+from qtasks_core import (
+    DONE,
+    LOST,
+    Ack,
+    Broker,
+    Delivery,
+    Guarantees,
+    Outcome,
+    Release,
+    Retry,
+    Settlement,
+    Subscription,
+    TaskMessage,
+)
+from qtasks_core.errors import Closed, ConfigurationError, Unavailable
+from qtasks_core.recent import Recent
+from qtasks_core.shielded import Shielded
+from qtasks_core.wire import decode_message, encode_message
+from qtasks_postgres.batches import batches
+from qtasks_postgres.connection import Database, Listener, channel_of, check_lease, storable
+
+PRIORITIES = 10
+
+LONGEST_DELAY = 100 * 365 * 86400.0
+"""Seconds; a longer delay may be past what a timestamp can hold."""
+
+PUBLISH = """
+    INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
+    SELECT $1, queue, priority,
+           CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END, body
+    FROM unnest($2::text[], $3::smallint[], $4::float8[], $5::bytea[])
+         AS given (queue, priority, delay, body)
+"""
+
+RING = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS rung (channel)"
+
+# A statement is planned once a connection, maybe while its table is empty, and the plan must hold
+# when there are millions of rows. So rows are found in ways that leave the planner no choice: by an
+# array of ids, never by a join that it could begin at the table's end, and in an order that only
+# one index has (by the id alone it could walk the primary key, past all that is in other queues).
+
+# For each queue its priorities are gone through one after the other, the highest first, and no
+# further than it takes to have enough: LIMIT ends the loops, so only what is taken is locked.
+TAKE = """
+    UPDATE qtasks.messages
+    SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
+    WHERE id = ANY(ARRAY(
+        SELECT lane.id
+        FROM unnest($2::text[], $3::int[]) WITH ORDINALITY AS want (queue, most, position)
+        CROSS JOIN LATERAL (
+            SELECT message.id
+            FROM generate_series(9, 0, -1) AS level (priority)
+            CROSS JOIN LATERAL (
+                SELECT id FROM qtasks.messages
+                WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
+                  AND priority <= level.priority
+                  AND (priority, id) >
+                      (level.priority, ($4::bigint[])[want.position * 10 - level.priority])
+                ORDER BY priority, id
+                LIMIT want.most
+                FOR UPDATE SKIP LOCKED
+            ) AS message
+            LIMIT want.most
+        ) AS lane
+        LIMIT $5
+    ))
+    RETURNING id, queue, priority, delivery, body
+"""
+
+# statement_timestamp() and not clock_timestamp(), which no index can be searched for.
+WAKE = """
+    UPDATE qtasks.messages
+    SET wake_at = NULL
+    WHERE id = ANY(ARRAY(
+        SELECT due.id
+        FROM unnest($2::text[]) AS want (queue)
+        CROSS JOIN LATERAL (
+            SELECT id FROM qtasks.messages
+            WHERE namespace = $1 AND queue = want.queue AND wake_at <= statement_timestamp()
+            ORDER BY wake_at
+            LIMIT 1000
+            FOR UPDATE SKIP LOCKED
+        ) AS due
+    ))
+"""
+
+# What SKIP LOCKED passes over is still there to be seen: then the wait is zero.
+NEXT = """
+    SELECT min(coalesce(
+        (
+            SELECT 0.0 FROM qtasks.messages
+            WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
+            ORDER BY priority, id
+            LIMIT 1
+        ),
+        (
+            SELECT extract(epoch FROM wake_at - clock_timestamp()) FROM qtasks.messages
+            WHERE namespace = $1 AND queue = want.queue AND wake_at IS NOT NULL
+            ORDER BY wake_at
+            LIMIT 1
+        )
+    ))::float8 AS wait
+    FROM unnest($2::text[]) AS want (queue)
+"""
+
+# Whose lease has run out, or whose message was delivered again since, holds nothing. coalesce()
+# hides from the planner that the index of waiting messages would do as well, all of it.
+MINE = """
+    id = ANY($1::bigint[])
+    AND delivery = ($2::int[])[array_position($1::bigint[], id)]
+    AND coalesce(wake_at > clock_timestamp(), false)
+"""
+
+ACK = f"DELETE FROM qtasks.messages WHERE {MINE} RETURNING id"
+
+RETRY = f"""
+    WITH gone AS (
+        DELETE FROM qtasks.messages WHERE {MINE} RETURNING id
+    ), again AS (
+        INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
+        SELECT $3, queue, priority,
+               CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END, body
+        FROM unnest($1::bigint[], $4::text[], $5::smallint[], $6::float8[], $7::bytea[])
+             AS next (id, queue, priority, delay, body)
+        WHERE id = ANY(ARRAY(SELECT id FROM gone))
+    )
+    SELECT id FROM gone
+"""
+
+RELEASE = f"UPDATE qtasks.messages SET wake_at = NULL WHERE {MINE} RETURNING id"
+
+EXTEND = f"""
+    UPDATE qtasks.messages
+    SET wake_at = clock_timestamp() + $3::float8 * interval '1 second'
+    WHERE {MINE}
+    RETURNING id
+"""
+
+
+class Fence(NamedTuple):
+    """Which message, and which of its deliveries."""
+
+    id: int
+    delivery: int
+
+
+class PostgresBroker(Broker):
+    """Moves messages through a table. `lease` is in seconds, by the server's clock."""
+
+    def __init__(self, url: str, *, lease: float = 30.0) -> None:
+        self._database = Database(url)
+        self._lease = check_lease(lease)
+        self._listener = Listener(self._database)
+        self._doorbell = Doorbell(self._database)
+        self._subscriptions: WeakSet[PostgresSubscription] = WeakSet()
+        self._namespace: str | None = None
+
+    @property
+    def guarantees(self) -> Guarantees:
+        durability = self._database.durability
+        return Guarantees(
+            part="PostgresBroker",
+            server=durability.server,
+            survives=durability.survives,
+            durability=durability.settings,
+            lease=self._lease,
+            counts_deliveries=True,
+            priorities=True,
+            transactions=True,
+            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
+        )
+
+    async def start(self, namespace: str) -> None:
+        await self._database.start()
+        self._listener.start()
+        self._namespace = namespace
+
+    async def stop(self) -> None:
+        await self._listener.stop()
+        for subscription in tuple(self._subscriptions):
+            await subscription.close()
+        self._namespace = None
+        await self._doorbell.stop()
+        await self._database.stop()
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        namespace = self._started()
+        for batch in batches(messages, encode_message):
+            rows = columns_of(batch)
+            await self._database.fetch(PUBLISH, namespace, *rows, transaction=transaction)
+            channels = {channel_of(namespace, queue) for queue in rows[0]}
+            if transaction is None:
+                self._doorbell.ring(channels)
+            else:
+                await self._database.fetch(RING, list(channels), transaction=transaction)
+        return [DONE] * len(messages)
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        namespace = self._started()
+        subscription = PostgresSubscription(
+            self._database, self._listener, self._doorbell, namespace, self._lease
+        )
+        await subscription.open(queues)
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def _started(self) -> str:
+        if self._namespace is None:
+            raise Closed("PostgresBroker is not started")
+        return self._namespace
+
+
+class Doorbell:
+    """Tells sleeping receivers that there is something new, at most one NOTIFY at a time.
+
+    A transaction that notifies holds a lock on the whole database until its commit is on disk, so
+    publishers that notified in theirs would queue up for each other's disk writes. This one has
+    nothing to write, and all that is published while it is under way shares the next. A publisher
+    that dies before it has rung is made up for by the receivers, who look for themselves at times.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._channels: set[str] = set()
+        self._ringing: asyncio.Task[None] | None = None
+
+    def ring(self, channels: Iterable[str]) -> None:
+        """Wake those who listen to `channels`, soon. No I/O of the caller's."""
+        self._channels.update(channels)
+        if self._channels and (self._ringing is None or self._ringing.done()):
+            self._ringing = asyncio.create_task(self._ring())
+
+    async def stop(self) -> None:
+        """Wait until all is rung. Idempotent."""
+        if self._ringing is not None:
+            await asyncio.wait({self._ringing})
+            self._ringing = None
+
+    async def _ring(self) -> None:
+        while self._channels:
+            channels, self._channels = self._channels, set()
+            # Whoever listens notices a lost server too, and looks for himself once it is back. What
+            # is wrong for longer is told to the next who publishes.
+            with suppress(Unavailable, ConfigurationError):
+                await self._database.fetch(RING, list(channels))
+
+
+class PostgresSubscription(Subscription):
+    """Takes rows and holds them by their leases."""
+
+    SWEEP = 3.0
+    """Seconds after which a sleeper looks without being told, so that he notices a frozen server,
+    and a message whose publisher died before he could ring."""
+
+    PATIENCE = 0.05
+    """Seconds to wait for rows that another receiver has locked and may yet leave behind."""
+
+    BETWEEN_LOOKS = 0.25
+    """Seconds after which it is looked for what has become due, while messages keep coming."""
+
+    def __init__(
+        self,
+        database: Database,
+        listener: Listener,
+        doorbell: Doorbell,
+        namespace: str,
+        lease: float,
+    ) -> None:
+        self._database = database
+        self._listener = listener
+        self._doorbell = doorbell
+        self._namespace = namespace
+        self._lease = lease
+        self._loop = asyncio.get_running_loop()
+        self._channels: list[str] = []
+        self._bell = asyncio.Event()
+        self._fetching: Shielded[float] = Shielded()
+        self._fetched: list[Delivery] = []
+        self._fetched_at = 0.0
+        self._spare: list[Delivery] = []
+        self._floors: dict[tuple[str, int], int] = {}
+        self._look_at = 0.0
+        self._settled = Recent()
+        self._open = True
+
+    async def open(self, queues: Iterable[str]) -> None:
+        """Listen to what is published to `queues`. Raises `Unavailable`."""
+        self._channels = [channel_of(self._namespace, queue) for queue in queues]
+        await self._listener.listen(self._channels, self._rung)
+
+    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        wanted = {queue: most for queue, most in wanted.items() if most > 0}
+        while self._open:
+            pause = await self._fetching.run(lambda: self._fetch(wanted, limit))
+            if not self._open:
+                break
+            deliveries = self._select(wanted, limit)
+            if deliveries:
+                return deliveries
+            if not self._spare:
+                await self._sleep(pause)
+        raise Closed("the subscription is closed")
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        outcomes = [LOST] * len(settlements)
+        places: dict[type[Settlement], list[int]] = {Ack: [], Retry: [], Release: []}
+        for place, settlement in enumerate(settlements):
+            if settlement.delivery.fence in self._settled:
+                outcomes[place] = DONE
+            else:
+                places[type(settlement)].append(place)
+        for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
+            if not places[kind]:
+                continue
+            # Settle and extend lock rows by ascending id, or they could wait for each other.
+            places[kind].sort(key=lambda place: settlements[place].delivery.fence)
+            done = await run([settlements[place] for place in places[kind]])
+            for place in places[kind]:
+                fence = settlements[place].delivery.fence
+                if fence.id in done:
+                    self._settled.add(fence)
+                    outcomes[place] = DONE
+        return outcomes
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
+        rows = await self._database.fetch(EXTEND, *fences, self._lease)
+        held = {row["id"] for row in rows}
+        return [delivery if delivery.fence.id in held else None for delivery in deliveries]
+
+    async def close(self) -> None:
+        self._open = False
+        self._bell.set()
+        if self._fetching.pending is not None:
+            await asyncio.wait({self._fetching.pending})
+            await self._fetching.abandon()
+        # Where the server cannot be reached the leases run out by themselves.
+        with suppress(Unavailable):
+            await self._give_back()
+        await self._listener.forget(self._channels, self._rung)
+
+    def _rung(self, payload: str | None) -> None:
+        self._bell.set()
+
+    async def _sleep(self, pause: float) -> None:
+        """Wait for the bell. When it rang there is something new to take, else something due."""
+        try:
+            async with asyncio.timeout(pause):
+                await self._bell.wait()
+        except TimeoutError:
+            self._look_at = 0.0
+        else:
+            self._look_at = self._loop.time() + self.BETWEEN_LOOKS
+
+    async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
+        """Fetch deliveries; where there are none, return the seconds that may be slept."""
+        self._bell.clear()
+        await self._listener.ensure()
+        await self._give_back()
+        looked = self._loop.time() >= self._look_at
+        if looked:
+            await self._look(wanted)
+        await self._take(wanted, limit)
+        if not self._fetched and not looked:
+            await self._look(wanted)
+            await self._take(wanted, limit)
+        return 0.0 if self._fetched else await self._pause(wanted)
+
+    async def _look(self, wanted: Mapping[str, int]) -> None:
+        """Make receivable what has become due or was lost by its holder; forget the floors."""
+        await self._database.fetch(WAKE, self._namespace, list(wanted))
+        self._floors.clear()
+        self._look_at = self._loop.time() + self.BETWEEN_LOOKS
+
+    async def _take(self, wanted: Mapping[str, int], limit: int) -> None:
+        """Take what is receivable, starting where the last take ended.
+
+        Below that floor lie the index entries of what was taken before, dead until they are
+        vacuumed, and now and then a message that came back. `_look` sees to those.
+        """
+        floors = [
+            self._floors.get((queue, priority), 0)
+            for queue in wanted
+            for priority in reversed(range(PRIORITIES))
+        ]
+        self._fetched_at = self._loop.time()
+        rows = await self._database.fetch(
+            TAKE,
+            self._namespace,
+            list(wanted),
+            list(wanted.values()),
+            floors,
+            limit,
+            self._lease,
+        )
+        rows.sort(key=lambda row: (-row["priority"], row["id"]))
+        for id, queue, priority, delivery, body in rows:
+            self._floors[queue, priority] = id
+            fence = Fence(id, delivery)
+            self._fetched.append(Delivery(decode_message(body), queue, fence, delivery))
+
+    async def _pause(self, wanted: Mapping[str, int]) -> float:
+        """Return the seconds until something may become receivable without a new message."""
+        rows = await self._database.fetch(NEXT, self._namespace, list(wanted))
+        wait = rows[0]["wait"]
+        if wait is None:
+            return self.SWEEP
+        return float(min(wait, self.SWEEP)) if wait > 0 else self.PATIENCE
+
+    def _select(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        """Return what this call may have of what was fetched; the rest is to be given back.
+
+        There is a rest when the call that fetched was cancelled: this one may want less, or come
+        so late that the leases are about to run out.
+        """
+        fetched, self._fetched = self._fetched, []
+        if self._loop.time() - self._fetched_at > self._lease / 3:
+            self._spare += fetched
+            return []
+        left = dict(wanted)
+        deliveries: list[Delivery] = []
+        for delivery in fetched:
+            if left.get(delivery.queue, 0) > 0 and len(deliveries) < limit:
+                left[delivery.queue] -= 1
+                deliveries.append(delivery)
+            else:
+                self._spare.append(delivery)
+        return deliveries
+
+    async def _give_back(self) -> None:
+        """Release what was fetched and no call has returned."""
+        if not (self._spare or self._fetched):
+            return
+        self._spare += self._fetched
+        self._fetched = []
+        await self._release([Release(delivery) for delivery in self._spare])
+        self._spare = []
+
+    async def _ack(self, settlements: Sequence[Settlement]) -> set[int]:
+        fences = fences_of([settlement.delivery for settlement in settlements])
+        rows = await self._database.fetch(ACK, *fences)
+        return {row["id"] for row in rows}
+
+    async def _retry(self, settlements: Sequence[Settlement]) -> set[int]:
+        fences = fences_of([settlement.delivery for settlement in settlements])
+        messages = [s.message for s in settlements if isinstance(s, Retry)]
+        columns = columns_of([(message, encode_message(message)) for message in messages])
+        rows = await self._database.fetch(RETRY, *fences, self._namespace, *columns)
+        self._doorbell.ring(channel_of(self._namespace, message.queue) for message in messages)
+        return {row["id"] for row in rows}
+
+    async def _release(self, settlements: Sequence[Settlement]) -> set[int]:
+        deliveries = [settlement.delivery for settlement in settlements]
+        rows = await self._database.fetch(RELEASE, *fences_of(deliveries))
+        queues = {delivery.queue for delivery in deliveries}
+        self._doorbell.ring(channel_of(self._namespace, queue) for queue in queues)
+        return {row["id"] for row in rows}
+
+
+def fences_of(deliveries: Sequence[Delivery]) -> tuple[list[int], list[int]]:
+    """Return the ids and the numbers of the deliveries, column by column."""
+    fences: list[Fence] = [delivery.fence for delivery in deliveries]
+    return [fence.id for fence in fences], [fence.delivery for fence in fences]
+
+
+def columns_of(
+    batch: Sequence[tuple[TaskMessage, bytes]],
+) -> tuple[list[str], list[int], list[float], list[bytes]]:
+    """Return queue, priority, delay and body of messages, column by column."""
+    return (
+        [storable(message.queue) for message, _ in batch],
+        [min(max(message.priority, 0), PRIORITIES - 1) for message, _ in batch],
+        [min(message.delay, LONGEST_DELAY) for message, _ in batch],
+        [body for _, body in batch],
+    )

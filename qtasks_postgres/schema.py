@@ -1,0 +1,117 @@
+"""What the database must have, as numbered steps, and how they are brought about safely.
+
+All apps share one set of tables and are told apart by the column `namespace`, which leads every
+index. A schema a namespace would keep apps a little further apart, but each app would need the
+right to create schemas, each migration would run once an app, and every statement would exist once
+an app in the server's caches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qtasks_core.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from asyncpg import Connection
+
+LOCK = 0x7174_6173_6B73
+"""The advisory lock that lets one client at a time change the schema ("qtasks" in ASCII)."""
+
+# `wake_at` says everything about a message's state: NULL, it may be received now; else the moment
+# at which its delay or its lease ends. The two partial indexes split on it, so that neither a
+# backlog nor a mass of delayed messages slows the other down. `delivery` counts the deliveries and
+# is half of the fence.
+#
+# Every message dies young, and a receiver walks over the index entries of the dead until they are
+# vacuumed; so vacuum comes by a fixed number of dead rows, not by a share of the table, and does
+# not pause. Half-empty pages keep a leased row's new version beside the old one.
+#
+# A record's new version changes no indexed column, so with room on its page it needs no new index
+# entry. `progress` is `attempt * 8 + rank of status`. The columns beside `record` repeat what
+# queries filter by. A row without a record only holds `watchers`, the inboxes that asked for a
+# task before its first save.
+STEPS = (
+    """
+    CREATE TABLE qtasks.messages (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        wake_at timestamptz,
+        delivery integer NOT NULL DEFAULT 0,
+        priority smallint NOT NULL,
+        namespace text COLLATE "C" NOT NULL,
+        queue text COLLATE "C" NOT NULL,
+        body bytea NOT NULL
+    ) WITH (
+        fillfactor = 60,
+        autovacuum_vacuum_scale_factor = 0,
+        autovacuum_vacuum_threshold = 20000,
+        autovacuum_vacuum_cost_delay = 0,
+        toast.autovacuum_vacuum_scale_factor = 0,
+        toast.autovacuum_vacuum_threshold = 20000,
+        toast.autovacuum_vacuum_cost_delay = 0
+    );
+    CREATE INDEX messages_ready ON qtasks.messages (namespace, queue, priority, id)
+        WHERE wake_at IS NULL;
+    CREATE INDEX messages_waiting ON qtasks.messages (namespace, queue, wake_at)
+        WHERE wake_at IS NOT NULL;
+
+    CREATE TABLE qtasks.records (
+        progress bigint NOT NULL,
+        created_at double precision NOT NULL,
+        namespace text COLLATE "C" NOT NULL,
+        uuid text COLLATE "C" NOT NULL,
+        execution text COLLATE "C",
+        status text COLLATE "C",
+        task_name text COLLATE "C",
+        queue text COLLATE "C",
+        dead text COLLATE "C",
+        reply_to text,
+        watchers text[],
+        record bytea,
+        PRIMARY KEY (namespace, uuid)
+    ) WITH (
+        fillfactor = 60,
+        autovacuum_vacuum_scale_factor = 0.05,
+        autovacuum_vacuum_cost_delay = 0,
+        toast.autovacuum_vacuum_scale_factor = 0.05,
+        toast.autovacuum_vacuum_cost_delay = 0
+    );
+    """,
+)
+VERSION = len(STEPS)
+
+
+async def ensure_schema(connection: Connection) -> None:
+    """Create or update the tables. Does nothing, and needs no rights to, when they are there.
+
+    Raises `ConfigurationError` when a newer release has been at work here.
+    """
+    if await _version(connection) == VERSION:
+        return
+    async with connection.transaction():
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
+        found = await _version(connection)
+        if found > VERSION:
+            raise ConfigurationError(
+                f"the schema qtasks has version {found}, this release knows up to {VERSION}: "
+                "upgrade qtasks here, or use another database"
+            )
+        if found == 0:
+            await connection.execute("CREATE SCHEMA IF NOT EXISTS qtasks")
+            await connection.execute("CREATE TABLE qtasks.version (version integer NOT NULL)")
+            await connection.execute("INSERT INTO qtasks.version VALUES (0)")
+        for step in STEPS[found:]:
+            await connection.execute(step)
+        await connection.execute("UPDATE qtasks.version SET version = $1", VERSION)
+
+
+async def _version(connection: Connection) -> int:
+    """Return the version of the schema in the database, 0 when there is none."""
+    # to_regclass would answer from the session's cache, which waiting for a lock does not renew.
+    there = await connection.fetchval(
+        "SELECT true FROM pg_tables WHERE schemaname = 'qtasks' AND tablename = 'version'"
+    )
+    if not there:
+        return 0
+    version: int = await connection.fetchval("SELECT version FROM qtasks.version")
+    return version

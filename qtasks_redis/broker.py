@@ -1,0 +1,297 @@
+"""A broker on Redis: a stream a queue, leases in a sorted set, a bell for those who wait."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from secrets import token_hex
+from weakref import WeakSet
+
+from qtasks_core import (
+    DONE,
+    LOST,
+    Broker,
+    Delivery,
+    Guarantees,
+    Outcome,
+    Release,
+    Retry,
+    Settlement,
+    Subscription,
+    TaskMessage,
+)
+from qtasks_core.errors import Closed, ConfigurationError, NotSupported, Unavailable
+from qtasks_core.shielded import Shielded
+from qtasks_core.wire import decode_message, encode_message
+from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended
+from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
+
+_MOST_TAKEN = 1000
+
+
+class RedisBroker(Broker):
+    """Moves messages through Redis. `lease` is in seconds.
+
+    Raises `ConfigurationError` for a wrong URL or lease.
+    """
+
+    def __init__(self, url: str = "redis://localhost", *, lease: float = 30.0) -> None:
+        if not 0.1 <= lease < math.inf:
+            raise ConfigurationError(f"lease={lease} is not a time of at least 0.1 seconds")
+        self._url = checked(url)
+        self._lease = lease
+        self._connection: Connection | None = None
+        self._server = UNKNOWN
+        self._subscriptions: WeakSet[RedisSubscription] = WeakSet()
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return Guarantees(
+            part="RedisBroker",
+            server=self._server.name,
+            survives=self._server.survives,
+            durability=self._server.durability,
+            lease=self._lease,
+            counts_deliveries=True,
+            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
+            notes=self._server.notes,
+        )
+
+    async def start(self, namespace: str) -> None:
+        self._connection = await connect(self._url, namespace)
+        self._server = self._connection.server
+
+    async def stop(self) -> None:
+        for subscription in list(self._subscriptions):
+            await subscription.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        if transaction is not None:
+            raise NotSupported("RedisBroker cannot publish in the caller's transaction")
+        connection = self._started()
+        encoded = [encode_message(message) for message in messages]
+        for part in batches(messages, [len(data) for data in encoded]):
+            queues = Queues(connection)
+            args: list[str | bytes] = []
+            for message, data in zip(messages[part], encoded[part], strict=True):
+                args += (queues.position(message.queue), _milliseconds(message.delay), data)
+            await connection.run(PUBLISH, queues.keys, args)
+        return [DONE] * len(messages)
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        subscription = RedisSubscription(self._started, self._lease)
+        self._started()
+        self._subscriptions.add(subscription)
+        return subscription
+
+    def _started(self) -> Connection:
+        if self._connection is None:
+            raise Closed("RedisBroker is not started")
+        return self._connection
+
+
+class Held:
+    """The fence: proof that a delivery is ours, and what became of it."""
+
+    __slots__ = ("settled", "token", "unsure", "until")
+
+    def __init__(self, token: bytes, until: float) -> None:
+        self.token = token
+        self.until = until
+        """Before this time of the loop's clock nobody else can have taken it over."""
+        self.settled = False
+        self.unsure = False
+        """A settle was sent and its answer never came."""
+
+
+class Queues:
+    """The keys of the queues that one script call touches."""
+
+    def __init__(self, connection: Connection, names: Iterable[str] = ()) -> None:
+        self._connection = connection
+        self._positions: dict[str, str] = {}
+        self.keys: list[str] = []
+        for name in names:
+            self.position(name)
+
+    def position(self, name: str) -> str:
+        """Return where in KEYS this queue begins, adding it if it is new."""
+        position = self._positions.get(name)
+        if position is None:
+            position = self._positions[name] = str(len(self.keys) + 1)
+            kinds = ("stream", "cursor", "leases", "delayed", "bell")
+            self.keys += (self._connection.key(kind, name) for kind in kinds)
+        return position
+
+
+class RedisSubscription(Subscription):
+    """Takes what is there in one round trip, else sleeps in a blocking read until a bell rings.
+
+    The blocking read gets a token, never a message, so that ending it strands nothing: a token
+    that nobody waits for any more is rung again.
+    """
+
+    def __init__(self, connection: Callable[[], Connection], lease: float) -> None:
+        self._connection = connection
+        self._lease = lease
+        self._holder = token_hex(4)
+        self._loop = asyncio.get_running_loop()
+        self._open = True
+        self._taking: Shielded[float] = Shielded()
+        self._handed: list[Delivery] = []
+        """What the server handed over and `receive` has not returned."""
+        self._known: dict[str, int] = {}
+        """Of each queue the earliest due time, in the server's milliseconds, as last heard."""
+        self._listening: asyncio.Task[None] | None = None
+        self._bells: frozenset[str] = frozenset()
+        """The queues whose bells it listens to."""
+        self._asleep = False
+
+    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        queues = {queue: most for queue, most in wanted.items() if most > 0}
+        if not queues or limit < 1:
+            raise ValueError("receive must want at least one delivery")
+        while self._open:
+            leftover = self._taking.pending is not None
+            pause = await self._taking.run(lambda: self._take(queues, limit))
+            if self._open and (deliveries := self._collect()):
+                return deliveries
+            # What a cancelled call had asked for may have been another queue.
+            if self._open and pause > 0 and not leftover:
+                await self._sleep(frozenset(queues), pause)
+        raise Closed("the subscription is closed")
+
+    def _collect(self) -> list[Delivery]:
+        """Return what was handed over, without what a cancelled `receive` left for too long."""
+        handed, self._handed = self._handed, []
+        now = self._loop.time()
+        return [delivery for delivery in handed if delivery.fence.until > now]
+
+    async def _take(self, wanted: Mapping[str, int], limit: int) -> float:
+        """Take what is receivable; return the seconds until that may change by itself."""
+        connection = self._connection()
+        names = list(wanted)
+        args = [self._holder, _milliseconds(self._lease), str(min(limit, _MOST_TAKEN))]
+        for name in names:
+            args += (str(wanted[name]), str(self._known.get(name, 0)))
+        until = self._loop.time() + self._lease
+        change, dues, taken = await connection.run(TAKE, Queues(connection, names).keys, args)
+        self._known.update(zip(names, dues, strict=True))
+        for at in range(0, len(taken), 4):
+            queue, token, count, data = taken[at : at + 4]
+            message = decode_message(data)
+            self._handed.append(Delivery(message, names[queue], Held(token, until), count))
+        return float(change) / 1000
+
+    async def _sleep(self, queues: frozenset[str], seconds: float) -> None:
+        """Wait until a bell rings or `seconds` have passed.
+
+        The time is measured here, since the server ends blocking reads up to 0.1 s late; the
+        read itself goes on, for the next call to listen to.
+        """
+        if self._listening is not None and (self._listening.done() or self._bells != queues):
+            await self._stop_listening()
+        if self._listening is None:
+            self._bells = queues
+            self._listening = asyncio.create_task(self._listen(queues))
+        self._asleep = True
+        try:
+            # A lease that begins meanwhile must not run out unnoticed.
+            bounded = min(seconds, self._lease)
+            done, _ = await asyncio.wait({self._listening}, timeout=bounded)
+        finally:
+            self._asleep = False
+        if done and self._open:
+            listening, self._listening = self._listening, None
+            listening.result()
+
+    async def _listen(self, queues: frozenset[str]) -> None:
+        connection = self._connection()
+        bells = {connection.key("bell", queue): queue for queue in queues}
+        heard = await connection.listen(list(bells))
+        if heard is not None and not self._asleep:
+            await self._ring([bells[heard]])
+
+    async def _stop_listening(self) -> None:
+        """End the blocking read, and ring for the others in case it had just got a token."""
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening.cancel()
+            await ended(listening)
+            await self._ring(self._bells)
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        fresh = [s for s in settlements if not s.delivery.fence.settled]
+        encoded = [encode_message(s.message) if isinstance(s, Retry) else b"" for s in fresh]
+        for part in batches(fresh, [len(data) for data in encoded]):
+            await self._settle(fresh[part], encoded[part])
+        return [DONE if s.delivery.fence.settled else LOST for s in settlements]
+
+    async def _settle(self, settlements: Sequence[Settlement], encoded: Sequence[bytes]) -> None:
+        connection = self._connection()
+        queues = Queues(connection)
+        args: list[str | bytes] = []
+        for settlement, data in zip(settlements, encoded, strict=True):
+            delivery = settlement.delivery
+            args += (queues.position(delivery.queue), delivery.fence.token)
+            if isinstance(settlement, Retry):
+                message = settlement.message
+                delay = _milliseconds(message.delay)
+                args += ("retry", queues.position(message.queue), delay, data)
+            else:
+                args.append("release" if isinstance(settlement, Release) else "ack")
+        fences: list[Held] = [settlement.delivery.fence for settlement in settlements]
+        try:
+            answers = await connection.run(SETTLE, queues.keys, args)
+        except BaseException:
+            for fence in fences:
+                fence.unsure = True
+            raise
+        now = self._loop.time()
+        for fence, answer in zip(fences, answers, strict=True):
+            # What is gone before anyone else could have it went by the settle without an answer.
+            fence.settled |= answer == 1 or (fence.unsure and now < fence.until)
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        if not deliveries:
+            return []
+        connection = self._connection()
+        queues = Queues(connection)
+        args: list[str | bytes] = [_milliseconds(self._lease)]
+        for delivery in deliveries:
+            args += (queues.position(delivery.queue), delivery.fence.token)
+        until = self._loop.time() + self._lease
+        answers = await connection.run(EXTEND, queues.keys, args)
+        for delivery, answer in zip(deliveries, answers, strict=True):
+            if answer == 1:
+                delivery.fence.until = until
+        return [d if answer == 1 else None for d, answer in zip(deliveries, answers, strict=True)]
+
+    async def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        if (taking := self._taking.pending) is not None:
+            await ended(taking)
+        try:
+            await self._stop_listening()
+            handed, self._handed = self._handed, []
+            await self.settle([Release(delivery) for delivery in handed])
+        except Unavailable:
+            # The leases run out by themselves.
+            return
+
+    async def _ring(self, queues: Iterable[str]) -> None:
+        connection = self._connection()
+        await connection.run(RING, Queues(connection, queues).keys, ())
+
+
+def _milliseconds(seconds: float) -> str:
+    """Return a duration as whole milliseconds, never shorter than it was."""
+    return str(math.ceil(seconds * 1000)) if seconds > 0 else "0"

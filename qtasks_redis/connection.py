@@ -1,0 +1,249 @@
+"""What Redis parts connect through: a pool, scripts by digest, and the driver's errors as ours."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
+from urllib.parse import quote, urlsplit
+
+from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
+from qtasks_core.urls import redact, take_options
+from qtasks_redis.scripts import Script
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+    from redis.asyncio.connection import AbstractConnection
+
+T = TypeVar("T")
+
+ANSWER_WITHIN: Final = 5.0
+"""Seconds after which a server that does not answer counts as unreachable."""
+CONNECT_WITHIN: Final = 3.0
+"""Seconds to wait for a new connection; the handshake comes on top."""
+_SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "valkey": "redis"}
+_NEEDS: Final = (6, 2)
+_MOST_ITEMS: Final = 1000
+_MOST_BYTES: Final = 4 * 1024 * 1024
+_PASSING: Final = ("OOM", "READONLY", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY")
+"""Error codes of a server that is there and cannot work now."""
+
+
+class Server(NamedTuple):
+    """What the server said of itself, in the words of the guarantees."""
+
+    name: str
+    survives: Literal["client crash", "server crash", "machine crash"]
+    durability: str
+    notes: tuple[str, ...]
+
+
+UNKNOWN: Final = Server("Redis", "client crash", "known after start", ())
+
+
+def checked(url: str) -> str:
+    """Return `url` as the driver wants it. Raises `ConfigurationError` when it is wrong."""
+    try:
+        parts = urlsplit(url)
+        scheme, database, _ = parts.scheme, parts.path.strip("/"), parts.port
+    except ValueError as error:
+        raise ConfigurationError(f"{redact(url)}: {error}") from None
+    if scheme not in _SCHEMES:
+        known = ", ".join(f"{name}://" for name in _SCHEMES)
+        raise ConfigurationError(f"{redact(url)}: the scheme must be one of {known}")
+    if database and not database.isdecimal():
+        raise ConfigurationError(f"{redact(url)}: the database is a number, not {database!r}")
+    # The parts read replies of one protocol version, the leaner one; the URL cannot change it.
+    return take_options(_SCHEMES[scheme] + url[len(scheme) :], {"protocol": str})[0]
+
+
+class Connection:
+    """A pool to one server, and the names of what one namespace keeps there."""
+
+    def __init__(self, client: Redis, url: str, namespace: str) -> None:
+        self._client = client
+        self._execute: Callable[..., Awaitable[Any]] = client.execute_command
+        self._url = url
+        self.server = UNKNOWN
+        within = client.connection_pool.connection_kwargs.get("socket_timeout")
+        self.listen_for = 0.8 * (within or ANSWER_WITHIN)
+        """Seconds a blocking read may last: less than the time in which the server must answer."""
+        # The braces are the hash tag of a cluster; quoting keeps namespaces from meeting.
+        self._prefix = f"qtasks:{{{quote(namespace, safe='')}}}:"
+
+    def key(self, kind: str, name: str) -> str:
+        """Return the key of something of this namespace."""
+        return f"{self._prefix}{kind}:{name}"
+
+    def name_in(self, key: bytes) -> str:
+        """Return the name from which `key` made this key."""
+        return key[len(self._prefix.encode()) :].partition(b":")[2].decode()
+
+    async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
+        """Run a script, and load it first if the server has forgotten it."""
+        from redis.exceptions import NoScriptError
+
+        with self.reachable():
+            try:
+                return await self._execute("EVALSHA", script.sha, len(keys), *keys, *args)
+            except NoScriptError:
+                return await self._execute("EVAL", script.source, len(keys), *keys, *args)
+
+    async def read(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values of keys in one round trip, None where there is none."""
+        with self.reachable():
+            values: list[bytes | None] = await self._execute("MGET", *keys)
+            return values
+
+    async def listen(self, bells: Sequence[str]) -> str | None:
+        """Block until a token is in one of these lists; return which, None after `listen_for`."""
+        with self.reachable():
+            heard = await self._execute("BLPOP", *bells, f"{self.listen_for:.3f}")
+        return None if heard is None else heard[0].decode()
+
+    async def line(self) -> AbstractConnection:
+        """Open a connection outside the pool; the caller disconnects it."""
+        make: Callable[[], AbstractConnection] = self._client.connection_pool.make_connection
+        line = make()
+        with self.reachable():
+            await line.connect()  # type: ignore[no-untyped-call]
+        return line
+
+    async def close(self) -> None:
+        """Close the pool, whoever still waits in it."""
+        await self._client.aclose()
+
+    @contextmanager
+    def reachable(self) -> Iterator[None]:
+        """Turn the driver's errors into `Unavailable` and `ConfigurationError`."""
+        from redis import exceptions
+
+        where = redact(self._url)
+        try:
+            yield
+        except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
+            raise ConfigurationError(f"{where} refuses the user or password: {error}") from None
+        except exceptions.NoPermissionError as error:
+            raise ConfigurationError(
+                f"{where}: the user's rights do not suffice: {error}"
+            ) from None
+        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
+            raise Unavailable(f"{where}: {error or type(error).__name__}") from error
+        except exceptions.ResponseError as error:
+            passing = (
+                exceptions.OutOfMemoryError,
+                exceptions.ReadOnlyError,
+                exceptions.MasterDownError,
+                exceptions.ClusterDownError,
+            )
+            if isinstance(error, passing) or any(code in str(error) for code in _PASSING):
+                raise Unavailable(f"{where} cannot work now: {error}") from error
+            if "DB index" in str(error):
+                raise ConfigurationError(f"{where}: {error}") from None
+            raise
+
+
+async def connect(url: str, namespace: str) -> Connection:
+    """Return an open connection, or raise what `start` raises."""
+    try:
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+    except ImportError:
+        raise MissingDriver("redis://", "redis") from None
+    try:
+        client: Redis = Redis.from_url(
+            url,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=ANSWER_WITHIN,
+            socket_connect_timeout=CONNECT_WITHIN,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{redact(url)}: {error}") from None
+    connection = Connection(client, url, namespace)
+    try:
+        with connection.reachable():
+            connection.server = await _ask(client, url)
+    except BaseException:
+        await connection.close()
+        raise
+    return connection
+
+
+async def _ask(client: Redis, url: str) -> Server:
+    """Read what product this is and what it survives, as far as the user's rights go."""
+    from redis.exceptions import NoPermissionError
+
+    execute: Callable[..., Awaitable[Any]] = client.execute_command
+    try:
+        hello = _pairs(await execute("HELLO"))
+    except TypeError as error:
+        # An unknown option of the URL shows only when the first connection is made.
+        raise ConfigurationError(f"{redact(url)}: {error}") from None
+    version = hello["version"]
+    name = f"{hello['server'].capitalize()} {version}"
+    if tuple(int(part) for part in version.split(".")[:2]) < _NEEDS:
+        raise ServerTooOld(f"{redact(url)} is {name}; Redis 6.2 or newer is needed")
+    try:
+        info = await client.info("everything")
+    except NoPermissionError:
+        unknown = "unknown: the user may not call INFO"
+        return Server(name, "client crash", unknown, ("its eviction policy is unknown",))
+    if "valkey_version" in info:
+        name = f"Valkey {info['valkey_version']}"
+    return await _durability(execute, name, info)
+
+
+async def _durability(
+    execute: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
+) -> Server:
+    """Derive what the server survives from INFO and, where it may be asked, CONFIG."""
+    from redis.exceptions import NoPermissionError, ResponseError
+
+    notes: list[str] = []
+    policy = str(info.get("maxmemory_policy", "unknown"))
+    if policy not in ("noeviction", "unknown") and info.get("maxmemory", 0):
+        notes.append(f"maxmemory-policy {policy} can drop what is kept when memory is full")
+    if not info.get("aof_enabled"):
+        return Server(name, "client crash", "appendonly no: at most snapshots", tuple(notes))
+    try:
+        fsync = _pairs(await execute("CONFIG GET", "appendfsync"))["appendfsync"]
+    except (NoPermissionError, ResponseError, KeyError):
+        notes.append("appendfsync is unknown: the user may not call CONFIG GET")
+        return Server(name, "server crash", "appendonly yes", tuple(notes))
+    if fsync == "always":
+        return Server(name, "machine crash", "appendonly yes, appendfsync always", tuple(notes))
+    if fsync == "everysec":
+        notes.append("while the disk is slow the server itself may hold back writes for 2 s")
+    return Server(name, "server crash", f"appendonly yes, appendfsync {fsync}", tuple(notes))
+
+
+def _pairs(reply: Any) -> dict[str, str]:
+    """Return a flat reply, or one that the driver has paired already, as text by text."""
+    if isinstance(reply, dict):
+        flat = [part for pair in reply.items() for part in pair]
+    else:
+        flat = list(reply)
+    text = [part.decode() if isinstance(part, bytes) else str(part) for part in flat]
+    return dict(zip(text[::2], text[1::2], strict=True))
+
+
+def batches(items: Sequence[T], sizes: Sequence[int]) -> Iterator[slice]:
+    """Cut a batch into slices that one script call can carry without blocking the server long."""
+    start = weight = 0
+    for at, size in enumerate(sizes):
+        if at > start and (at - start >= _MOST_ITEMS or weight + size > _MOST_BYTES):
+            yield slice(start, at)
+            start, weight = at, 0
+        weight += size
+    if start < len(items):
+        yield slice(start, len(items))
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Wait for a task that was cancelled or has no reader; its error was its reader's to see."""
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()

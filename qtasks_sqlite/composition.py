@@ -1,0 +1,65 @@
+"""The joint composition: a broker and a storage in one file, each step one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qtasks_core import DONE, Completion, Outcome, Retry, Subscription, Task, TaskMessage
+from qtasks_core.separate import SeparateComposition, record_of
+from qtasks_sqlite.broker import SqliteBroker, SqliteSubscription
+from qtasks_sqlite.connection import Transaction
+from qtasks_sqlite.storage import SqliteStorage
+
+
+class SqliteComposition(SeparateComposition):
+    """Does what the separate one does, so that a crash leaves both halves or neither."""
+
+    _broker: SqliteBroker
+    _storage: SqliteStorage
+
+    async def submit(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        publish = self._broker.publishing(messages)
+        save = self._storage.saving([record_of(message) for message in messages])
+
+        def submit(turn: Transaction) -> None:
+            publish(turn)
+            save(turn)
+
+        await self._broker.started().write(submit)
+        return [DONE] * len(messages)
+
+    async def complete(
+        self, subscription: Subscription, completions: Sequence[Completion]
+    ) -> list[Outcome]:
+        if not isinstance(subscription, SqliteSubscription):  # one that wraps it
+            return await super().complete(subscription, completions)
+        ends = {
+            at: completion.task
+            for at, completion in enumerate(completions)
+            if completion.task is not None and not isinstance(completion.settlement, Retry)
+        }
+        save = self._storage.saving(list(ends.values()))
+        settlements = {
+            at: completion.settlement
+            for at, completion in enumerate(completions)
+            if completion.settlement is not None
+        }
+        settle = subscription.settling(list(settlements.values()))
+
+        def complete(turn: Transaction) -> list[Outcome]:
+            settled = dict(zip(settlements, settle(turn), strict=True))
+            saved = dict(zip(ends, save(turn), strict=True))
+            retried: dict[int, Task] = {
+                at: task
+                for at, completion in enumerate(completions)
+                if (task := completion.task) is not None
+                and at not in ends
+                and settled[at].status == "done"
+            }
+            saved |= zip(retried, self._storage.saving(list(retried.values()))(turn), strict=True)
+            # A record's outcome stands for both; a retry that was refused has none.
+            return [saved.get(at) or settled.get(at, DONE) for at, _ in enumerate(completions)]
+
+        return await self._broker.started().write(complete)

@@ -1,0 +1,435 @@
+"""The connection to one database file: a thread that owns it, and turns of work in that thread.
+
+What is asked for while a turn runs goes into the next one together, as one transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+
+from qtasks_core.errors import (
+    Closed,
+    ConfigurationError,
+    QTasksError,
+    ServerTooOld,
+    Unavailable,
+)
+from qtasks_core.urls import redact, take_options
+from qtasks_sqlite.doorbell import Doorbell
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    from qtasks_core import Guarantees
+
+T = TypeVar("T")
+Synchronous: TypeAlias = Literal["normal", "full"]
+
+PATIENCE = 5.0
+"""Seconds to wait for a lock that another process holds."""
+_OLDEST = (3, 38)
+_SCHEMA_VERSION = 1
+# `wake_at` is NULL while a message is ready, else when it will be: due, or its lease lost.
+_SCHEMA = """
+CREATE TABLE qtasks_schema (version INTEGER NOT NULL);
+CREATE TABLE qtasks_namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE qtasks_queues (
+    id INTEGER PRIMARY KEY, namespace INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (namespace, name)
+);
+CREATE TABLE qtasks_messages (
+    id INTEGER PRIMARY KEY,
+    queue INTEGER NOT NULL,
+    priority INTEGER NOT NULL,
+    wake_at REAL,
+    holder INTEGER NOT NULL,
+    count INTEGER NOT NULL,
+    data BLOB NOT NULL
+);
+CREATE INDEX qtasks_ready ON qtasks_messages (queue, priority DESC, id) WHERE wake_at IS NULL;
+CREATE INDEX qtasks_waiting ON qtasks_messages (queue, wake_at) WHERE wake_at IS NOT NULL;
+CREATE TABLE qtasks_records (
+    namespace INTEGER NOT NULL,
+    uuid TEXT NOT NULL,
+    ord INTEGER NOT NULL,
+    execution TEXT NOT NULL,
+    task_name TEXT NOT NULL,
+    queue TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    dead INTEGER NOT NULL,
+    expires_at REAL,
+    data BLOB NOT NULL,
+    PRIMARY KEY (namespace, uuid)
+) WITHOUT ROWID;
+CREATE TABLE qtasks_watchers (
+    namespace INTEGER NOT NULL, uuid TEXT NOT NULL, address TEXT NOT NULL,
+    PRIMARY KEY (namespace, uuid, address)
+) WITHOUT ROWID;
+"""
+
+
+class Transaction:
+    """One turn in the database's thread, as its jobs see it."""
+
+    def __init__(self, connection: sqlite3.Connection, ids: dict[tuple[int, str], int]) -> None:
+        self.execute = connection.execute
+        self.rung_queues: set[int] = set()
+        """Queues in which something became receivable, or will be earlier than it was."""
+        self.letters: dict[str, list[str]] = {}
+        """For each inbox the uuids whose records have become final."""
+        self._ids = ids
+        self._found: dict[tuple[int, str], int] = {}
+        self._after: list[Callable[[], None]] = []
+
+    def namespace(self, name: str) -> int:
+        """Return the number of a namespace, new if need be."""
+        return self._id(0, name, "qtasks_namespaces (name)", (name,))
+
+    def queue(self, namespace: int, name: str) -> int:
+        """Return the number of a queue, new if need be."""
+        return self._id(namespace, name, "qtasks_queues (namespace, name)", (namespace, name))
+
+    def _id(self, namespace: int, name: str, into: str, row: tuple[object, ...]) -> int:
+        key = namespace, name
+        found = self._ids.get(key) or self._found.get(key)
+        if found is None:
+            # The update changes nothing, but makes the row that was there be returned as well.
+            rows = self.execute(
+                f"INSERT INTO {into} VALUES ({','.join('?' * len(row))}) "
+                "ON CONFLICT DO UPDATE SET name = name RETURNING id",
+                row,
+            ).fetchall()
+            found = self._found[key] = int(rows[0][0])
+        return found
+
+    def after_commit(self, action: Callable[[], None]) -> None:
+        """Do something in this thread once all this is durable."""
+        self._after.append(action)
+
+    def committed(self) -> None:
+        """Do what was to be done after the commit."""
+        self._ids.update(self._found)
+        for action in self._after:
+            action()
+
+
+class _Job(Generic[T]):
+    """Work for the thread, and who waits for its result."""
+
+    __slots__ = ("asked", "future", "work", "writes")
+
+    def __init__(
+        self, work: Callable[[Transaction], T], writes: bool, future: asyncio.Future[T]
+    ) -> None:
+        self.asked = time.monotonic()
+        self.work = work
+        self.writes = writes
+        self.future = future
+
+    def finish(self, result: T | Exception) -> None:
+        if self.future.done():  # its caller was cancelled
+            return
+        if isinstance(result, Exception):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
+
+
+class Database:
+    """One file, on one event loop; the parts that use it share its thread and transactions."""
+
+    def __init__(self, path: Path, synchronous: Synchronous) -> None:
+        self.path = path
+        self.doorbell = Doorbell(path)
+        self.users = 0
+        self._synchronous = synchronous
+        # Held, so that no other loop gets its id, under which this is known.
+        self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+        self._thread = ThreadPoolExecutor(1, f"qtasks {path.name}")
+        self._connection: sqlite3.Connection | None = None
+        self._ids: dict[tuple[int, str], int] = {}
+        self._waiting: list[_Job[Any]] = []
+        self._running: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def write(self, work: Callable[[Transaction], T]) -> T:
+        """Do `work` in a transaction and return its result once that is durable.
+
+        `work` runs in the database's thread and may run again when the transaction failed.
+        Cancelled before it has begun, it is not done; later, its result is dropped. Raises
+        `Unavailable`, `ConfigurationError`.
+        """
+        return await self._submit(work, True)
+
+    async def read(self, work: Callable[[Transaction], T]) -> T:
+        """Do `work`, which only reads, without waiting for the lock."""
+        return await self._submit(work, False)
+
+    def _submit(self, work: Callable[[Transaction], T], writes: bool) -> asyncio.Future[T]:
+        if os.getpid() != self._pid:
+            raise Closed(f"{self.path.name} was opened before a fork: start a new part here")
+        if self._closed:
+            raise Closed(f"{self.path.name} is closed")
+        job = _Job(work, writes, self._loop.create_future())
+        self._waiting.append(job)
+        if self._running is None:
+            self._running = self._loop.create_task(self._run())
+        return job.future
+
+    async def _run(self) -> None:
+        """Do turns until nobody waits; runs on the loop, the turns in the thread."""
+        jobs: list[_Job[Any]] = []
+        try:
+            while self._waiting:
+                jobs = [job for job in self._waiting if not job.future.done()]
+                self._waiting.clear()
+                if jobs:
+                    results = await self._loop.run_in_executor(self._thread, self._turn, jobs)
+                    for job, result in zip(jobs, results, strict=True):
+                        job.finish(result)
+        finally:
+            self._running = None
+            for job in (*jobs, *self._waiting):  # only where the loop itself is coming to its end
+                job.future.cancel()
+            self._waiting.clear()
+
+    async def close(self) -> None:
+        """Finish what is waiting and close the file."""
+        self._closed = True
+        if self._running is not None:
+            await asyncio.wait({self._running})
+        await self._loop.run_in_executor(self._thread, self._disconnect)
+        self._thread.shutdown(wait=False)
+        self.doorbell.close()
+
+    # What follows runs in the thread.
+
+    def _turn(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
+        """Return a result or an error for each job; what only reads goes first, without a lock."""
+        results: dict[_Job[Any], Any] = {}
+        for writes in (False, True):
+            half = [job for job in jobs if job.writes is writes]
+            if half:
+                results.update(zip(half, self._outcomes(half, writes), strict=True))
+        return [results[job] for job in jobs]
+
+    def _outcomes(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
+        try:
+            return self._together(jobs, writes)
+        except (Unavailable, ConfigurationError) as error:  # the file's, so everybody's
+            return [error] * len(jobs)
+        except Exception as error:  # noqa: BLE001 (handed to the caller whose job it was)
+            if len(jobs) == 1:
+                return [error]
+            return [result for job in jobs for result in self._outcomes([job], writes)]
+
+    def _together(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
+        sqlite3 = _driver()
+        deadline = min(job.asked for job in jobs) + PATIENCE
+        pause = 0.0001
+        while True:
+            try:
+                return self._attempt(jobs, writes)
+            except sqlite3.Error as error:
+                translated = _translate(error, self.path)
+                if translated is None:
+                    raise
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    self._disconnect()
+                    raise translated from error
+                if time.monotonic() > deadline:
+                    raise translated from error
+            # SQLite's own handler sleeps a millisecond at least, longer than most transactions.
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.002)
+
+    def _attempt(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
+        connection = self._connection
+        if connection is None:
+            connection = self._connection = self._connect()
+        turn = Transaction(connection, self._ids)
+        connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+        try:
+            results = [job.work(turn) for job in jobs]
+            # Under the lock, before the commit: see `doorbell`.
+            self._ring(turn)
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        turn.committed()
+        return results
+
+    def _ring(self, turn: Transaction) -> None:
+        try:
+            if turn.rung_queues:
+                self.doorbell.ring_queues(turn.rung_queues)
+            for address, uuids in turn.letters.items():
+                self.doorbell.ring_address(address, uuids)
+        except OSError as error:
+            raise Unavailable(f"cannot ring the bells of {self.path}: {error.strerror}") from error
+
+    def _connect(self) -> sqlite3.Connection:
+        driver = _driver()
+        if driver.sqlite_version_info < _OLDEST:
+            raise ServerTooOld(f"SQLite {driver.sqlite_version} is too old, 3.38 is needed")
+        if not self.path.parent.is_dir():
+            raise ConfigurationError(f"{self.path.parent} is not a directory: create it first")
+        connection: sqlite3.Connection = driver.connect(
+            self.path, timeout=0, isolation_level=None, cached_statements=512
+        )
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise ConfigurationError(
+                    f"{self.path} cannot have a write-ahead log ({mode} instead): it must be a "
+                    "file on a local disk"
+                )
+            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            connection.execute("PRAGMA cache_size = -16000")
+            connection.execute("PRAGMA wal_autocheckpoint = 4000")
+            connection.execute("PRAGMA journal_size_limit = 67108864")
+            self._migrate(connection)
+            self._ids.clear()
+            self.doorbell.open()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            known = connection.execute(
+                "SELECT count(*) FROM sqlite_master WHERE name = 'qtasks_schema'"
+            ).fetchone()
+            if known == (0,):
+                for statement in _SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute("INSERT INTO qtasks_schema VALUES (?)", (_SCHEMA_VERSION,))
+            # Writes nothing, but finds at the start a file that cannot be written.
+            connection.execute("UPDATE qtasks_schema SET version = version WHERE false")
+            (version,) = connection.execute("SELECT version FROM qtasks_schema").fetchone()
+            if version > _SCHEMA_VERSION:
+                raise ConfigurationError(
+                    f"{self.path} has schema {version}, this release knows {_SCHEMA_VERSION}: "
+                    "upgrade qtasks"
+                )
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+_databases: dict[tuple[int, int, Path, Synchronous], Database] = {}
+
+
+async def connect(path: Path, synchronous: Synchronous) -> Database:
+    """Return the open database of this file on this loop; `disconnect` gives it back."""
+    # A child process must not touch what it inherited, not even to close it: so the pid.
+    key = os.getpid(), id(asyncio.get_running_loop()), path, synchronous
+    database = _databases.get(key)
+    if database is None:
+        database = _databases[key] = Database(path, synchronous)
+    database.users += 1
+    try:
+        await database.read(lambda turn: None)
+    except BaseException:
+        await disconnect(database)
+        raise
+    return database
+
+
+async def disconnect(database: Database) -> None:
+    """Give back what `connect` returned; the last user closes it."""
+    database.users -= 1
+    if database.users == 0:
+        for key in [key for key, known in _databases.items() if known is database]:
+            del _databases[key]
+        await database.close()
+
+
+def parse(url: str) -> tuple[str, dict[str, Any]]:
+    """Split the options of the parts off a URL. Raises `ConfigurationError` for a wrong value."""
+    return take_options(url, {"lease": float, "synchronous": str})
+
+
+def path_of(url: str) -> Path:
+    """Return the absolute path that a URL without options names.
+
+    Raises `ConfigurationError` when there is a host, no path, or something behind it.
+    """
+    scheme, _, location = url.partition("://")
+    if scheme != "sqlite" or not location.startswith("/") or location == "/":
+        raise ConfigurationError(
+            f"{redact(url)} names no file: write sqlite:///relative.db or sqlite:////absolute.db"
+        )
+    if "?" in location:
+        raise ConfigurationError(
+            f"{redact(url)} has an unknown option: lease, synchronous are known"
+        )
+    if location == "/:memory:":
+        raise ConfigurationError("sqlite keeps tasks in a file; use memory:// for memory")
+    # Resolved, so that all processes find the same doorbells, whatever links they came through.
+    return Path(location[1:]).resolve()
+
+
+def durability(synchronous: Synchronous) -> tuple[Literal["server crash", "machine crash"], str]:
+    """Return what a level survives, and why. Raises `ConfigurationError` for other levels."""
+    if synchronous not in ("normal", "full"):
+        raise ConfigurationError(f"synchronous={synchronous} is neither normal nor full")
+    if synchronous == "full":
+        return "machine crash", "WAL, synchronous=FULL: a commit is synced to the disk"
+    return (
+        "server crash",
+        "WAL, synchronous=NORMAL: any process may be killed; a crash of the machine may lose the "
+        "last commits, and never corrupts the file (?synchronous=full syncs each)",
+    )
+
+
+def with_server(guarantees: Guarantees) -> Guarantees:
+    """Return guarantees with the version of SQLite."""
+    from msgspec.structs import replace
+
+    return replace(guarantees, server=f"SQLite {_driver().sqlite_version}")
+
+
+def _driver() -> Any:
+    """Import sqlite3, which some builds of Python leave out."""
+    try:
+        import sqlite3
+    except ImportError as error:
+        raise ConfigurationError("sqlite:// needs a Python built with SQLite") from error
+    return sqlite3
+
+
+def _translate(error: sqlite3.Error, path: Path) -> QTasksError | None:
+    """Return what an error of the file means; None for an error of the statement."""
+    name = getattr(error, "sqlite_errorname", None) or ""
+    for prefix, kind, advice in (
+        ("SQLITE_BUSY", Unavailable, f"another process has held its lock for {PATIENCE:g} s"),
+        ("SQLITE_LOCKED", Unavailable, "it is locked within this process"),
+        ("SQLITE_FULL", Unavailable, "the disk is full: free some space"),
+        ("SQLITE_IOERR", Unavailable, f"the disk failed ({name})"),
+        ("SQLITE_PROTOCOL", Unavailable, "its lock could not be had"),
+        ("SQLITE_READONLY", ConfigurationError, "it cannot be written: check its permissions"),
+        ("SQLITE_PERM", ConfigurationError, "access is denied: check its permissions"),
+        ("SQLITE_CANTOPEN", ConfigurationError, "it cannot be opened: check path and permissions"),
+        ("SQLITE_NOTADB", ConfigurationError, "it is no SQLite database: name another file"),
+        ("SQLITE_CORRUPT", ConfigurationError, "it is corrupt: restore it or name another file"),
+        ("SQLITE_SCHEMA", Unavailable, "its schema changed meanwhile"),
+    ):
+        if name.startswith(prefix):
+            return kind(f"{path}: {advice}")
+    return None

@@ -1,0 +1,326 @@
+"""A storage in SQLite: one table of records, inboxes told by doorbells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
+from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.records import FINAL, FIRST_FINAL, order_of
+from qtasks_core.wire import decode_task, encode_task
+from qtasks_sqlite import batches
+from qtasks_sqlite.connection import (
+    Database,
+    Synchronous,
+    Transaction,
+    connect,
+    disconnect,
+    durability,
+    path_of,
+    with_server,
+)
+from qtasks_sqlite.doorbell import Bell
+
+_INTO = (
+    "INTO qtasks_records "
+    "(namespace, uuid, ord, execution, task_name, queue, created_at, dead, expires_at, data)"
+)
+_REPLACE = """
+ON CONFLICT DO UPDATE SET ord = excluded.ord, execution = excluded.execution,
+    task_name = excluded.task_name, queue = excluded.queue, created_at = excluded.created_at,
+    dead = excluded.dead, expires_at = excluded.expires_at, data = excluded.data
+"""
+_THESE = "namespace = ? AND uuid IN (SELECT value FROM json_each(?))"
+
+
+class SqliteStorage(Storage):
+    """Remembers tasks in a file. `synchronous` is `full` to survive a crash of the machine."""
+
+    def __init__(self, url: str, *, synchronous: Synchronous = "normal") -> None:
+        self.path = path_of(url)
+        self.synchronous = synchronous
+        self.namespace = 0
+        self._database: Database | None = None
+        self._inboxes: set[SqliteInbox] = set()
+        survives, words = durability(synchronous)
+        self._guarantees = Guarantees(
+            part="SqliteStorage",
+            survives=survives,
+            durability=words,
+            unsupported=(
+                "query", "claim", "release", "set", "get_value", "watch_value",
+                "append", "read", "delete", "expire", "migrate",
+            ),
+        )  # fmt: skip
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return self._guarantees
+
+    async def start(self, namespace: str) -> None:
+        if self._database is None:
+            self._database = await connect(self.path, self.synchronous)
+        database = self._database
+
+        def enter(turn: Transaction) -> int:
+            # Listed under the lock: an inbox listens before it writes a row here.
+            alive = batches.array(database.doorbell.addresses())
+            turn.execute(
+                "DELETE FROM qtasks_watchers WHERE address NOT IN (SELECT value FROM json_each(?))",
+                (alive,),
+            )
+            return turn.namespace(namespace)
+
+        self.namespace = await database.write(enter)
+        self._guarantees = with_server(self._guarantees)
+
+    async def stop(self) -> None:
+        for inbox in list(self._inboxes):
+            await inbox.close()
+        database, self._database = self._database, None
+        if database is not None:
+            await disconnect(database)
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        return await self.started().write(self.saving(tasks))
+
+    def saving(self, tasks: Sequence[Task]) -> Callable[[Transaction], list[Outcome]]:
+        """Return the work that saves these records as far as their order allows."""
+        rows = {id(task): self._row(task) for task in tasks}
+
+        def save(turn: Transaction) -> list[Outcome]:
+            there = self._there(turn, {task.uuid for task in tasks})
+            accepted: dict[str, Task] = {}
+            refused: list[int] = []
+            for at, task in enumerate(tasks):
+                order = order_of(task), task.execution
+                stored = there.get(task.uuid)
+                if stored == order:
+                    continue
+                if stored and (stored[0] % 8 >= FIRST_FINAL or order[0] < stored[0]):
+                    refused.append(at)
+                else:
+                    there[task.uuid] = order
+                    accepted[task.uuid] = task
+            batches.insert(
+                turn.execute, _INTO, [rows[id(task)] for task in accepted.values()], _REPLACE
+            )
+            self._tell(turn, [task for task in accepted.values() if task.status in FINAL])
+            return self._outcomes(turn, tasks, refused)
+
+        return save
+
+    def _row(self, task: Task) -> tuple[Any, ...]:
+        keep = task.status in FINAL and task.finished_at and task.retention is not None
+        return (
+            self.namespace,
+            task.uuid,
+            order_of(task),
+            task.execution,
+            task.task_name,
+            task.queue,
+            task.created_at,
+            task.dead is not None,
+            (task.finished_at or 0) + (task.retention or 0) if keep else None,
+            encode_task(task),
+        )
+
+    def _there(self, turn: Transaction, uuids: set[str]) -> dict[str, tuple[int, str]]:
+        rows = batches.select(
+            turn.execute,
+            "uuid, ord, execution",
+            f"FROM qtasks_records WHERE {_THESE}",
+            (self.namespace, batches.array(uuids)),
+        )
+        return {uuid: (order, execution) for uuid, order, execution in rows}
+
+    def _tell(self, turn: Transaction, finals: Sequence[Task]) -> None:
+        """Have the inboxes rung that want these records."""
+        if not finals:
+            return
+        for task in finals:
+            if task.reply_to is not None:
+                turn.letters.setdefault(task.reply_to, []).append(task.uuid)
+        if turn.execute("SELECT 1 FROM qtasks_watchers LIMIT 1").fetchone() is None:
+            return
+        these = self.namespace, batches.array(task.uuid for task in finals)
+        watchers = f"FROM qtasks_watchers WHERE {_THESE}"
+        for uuid, address in batches.select(turn.execute, "uuid, address", watchers, these):
+            turn.letters.setdefault(address, []).append(uuid)
+        turn.execute(f"DELETE {watchers}", these)
+
+    def _outcomes(
+        self, turn: Transaction, tasks: Sequence[Task], refused: Sequence[int]
+    ) -> list[Outcome]:
+        outcomes = [DONE] * len(tasks)
+        if refused:
+            there = self.getting([tasks[at].uuid for at in refused])(turn)
+            for at in refused:
+                outcomes[at] = Outcome(
+                    "refused", "a newer record is there", there.get(tasks[at].uuid)
+                )
+        return outcomes
+
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        found = await self.started().read(self.getting(uuids))
+        return [found.get(uuid) for uuid in uuids]
+
+    def getting(
+        self, uuids: Iterable[str], *, final: bool = False
+    ) -> Callable[[Transaction], dict[str, Task]]:
+        """Return the work that reads what there is of these records, or of the final of them."""
+        these = self.namespace, batches.array(uuids)
+        where = f"{_THESE} AND ord % 8 >= {FIRST_FINAL}" if final else _THESE
+
+        def get(turn: Transaction) -> dict[str, Task]:
+            rows = batches.select_blobs(turn.execute, "qtasks_records", "uuid", "ord", where, these)
+            return {uuid: decode_task(data) for (uuid, _), data in rows}
+
+        return get
+
+    async def inbox(self) -> Inbox:
+        inbox = SqliteInbox(self, self.started())
+        self._inboxes.add(inbox)
+        return inbox
+
+    def started(self) -> Database:
+        """Return the database. Raises `Closed`."""
+        if self._database is None:
+            raise Closed("SqliteStorage is not started")
+        return self._database
+
+    def forget(self, inbox: SqliteInbox) -> None:
+        """Drop an inbox that was closed."""
+        self._inboxes.discard(inbox)
+
+
+class SqliteInbox(Inbox):
+    """A bell whose letters name the records to read; the records themselves are in the file."""
+
+    def __init__(self, storage: SqliteStorage, database: Database) -> None:
+        self._storage = storage
+        self._database = database
+        self._bell = Bell(database.doorbell)
+        self._awaited: set[str] = set()
+        self._watched: set[str] = set()
+        """Those of the awaited that are tasks of others."""
+        self._forgotten: set[str] = set()
+        """Watched no more, but still written so in the file."""
+        self._arrived: list[Task] = []
+        self._reread = False
+        """Something may have been missed: all that is awaited has to be read."""
+        self._open = True
+
+    @property
+    def address(self) -> str:
+        return self._bell.address
+
+    def expect(self, uuids: Iterable[str]) -> None:
+        self._awaited.update(uuids)
+
+    async def watch(self, uuids: Sequence[str]) -> None:
+        self._awaited.update(uuids)
+        self._watched.update(uuids)
+        self._forgotten.difference_update(uuids)
+        try:
+            await self._look(uuids)
+        except Unavailable:
+            self._reread = True
+            raise
+        finally:
+            self._bell.wake()
+
+    async def _look(self, watched: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Have these watched, and read them and others, in one transaction."""
+        forgotten = list(self._forgotten)
+        watch = self._watching(list(watched), forgotten)
+        finals = self._storage.getting(others, final=True)
+        found = await self._database.write(lambda turn: watch(turn) | finals(turn))
+        self._forgotten.difference_update(forgotten)
+        self._take(found)
+
+    def _watching(
+        self, watched: Sequence[str], forgotten: Sequence[str]
+    ) -> Callable[[Transaction], dict[str, Task]]:
+        namespace, address = self._storage.namespace, self.address
+        rows = [(namespace, uuid, address) for uuid in watched]
+        finals = self._storage.getting(watched, final=True)
+
+        def watch(turn: Transaction) -> dict[str, Task]:
+            into = "OR IGNORE INTO qtasks_watchers (namespace, uuid, address)"
+            batches.insert(turn.execute, into, rows)
+            found = finals(turn)
+            over = [*found, *forgotten]
+            if over:
+                turn.execute(
+                    f"DELETE FROM qtasks_watchers WHERE {_THESE} AND address = ?",
+                    (namespace, batches.array(over), address),
+                )
+            return found
+
+        return watch
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        uuids = set(uuids)
+        self._awaited -= uuids
+        self._forgotten |= self._watched & uuids
+        self._watched -= uuids
+
+    async def receive(self) -> list[Task]:
+        while self._open:
+            if self._arrived:
+                arrived, self._arrived = self._arrived, []
+                return arrived
+            if self._reread or self._bell.flooded:
+                await self._read_all()
+            elif self._bell.letters:
+                await self._read_named()
+            else:
+                await self._bell.wait()
+        raise Closed("the inbox is closed")
+
+    async def _read_all(self) -> None:
+        """Read what is awaited, under the lock: whose ring was lost has committed by then."""
+        self._reread, self._bell.flooded = True, False
+        named = self._bell.letters.copy()
+        await self._look(self._watched, self._awaited - self._watched)
+        self._reread = False
+        self._bell.letters -= named
+
+    async def _read_named(self) -> None:
+        """Read what the letters name; look under the lock only for what is not there yet."""
+        named = self._bell.letters & self._awaited
+        self._bell.letters &= named
+        for attempt in (self._database.read, self._database.write):
+            missing = named & self._awaited
+            if missing:
+                self._take(await attempt(self._storage.getting(missing, final=True)))
+        # What is missing still was rung by a transaction that did not come to its end.
+        self._bell.letters -= named
+
+    def _take(self, found: dict[str, Task]) -> None:
+        for uuid, task in found.items():
+            if uuid in self._awaited:
+                self._arrived.append(task)
+        self._awaited.difference_update(found)
+        self._watched.difference_update(found)
+
+    async def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._bell.wake()
+        self._bell.close()
+        self._storage.forget(self)
+        if self._watched or self._forgotten:
+            # A row that stays is cleared away by the next start: its address is gone.
+            with suppress(Unavailable):
+                await self._database.write(self._leaving())
+
+    def _leaving(self) -> Callable[[Transaction], None]:
+        def leave(turn: Transaction) -> None:
+            turn.execute("DELETE FROM qtasks_watchers WHERE address = ?", (self.address,))
+
+        return leave

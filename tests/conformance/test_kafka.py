@@ -1,0 +1,40 @@
+"""The kit on the Kafka backend: a consumer group as the broker, a log as the storage."""
+
+import pytest
+
+from qtasks_conformance import (
+    BrokerContract,
+    Least,
+    PairContract,
+    Part,
+    StorageContract,
+    Subject,
+)
+from tests.services import Service
+
+LEASE = 2.0
+
+
+@pytest.fixture
+def subject(kafka_server: Service) -> Subject:
+    return Subject(
+        broker=Part("qtasks_kafka:KafkaBroker", {"url": kafka_server.url, "lease": LEASE}),
+        storage=Part("qtasks_kafka:KafkaStorage", {"url": kafka_server.url}),
+        lease=LEASE,
+        server=kafka_server,
+        driver="aiokafka",
+        least_broker=Least(survives="machine crash", settle_confirmed=True),
+        least_storage=Least(survives="machine crash", settle_confirmed=True),
+    )
+
+
+class TestKafkaBroker(BrokerContract):
+    pass
+
+
+class TestKafkaStorage(StorageContract):
+    pass
+
+
+class TestKafkaPair(PairContract):
+    pass

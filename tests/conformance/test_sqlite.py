@@ -1,0 +1,44 @@
+"""The kit on SQLite, where every process is a server to the others, and none is to be killed."""
+
+from pathlib import Path
+
+import pytest
+
+from qtasks_conformance import (
+    BrokerContract,
+    Least,
+    PairContract,
+    Part,
+    StorageContract,
+    Subject,
+)
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Subject:
+    url = f"sqlite:///{tmp_path}/tasks.db"
+    return Subject(
+        broker=Part("qtasks_sqlite:SqliteBroker", {"url": url, "lease": 1.0}),
+        storage=Part("qtasks_sqlite:SqliteStorage", {"url": url}),
+        lease=1.0,
+        driver="sqlite3",
+        least_broker=Least(
+            survives="server crash",
+            settle_confirmed=True,
+            counts_deliveries=True,
+            priorities=True,
+        ),
+        least_storage=Least(survives="server crash", settle_confirmed=True),
+    )
+
+
+class TestSqliteBroker(BrokerContract):
+    pass
+
+
+class TestSqliteStorage(StorageContract):
+    pass
+
+
+class TestSqlitePair(PairContract):
+    pass

@@ -1,0 +1,222 @@
+"""A worker's life: stopping, giving back, losing leases, meeting what it does not know."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from msgspec.structs import replace
+
+from qtasks.asyncio import QueueTasks
+from qtasks.engine import worker as worker_module
+from qtasks_core import Delivery, Raw, TaskMessage
+from qtasks_core.errors import Unavailable
+from qtasks_memory import MemoryBroker, MemoryStorage
+
+
+async def test_stopping_lets_running_tasks_finish(app: QueueTasks) -> None:
+    begun = asyncio.Event()
+
+    @app.task()
+    async def slow() -> str:
+        begun.set()
+        await asyncio.sleep(0.3)
+        return "finished"
+
+    async with app:
+        async with app.worker():
+            task = await slow.add_task()
+            await begun.wait()
+        found = await app.get_task(task.uuid)
+        assert found is not None
+        assert found.returning == "finished"
+
+
+async def test_past_the_grace_period_tasks_go_back_and_run_elsewhere(app: QueueTasks) -> None:
+    begun = asyncio.Event()
+    runs: list[str] = []
+
+    @app.task()
+    async def slow() -> str:
+        runs.append("run")
+        begun.set()
+        if len(runs) == 1:
+            await asyncio.sleep(60)
+        return "second run"
+
+    async with app:
+        async with app.worker(grace=0.05):
+            task = await slow.add_task()
+            await begun.wait()
+        async with app.worker():
+            # Well before the lease, which is 1 s: it was released, not left to run out.
+            done = await task.wait_result(0.7)
+        assert (done.returning, done.attempt) == ("second run", 1)
+
+
+async def test_a_full_worker_takes_no_more_than_it_can_run(app: QueueTasks) -> None:
+    running, most = 0, 0
+
+    @app.task()
+    async def busy() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.01)
+        running -= 1
+
+    async with app.worker(concurrency=5):
+        tasks = await busy.map([()] * 60)
+        await asyncio.gather(*(task.wait_result(10) for task in tasks))
+    assert most == 5
+
+
+async def test_a_long_task_keeps_its_lease(app: QueueTasks) -> None:
+    runs: list[int] = []
+
+    @app.task()
+    async def long() -> str:
+        runs.append(1)
+        await asyncio.sleep(2.5)
+        return "once"
+
+    async with app.worker(), app.worker():
+        assert (await long.add_task(timeout=10)).returning == "once"
+    assert len(runs) == 1
+
+
+async def test_an_unknown_task_is_put_back_and_at_last_dead(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_UNKNOWN_DELAY", 0.01)
+    monkeypatch.setattr(worker_module, "_UNKNOWN_TRIES", 3)
+    async with app:
+        message = TaskMessage(uuid="u", task_name="nobody.knows")
+        await app.submit(message, None)
+        async with app.worker():
+            record = await app.wait("u", 5)
+    assert (record.status, record.dead) == ("error", "unknown task")
+
+
+async def test_an_unknown_task_runs_once_a_worker_knows_it(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "_UNKNOWN_DELAY", 0.05)
+    newer = QueueTasks(app.name, "memory://?lease=1")
+
+    @newer.task(name="later")
+    async def later() -> str:
+        return "known now"
+
+    async with newer:
+        async with app.worker():
+            task = await later.add_task()
+            await asyncio.sleep(0.1)
+        async with newer.worker():
+            assert (await task.wait_result(5)).returning == "known now"
+
+
+async def test_an_expired_task_does_not_start(app: QueueTasks) -> None:
+    runs: list[int] = []
+
+    @app.task()
+    async def late() -> None:
+        runs.append(1)
+
+    async with app:
+        message = app.message(app.definition(late.name), (), {})
+        await app.submit(replace(message, expires_at=message.created_at - 1), None)
+        async with app.worker():
+            record = await app.wait(message.uuid, 5)
+    assert (record.status, record.dead, runs) == ("error", "expired", [])
+
+
+class Garbled(MemoryBroker):
+    """Delivers one message as bytes that nobody can read."""
+
+    async def subscribe(self, queues):  # type: ignore[no-untyped-def]
+        subscription = await super().subscribe(queues)
+        receive = subscription.receive
+
+        async def garble(wanted, limit):  # type: ignore[no-untyped-def]
+            deliveries: Sequence[Delivery] = await receive(wanted, limit)
+            return [
+                Delivery(Raw(b"\xff\x00", "no message"), d.queue, d.fence, d.count)
+                if isinstance(d.message, TaskMessage) and d.message.uuid == "garbled"
+                else d
+                for d in deliveries
+            ]
+
+        subscription.receive = garble  # type: ignore[method-assign]
+        return subscription
+
+
+async def test_what_cannot_be_decoded_is_kept_and_the_rest_goes_on() -> None:
+    storage = MemoryStorage("garbled")
+    app = QueueTasks("garbled", Garbled("garbled"), storage)
+
+    @app.task()
+    async def fine() -> str:
+        return "fine"
+
+    async with app.worker():
+        await app.submit(TaskMessage(uuid="garbled", task_name="x"), None)
+        assert (await fine.add_task(timeout=5)).returning == "fine"
+        memory = storage._started()
+        kept = [r for r in memory.records.values() if r.dead == "undecodable"]
+    assert [(r.args, r.error) for r in kept] == [(b"\xff\x00", "no message")]
+
+
+class Flaky(MemoryStorage):
+    """Fails each call twice before it works."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._failures = 0
+
+    def _fail(self) -> None:
+        self._failures += 1
+        if self._failures % 3:
+            raise Unavailable("the storage is out of reach")
+
+    async def save(self, tasks, transaction=None):  # type: ignore[no-untyped-def]
+        self._fail()
+        return await super().save(tasks)
+
+    async def get(self, uuids):  # type: ignore[no-untyped-def]
+        self._fail()
+        return await super().get(uuids)
+
+
+async def test_a_server_that_comes_and_goes_loses_nothing() -> None:
+    app = QueueTasks("flaky", MemoryBroker("flaky"), Flaky("flaky"))
+
+    @app.task()
+    async def add(x: int) -> int:
+        return x + 1
+
+    async with app.worker():
+        tasks = await add.map([(n,) for n in range(20)])
+        done = await asyncio.gather(*(task.wait_result(20) for task in tasks))
+    assert [task.returning for task in done] == list(range(1, 21))
+
+
+async def test_a_function_that_exits_or_cancels_itself_only_fails_its_task(
+    app: QueueTasks,
+) -> None:
+    @app.task()
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    @app.task()
+    async def cancel() -> None:
+        raise asyncio.CancelledError
+
+    @app.task()
+    def leave_thread() -> None:
+        raise SystemExit(4)
+
+    async with app.worker():
+        for task in (leave, cancel, leave_thread):
+            assert (await task.add_task(timeout=5)).status == "error"

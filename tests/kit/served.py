@@ -1,0 +1,121 @@
+"""The memory backend behind a server that can be killed: the honest one, and what wrong ones vary.
+
+Memory ends with its process, so this 'server' is a flag, and what it forgets is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msgspec.structs import replace
+
+from qtasks_core import (
+    Delivery,
+    Guarantees,
+    Inbox,
+    Outcome,
+    Subscription,
+    Task,
+    TaskMessage,
+)
+from qtasks_core.errors import Unavailable
+from qtasks_memory import MemoryBroker, MemoryStorage
+from qtasks_memory.broker import MemorySubscription
+from qtasks_memory.connection import Memory
+from qtasks_memory.storage import MemoryInbox
+
+
+class FlagServer:
+    """A server that is up or down; `forgets` names what of a memory does not survive a kill."""
+
+    def __init__(self, *forgets: str) -> None:
+        self.up = True
+        self.memories: set[Memory] = set()
+        self._forgets = forgets
+
+    def kill(self) -> None:
+        self.up = False
+        for memory in self.memories:
+            for what in self._forgets:
+                getattr(memory, what).clear()
+
+    def restart(self) -> None:
+        self.up = True
+
+    def check(self) -> None:
+        if not self.up:
+            raise Unavailable("the server is down")
+
+
+servers: dict[str, FlagServer] = {}
+"""By name, so that a part can be built from arguments that JSON knows."""
+
+
+class Broker(MemoryBroker):
+    """An honest broker; wrong ones change `subscription` or a method."""
+
+    subscription: type[MemorySubscription] = MemorySubscription
+
+    def __init__(self, *, lease: float = 30.0, server: str | None = None, **options: Any) -> None:
+        super().__init__(lease=lease)
+        self.server = servers[server] if server is not None else FlagServer()
+        self.options = options
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return replace(super().guarantees, survives="server crash")
+
+    async def start(self, namespace: str) -> None:
+        await super().start(namespace)
+        self.server.memories.add(self._started())
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        self.server.check()
+        return await super().publish(messages, transaction)
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        subscription = self.subscription(self._started(), self._lease)
+        self._subscriptions.append(subscription)
+        return subscription
+
+
+class Storage(MemoryStorage):
+    """An honest storage; wrong ones change `inbox_class` or a method."""
+
+    inbox_class: type[MemoryInbox] = MemoryInbox
+
+    def __init__(self, *, server: str | None = None) -> None:
+        super().__init__()
+        self.server = servers[server] if server is not None else FlagServer()
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return replace(super().guarantees, survives="server crash")
+
+    async def start(self, namespace: str) -> None:
+        await super().start(namespace)
+        self.server.memories.add(self._started())
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        self.server.check()
+        return await super().save(tasks, transaction)
+
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        self.server.check()
+        return await super().get(uuids)
+
+    async def inbox(self) -> Inbox:
+        return self.inbox_class(self._started())
+
+
+def memory_of(subscription: MemorySubscription) -> Memory:
+    """Return the memory a subscription takes from."""
+    return subscription._memory
+
+
+def uuids_of(deliveries: Sequence[Delivery]) -> set[str]:
+    """Return the uuids of deliveries."""
+    return {d.message.uuid for d in deliveries if isinstance(d.message, TaskMessage)}

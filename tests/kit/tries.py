@@ -1,0 +1,148 @@
+"""Which test of the kit is meant for which wrong part; `honest` runs the same tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qtasks_core import Broker, Storage
+from tests.kit import wrong_brokers as brokers
+from tests.kit import wrong_processes as processes
+from tests.kit import wrong_storages as storages
+
+Contract = Literal["broker", "storage", "pair"]
+Wrong = type[Broker] | type[Storage] | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Try:
+    """A wrong part (or a server that forgets) and the tests that must find it out."""
+
+    wrong: Wrong
+    contract: Contract
+    tests: tuple[str, ...]
+
+    @property
+    def honest(self) -> str:
+        """The class that runs the same tests on honest parts."""
+        return f"TestHonest{'Process' if self.in_processes else ''}_{self.contract}"
+
+    @property
+    def in_processes(self) -> bool:
+        """Whether other processes are real ones, over a file, and not instances in memory."""
+        return isinstance(self.wrong, type) and self.wrong.__module__ == processes.__name__
+
+    @property
+    def on_trial(self) -> str:
+        """The class that runs the tests on the wrong part."""
+        return f"Test{self.name}_{self.contract}"
+
+    @property
+    def name(self) -> str:
+        """What the part does wrongly."""
+        if isinstance(self.wrong, tuple):
+            return "Forgets" + "And".join(what.capitalize() for what in self.wrong)
+        return self.wrong.__name__
+
+
+def of_broker(wrong: Wrong, *tests: str) -> Try:
+    return Try(wrong, "broker", tests)
+
+
+def of_storage(wrong: Wrong, *tests: str) -> Try:
+    return Try(wrong, "storage", tests)
+
+
+def of_pair(wrong: Wrong, *tests: str) -> Try:
+    return Try(wrong, "pair", tests)
+
+
+TRIES = (
+    of_broker(processes.LosesWithTheProcess, "test_a_killed_receiver_loses_nothing"),
+    of_broker(processes.SaysDoneToZombies, "test_a_zombie_is_refused[settle]"),
+    of_broker(processes.KeepsZombiesAlive, "test_a_zombie_is_refused[extend]"),
+    of_broker(processes.SeesOnlyItself, "test_cancelled_receives_strand_nothing"),
+    of_storage(processes.RemembersOnlyItself, "test_get_sees_what_was_saved_elsewhere",
+               "test_one_of_two_finals_is_taken"),
+    of_storage(processes.HearsOnlyItself, "test_told_while_it_waits[expect]",
+               "test_told_while_it_waits[watch]"),
+    of_pair(processes.LosesWithTheProcess, "test_a_crash_in_completing_runs_nothing_twice[before]"),
+    of_broker(brokers.LosesOnCrash, "test_a_killed_receiver_loses_nothing"),
+    of_broker(brokers.StartsEarly, "test_a_published_delay_passes"),
+    of_broker(brokers.StartsLate, "test_a_published_delay_passes"),
+    of_broker(brokers.RetriesEarly, "test_a_retry_delay_passes"),
+    of_broker(brokers.WakesLate, "test_a_new_earliest_wakes_sleepers"),
+    of_broker(brokers.IsDeaf, "test_a_waiting_receive_is_woken"),
+    of_broker(brokers.DelaysTwice, "test_a_delay_beyond_the_lease_is_delivered_once"),
+    of_broker(brokers.StrandsOnCancel, "test_cancelled_receives_strand_nothing",
+              "test_what_a_cancelled_receive_took_is_returned_by_the_next",
+              "test_closing_after_a_cancel_releases"),
+    of_broker(brokers.DoublesOnCancel, "test_cancelled_receives_strand_nothing"),
+    of_broker(brokers.ObeysLostLeases, "test_a_zombie_is_refused[settle]",
+              "test_a_zombie_is_refused[extend]"),
+    of_broker(brokers.ObeysSecretly, "test_a_zombie_is_refused[settle]"),
+    of_broker(brokers.ExtendsLostLeases, "test_a_zombie_is_refused[extend]"),
+    of_broker(brokers.StealsLeases, "test_an_extended_delivery_stays"),
+    of_broker(brokers.SaysDoneToAll, "test_a_zombie_is_refused[settle]"),
+    of_broker(brokers.MixesOutcomesUp, "test_a_zombie_is_refused[settle]"),
+    of_broker(brokers.SwallowsOutcomes, "test_each_settlement_has_its_own_outcome",
+              "test_publish_answers_for_each"),
+    of_broker(brokers.ReleasesIntoNothing, "test_each_settlement_has_its_own_outcome"),
+    of_broker(brokers.RetriesAgainAndAgain, "test_settling_again_is_done"),
+    of_broker(brokers.ForgetsWhatItSettled, "test_settling_again_is_done"),
+    of_broker(brokers.GivesTooMuch, "test_no_more_is_received_than_wanted"),
+    of_broker(brokers.DeliversToBoth, "test_two_receivers_share_a_queue"),
+    of_broker(brokers.LosesHeaders, "test_a_message_comes_as_it_went"),
+    of_broker(brokers.MixesNamespaces, "test_namespaces_never_meet"),
+    of_broker(brokers.JoinsNames, "test_namespaces_never_meet"),
+    of_broker(brokers.Hoards, "test_closing_releases_what_was_not_returned",
+              "test_stopping_releases_what_was_not_returned"),
+    of_broker(brokers.DropsAllOnClose, "test_closing_releases_what_was_not_returned"),
+    of_broker(brokers.WaitsAfterClose, "test_closing_ends_a_waiting_receive"),
+    of_broker(brokers.IgnoresPriorities, "test_priorities_order_a_queue_where_declared"),
+    of_broker(brokers.CountsNothing, "test_deliveries_are_counted_where_declared"),
+    of_broker(brokers.PromisesLess, "test_guarantees_are_no_less_than_pinned"),
+    of_broker(brokers.PromisesTooMuch, "test_unsupported_is_what_raises[depth]"),
+    of_broker(brokers.HangsWhenDown, "test_a_waiting_receive_outlives_the_server"),
+    of_broker(brokers.LiesWhenDown, "test_a_waiting_receive_outlives_the_server"),
+    of_broker(("queues",), "test_messages_outlive_the_server"),
+    of_storage(storages.ChangesFinals, "test_every_pair_of_states[two calls-different]",
+               "test_one_of_two_finals_is_taken", "test_a_final_can_be_saved_again"),
+    of_storage(storages.GoesBack, "test_every_pair_of_states[one call-same]"),
+    of_storage(storages.ComparesAttemptsOfFinals, "test_every_pair_of_states[two calls-same]"),
+    of_storage(storages.RefusesRepeats, "test_a_final_can_be_saved_again"),
+    of_storage(storages.SaysDoneToAll, "test_every_pair_of_states[two clients-different]",
+               "test_one_of_two_finals_is_taken"),
+    of_storage(storages.HidesWhatIsThere, "test_a_final_can_be_saved_again"),
+    of_storage(storages.RacesItself, "test_one_of_two_finals_is_taken"),
+    of_storage(storages.ReadsStale, "test_get_sees_what_was_saved_elsewhere"),
+    of_storage(storages.AnswersInItsOwnOrder, "test_get_answers_in_order"),
+    of_storage(storages.LosesTheTraceback, "test_a_record_comes_as_it_went"),
+    of_storage(storages.MixesNamespaces, "test_namespaces_never_meet"),
+    of_storage(storages.PromisesLess, "test_guarantees_are_no_less_than_pinned"),
+    of_storage(storages.WatchesWithoutReading,
+               "test_told_of_what_was_final_before_it_watched"),
+    of_storage(storages.ReadsBeforeItSubscribes,
+               "test_told_of_what_becomes_final_while_it_begins_to_watch"),
+    of_storage(storages.HearsOnlyWhileItListens,
+               "test_told_of_what_came_before_it_received[expect]",
+               "test_told_of_what_came_before_it_received[watch]"),
+    of_storage(storages.DropsOnCancel, "test_cancelled_receives_strand_nothing"),
+    of_storage(storages.TellsWhatItRefused, "test_a_refused_final_is_not_told"),
+    of_storage(storages.TellsBeforeTheEnd, "test_told_only_of_the_end"),
+    of_storage(storages.TellsOneWatcher, "test_each_client_hears_its_own"),
+    of_storage(storages.ForgetsTooMuch, "test_what_is_forgotten_is_waited_for_no_more"),
+    of_storage(storages.HangsWhenDown, "test_records_outlive_the_server"),
+    of_storage(("records",), "test_records_outlive_the_server"),
+    of_storage(("inboxes",), "test_an_inbox_outlives_the_server"),
+    of_pair(brokers.SettlesFirst, "test_a_crash_in_completing_runs_nothing_twice[before]"),
+    of_pair(brokers.RecordsRetriesFirst, "test_a_crash_in_retrying_loses_nothing[before]"),
+    of_pair(brokers.RecordsLostRetries, "test_a_zombie_records_nothing[retry]"),
+    of_pair(brokers.KeepsWhatWasRefused, "test_a_refused_final_is_acknowledged"),
+    of_pair(brokers.RunsWhatIsFinal, "test_admit_knows_what_still_has_to_run"),
+    of_pair(brokers.RecordsNothingNew, "test_submitted_is_published_and_recorded"),
+    of_pair(brokers.LosesOnCrash, "test_many_workers_finish_each_task_once"),
+    of_pair(storages.ChangesFinals, "test_a_zombie_records_nothing[ack]",
+            "test_a_refused_final_is_acknowledged"),
+    of_pair(storages.TakesAnything, "test_a_submit_repeated_late_changes_nothing"),
+)  # fmt: skip

@@ -1,0 +1,34 @@
+"""A bounded memory of what was settled."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtasks_core.recent import Recent
+
+
+@given(st.lists(st.integers(0, 30), max_size=100), st.integers(1, 10))
+def test_remembers_the_newest(keys: list[int], limit: int) -> None:
+    """The newest `limit` keys and no other; adding one again makes it new."""
+    recent = Recent(limit)
+    newest: list[int] = []
+    for key in keys:
+        recent.add(key)
+        if key in newest:
+            newest.remove(key)
+        newest = [*newest, key][-limit:]
+        assert {known for known in range(31) if known in recent} == set(newest)
+
+
+def test_unknown_key() -> None:
+    assert ("stream", b"1-0") not in Recent()
+
+
+def test_limit() -> None:
+    recent = Recent()
+    for key in range(20_001):
+        recent.add(key)
+    assert 0 not in recent
+    assert 1 in recent
+    assert 20_000 in recent
