@@ -86,6 +86,7 @@ class RabbitMQLog(Log):
     async def start(self, namespace: str) -> None:
         self._stream = Names(namespace).log
         if self._writing is None:
+            self._next = 0
             self._writing = Connection(self._url, "log writer", HEARTBEAT, self._create)
             self._reading = Connection(self._url, "log reader", HEARTBEAT, self._consume)
         await self._writing.channel()
