@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -49,6 +50,7 @@ COUNT = "qtasks-count"
 UNKNOWN = Outcome("unknown", "RabbitMQ does not answer an acknowledgement")
 TWICE = Outcome("unknown", "the retry is published, but the lease of the old delivery was lost")
 
+log = logging.getLogger(__name__)
 epochs = count(1)
 """Numbers the channels of all subscriptions; a fence is (epoch, delivery tag)."""
 
@@ -237,7 +239,8 @@ class RabbitMQSubscription(Subscription):
         self._bell = asyncio.Event()
         self._preparing: Shielded[None] = Shielded()
         self._consumers: dict[str, str] = {}
-        """Consumer tag -> queue, in this epoch; also of those that are cancelled."""
+        """Consumer tag -> queue, in this epoch; also of those that are being cancelled."""
+        self._tags = count(1)
         self._active: dict[str, int] = {}
         """Consumer tag -> how many more deliveries the server may push through it."""
         self._receiving = False
@@ -294,7 +297,7 @@ class RabbitMQSubscription(Subscription):
             await self._send_on()
         methods: list[Frame] = []
         for queue, lack in self._missing(wanted).items():
-            tag = str(len(self._consumers))
+            tag = str(next(self._tags))
             self._consumers[tag] = queue
             self._active[tag] = lack
             methods.append(Basic.Qos(prefetch_count=lack))
@@ -332,6 +335,7 @@ class RabbitMQSubscription(Subscription):
             await self._cancel_consumers()
             if self._receiving:
                 return
+            epoch = self._epoch
             for ready in self._ready.values():
                 leaving.extend(ready)
                 ready.clear()
@@ -341,8 +345,9 @@ class RabbitMQSubscription(Subscription):
                 for (delivery, _), outcome in zip(leaving, outcomes, strict=True):
                     tags[outcome.status == "done"].append(delivery.fence[1])
                 await self._acknowledge(tags[True], tags[False])
-        except Unavailable:
+        except (Unavailable, ConfigurationError) as error:
             # They are still here, if the connection is: another time.
+            log.warning("deliveries that nobody takes could not be handed on: %s", error)
             if epoch == self._epoch:
                 for delivery, body in leaving:
                     self._ready[delivery.queue].append((delivery, body))
@@ -358,6 +363,8 @@ class RabbitMQSubscription(Subscription):
         if tags and self._channel is not None:
             async with self._connection.answering():
                 await self._channel.call(*(Basic.Cancel(consumer_tag=tag) for tag in tags))
+        for tag in tags:
+            self._consumers.pop(tag, None)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         mine = [s for s in settlements if self._mine(s.delivery)]
@@ -463,6 +470,9 @@ class RabbitMQSubscription(Subscription):
         pending = {task for task in (self._preparing.pending, self._resting) if task is not None}
         if pending:
             await asyncio.wait(pending)
+            for task in pending:
+                # A receive that was cancelled will not collect its error any more.
+                _ = task.cancelled() or task.exception()
         if not self._lost():
             try:
                 await self._cancel_consumers()
