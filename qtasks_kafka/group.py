@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SILENCE = 4.0
+"""Seconds without an answer to a fetch, of which there are two a second, that mean: unreachable."""
+
 
 class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
     """Holds partitions of `topics`. `lease` (seconds) is the session of the group."""
@@ -55,10 +58,10 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         """Raised by whatever makes records that are fetched and not delivered void."""
         self._idle: Future[None] | None = None
         self._wanting = True
-        self._answered = 0.0
+        self._polling_since = 0.0
         self.partitions: dict[TopicPartition, Partition] = {}
         self._retired: set[asyncio.Task[None]] = set()
-        self._polled = 0.0
+        self._polled = self._polling_since = 0.0
         self.changed: Future[None] = asyncio.get_running_loop().create_future()
         """Done with the next assignment, and replaced: what waits in `poll` should start anew."""
 
@@ -89,7 +92,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             await close_consumer(consumer)
             raise
         consumer.subscribe(self._topics, listener=self)
-        self._answered = time.monotonic()
+        self._polling_since = time.monotonic()
         self._consumer = consumer
 
     @property
@@ -200,7 +203,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         epoch = self.epoch
         places = [tp for tp in self.partitions if tp.topic in topics]
         if time.monotonic() - self._polled > REQUEST / 2:
-            self._answered = time.monotonic()
+            self._polling_since = time.monotonic()
         try:
             # Without a place it would take any; this one returns when things change.
             batches = await consumer.getmany(
@@ -246,10 +249,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         """Raise `Unavailable` when the server has not answered a fetch for some seconds."""
         polled = [consumer.last_poll_timestamp(tp) for tp in places if self._mine(consumer, tp)]
         age = time.time() - max((ms for ms in polled if ms), default=0) / 1000
-        now = time.monotonic()
-        if age < REQUEST or not places:
-            self._answered = now
-        elif now - self._answered > REQUEST:
+        if places and min(age, time.monotonic() - self._polling_since) > SILENCE:
             raise Unavailable(f"Kafka at {self._connection.shown} does not answer")
 
     @staticmethod
@@ -329,7 +329,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             await self._commit(taken)
         if epoch == self.epoch:
             self._to_take = set()
-            self._answered = time.monotonic()
+            self._polling_since = time.monotonic()
             self._rewind()
         self.notice_idle()
 
