@@ -39,7 +39,7 @@ SILENCE = 4.0
 """Seconds without an answer to a fetch, of which there are two a second, that mean: unreachable."""
 
 
-class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
+class Membership:
     """Holds partitions of `topics`. `lease` (seconds) is the session of the group."""
 
     def __init__(
@@ -51,6 +51,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         self._lease = lease
         self._name = uuid7().hex[-12:]
         self._consumer: AIOKafkaConsumer | None = None
+        self._opening = asyncio.Lock()
         self._lock = asyncio.Lock()
         self._assigned = asyncio.Event()
         self._to_take: set[TopicPartition] = set()
@@ -69,8 +70,14 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def open(self) -> None:
         """Join the group, if not yet (or not any more). Does not wait for the join to end."""
-        if self._consumer is not None:
-            return
+        async with self._opening:
+            if self._consumer is None:
+                consumer = await self._connect()
+                self._polling_since = time.monotonic()
+                self._consumer = consumer
+                consumer.subscribe(self._topics, listener=Listener(self, consumer))
+
+    async def _connect(self) -> AIOKafkaConsumer:
         session = int(self._lease * 1000)
         consumer = self._connection.consumer(
             group_id=self._group,
@@ -91,9 +98,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         except BaseException:
             await close_consumer(consumer)
             raise
-        consumer.subscribe(self._topics, listener=self)
-        self._polling_since = time.monotonic()
-        self._consumer = consumer
+        return consumer
 
     @property
     def patience(self) -> float:
@@ -139,7 +144,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
 
     # --- what the driver calls -----------------------------------------------------------------
 
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+    async def let_go(self) -> None:
         """Wait a while for what is in flight, and commit, before others may get it.
 
         Heartbeats and commits go on meanwhile.
@@ -156,7 +161,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         async with self._lock:  # A commit with the old generation must not follow the join.
             self._assigned.clear()
 
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+    def note_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Note what is ours now; the next call takes it over."""
         self._to_take = set(assigned)
         for tp in self.partitions.keys() - self._to_take:
@@ -217,7 +222,8 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         if batches and epoch != self.epoch:
             self._rewind()
             return []
-        self._check_answers(consumer, places)
+        if epoch == self.epoch:
+            self._check_answers(consumer, places)
         return [
             (self.partitions[tp], record)
             for tp, records in batches.items()
@@ -363,6 +369,10 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             raise Unavailable("the membership of the group was given up; call again")
         return self._consumer
 
+    def uses(self, consumer: AIOKafkaConsumer) -> bool:
+        """Say whether this is the consumer of now."""
+        return self._consumer is consumer
+
     # What aiokafka keeps to itself, and all that is used of it.
 
     @property
@@ -372,3 +382,21 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
     @property
     def _is_member(self) -> bool:
         return self._consumer is not None and self._coordinator.generation > 0
+
+
+class Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Tells a member of rebalances, unless it has given up this consumer meanwhile."""
+
+    def __init__(self, member: Membership, consumer: AIOKafkaConsumer) -> None:
+        self._member = member
+        self._consumer = consumer
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """All partitions go back, before the group deals them anew."""
+        if self._member.uses(self._consumer):
+            await self._member.let_go()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """These partitions are ours until the next rebalance."""
+        if self._member.uses(self._consumer):
+            self._member.note_assigned(assigned)
