@@ -249,6 +249,11 @@ def _led(topics: list[Any]) -> bool:
     )
 
 
+def heartbeat_ms(lease: float) -> int:
+    """Return the milliseconds between heartbeats: members hear of a rebalance by the next one."""
+    return max(50, min(1000, int(lease * 1000) // 4))
+
+
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:
     """Stop a consumer and leave its group, within a few seconds whatever the server does."""
     stopping = asyncio.create_task(consumer.stop())

@@ -24,9 +24,9 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from uuid_utils import uuid7
 
-from qtasks_core.errors import QTasksError, Unavailable
+from qtasks_core.errors import Closed, QTasksError, Unavailable
 from qtasks_kafka.assignor import Holdings, KeepingAssignor
-from qtasks_kafka.connection import PAUSE, REQUEST, Connection, close_consumer
+from qtasks_kafka.connection import PAUSE, REQUEST, Connection, close_consumer, heartbeat_ms
 from qtasks_kafka.watermark import Partition, owner_of, restored
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Membership:
         """Raised by whatever makes records that are fetched and not delivered void."""
         self._idle: Future[None] | None = None
         self._wanting = True
+        self._closed = False
         self._polling_since = 0.0
         self.partitions: dict[TopicPartition, Partition] = {}
         self._retired: set[asyncio.Task[None]] = set()
@@ -71,6 +72,8 @@ class Membership:
     async def open(self) -> None:
         """Join the group, if not yet (or not any more). Does not wait for the join to end."""
         async with self._opening:
+            if self._closed:
+                raise Closed("the subscription has left its group")
             if self._consumer is None:
                 consumer = await self._connect()
                 self._polling_since = time.monotonic()
@@ -83,7 +86,7 @@ class Membership:
             group_id=self._group,
             partition_assignment_strategy=[KeepingAssignor(self._holdings)],
             session_timeout_ms=session,
-            heartbeat_interval_ms=max(50, session // 4),
+            heartbeat_interval_ms=heartbeat_ms(self._lease),
             rebalance_timeout_ms=session + int(self.patience * 1000) + 2000,
             # The answer to a join takes as long as the slowest member's patience.
             request_timeout_ms=session + int((self.patience + REQUEST) * 1000) + 2000,
@@ -131,8 +134,10 @@ class Membership:
                 await self.confirm([p for p in self.partitions.values() if p.unconfirmed])
             except QTasksError as error:
                 logger.warning("what was settled last may run again: %s", error)
+        self._closed = True
         self._lose_all()
         self._retire()
+        self._assigned.set()  # Who waits to commit learns that all is lost.
         if self._retired:
             await asyncio.wait(self._retired)
 
@@ -290,6 +295,8 @@ class Membership:
         async with self._lock:
             if not self._assigned.is_set():
                 return False
+            if self._closed:
+                return True
             if not self._is_member:
                 self._lose_all()
                 return not self._to_take
