@@ -185,6 +185,8 @@ class KafkaSubscription(Subscription):
         self._receiving = True
         try:
             while not self._closed.done():
+                if any(self._fetched.values()):
+                    await self._member.recheck()
                 deliveries = self._take(wanted, limit)
                 if deliveries:
                     return deliveries

@@ -78,7 +78,11 @@ def settings_of(url: str) -> dict[str, Any]:
         "security_protocol": options.pop("security_protocol", protocol),
     }
     if settings["security_protocol"].endswith("SSL"):
-        settings["ssl_context"] = ssl.create_default_context(cafile=options.pop("ssl_cafile", None))
+        try:
+            authority = options.pop("ssl_cafile", None)
+            settings["ssl_context"] = ssl.create_default_context(cafile=authority)
+        except OSError as error:
+            raise ConfigurationError(f"ssl_cafile={authority!r}: {error}") from error
     if user:
         settings["sasl_mechanism"] = options.pop("sasl_mechanism", "PLAIN")
         settings["sasl_plain_username"] = unquote(user)

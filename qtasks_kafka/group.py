@@ -63,7 +63,7 @@ class Membership:
         self._polling_since = 0.0
         self.partitions: dict[TopicPartition, Partition] = {}
         self._retired: set[asyncio.Task[None]] = set()
-        self._polled = self._polling_since = 0.0
+        self._polled = self._polling_since = self._confirmed_at = 0.0
         self.changed: Future[None] = asyncio.get_running_loop().create_future()
         """Done with the next assignment, and replaced: what waits in `poll` should start anew."""
 
@@ -290,6 +290,14 @@ class Membership:
                     await asyncio.sleep(PAUSE)
                     confirmed = await self._try_confirm(wanted)
 
+    async def recheck(self) -> None:
+        """Ask whether all is still ours, unless the group said so within the lease.
+
+        Who was stopped for longer must not deliver what it had fetched before.
+        """
+        if time.monotonic() - self._confirmed_at > self._lease:
+            await self.confirm(self.partitions.values())
+
     async def _try_confirm(self, wanted: set[Partition]) -> bool:
         await self._assigned.wait()
         async with self._lock:
@@ -360,6 +368,7 @@ class Membership:
             tp: OffsetAndMetadata(p.watermark, p.metadata(self._name)) for tp, p in places.items()
         }
         await self._coordinator._do_commit_offsets(None, offsets)
+        self._confirmed_at = time.monotonic()
         for partition, offsets_done in covered.items():
             partition.unconfirmed -= offsets_done
 
