@@ -90,9 +90,10 @@ class Connection:
             await asyncio.wait(self._retiring)
 
     async def _open(self) -> Channel:
+        connection = await connect(self._url, self._purpose, self._heartbeat)
+        # Only now: it needs the driver, whose absence `connect` tells in one line.
         from qtasks_rabbitmq.channel import Channel
 
-        connection = await connect(self._url, self._purpose, self._heartbeat)
         try:
             version = self._check(connection.server_properties)
             channel = Channel(connection, redact(self._url))
