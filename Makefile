@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BACKEND ?= sqlite
 PYTEST_ARGS ?=
+# Four processes, though there are fewer cores: most tests wait for servers and leases.
+PARALLEL := -n 4 --dist loadgroup
 
 RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject
@@ -16,10 +18,10 @@ demo: $(ENVIRONMENT) ## a worker and an API on the embedded default, asked over 
 	$(RUN) -m examples.demo
 
 test: $(ENVIRONMENT) ## all tests but the long ones; gets the servers it needs, and says how
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-full: $(ENVIRONMENT) ## the long ones too
-	$(RUN) -m pytest --full $(PYTEST_ARGS)
+	$(RUN) -m pytest --full $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(ENVIRONMENT) ## what ruff has to say
 	$(RUN) -m ruff check .

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from uuid_utils import uuid7
 
@@ -12,6 +13,8 @@ from qtasks_conformance.commands import Setup
 from qtasks_conformance.elsewhere import Elsewhere, Inside, Process
 from qtasks_conformance.subject import Subject
 from qtasks_core import Broker, Inbox, Status, Storage, Task, TaskMessage
+
+T = TypeVar("T")
 
 LONG_LEASE = 30.0
 """Seconds: longer than any test that must not lose a lease."""
@@ -57,6 +60,12 @@ class Rig:
         await other.start()
         return other
 
+    def background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run something beside the test; whatever becomes of the test, it ends with it."""
+        task = asyncio.create_task(work)
+        self._end.push_async_callback(ended, task)
+        return task
+
     def message(self, **fields: Any) -> TaskMessage:
         """Make a message with a new uuid, in queue `q` unless said otherwise."""
         return TaskMessage(**{"uuid": new_uuid(), "task_name": "kit.task", "queue": "q", **fields})
@@ -81,6 +90,14 @@ class Rig:
         """Free everything, the newest first, even when some of it fails."""
         async with asyncio.timeout(60):
             await self._end.aclose()
+
+
+async def ended(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait for it; how it failed was for the test to see."""
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()
 
 
 def new_uuid() -> str:

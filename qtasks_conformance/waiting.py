@@ -77,8 +77,9 @@ async def keeping(
     finally:
         keeper.cancel()
         await asyncio.wait({keeper})
-    if not keeper.cancelled():
-        keeper.result()
+        failure = None if keeper.cancelled() else keeper.exception()
+    if failure is not None:
+        raise failure
 
 
 async def assert_silent(subscription: Subscription, seconds: float, *queues: str) -> None:

@@ -176,6 +176,7 @@ class KafkaSubscription(Subscription):
         self._receiving = False
         self._resting: asyncio.TimerHandle | None = None
         self._passing: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
@@ -184,6 +185,8 @@ class KafkaSubscription(Subscription):
         self._receiving = True
         try:
             while not self._closed.done():
+                if any(self._fetched.values()):
+                    await self._member.recheck()
                 deliveries = self._take(wanted, limit)
                 if deliveries:
                     return deliveries
@@ -308,7 +311,8 @@ class KafkaSubscription(Subscription):
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         """Ask the group by a commit: heartbeats go on by themselves, but they tell us nothing."""
-        await self._member.confirm({d.fence.partition for d in deliveries if _held(d)})
+        if held := {d.fence.partition for d in deliveries if _held(d)}:
+            await self._member.confirm(held)
         return [delivery if _held(delivery) else None for delivery in deliveries]
 
     async def close(self) -> None:
@@ -360,10 +364,14 @@ class KafkaSubscription(Subscription):
     async def leave(self) -> None:
         """Leave the group: what is still in flight is lost. Idempotent."""
         self._end()
-        passing, self._passing = self._passing, None
-        if passing is not None and passing is not asyncio.current_task():
-            passing.cancel()
-            await asyncio.wait({passing})
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._leave())
+        await asyncio.shield(self._leaving)
+
+    async def _leave(self) -> None:
+        if self._passing is not None:
+            self._passing.cancel()
+            await asyncio.wait({self._passing})
         await self._member.close()
         self._broker.forget(self)
 

@@ -78,7 +78,11 @@ def settings_of(url: str) -> dict[str, Any]:
         "security_protocol": options.pop("security_protocol", protocol),
     }
     if settings["security_protocol"].endswith("SSL"):
-        settings["ssl_context"] = ssl.create_default_context(cafile=options.pop("ssl_cafile", None))
+        try:
+            authority = options.pop("ssl_cafile", None)
+            settings["ssl_context"] = ssl.create_default_context(cafile=authority)
+        except OSError as error:
+            raise ConfigurationError(f"ssl_cafile={authority!r}: {error}") from error
     if user:
         settings["sasl_mechanism"] = options.pop("sasl_mechanism", "PLAIN")
         settings["sasl_plain_username"] = unquote(user)
@@ -247,6 +251,11 @@ def _led(topics: list[Any]) -> bool:
         and all(not p["error_code"] and p["leader"] >= 0 for p in topic["partitions"])
         for topic in topics
     )
+
+
+def heartbeat_ms(lease: float) -> int:
+    """Return the milliseconds between heartbeats: members hear of a rebalance by the next one."""
+    return max(50, min(1000, int(lease * 1000) // 4))
 
 
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:

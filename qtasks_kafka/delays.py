@@ -21,7 +21,7 @@ from aiokafka.structs import TopicPartition
 from uuid_utils import uuid7
 
 from qtasks_core.errors import QTasksError, Unavailable
-from qtasks_kafka.connection import REQUEST, Connection, close_consumer, topic_name
+from qtasks_kafka.connection import REQUEST, Connection, close_consumer, heartbeat_ms, topic_name
 from qtasks_kafka.writer import Record
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         consumer = self._connection.consumer(
             group_id=self._group,
             session_timeout_ms=session,
-            heartbeat_interval_ms=max(50, session // 4),
+            heartbeat_interval_ms=heartbeat_ms(self._lease),
             rebalance_timeout_ms=session + 5000,
             request_timeout_ms=session + 10_000,
             max_poll_interval_ms=2**31 - 1,

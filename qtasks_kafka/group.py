@@ -24,9 +24,9 @@ from aiokafka.errors import (
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from uuid_utils import uuid7
 
-from qtasks_core.errors import QTasksError, Unavailable
+from qtasks_core.errors import Closed, QTasksError, Unavailable
 from qtasks_kafka.assignor import Holdings, KeepingAssignor
-from qtasks_kafka.connection import PAUSE, REQUEST, Connection, close_consumer
+from qtasks_kafka.connection import PAUSE, REQUEST, Connection, close_consumer, heartbeat_ms
 from qtasks_kafka.watermark import Partition, owner_of, restored
 
 if TYPE_CHECKING:
@@ -35,8 +35,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SILENCE = 4.0
+"""Seconds without an answer to a fetch, of which there are two a second, that mean: unreachable."""
 
-class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
+
+class Membership:
     """Holds partitions of `topics`. `lease` (seconds) is the session of the group."""
 
     def __init__(
@@ -48,6 +51,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         self._lease = lease
         self._name = uuid7().hex[-12:]
         self._consumer: AIOKafkaConsumer | None = None
+        self._opening = asyncio.Lock()
         self._lock = asyncio.Lock()
         self._assigned = asyncio.Event()
         self._to_take: set[TopicPartition] = set()
@@ -55,10 +59,11 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         """Raised by whatever makes records that are fetched and not delivered void."""
         self._idle: Future[None] | None = None
         self._wanting = True
-        self._answered = 0.0
+        self._closed = False
+        self._polling_since = 0.0
         self.partitions: dict[TopicPartition, Partition] = {}
         self._retired: set[asyncio.Task[None]] = set()
-        self._polled = 0.0
+        self._polled = self._polling_since = self._confirmed_at = 0.0
         self.changed: Future[None] = asyncio.get_running_loop().create_future()
         """Done with the next assignment, and replaced: what waits in `poll` should start anew."""
 
@@ -66,14 +71,22 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def open(self) -> None:
         """Join the group, if not yet (or not any more). Does not wait for the join to end."""
-        if self._consumer is not None:
-            return
+        async with self._opening:
+            if self._closed:
+                raise Closed("the subscription has left its group")
+            if self._consumer is None:
+                consumer = await self._connect()
+                self._polling_since = time.monotonic()
+                self._consumer = consumer
+                consumer.subscribe(self._topics, listener=Listener(self, consumer))
+
+    async def _connect(self) -> AIOKafkaConsumer:
         session = int(self._lease * 1000)
         consumer = self._connection.consumer(
             group_id=self._group,
             partition_assignment_strategy=[KeepingAssignor(self._holdings)],
             session_timeout_ms=session,
-            heartbeat_interval_ms=max(50, session // 4),
+            heartbeat_interval_ms=heartbeat_ms(self._lease),
             rebalance_timeout_ms=session + int(self.patience * 1000) + 2000,
             # The answer to a join takes as long as the slowest member's patience.
             request_timeout_ms=session + int((self.patience + REQUEST) * 1000) + 2000,
@@ -88,9 +101,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         except BaseException:
             await close_consumer(consumer)
             raise
-        consumer.subscribe(self._topics, listener=self)
-        self._answered = time.monotonic()
-        self._consumer = consumer
+        return consumer
 
     @property
     def patience(self) -> float:
@@ -123,8 +134,10 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
                 await self.confirm([p for p in self.partitions.values() if p.unconfirmed])
             except QTasksError as error:
                 logger.warning("what was settled last may run again: %s", error)
+        self._closed = True
         self._lose_all()
         self._retire()
+        self._assigned.set()  # Who waits to commit learns that all is lost.
         if self._retired:
             await asyncio.wait(self._retired)
 
@@ -136,7 +149,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
 
     # --- what the driver calls -----------------------------------------------------------------
 
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+    async def let_go(self) -> None:
         """Wait a while for what is in flight, and commit, before others may get it.
 
         Heartbeats and commits go on meanwhile.
@@ -153,7 +166,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         async with self._lock:  # A commit with the old generation must not follow the join.
             self._assigned.clear()
 
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+    def note_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Note what is ours now; the next call takes it over."""
         self._to_take = set(assigned)
         for tp in self.partitions.keys() - self._to_take:
@@ -200,7 +213,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         epoch = self.epoch
         places = [tp for tp in self.partitions if tp.topic in topics]
         if time.monotonic() - self._polled > REQUEST / 2:
-            self._answered = time.monotonic()
+            self._polling_since = time.monotonic()
         try:
             # Without a place it would take any; this one returns when things change.
             batches = await consumer.getmany(
@@ -214,7 +227,8 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         if batches and epoch != self.epoch:
             self._rewind()
             return []
-        self._check_answers(consumer, places)
+        if epoch == self.epoch:
+            self._check_answers(consumer, places)
         return [
             (self.partitions[tp], record)
             for tp, records in batches.items()
@@ -246,10 +260,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
         """Raise `Unavailable` when the server has not answered a fetch for some seconds."""
         polled = [consumer.last_poll_timestamp(tp) for tp in places if self._mine(consumer, tp)]
         age = time.time() - max((ms for ms in polled if ms), default=0) / 1000
-        now = time.monotonic()
-        if age < REQUEST or not places:
-            self._answered = now
-        elif now - self._answered > REQUEST:
+        if places and min(age, time.monotonic() - self._polling_since) > SILENCE:
             raise Unavailable(f"Kafka at {self._connection.shown} does not answer")
 
     @staticmethod
@@ -279,11 +290,21 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
                     await asyncio.sleep(PAUSE)
                     confirmed = await self._try_confirm(wanted)
 
+    async def recheck(self) -> None:
+        """Ask whether all is still ours, unless the group said so within the lease.
+
+        Who was stopped for longer must not deliver what it had fetched before.
+        """
+        if time.monotonic() - self._confirmed_at > self._lease:
+            await self.confirm(self.partitions.values())
+
     async def _try_confirm(self, wanted: set[Partition]) -> bool:
         await self._assigned.wait()
         async with self._lock:
             if not self._assigned.is_set():
                 return False
+            if self._closed:
+                return True
             if not self._is_member:
                 self._lose_all()
                 return not self._to_take
@@ -329,7 +350,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             await self._commit(taken)
         if epoch == self.epoch:
             self._to_take = set()
-            self._answered = time.monotonic()
+            self._polling_since = time.monotonic()
             self._rewind()
         self.notice_idle()
 
@@ -347,6 +368,7 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             tp: OffsetAndMetadata(p.watermark, p.metadata(self._name)) for tp, p in places.items()
         }
         await self._coordinator._do_commit_offsets(None, offsets)
+        self._confirmed_at = time.monotonic()
         for partition, offsets_done in covered.items():
             partition.unconfirmed -= offsets_done
 
@@ -363,6 +385,10 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
             raise Unavailable("the membership of the group was given up; call again")
         return self._consumer
 
+    def uses(self, consumer: AIOKafkaConsumer) -> bool:
+        """Say whether this is the consumer of now."""
+        return self._consumer is consumer
+
     # What aiokafka keeps to itself, and all that is used of it.
 
     @property
@@ -372,3 +398,21 @@ class Membership(ConsumerRebalanceListener):  # type: ignore[misc]
     @property
     def _is_member(self) -> bool:
         return self._consumer is not None and self._coordinator.generation > 0
+
+
+class Listener(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Tells a member of rebalances, unless it has given up this consumer meanwhile."""
+
+    def __init__(self, member: Membership, consumer: AIOKafkaConsumer) -> None:
+        self._member = member
+        self._consumer = consumer
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """All partitions go back, before the group deals them anew."""
+        if self._member.uses(self._consumer):
+            await self._member.let_go()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """These partitions are ours until the next rebalance."""
+        if self._member.uses(self._consumer):
+            self._member.note_assigned(assigned)

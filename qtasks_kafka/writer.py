@@ -47,12 +47,21 @@ class Writer:
         self._producer: AIOKafkaProducer | None = None
         self._starting = asyncio.Lock()
         self._turn = count()
+        self._dropping: set[asyncio.Task[None]] = set()
 
     async def stop(self) -> None:
         """Close the producer; what is not written yet stays unwritten."""
+        self._drop()
+        if self._dropping:
+            await asyncio.wait(self._dropping)
+
+    def _drop(self) -> None:
+        """Give up the producer; the next call has a new one. `stop` awaits the end of the old."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            await _drop(producer)
+            closing = asyncio.create_task(_close(producer))
+            self._dropping.add(closing)
+            closing.add_done_callback(self._dropping.discard)
 
     async def partitions(self, topic: str) -> int:
         """Return how many partitions a topic has. Raises `Unavailable`."""
@@ -77,8 +86,7 @@ class Writer:
             # call would add one more.
             self._connection.forget_topics()
             if producer is not None and self._producer is producer:
-                self._producer = None
-                await _drop(producer)
+                self._drop()
             raise
 
     async def _started(self) -> AIOKafkaProducer:
@@ -89,7 +97,7 @@ class Writer:
                 try:
                     await producer.start()
                 except BaseException:
-                    await _drop(producer)
+                    await _close(producer)
                     raise
                 self._producer = producer
             return self._producer
@@ -155,8 +163,8 @@ def _seen(future: Future[Any]) -> None:
         logger.debug("a batch was not written: %r", future.exception())
 
 
-async def _drop(producer: AIOKafkaProducer) -> None:
+async def _close(producer: AIOKafkaProducer) -> None:
     """Close a producer at once: its own `stop` first waits until everything is written."""
     producer._closed = True
-    await producer._sender.close()
+    await producer._sender.close()  # Waits for the answers under way, or until they are overdue.
     await producer.client.close()

@@ -36,7 +36,10 @@ class Log(ABC):
 
     @abstractmethod
     async def start(self, namespace: str) -> None:
-        """Connect, create the log where it is missing, and open it for reading from its start."""
+        """Connect, create the log where it is missing, and open it for reading from its start.
+
+        From its start also if this object was started and stopped before.
+        """
 
     @abstractmethod
     async def stop(self) -> None:
@@ -60,7 +63,10 @@ class Log(ABC):
 
     @abstractmethod
     async def mark(self) -> object:
-        """Return a position behind every append that returned before this call began."""
+        """Return a position behind every append that returned before this call began.
+
+        Every `get` waits for one, so it must not queue behind a `read` that waits for entries.
+        """
 
     @abstractmethod
     def reached(self, mark: object) -> bool:

@@ -268,7 +268,7 @@ class PostgresSubscription(Subscription):
     """Seconds to wait for rows that another receiver has locked and may yet leave behind."""
 
     BETWEEN_LOOKS = 0.25
-    """Seconds after which it is looked for what has become due, while messages keep coming."""
+    """Seconds after which it is looked for what has become due or came back."""
 
     def __init__(
         self,
@@ -365,7 +365,13 @@ class PostgresSubscription(Subscription):
             self._look_at = self._loop.time() + self.BETWEEN_LOOKS
 
     async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
-        """Fetch deliveries; where there are none, return the seconds that may be slept."""
+        """Fetch deliveries; where there are none, return the seconds that may be slept.
+
+        A take that finds nothing is enough for a short sleep: whoever answers task by task asks
+        the server one question a task, not four. It is looked closer when the bell rang and there
+        is nothing new, for then something came back, and when the short sleep is over.
+        """
+        rung = self._bell.is_set()
         self._bell.clear()
         await self._listener.ensure()
         await self._give_back()
@@ -373,10 +379,13 @@ class PostgresSubscription(Subscription):
         if looked:
             await self._look(wanted)
         await self._take(wanted, limit)
-        if not self._fetched and not looked:
+        if rung and not looked and not self._fetched:
+            looked = True
             await self._look(wanted)
             await self._take(wanted, limit)
-        return 0.0 if self._fetched else await self._pause(wanted)
+        if self._fetched:
+            return 0.0
+        return await self._pause(wanted) if looked else self._look_at - self._loop.time()
 
     async def _look(self, wanted: Mapping[str, int]) -> None:
         """Make receivable what has become due or was lost by its holder; forget the floors."""

@@ -167,7 +167,8 @@ class Database:
             pg.InsufficientResourcesError,
             pg.TransactionRollbackError,
             pg.ReadOnlySQLTransactionError,
-            pg.TargetServerAttributeNotMatched,
+            # No host of the URL will do, or a farewell of the server's came before the statement.
+            pg.InternalClientError,
         ) as error:
             what = str(error) or f"no answer within {TIMEOUT:g} s"
             raise Unavailable(f"{self.shown}: {what}") from error
@@ -432,7 +433,9 @@ async def read_durability(connection: Connection) -> Durability:
 
 async def close_gently(connection: Connection) -> None:
     """Say good-bye to the server, but do not wait for one that is gone."""
+    from asyncpg import InterfaceError, InternalClientError, PostgresError
+
     try:
         await connection.close(timeout=1.0)
-    except (OSError, TimeoutError):
+    except (OSError, TimeoutError, PostgresError, InterfaceError, InternalClientError):
         connection.terminate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -49,6 +50,7 @@ COUNT = "qtasks-count"
 UNKNOWN = Outcome("unknown", "RabbitMQ does not answer an acknowledgement")
 TWICE = Outcome("unknown", "the retry is published, but the lease of the old delivery was lost")
 
+log = logging.getLogger(__name__)
 epochs = count(1)
 """Numbers the channels of all subscriptions; a fence is (epoch, delivery tag)."""
 
@@ -171,11 +173,12 @@ class RabbitMQBroker(Broker):
         try:
             async with publishing.answering():
                 await self._declare(channel, {parcels[at].queue for at in which}, levels)
+            await channel.registered()
+            async with publishing.answering():
                 refused = await channel.publish(sendings)
         except Unavailable:
             publishing.discard("the server did not confirm in time", only=channel)
             raise
-        await channel.registered()
         return {which[index]: reason for index, reason in refused.items()}
 
     async def _declare(self, channel: Channel, queues: Iterable[str], levels: int) -> None:
@@ -236,7 +239,8 @@ class RabbitMQSubscription(Subscription):
         self._bell = asyncio.Event()
         self._preparing: Shielded[None] = Shielded()
         self._consumers: dict[str, str] = {}
-        """Consumer tag -> queue, in this epoch; also of those that are cancelled."""
+        """Consumer tag -> queue, in this epoch; also of those that are being cancelled."""
+        self._tags = count(1)
         self._active: dict[str, int] = {}
         """Consumer tag -> how many more deliveries the server may push through it."""
         self._receiving = False
@@ -293,7 +297,7 @@ class RabbitMQSubscription(Subscription):
             await self._send_on()
         methods: list[Frame] = []
         for queue, lack in self._missing(wanted).items():
-            tag = str(len(self._consumers))
+            tag = str(next(self._tags))
             self._consumers[tag] = queue
             self._active[tag] = lack
             methods.append(Basic.Qos(prefetch_count=lack))
@@ -320,31 +324,36 @@ class RabbitMQSubscription(Subscription):
 
     def _rest_unless_busy(self) -> None:
         self._idle = None
-        if not self._receiving and self._resting is None and not self._lost():
+        if any(self._ready.values()) and not self._receiving and self._resting is None:
             self._resting = asyncio.create_task(self._rest())
 
     async def _rest(self) -> None:
         """Stop consuming and hand what is here on as copies, whose count has not been raised."""
+        leaving: list[tuple[Delivery, bytes]] = []
+        epoch = self._epoch
         try:
             await self._cancel_consumers()
             if self._receiving:
                 return
-            epoch, parcels = self._epoch, dict[int, Parcel]()
-            for queue, ready in self._ready.items():
-                while ready:
-                    delivery, body = ready.popleft()
-                    parcels[delivery.fence[1]] = Parcel(
-                        queue, 0.0, _name_of(delivery), body, (delivery.count or 1) - 1
-                    )
-            outcomes = await self._broker.dispatch(list(parcels.values()))
+            epoch = self._epoch
+            for ready in self._ready.values():
+                leaving.extend(ready)
+                ready.clear()
+            outcomes = await self._broker.dispatch([_copy_of(*each) for each in leaving])
             if epoch == self._epoch:
-                done = [t for t, out in zip(parcels, outcomes, strict=True) if out.status == "done"]
-                await self._acknowledge(done, [tag for tag in parcels if tag not in done])
-        except Unavailable as error:
-            # Without its connection the server hands all of it to others.
-            self._connection.discard(str(error))
+                tags: dict[bool, list[int]] = {True: [], False: []}
+                for (delivery, _), outcome in zip(leaving, outcomes, strict=True):
+                    tags[outcome.status == "done"].append(delivery.fence[1])
+                await self._acknowledge(tags[True], tags[False])
+        except (Unavailable, ConfigurationError) as error:
+            # They are still here, if the connection is: another time.
+            log.warning("deliveries that nobody takes could not be handed on: %s", error)
+            if epoch == self._epoch:
+                for delivery, body in leaving:
+                    self._ready[delivery.queue].append((delivery, body))
         finally:
             self._resting = None
+            self._rest_later()
 
     async def _cancel_consumers(self) -> None:
         from pamqp.commands import Basic
@@ -354,6 +363,8 @@ class RabbitMQSubscription(Subscription):
         if tags and self._channel is not None:
             async with self._connection.answering():
                 await self._channel.call(*(Basic.Cancel(consumer_tag=tag) for tag in tags))
+        for tag in tags:
+            self._consumers.pop(tag, None)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         mine = [s for s in settlements if self._mine(s.delivery)]
@@ -459,6 +470,9 @@ class RabbitMQSubscription(Subscription):
         pending = {task for task in (self._preparing.pending, self._resting) if task is not None}
         if pending:
             await asyncio.wait(pending)
+            for task in pending:
+                # A receive that was cancelled will not collect its error any more.
+                _ = task.cancelled() or task.exception()
         if not self._lost():
             try:
                 await self._cancel_consumers()
@@ -572,8 +586,10 @@ def _address(names: Names, parcel: Parcel) -> tuple[Sending, int]:
     return Sending(parcel.body, queue, names.delay, parcel.message_id, headers), top
 
 
-def _name_of(delivery: Delivery) -> str:
-    return delivery.message.uuid if isinstance(delivery.message, TaskMessage) else ""
+def _copy_of(delivery: Delivery, body: bytes) -> Parcel:
+    """Return a message as it came, for another receiver."""
+    name = delivery.message.uuid if isinstance(delivery.message, TaskMessage) else ""
+    return Parcel(delivery.queue, 0.0, name, body, (delivery.count or 1) - 1)
 
 
 def _count_of(headers: Mapping[str, Any]) -> int:

@@ -20,7 +20,6 @@ PATIENCE = 4.0
 """Seconds in which the server must answer, or it counts as unreachable."""
 OLDEST = (3, 10)
 """The first release with at-least-once dead-lettering on quorum queues."""
-NOT_ALLOWED = 530
 
 Setup = Callable[["Channel", tuple[int, ...]], Awaitable[None]]
 """What to declare on each new channel, given it and the server's version."""
@@ -91,9 +90,10 @@ class Connection:
             await asyncio.wait(self._retiring)
 
     async def _open(self) -> Channel:
+        connection = await connect(self._url, self._purpose, self._heartbeat)
+        # Only now: it needs the driver, whose absence `connect` tells in one line.
         from qtasks_rabbitmq.channel import Channel
 
-        connection = await connect(self._url, self._purpose, self._heartbeat)
         try:
             version = self._check(connection.server_properties)
             channel = Channel(connection, redact(self._url))
@@ -132,13 +132,14 @@ async def connect(url: str, purpose: str, heartbeat: int) -> AbstractConnection:
         raise ConfigurationError(
             f"{redact(url)} refuses the user or password: set them as in amqp://USER:PASSWORD@HOST"
         ) from error
-    except aiormq.exceptions.ConnectionClosed as error:
-        text = f"{redact(url)} refuses the connection: {error.args[-1] if error.args else error}"
-        if error.args and error.args[0] == NOT_ALLOWED:
+    except aiormq.exceptions.InvalidFrameError as error:
+        # The driver expected the virtual host to be opened; the server closed instead.
+        if "Connection.Close" in str(error):
             raise ConfigurationError(
-                text + " (the path of the URL names the virtual host)"
+                f"{redact(url)} has no such virtual host, or the user may not use it: the path of "
+                f"the URL names it"
             ) from error
-        raise Unavailable(text) from error
+        raise Unavailable(f"{redact(url)} does not speak AMQP: {error}") from error
     except (OSError, aiormq.AMQPError, EOFError) as error:
         raise Unavailable(f"{redact(url)} cannot be reached: {error}") from error
 

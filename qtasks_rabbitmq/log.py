@@ -86,6 +86,7 @@ class RabbitMQLog(Log):
     async def start(self, namespace: str) -> None:
         self._stream = Names(namespace).log
         if self._writing is None:
+            self._next = 0
             self._writing = Connection(self._url, "log writer", HEARTBEAT, self._create)
             self._reading = Connection(self._url, "log reader", HEARTBEAT, self._consume)
         await self._writing.channel()
@@ -120,7 +121,7 @@ class RabbitMQLog(Log):
             if self._reader is None or self._reader.lost is not None:
                 self._reader = await self._opening.run(self._reading.channel)
             if self._arrived:
-                reached, entries = await self._collect(self._reader)
+                reached, entries = await self._collect(self._reading, self._reader)
                 if entries or reached:
                     return entries
             else:
@@ -156,12 +157,13 @@ class RabbitMQLog(Log):
             self._writing.discard("the stream is gone", only=channel)
             raise Unavailable(f"the stream {self._stream}: {next(iter(refused.values()))}")
 
-    async def _collect(self, reader: Channel) -> tuple[bool, list[Entry]]:
+    async def _collect(self, reading: Connection, reader: Channel) -> tuple[bool, list[Entry]]:
         """Return whether a mark of this log was reached, and the entries that have arrived."""
         from pamqp.commands import Basic
 
         # It asks for more, and comes before anything is taken: being cancelled here skips nothing.
-        await reader.send(Basic.Ack(delivery_tag=self._arrived[-1][1], multiple=True))
+        async with reading.answering():
+            await reader.send(Basic.Ack(delivery_tag=self._arrived[-1][1], multiple=True))
         reached = False
         entries: list[Entry] = []
         while self._arrived:

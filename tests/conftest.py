@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 
@@ -29,10 +30,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(company_of(item)))
     if not config.getoption("--full"):
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="takes long: --full runs it"))
+
+
+def company_of(item: pytest.Item) -> str:
+    """Return which tests a test runs after: what kills servers must not run beside their users.
+
+    With `-n` each company has a process of its own, with its own servers.
+    """
+    for name in ("kafka", "rabbitmq", "postgres", "redis", "sqlite"):
+        if name in item.name or name in item.path.stem:
+            return name if name in ("kafka", "rabbitmq") else "others"
+    return "kit" if item.path.parent.name == "kit" else "others"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,6 +96,21 @@ def rabbitmq_server(pytestconfig: pytest.Config) -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def kafka_server(pytestconfig: pytest.Config) -> Iterator[Service]:
     yield from serve(pytestconfig, "kafka")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what this process knows of its servers to the one that prints the table."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["servers"] = session.config.stash[TOLD]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a test process knew of its servers."""
+    told = node.config.stash[TOLD]
+    for name, row in getattr(node, "workeroutput", {}).get("servers", {}).items():
+        told.setdefault(name, tuple(row))
 
 
 def pytest_terminal_summary(

@@ -26,7 +26,7 @@ class CancellingContract(Contract):
         publisher = await rig.elsewhere(lease=LONG_LEASE)
         subscription = await broker.subscribe({"q": 1000})
         messages = rig.messages(400)
-        publishing = asyncio.create_task(publisher.stream(messages, 0.003))
+        publishing = rig.background(publisher.stream(messages, 0.003))
         started = asyncio.get_running_loop().time()
         received = await self._cancel_often(subscription, started)
         received += await collect(subscription, len(messages) - len(received), SOON)
@@ -61,9 +61,9 @@ class CancellingContract(Contract):
         subscription = await broker.subscribe({"q": 10})
         for instant in (0.0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016):
             message = rig.message()
-            receiving = asyncio.create_task(subscription.receive({"q": 10}, 10))
+            receiving = rig.background(subscription.receive({"q": 10}, 10))
             await asyncio.sleep(0.02)
-            publishing = asyncio.create_task(broker.publish([message]))
+            publishing = rig.background(broker.publish([message]))
             await asyncio.sleep(instant)
             receiving.cancel()
             await asyncio.wait({receiving})
@@ -99,9 +99,9 @@ class CancellingContract(Contract):
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         for instant in (0.0, 0.002):
             subscription = await broker.subscribe({"q": 10})
-            receiving = asyncio.create_task(subscription.receive({"q": 10}, 10))
+            receiving = rig.background(subscription.receive({"q": 10}, 10))
             await asyncio.sleep(0.05)
-            publishing = asyncio.create_task(broker.publish(rig.messages(3)))
+            publishing = rig.background(broker.publish(rig.messages(3)))
             await asyncio.sleep(instant)
             receiving.cancel()
             await asyncio.wait({receiving})
@@ -126,11 +126,25 @@ class CancellingContract(Contract):
         successor = await other.subscribe({"q": 10})
         assert len(await collect(successor, 9, SOON)) == 9
 
+    async def test_stopping_ends_a_waiting_receive(self, rig: Rig) -> None:
+        """Stopped, a broker and its subscriptions raise `Closed`; stopping twice is harmless."""
+        broker = await rig.broker()
+        subscription = await broker.subscribe({"q": 10})
+        receiving = rig.background(subscription.receive({"q": 10}, 10))
+        await asyncio.sleep(0.1)
+        await broker.stop()
+        await broker.stop()
+        await asyncio.wait({receiving}, timeout=SOON)
+        assert receiving.done(), "the receive goes on waiting"
+        assert isinstance(receiving.exception(), Closed)
+        with pytest.raises(Closed):
+            await broker.publish([rig.message()])
+
     async def test_closing_ends_a_waiting_receive(self, rig: Rig) -> None:
         """A receive that waits raises `Closed`, and so does the next; closing twice is harmless."""
         broker = await rig.broker()
         subscription = await broker.subscribe({"q": 10})
-        receiving = asyncio.create_task(subscription.receive({"q": 10}, 10))
+        receiving = rig.background(subscription.receive({"q": 10}, 10))
         await asyncio.sleep(0.1)
         await subscription.close()
         await subscription.close()

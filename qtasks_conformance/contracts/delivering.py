@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from msgspec.structs import replace
 
 from qtasks_conformance.commands import message_of
@@ -11,7 +12,7 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_conformance.waiting import assert_silent, collect
 from qtasks_core import Ack, Broker, Delivery, Guarantees, Outcome, Release, Retry, Settlement
-from qtasks_core.errors import ConfigurationError
+from qtasks_core.errors import Closed, ConfigurationError
 
 SEPARATORS = (".", ":", "-", "_", "/")
 """What names are likely to be joined with inside a backend."""
@@ -36,6 +37,11 @@ class DeliveringContract(Contract):
         assert delivery.queue == "q"
         assert_settled(await subscription.settle([Ack(delivery)]), broker.guarantees)
 
+    async def test_it_is_closed_before_it_starts(self, rig: Rig) -> None:
+        """A call before `start` raises `Closed`."""
+        with pytest.raises(Closed):
+            await rig.subject.broker.broker().publish([rig.message()])
+
     async def test_an_empty_batch_is_nothing(self, rig: Rig) -> None:
         """A batch without items is answered without outcomes."""
         broker = await rig.broker()
@@ -58,7 +64,7 @@ class DeliveringContract(Contract):
         """What another client publishes wakes a receiver that waits."""
         publisher, receiver = await rig.broker(), await rig.broker()
         subscription = await receiver.subscribe({"q": 10})
-        waiting = asyncio.create_task(collect(subscription, 1))
+        waiting = rig.background(collect(subscription, 1))
         await asyncio.sleep(0.3)
         message = rig.message()
         assert_done(await publisher.publish([message]))
@@ -95,11 +101,13 @@ class DeliveringContract(Contract):
             while len(received) < len(messages):
                 received.extend(await subscriptions[at].receive({"q": 3}, 3))
 
-        takers = [asyncio.create_task(take(at)) for at in range(2)]
+        takers = [rig.background(take(at)) for at in range(2)]
         assert_done(await brokers[0].publish(messages[:30]))
         assert_done(await brokers[1].publish(messages[30:]))
         done, _ = await asyncio.wait(takers, timeout=LONG_LEASE, return_when="FIRST_COMPLETED")
         assert done, f"{len(received)} of {len(messages)} were received"
+        for taker in done:
+            taker.result()
         for taker in takers:
             taker.cancel()
         await asyncio.wait(takers)

@@ -24,7 +24,7 @@ class InboxContract(Contract):
         saver = await rig.elsewhere()
         record = self._record(rig, inbox, how)
         await self._ask(inbox, how, record)
-        waiting = asyncio.create_task(hear(inbox, 1))
+        waiting = rig.background(hear(inbox, 1))
         await asyncio.sleep(0.2)
         assert_done(await saver.save(record))
         assert await waiting == {record.uuid: record}
@@ -130,7 +130,7 @@ class InboxContract(Contract):
             for record in records:
                 assert_done(await saver.save(record))
 
-        saving = asyncio.create_task(save())
+        saving = rig.background(save())
         heard = await self._cancel_often(inbox)
         missing = {record.uuid for record in records} - heard.keys()
         heard |= await hear(inbox, len(missing), missing)

@@ -82,7 +82,7 @@ class LeaseContract(Contract):
         """Extended over two and a half lease times it goes to nobody else and can be settled."""
         subscriptions = [await (await rig.broker()).subscribe({"q": 1}) for _ in range(2)]
         publisher = await rig.broker()
-        waiting = [asyncio.create_task(s.receive({"q": 1}, 1)) for s in subscriptions]
+        waiting = [rig.background(s.receive({"q": 1}, 1)) for s in subscriptions]
         await asyncio.sleep(0.2)
         assert_done(await publisher.publish([rig.message()]))
         done, _ = await asyncio.wait(waiting, timeout=30, return_when="FIRST_COMPLETED")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -45,42 +46,48 @@ class BrokerOutageContract(Contract):
         assert {message_of(delivery).uuid for delivery in deliveries} <= expected
 
     async def test_a_waiting_receive_outlives_the_server(self, rig: Rig) -> None:
-        """A receiver that waits when the server is killed gets what is published afterwards."""
+        """A receiver that waits when the server is killed gets what is published afterwards.
+
+        Meanwhile calls give up within seconds, and a broker that could not start starts later.
+        """
         broker, receiver = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         server = server_of(rig, broker.guarantees)
         subscription = await receiver.subscribe({"q": 100})
-        waiting = asyncio.create_task(collect(subscription, 3, 2 * PATIENCE))
+        waiting = rig.background(collect(subscription, 3, 2 * PATIENCE))
         await asyncio.sleep(0.3)
+        late = rig.subject.broker.broker()
         await asyncio.to_thread(server.kill)
-        await self._gives_up(broker.publish(rig.messages(1)))
+        await gives_up(lambda: broker.publish(rig.messages(1)))
+        await gives_up(lambda: late.start(rig.namespace))
         await asyncio.to_thread(server.restart)
+        await persist(lambda: late.start(rig.namespace))
+        await late.stop()
         messages = rig.messages(3)
         assert_done(await persist(lambda: broker.publish(messages)))
         assert len(await waiting) == 3
-
-    @staticmethod
-    async def _gives_up(publishing: object) -> None:
-        """While the server is down a call raises `Unavailable` within seconds."""
-        with pytest.raises(Unavailable):
-            async with asyncio.timeout(FEW):
-                await publishing  # type: ignore[misc]
 
 
 class StorageOutageContract(Contract):
     """Invariants 1, 2 and 5, for records."""
 
     async def test_records_outlive_the_server(self, rig: Rig) -> None:
-        """What was saved before is there after, and the order of records still holds."""
+        """What was saved before is there after, and the order of records still holds.
+
+        Meanwhile calls give up within seconds, and a storage that could not start starts later.
+        """
         storage = await rig.storage()
         server = server_of(rig, storage.guarantees)
         final = rig.record("success", returning=b"1", execution="a")
         open_ = rig.record("process", execution="b")
         assert_done(await storage.save([final, open_]))
+        late = rig.subject.storage.storage()
         await asyncio.to_thread(server.kill)
-        with pytest.raises(Unavailable):
-            async with asyncio.timeout(FEW):
-                await storage.save([rig.record("new")])
+        await gives_up(lambda: storage.save([rig.record("new")]))
+        await gives_up(lambda: late.start(rig.namespace))
         await asyncio.to_thread(server.restart)
+        await persist(lambda: late.start(rig.namespace))
+        assert await late.get([final.uuid]) == [final]
+        await late.stop()
         assert await persist(lambda: storage.get([final.uuid, open_.uuid])) == [final, open_]
         other = rig.record("error", uuid=final.uuid, execution="c")
         (outcome,) = await persist(lambda: storage.save([other]))
@@ -98,7 +105,7 @@ class StorageOutageContract(Contract):
         await inbox.watch([watched.uuid])
         assert_done(await saver.save([early]))
         await asyncio.to_thread(server.kill)
-        waiting = asyncio.create_task(self._hear(inbox, {early.uuid, mine.uuid, watched.uuid}))
+        waiting = rig.background(self._hear(inbox, {early.uuid, mine.uuid, watched.uuid}))
         await asyncio.to_thread(server.restart)
         assert_done(await persist(lambda: saver.save([mine, watched])))
         heard = await waiting
@@ -115,6 +122,13 @@ class StorageOutageContract(Contract):
         except TimeoutError:
             raise AssertionError(f"never heard of {wanted - heard.keys()}") from None
         return heard
+
+
+async def gives_up(call: Callable[[], Awaitable[object]]) -> None:
+    """Fail unless a call that finds no server raises `Unavailable` within seconds."""
+    with pytest.raises(Unavailable):
+        async with asyncio.timeout(FEW):
+            await call()
 
 
 def server_of(rig: Rig, guarantees: Guarantees) -> Server:

@@ -12,7 +12,7 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import SEPARATORS, assert_done
 from qtasks_conformance.rig import Rig, new_uuid
 from qtasks_core import Status, Storage, Task
-from qtasks_core.errors import ConfigurationError
+from qtasks_core.errors import Closed, ConfigurationError
 
 STATUSES: tuple[Status, ...] = (
     "new", "scheduled", "process", "retry", "success", "error", "cancel",
@@ -133,6 +133,16 @@ class RecordContract(Contract):
         (outcome,) = await second.save([other])
         assert (outcome.status, outcome.there) == ("refused", record)
         assert await first.get([record.uuid]) == [record]
+
+    async def test_it_is_closed_before_and_after(self, rig: Rig) -> None:
+        """Before `start` and after `stop` a call raises `Closed`; stopping twice is harmless."""
+        with pytest.raises(Closed):
+            await rig.subject.storage.storage().save([rig.record("new")])
+        storage = await rig.storage()
+        await storage.stop()
+        await storage.stop()
+        with pytest.raises(Closed):
+            await storage.get([new_uuid()])
 
     async def test_namespaces_never_meet(self, rig: Rig) -> None:
         """The same uuid is another record in another namespace."""

@@ -67,6 +67,7 @@ class Broker(MemoryBroker):
         return replace(super().guarantees, survives="server crash")
 
     async def start(self, namespace: str) -> None:
+        self.server.check()
         await super().start(namespace)
         self.server.memories.add(self._started())
 
@@ -96,6 +97,7 @@ class Storage(MemoryStorage):
         return replace(super().guarantees, survives="server crash")
 
     async def start(self, namespace: str) -> None:
+        self.server.check()
         await super().start(namespace)
         self.server.memories.add(self._started())
 

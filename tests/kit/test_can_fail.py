@@ -1,6 +1,6 @@
 """Each test of the kit is tried on a part that is wrong on purpose: it must find it out.
 
-Two pytests of their own run them all side by side; the tests here read their reports.
+Some pytests of their own run them all side by side; the tests here read their reports.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,7 +18,10 @@ from tests.kit.tries import TRIES, Try
 
 FILE = Path(__file__).with_name("wrong_contracts.py")
 ROOT = FILE.parents[2]
+SHARES = 3
+"""How many run side by side: they mostly wait."""
 PATIENCE = "3"
+"""Seconds they wait for what does not come."""
 LIMIT = 400.0
 """Seconds that the pytests may take."""
 
@@ -25,46 +29,45 @@ Report = dict[tuple[str, str], str | None]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Run the meant tests on the wrong parts and the honest ones: what each failed with."""
     directory = tmp_path_factory.mktemp("kit")
-    wanted = {(trial.on_trial, test) for trial in TRIES for test in trial.tests}
-    wanted |= {(trial.honest, test) for trial in TRIES for test in trial.tests}
+    wanted: set[tuple[str, str]] = set()
+    for item in request.session.items:  # only what was selected on the command line
+        if isinstance(item, pytest.Function) and "report" in item.fixturenames:
+            trial, test = item.callspec.params["trial"], str(item.callspec.params["test"])
+            assert isinstance(trial, Try)
+            wanted |= {(trial.on_trial, test), (trial.honest, test)}
     ordered = sorted(wanted)
-    runs = [
-        (run_pytest(half, log := directory / f"{at}.log", log.with_suffix(".xml")), log)
-        for at, half in enumerate((ordered[0::2], ordered[1::2]))
-    ]
+    shares = [share for start in range(SHARES) if (share := ordered[start::SHARES])]
     found: Report = {}
-    for run, log in runs:
-        try:
+    with ExitStack() as end:
+        runs = [run_pytest(share, directory / str(at), end) for at, share in enumerate(shares)]
+        for at, run in enumerate(runs):
             run.wait(LIMIT)
-        finally:
-            run.kill()
-        assert log.with_suffix(".xml").exists(), log.read_text()
-        found |= read(log.with_suffix(".xml"))
+            xml = directory / f"{at}.xml"
+            assert xml.exists(), (directory / f"{at}.log").read_text()
+            found |= read(xml)
     assert wanted == found.keys()
     return found
 
 
-def run_pytest(wanted: list[tuple[str, str]], log: Path, xml: Path) -> subprocess.Popen[bytes]:
-    """Start a pytest of these tests, each by its class and its name."""
+def run_pytest(
+    wanted: list[tuple[str, str]], path: Path, end: ExitStack
+) -> subprocess.Popen[bytes]:
+    """Start a pytest of these tests, each by its class and its name; killed at the end at last."""
     command = [
         sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider",
-        f"--junitxml={xml}", *(f"{FILE}::{name}::{test}" for name, test in wanted),
+        f"--junitxml={path}.xml", *(f"{FILE}::{name}::{test}" for name, test in wanted),
     ]  # fmt: skip
-    with log.open("wb") as out:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "QTASKS_CONFORMANCE_PATIENCE": PATIENCE,
-            },
-        )
+    environment = {"PYTHONPATH": str(ROOT), "QTASKS_CONFORMANCE_PATIENCE": PATIENCE}
+    log = end.enter_context(path.with_suffix(".log").open("wb"))
+    run = subprocess.Popen(
+        command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+    )
+    end.callback(run.wait)
+    end.callback(run.kill)
+    return run
 
 
 def read(xml: Path) -> Report:

@@ -24,6 +24,7 @@ from qtasks_core import (
     TaskMessage,
     Verdict,
 )
+from qtasks_core.errors import ConfigurationError
 from qtasks_core.recent import Recent
 from qtasks_core.separate import SeparateComposition
 from qtasks_memory.broker import MemorySubscription
@@ -376,6 +377,27 @@ class HangsWhenDown(Broker):
         if not self.server.up:
             await asyncio.sleep(3600.0)
         return await super().publish(messages)
+
+
+class StartsOnce(Broker):
+    """What could not start stays broken."""
+
+    tried = False
+
+    async def start(self, namespace: str) -> None:
+        if self.tried:
+            raise ConfigurationError("it has been started before")
+        self.tried = True
+        await super().start(namespace)
+
+
+class UsesWhatIsStopped(Broker):
+    """Before `start` and after `stop` it pretends to work."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        return await super().publish(messages) if self._memory else [DONE] * len(messages)
 
 
 class LiesWhenDown(Broker):

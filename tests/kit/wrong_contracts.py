@@ -84,5 +84,4 @@ for _trial in TRIES:
     _facts = {"in_processes": _trial.in_processes}
     _bases = (OnTrial, CONTRACTS[_trial.contract])
     globals()[_trial.honest] = type(_trial.honest, _bases, _facts)
-    _facts = {**_facts, "wrong": _trial.wrong}
-    globals()[_trial.on_trial] = type(_trial.on_trial, _bases, _facts)
+    globals()[_trial.on_trial] = type(_trial.on_trial, _bases, {**_facts, "wrong": _trial.wrong})

@@ -190,6 +190,13 @@ class ForgetsTooMuch(Storage):
             self._memory.watchers.clear()
 
 
+class UsesWhatIsStopped(Storage):
+    """Before `start` and after `stop` it pretends to work."""
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        return await super().save(tasks) if self._memory else [DONE] * len(tasks)
+
+
 class HangsWhenDown(Storage):
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         if not self.server.up:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable
+from contextlib import suppress
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -214,6 +215,39 @@ async def backends(url: str) -> int:
     )
     await connection.close()
     return count
+
+
+async def test_connections_cut_by_the_server_come_back(
+    parts: tuple[PostgresBroker, PostgresStorage], postgres_server: Service
+) -> None:
+    """The server's farewell may reach an idle connection just before it is used."""
+    broker, storage = parts
+    subscription = await broker.subscribe({"default": 100})
+    cutter = await asyncpg.connect(postgres_server.url)
+    sent: set[str] = set()
+    received: set[str] = set()
+    for _ in range(30):
+        cutting = asyncio.create_task(
+            cutter.fetch(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'qtasks'"
+            )
+        )
+        for _ in range(4):
+            sending = message()
+            with suppress(Unavailable):
+                await broker.publish([sending])
+                sent.add(sending.uuid)
+            with suppress(Unavailable):
+                await storage.save([record(sending.uuid)])
+        await cutting
+    await cutter.close()
+    async with asyncio.timeout(10):
+        while not sent <= received:
+            with suppress(Unavailable):
+                for delivery in await subscription.receive({"default": 100}, 100):
+                    assert isinstance(delivery.message, TaskMessage)
+                    received.add(delivery.message.uuid)
 
 
 async def unavailable_after(call: Awaitable[object]) -> float:

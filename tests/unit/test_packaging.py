@@ -89,13 +89,10 @@ assert broker.guarantees.lease == 5, broker.guarantees
 
 
 EXTRAS = {"redis": "redis", "postgresql": "postgres", "amqp": "rabbitmq", "kafka": "kafka"}
-too_early = pytest.mark.xfail(strict=True, reason="its channel is imported before the connection")
 
 
 @pytest.mark.parametrize("half", ["broker", "storage"])
-@pytest.mark.parametrize(
-    "scheme", ["redis", "postgresql", pytest.param("amqp", marks=too_early), "kafka"]
-)
+@pytest.mark.parametrize("scheme", EXTRAS)
 def test_missing_driver_is_one_line_that_names_the_extra(scheme: str, half: str) -> None:
     package, _, name = BACKENDS[scheme].partition(":")
     code = f"""

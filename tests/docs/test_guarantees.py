@@ -1,0 +1,85 @@
+"""`docs/guarantees.md` is what the parts say of themselves on the tests' servers.
+
+`QTASKS_WRITE_DOCS=1 python -m pytest tests/docs/test_guarantees.py` writes it anew.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from qtasks_core import Broker, Guarantees, Storage
+from qtasks_core.lookup import resolve_broker, resolve_storage
+from tests.pairs import url_of
+from tests.processes import ROOT
+
+PAGE = ROOT / "docs" / "guarantees.md"
+BACKENDS = ("memory", "sqlite", "redis", "postgres", "rabbitmq", "kafka")
+HEAD = """# Guarantees
+
+What each part promises as the tests start it; `app.guarantees()` says it of yours, as it is
+configured and as its server is. `tests/docs/test_guarantees.py` writes this page from the code.
+"""
+
+
+async def test_the_page_says_what_the_parts_say(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    brokers: list[Guarantees] = []
+    storages: list[Guarantees] = []
+    for name in BACKENDS:
+        url = "memory://" if name == "memory" else url_of(request, name, tmp_path)
+        for part, told in ((resolve_broker(url), brokers), (resolve_storage(url), storages)):
+            told.append(await guarantees_of(part))
+    page = "\n".join([HEAD, *table("Brokers", brokers, broker_row), *table("Storages", storages)])
+    if os.environ.get("QTASKS_WRITE_DOCS"):
+        PAGE.write_text(page)
+    assert PAGE.read_text() == page, "the page is old: QTASKS_WRITE_DOCS=1 writes it anew"
+
+
+async def guarantees_of(part: Broker | Storage) -> Guarantees:
+    await part.start(f"docs-{uuid4().hex[:8]}")
+    try:
+        return part.guarantees
+    finally:
+        await part.stop()
+
+
+def storage_row(told: Guarantees) -> dict[str, str]:
+    return {
+        "part": f"`{told.part}`",
+        "survives": told.survives,
+        "because": told.durability,
+    }
+
+
+def broker_row(told: Guarantees) -> dict[str, str]:
+    return {
+        **storage_row(told),
+        "lease": f"{told.lease:g} s",
+        "settle is confirmed": yes(told.settle_confirmed),
+        "counts deliveries": yes(told.counts_deliveries),
+        "priorities": yes(told.priorities),
+        "the caller's transaction": yes(told.transactions),
+    }
+
+
+def yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def table(title: str, told: list[Guarantees], row=storage_row) -> list[str]:  # type: ignore[no-untyped-def]
+    """Return a section: a table, then what each part notes and what it cannot do yet."""
+    rows = [row(guarantees) for guarantees in told]
+    lines = [f"## {title}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    lines += ["| " + " | ".join(cells.values()) + " |" for cells in rows]
+    lines.append("")
+    for guarantees in told:
+        notes = list(guarantees.notes)
+        if guarantees.unsupported:
+            notes.append(f"Not built yet: {', '.join(f'`{m}`' for m in guarantees.unsupported)}.")
+        lines += [f"**{guarantees.part}**", "", *(f"- {note}" for note in notes), ""]
+    return lines

@@ -1,0 +1,62 @@
+"""Done records above the watermark survive the way through a commit's metadata."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qtasks_kafka.watermark import METADATA_LIMIT, Partition, owner_of, restored
+
+
+@given(st.integers(0, 2**40), st.integers(0, 300), st.data())
+def test_a_successor_delivers_what_is_open_and_nothing_else(
+    start: int, delivered: int, data: st.DataObject
+) -> None:
+    partition = Partition(start)
+    for offset in range(start, start + delivered):
+        assert partition.deliver(offset) == 1
+    offsets = st.sets(st.integers(start, start + max(0, delivered - 1)))
+    done = data.draw(offsets) if delivered else set()
+    for offset in done:
+        partition.finish(offset)
+    heir = restored(partition.watermark, partition.metadata("me"))
+    again = [o for o in range(partition.watermark, start + delivered + 5) if heir.deliver(o)]
+    undone = [o for o in range(start, start + delivered) if o not in done]
+    assert again == undone + list(range(start + delivered, start + delivered + 5))
+    assert all(heir.open[offset] == 2 for offset in undone)
+
+
+def test_a_commit_names_its_owner() -> None:
+    assert owner_of(Partition(7).metadata("me")) == "me"
+    assert owner_of("") == owner_of("of another program") == ""
+    assert restored(5, "of another program").position == 5
+
+
+def test_metadata_never_outgrows_the_server() -> None:
+    partition = Partition(0)
+    for offset in range(0, 2_000_000, 100):
+        partition.deliver(offset)
+    metadata = partition.metadata("x" * 12)
+    assert 3000 < len(metadata) <= METADATA_LIMIT
+    heir = restored(0, metadata)
+    # What did not fit counts as never delivered: it runs again rather than not at all.
+    assert heir.position in partition.open
+    assert heir.open.keys() == {o for o in partition.open if o < heir.position}
+
+
+def test_records_that_are_gone_do_not_hold_the_watermark() -> None:
+    partition = Partition(10, {3: 1, 5: 1})
+    assert partition.deliver(5) == 2
+    assert partition.watermark == 5
+    partition.finish(5)
+    assert partition.watermark == 10
+
+
+def test_settled_means_that_the_group_knows() -> None:
+    partition = Partition(0)
+    partition.deliver(0)
+    assert partition.holds(0)
+    assert partition.deliver(0) is None
+    partition.finish(0)
+    assert not partition.holds(0)
+    assert not partition.settled(0)
+    partition.unconfirmed.clear()
+    assert partition.settled(0)
