@@ -83,3 +83,9 @@ class TaskFailed(QTasksError):
 
 class TaskCancelled(QTasksError):
     """The task was cancelled before it could end."""
+
+
+def refuse_transaction(part: object, transaction: object | None) -> None:
+    """Raise `NotSupported` for a caller's transaction; for parts that cannot join one."""
+    if transaction is not None:
+        raise NotSupported(f"{type(part).__name__} cannot take part in the caller's transaction")

@@ -21,7 +21,12 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError, NotSupported, Unavailable
+from qtasks_core.errors import (
+    Closed,
+    ConfigurationError,
+    Unavailable,
+    refuse_transaction,
+)
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_kafka.connection import Connection, topic_name
 from qtasks_kafka.watermark import Partition
@@ -97,8 +102,7 @@ class KafkaBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        if transaction is not None:
-            raise NotSupported("KafkaBroker cannot publish in a caller's transaction")
+        refuse_transaction(self, transaction)
         return await self.append([self.record(message) for message in messages])
 
     def record(self, message: TaskMessage) -> Record:

@@ -33,6 +33,8 @@ class KafkaLog(Log):
         self._topic = ""
         self._partitions = 0
         self._consumer: AIOKafkaConsumer | None = None
+        self._asker: AIOKafkaConsumer | None = None
+        """Asks for the log's end: on the reader's connection it would wait behind a long poll."""
         self._opening = asyncio.Lock()
         self._positions: dict[TopicPartition, int] = {}
 
@@ -77,13 +79,19 @@ class KafkaLog(Log):
         try:
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST):
+                    if self._asker is None:
+                        self._asker = self._connection.consumer(group_id=None)
+                        await self._asker.start()
                     await consumer.start()
                     consumer.assign(
                         [TopicPartition(self._topic, p) for p in range(self._partitions)]
                     )
                     first = await consumer.beginning_offsets(consumer.assignment())
         except BaseException:
-            await close_consumer(consumer)
+            asker, self._asker = self._asker, None
+            for opened in (consumer, asker):
+                if opened is not None:
+                    await close_consumer(opened)
             raise
         for tp, offset in first.items():
             self._positions[tp] = max(offset, self._positions.get(tp, 0))
@@ -91,10 +99,11 @@ class KafkaLog(Log):
         return consumer
 
     async def stop(self) -> None:
-        consumer, self._consumer = self._consumer, None
+        consumers, self._consumer, self._asker = (self._consumer, self._asker), None, None
         self._partitions = 0
-        if consumer is not None:
-            await close_consumer(consumer)
+        for consumer in consumers:
+            if consumer is not None:
+                await close_consumer(consumer)
         await self._connection.stop()
 
     async def append(self, entries: Sequence[Entry]) -> None:
@@ -158,9 +167,12 @@ class KafkaLog(Log):
 
     async def mark(self) -> object:
         consumer = await self._open()
+        if self._asker is None:
+            raise Unavailable("the log is being opened anew")
         with self._connection.reaching():
             async with asyncio.timeout(REQUEST):
-                ends: dict[TopicPartition, int] = await consumer.end_offsets(consumer.assignment())
+                partitions = consumer.assignment()
+                ends: dict[TopicPartition, int] = await self._asker.end_offsets(partitions)
         return ends
 
     def reached(self, mark: object) -> bool:

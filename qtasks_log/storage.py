@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed, NotSupported, Unavailable, WireError
+from qtasks_core.errors import Closed, Unavailable, WireError, refuse_transaction
 from qtasks_core.records import FINAL
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_log.inbox import Inboxes, LogInbox
@@ -82,8 +82,7 @@ class LogStorage(Storage):
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         """Append a proposal for each task and wait until all were read back and judged."""
         self._started()
-        if transaction is not None:
-            raise NotSupported("LogStorage cannot take part in a transaction")
+        refuse_transaction(self, transaction)
         if not tasks:
             return []
         save = Save(len(tasks))

@@ -18,7 +18,7 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed
+from qtasks_core.errors import Closed, refuse_transaction
 from qtasks_core.recent import Recent
 from qtasks_memory.connection import Entry, Memory, connect
 
@@ -55,6 +55,7 @@ class MemoryBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
+        refuse_transaction(self, transaction)
         memory = self._started()
         now = asyncio.get_running_loop().time()
         for message in messages:

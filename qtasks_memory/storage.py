@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed
+from qtasks_core.errors import Closed, refuse_transaction
 from qtasks_core.records import FINAL, judge
 from qtasks_memory.connection import Memory, connect
 
@@ -39,6 +39,7 @@ class MemoryStorage(Storage):
         self._memory = None
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        refuse_transaction(self, transaction)
         memory = self._started()
         return [self._save(memory, task) for task in tasks]
 

@@ -25,7 +25,7 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError, Unavailable
+from qtasks_core.errors import Closed, ConfigurationError, Unavailable, refuse_transaction
 from qtasks_core.recent import Recent
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
@@ -125,6 +125,7 @@ class RabbitMQBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
+        refuse_transaction(self, transaction)
         return await self.dispatch(
             [Parcel(m.queue, m.delay, m.uuid, encode_message(m)) for m in messages]
         )

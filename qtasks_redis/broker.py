@@ -21,7 +21,12 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError, NotSupported, Unavailable
+from qtasks_core.errors import (
+    Closed,
+    ConfigurationError,
+    Unavailable,
+    refuse_transaction,
+)
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended
@@ -72,8 +77,7 @@ class RedisBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        if transaction is not None:
-            raise NotSupported("RedisBroker cannot publish in the caller's transaction")
+        refuse_transaction(self, transaction)
         connection = self._started()
         encoded = [encode_message(message) for message in messages]
         for part in batches(messages, [len(data) for data in encoded]):

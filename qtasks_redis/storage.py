@@ -11,7 +11,12 @@ from weakref import WeakSet
 from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed, ConfigurationError, NotSupported, Unavailable
+from qtasks_core.errors import (
+    Closed,
+    ConfigurationError,
+    Unavailable,
+    refuse_transaction,
+)
 from qtasks_core.records import FINAL, order_of
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_redis.connection import (
@@ -83,8 +88,7 @@ class RedisStorage(Storage):
             await connection.close()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
-        if transaction is not None:
-            raise NotSupported("RedisStorage cannot save in the caller's transaction")
+        refuse_transaction(self, transaction)
         connection = self._started()
         encoded = [encode_task(task) for task in tasks]
         outcomes: list[Outcome] = []

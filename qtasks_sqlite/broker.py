@@ -21,7 +21,7 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError
+from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
 from qtasks_core.recent import Recent
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
@@ -117,6 +117,7 @@ class SqliteBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
+        refuse_transaction(self, transaction)
         await self.started().write(self.publishing(messages))
         return [DONE] * len(messages)
 

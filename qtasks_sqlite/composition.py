@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qtasks_core import DONE, Completion, Outcome, Retry, Subscription, Task, TaskMessage
+from qtasks_core.errors import refuse_transaction
 from qtasks_core.separate import SeparateComposition, record_of
 from qtasks_sqlite.broker import SqliteBroker, SqliteSubscription
 from qtasks_sqlite.connection import Transaction
@@ -20,6 +21,7 @@ class SqliteComposition(SeparateComposition):
     async def submit(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
+        refuse_transaction(self._broker, transaction)
         publish = self._broker.publishing(messages)
         save = self._storage.saving([record_of(message) for message in messages])
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.errors import Closed, Unavailable, refuse_transaction
 from qtasks_core.records import FINAL, FIRST_FINAL, order_of
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_sqlite import batches
@@ -84,6 +84,7 @@ class SqliteStorage(Storage):
             await disconnect(database)
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        refuse_transaction(self, transaction)
         return await self.started().write(self.saving(tasks))
 
     def saving(self, tasks: Sequence[Task]) -> Callable[[Transaction], list[Outcome]]:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Broker(ABC):
     """Moves messages from publishers to receivers, each message to one receiver at a time.
 
-    A broker lives on one event loop, from `start` to `stop`. Its methods may run concurrently.
+    A broker lives on one event loop, from `start` to `stop`; outside of that its methods raise
+    `Closed`. They may run concurrently. Every broker's constructor takes `lease=` (seconds).
     Each raises `Unavailable` within a few seconds when the server cannot be reached, and
     reconnects when it is called again; repeating and backing off is the engine's.
     """
@@ -47,8 +48,8 @@ class Broker(ABC):
         """Enqueue messages and return an outcome for each, durable when it returns.
 
         A message becomes receivable `message.delay` seconds after the server has it, however long
-        the delay. With `transaction` (where the guarantees say so) it becomes durable and visible
-        at its commit. Publishing the same uuid again is safe: at worst it is delivered twice.
+        the delay. With `transaction` it becomes durable and visible at its commit; a part whose
+        guarantees say that it cannot join one raises `NotSupported`. Publishing the same uuid again is safe: at worst it is delivered twice.
         """
 
     @abstractmethod

@@ -19,7 +19,8 @@ class Subscription(ABC):
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         """Wait for at least one delivery and return what is there.
 
-        At most `wanted[queue]` of each queue and `limit` in all. Waits without polling the
+        At most `wanted[queue]` of each queue and `limit` in all, also when an earlier call that
+        asked for more was cancelled: what is over stays for a later call. Waits without polling the
         server. Cancelling it strands nothing: what the server has handed over by then is returned
         by the next call, or released by `close`. Raises `Unavailable`; the next call reconnects.
         """
