@@ -156,7 +156,8 @@ class DropsOnCancel(Storage):
     class inbox_class(MemoryInbox):
         async def receive(self) -> list[Task]:
             tasks = await super().receive()
-            await asyncio.sleep(0.002)
+            # Longer than the kit ever waits before it cancels: some are always dropped.
+            await asyncio.sleep(0.01)
             return tasks
 
 

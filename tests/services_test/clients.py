@@ -36,7 +36,7 @@ async def redis_read(url: str) -> bytes | None:
 async def postgres_write(url: str) -> None:
     connection = await asyncpg.connect(url)
     try:
-        await connection.execute("CREATE TABLE words (word bytea)")
+        await connection.execute("CREATE TABLE IF NOT EXISTS words (word bytea)")
         await connection.execute("INSERT INTO words VALUES ($1)", WORD)
     finally:
         await connection.close()

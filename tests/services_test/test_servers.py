@@ -60,6 +60,7 @@ async def test_what_was_promised_survives_a_kill(server: Service) -> None:
 
 async def test_a_frozen_server_says_nothing_and_goes_on_when_thawed(server: Service) -> None:
     client = CLIENTS[server.name]
+    await client.write(server.url)
     await asyncio.to_thread(server.freeze)
     try:
         with pytest.raises(Exception):  # noqa: B017
