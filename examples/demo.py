@@ -39,7 +39,8 @@ def main() -> int:
         finally:
             for name, process in (("API", api), ("worker", worker)):
                 process.send_signal(signal.SIGTERM)
-                print(f"stopped the {name} (exit status {process.wait(timeout=40)})")
+                process.wait(timeout=40)
+                print(f"stopped the {name}")
     return 0
 
 
