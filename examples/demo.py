@@ -43,18 +43,14 @@ def main() -> int:
         finally:
             for name, process in (("API", api), ("worker", worker)):
                 process.send_signal(signal.SIGTERM)
-                say(f"stopped the {name}: {ending(process.wait(timeout=40))}")
+                process.wait(timeout=40)
+                say(f"stopped the {name}")
     return 0
 
 
 def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start one of the two processes in the example's folder."""
     return subprocess.Popen(command, cwd=SHOP, env=environment)
-
-
-def ending(status: int) -> str:
-    """Return how a process ended; uvicorn hands the signal on once it has finished."""
-    return f"exit status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
 
 
 def ask(url: str) -> None:

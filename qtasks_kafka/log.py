@@ -49,6 +49,10 @@ class KafkaLog(Log):
             notes=("every process reads the whole topic at its start and keeps it in memory",),
         )
 
+    @property
+    def compacts(self) -> bool:
+        return False
+
     async def start(self, namespace: str) -> None:
         await self.stop()
         self._topic = topic_name(namespace, "records")

@@ -34,6 +34,15 @@ class Log(ABC):
     def guarantees(self) -> Guarantees:
         """What the log promises, as a storage's guarantees."""
 
+    @property
+    @abstractmethod
+    def compacts(self) -> bool:
+        """Whether it removes entries that have a later one under their key.
+
+        Only then is a tombstone worth an append: writers send one for each proposal that lost or
+        was superseded.
+        """
+
     @abstractmethod
     async def start(self, namespace: str) -> None:
         """Connect, create the log where it is missing, and open it for reading from its start.

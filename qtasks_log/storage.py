@@ -44,7 +44,7 @@ class LogStorage(Storage):
         # of them, and a loser in front of that would win.
         self._writer = f"{uuid7().hex}."
         self._sequence = count()
-        self._saves: dict[str, tuple[Save, int]] = {}
+        self._saves: dict[str, tuple[Save, int, Task]] = {}
         self._needless: dict[str, Entry] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self.undecodable = 0
@@ -90,7 +90,7 @@ class LogStorage(Storage):
         for at, task in enumerate(tasks):
             key = f"{self._writer}{next(self._sequence)}"
             entries.append(Entry(task.uuid, key, encode_task(task)))
-            self._saves[key] = save, at
+            self._saves[key] = save, at, task
         try:
             await self._log.append(entries)
             return await self._reader.wait(save.judged)
@@ -117,36 +117,36 @@ class LogStorage(Storage):
         if entry.value is None:
             self._view.discard(entry.partition_key, entry.key)
             return
+        own = self._saves.get(entry.key)
         try:
-            task = decode_task(entry.value)
+            task = own[2] if own is not None else decode_task(entry.value)
         except WireError as error:
             self._skip(entry, error)
             return
         judgement = self._view.propose(Proposal(entry.key, task))
         if judgement == "accept" and task.status in FINAL:
             self._inboxes.push(task)
-        if entry.key.startswith(self._writer):
-            self._own(entry, judgement)
+        if own is not None:
+            save, at, _ = own
+            if judgement == "refuse":
+                there = self._view.get(task.uuid)
+                save.set(at, Outcome("refused", "a newer record is there", there))
+            else:
+                save.set(at, DONE)
+        if not self._log.compacts:
+            self._view.keep_record_only(task.uuid)
+        elif entry.key.startswith(self._writer):
+            self._discard_needless(entry, judgement)
 
     def _skip(self, entry: Entry, error: WireError) -> None:
         if not self.undecodable:
             logger.warning("skipping what is no record in the log, under %s: %s", entry.key, error)
         self.undecodable += 1
-        if entry.key in self._saves:
-            save, at = self._saves[entry.key]
-            save.set(at, Outcome("refused", f"the record cannot be read back: {error}"))
 
-    def _own(self, entry: Entry, judgement: Judgement) -> None:
-        """Tell who waits for a proposal of this process, and discard what it made needless."""
+    def _discard_needless(self, entry: Entry, judgement: Judgement) -> None:
+        """Send tombstones for what a proposal of this process made needless."""
         uuid = entry.partition_key
-        if entry.key in self._saves:
-            save, at = self._saves[entry.key]
-            if judgement == "refuse":
-                save.set(at, Outcome("refused", "a newer record is there", self._view.get(uuid)))
-            else:
-                save.set(at, DONE)
-        needless = self._view.needless(uuid) if judgement == "accept" else [entry.key]
-        self._discard(uuid, needless)
+        self._discard(uuid, self._view.needless(uuid) if judgement == "accept" else [entry.key])
 
     def _discard(self, uuid: str, keys: Iterable[str]) -> None:
         for key in keys:

@@ -51,6 +51,10 @@ class View:
             self._records[uuid] = proposal
         return judgement
 
+    def keep_record_only(self, uuid: str) -> None:
+        """Forget what lost or was superseded: no reader of a log without compaction needs it."""
+        self._standing[uuid] = [self._records[uuid]]
+
     def discard(self, uuid: str, key: str) -> None:
         """Take a tombstone of the log."""
         standing = [p for p in self._standing.get(uuid, ()) if p.key != key]

@@ -391,6 +391,10 @@ class RabbitMQSubscription(Subscription):
         await self._acknowledge(done, back)
         if again:
             await self._retry(again, outcomes)
+        if taken:
+            # Acknowledgements have no reply, but a channel is served in order: with the answer to
+            # this the server has seen them, and the death of this process cannot undo them.
+            await self._probe()
         if not self._open and not self._held:
             await self.end()
         return outcomes

@@ -83,6 +83,10 @@ class RabbitMQLog(Log):
             notes=("the stream has no limit of size or age: it grows until it is deleted",),
         )
 
+    @property
+    def compacts(self) -> bool:
+        return False
+
     async def start(self, namespace: str) -> None:
         self._stream = Names(namespace).log
         if self._writing is None:

@@ -1,11 +1,15 @@
-"""aiokafka alone: an idempotent producer, one consumer, results in a topic, commits in batches."""
+"""aiokafka alone: an idempotent producer, one consumer, results in a topic, commits in batches.
+
+A log can be asked for a record only by reading it: so admitting asks for the log's end and reads
+up to it, and a result is known to count when it was read back, as in a storage on a log.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from uuid import uuid4
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from benchmarks.bare import BATCH, MESSAGE, RECEIVE, RECORD
@@ -27,24 +31,46 @@ async def run(url: str, tasks: int) -> dict[str, float]:
         work, bootstrap_servers=servers, group_id=work, enable_auto_commit=False,
         auto_offset_reset="earliest",
     )  # fmt: skip
-    inbox = AIOKafkaConsumer(results, bootstrap_servers=servers, auto_offset_reset="latest")
-    for client in (producer, consumer, inbox):
+    log = Log(results, servers)
+    for client in (producer, consumer, log.reader, log.asker):
         await client.start()
+    log.begin()
     try:
         with Rate(tasks) as bulk:
             for _ in range(0, tasks, BATCH):
                 await send(producer, [(work, MESSAGE), (results, RECORD)], BATCH)
+        await log.catch_up()
         left = tasks
-        await consumer.getmany(timeout_ms=10_000, max_records=1)
-        await consumer.seek_to_beginning()
         with Rate(tasks) as processed:
             while left > 0:
-                left -= await process(consumer, producer, results)
-        trips = await round_trip(consumer, producer, inbox, work, results)
+                left -= await process(consumer, producer, log)
+        trips = await round_trip(consumer, producer, log, work)
     finally:
-        for client in (inbox, consumer, producer):
+        for client in (log.asker, log.reader, consumer, producer):
             await client.stop()
     return {"bulk": bulk.value, "process": processed.value, **trips}
+
+
+class Log:
+    """The topic of results, read from its start; its end is asked on another connection."""
+
+    def __init__(self, topic: str, servers: str) -> None:
+        self.topic = topic
+        self.reader = AIOKafkaConsumer(bootstrap_servers=servers)
+        self.asker = AIOKafkaConsumer(bootstrap_servers=servers)
+        self._partitions = [TopicPartition(topic, p) for p in range(PARTITIONS)]
+        self._read = dict.fromkeys(self._partitions, 0)
+
+    def begin(self) -> None:
+        self.reader.assign(self._partitions)
+        for partition in self._partitions:
+            self.reader.seek(partition, 0)
+
+    async def catch_up(self) -> None:
+        ends = await self.asker.end_offsets(self._partitions)
+        while any(self._read[partition] < end for partition, end in ends.items()):
+            for partition, records in (await self.reader.getmany(timeout_ms=1000)).items():
+                self._read[partition] = records[-1].offset + 1
 
 
 async def send(producer: AIOKafkaProducer, what: list[tuple[str, bytes]], count: int) -> None:
@@ -52,32 +78,32 @@ async def send(producer: AIOKafkaProducer, what: list[tuple[str, bytes]], count:
     await asyncio.gather(*sent)
 
 
-async def process(consumer: AIOKafkaConsumer, producer: AIOKafkaProducer, results: str) -> int:
+async def process(consumer: AIOKafkaConsumer, producer: AIOKafkaProducer, log: Log) -> int:
     batches = await consumer.getmany(timeout_ms=1000, max_records=RECEIVE)
     count = sum(len(records) for records in batches.values())
     if count:
-        await send(producer, [(results, RECORD)], count)
+        await log.catch_up()
+        await send(producer, [(log.topic, RECORD)], count)
+        await log.catch_up()
         await consumer.commit()
     return count
 
 
 async def round_trip(
-    consumer: AIOKafkaConsumer,
-    producer: AIOKafkaProducer,
-    inbox: AIOKafkaConsumer,
-    work: str,
-    results: str,
+    consumer: AIOKafkaConsumer, producer: AIOKafkaProducer, log: Log, work: str
 ) -> dict[str, float]:
+    answered = asyncio.Event()
+
     async def worker() -> None:
         while True:
-            await process(consumer, producer, results)
+            if await process(consumer, producer, log):
+                answered.set()
 
     async def once() -> None:
+        answered.clear()
         await send(producer, [(work, MESSAGE)], 1)
-        await inbox.getone()
+        await answered.wait()
 
-    while await inbox.getmany(timeout_ms=500):
-        pass
     working = asyncio.create_task(worker())
     try:
         return await round_trips(once)

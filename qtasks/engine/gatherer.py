@@ -13,11 +13,16 @@ class Gatherer(Generic[T]):
     """Gathers items and flushes them in batches of at most `size`, `flights` of them at a time.
 
     While the allowed flushes are under way, further items gather for the next one, so batches
-    grow with the load. `flush` must not raise: it answers for each of its items.
+    grow with the load. `flush` answers for each of its items and does not raise, unless `spawn`
+    is a task group's, which then fails.
     """
 
     def __init__(
-        self, flush: Callable[[list[T]], Coroutine[Any, Any, None]], size: int, flights: int
+        self,
+        flush: Callable[[list[T]], Coroutine[Any, Any, None]],
+        size: int,
+        flights: int,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] | None = None,
     ) -> None:
         self._flush = flush
         self._size = size
@@ -26,6 +31,7 @@ class Gatherer(Generic[T]):
         self._under_way: set[asyncio.Task[None]] = set()
         self._scheduled = False
         self._loop = asyncio.get_running_loop()
+        self._spawn = spawn or self._loop.create_task
 
     def add(self, item: T) -> None:
         """Add an item to the batch of this turn."""
@@ -46,13 +52,18 @@ class Gatherer(Generic[T]):
         self._scheduled = False
         while self._items and len(self._under_way) < self._flights:
             batch, self._items = self._items[: self._size], self._items[self._size :]
-            task = self._loop.create_task(self._flush(batch))
+            task = self._spawn(self._flush(batch))
             self._under_way.add(task)
             task.add_done_callback(self._landed)
 
     def _landed(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)
         self._schedule()
+
+    async def drain(self) -> None:
+        """Wait until everything that was added is flushed."""
+        while self._items or self._under_way:
+            await (asyncio.wait(self._under_way) if self._under_way else asyncio.sleep(0))
 
     async def close(self) -> list[T]:
         """Cancel what is under way; return what was never flushed."""

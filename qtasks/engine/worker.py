@@ -20,6 +20,7 @@ from uuid_utils import uuid7
 
 from qtasks.engine.backoff import Backoff
 from qtasks.engine.client import Client
+from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.job import Job
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.runner import Runner
@@ -39,9 +40,14 @@ from qtasks_core.errors import Closed, Unavailable
 
 logger = logging.getLogger("qtasks")
 T = TypeVar("T")
+_End = Job | Completion
 
-_FLUSH = 1000
+_FLUSH = 500
 """Most completions in one `complete`."""
+_FLIGHTS = 2
+"""While one batch of ends waits for the server, the next is on its way."""
+_UNSETTLED = 1000
+"""How many ended jobs may wait for their completion before no more are received."""
 _LAST_WORDS = 10.0
 """Seconds for recording the last ends when stopping, should the server be out of reach."""
 _NOTE_AFTER = 0.1
@@ -77,10 +83,8 @@ class Worker:
         """Running, or ended and not yet completed: their leases are kept."""
         self._running = dict.fromkeys(self._queues, 0)
         self._count = 0
-        self._buffer: list[tuple[Job | None, Completion]] = []
-        self._flushing = 0
         self._changed = asyncio.Event()
-        self._busy = asyncio.Event()
+        self._has_jobs = asyncio.Event()
         self._stopping = asyncio.Event()
         self._ending = asyncio.Event()
         self._subscription: Subscription | None = None
@@ -99,22 +103,24 @@ class Worker:
             return
         self._subscription = subscription
         async with asyncio.TaskGroup() as group:
+            self._ends = Gatherer(
+                partial(self._flush, subscription), _FLUSH, _FLIGHTS, group.create_task
+            )
             group.create_task(self._receive_loop(subscription))
-            background = [
-                group.create_task(self._complete_loop(subscription)),
-                group.create_task(self._note_loop()),
-            ]
+            background = [group.create_task(self._note_loop())]
             if lease is not None:
                 background.append(group.create_task(self._keep_loop(subscription, lease / 3)))
             await self._ending.wait()
             try:
                 async with asyncio.timeout(_LAST_WORDS):
-                    await self._until(lambda: not (self._jobs or self._buffer or self._flushing))
+                    await self._until(lambda: not self._jobs)
+                    await self._ends.drain()
             except TimeoutError:
                 logger.error(
                     "%d ends could not be recorded before the stop; those tasks will run again",
                     len(self._jobs),
                 )
+            await self._ends.close()
             for task in background:
                 task.cancel()
 
@@ -182,7 +188,7 @@ class Worker:
     def _free(self) -> int:
         """Return the slots that may be filled now; unsettled ends count when they pile up."""
         running = sum(self._running.values())
-        return min(self._concurrency - running, 2 * self._concurrency + 100 - len(self._jobs))
+        return min(self._concurrency - running, self._concurrency + _UNSETTLED - len(self._jobs))
 
     async def _admit(self, deliveries: list[Delivery]) -> None:
         admit = partial(self._client.composition.admit, deliveries)
@@ -203,7 +209,7 @@ class Worker:
         for job in jobs:
             self._jobs.add(job)
             self._running[job.delivery.queue] += 1
-        self._busy.set()
+        self._has_jobs.set()
         self._runner.inbox.post_all(jobs)
 
     def _accept(self, delivery: Delivery, message: TaskMessage) -> Job | None:
@@ -261,40 +267,30 @@ class Worker:
         """Take jobs whose functions ended; called once for all that ended meanwhile."""
         for job in jobs:
             self._running[job.delivery.queue] -= 1
-            self._buffer.append((job, job.completion()))
+        self._ends.extend(list(jobs))
         self._changed.set()
-        self._busy.set()
 
     def _complete(self, completion: Completion) -> None:
-        self._buffer.append((None, completion))
-        self._busy.set()
+        """Complete what never became a job, or record a word in between."""
+        self._ends.add(completion)
 
-    async def _complete_loop(self, subscription: Subscription) -> None:
-        while True:
-            if not self._buffer:
-                self._busy.clear()
-                await self._busy.wait()
-                continue
-            batch, self._buffer = self._buffer[:_FLUSH], self._buffer[_FLUSH:]
-            self._flushing = len(batch)
-            await self._flush(subscription, batch)
-            self._flushing = 0
-            self._jobs.difference_update(job for job, _ in batch if job is not None)
-            self._changed.set()
-
-    async def _flush(
-        self, subscription: Subscription, batch: list[tuple[Job | None, Completion]]
-    ) -> None:
-        # The delivery may have been replaced since the job ended, by an extension.
-        completions = [c if job is None else job.completion() for job, c in batch]
+    async def _flush(self, subscription: Subscription, batch: list[_End]) -> None:
+        # Asked only now: an extension may have replaced a delivery since its job ended.
+        completions = [end.completion() if isinstance(end, Job) else end for end in batch]
         complete = partial(self._client.composition.complete, subscription, completions)
         outcomes = await self._persist(complete) or ()
-        for (job, _), outcome in zip(batch, outcomes, strict=True):
-            if job is not None and outcome.status == "refused":
+        for end, outcome in zip(batch, outcomes, strict=True):
+            if not isinstance(end, Job):
+                continue
+            self._jobs.discard(end)
+            if outcome.status == "refused":
                 logger.warning(
                     "task %s %s: its end was refused (%s); another run of it counts",
-                    job.message.task_name, job.message.uuid, outcome.reason,
-                )  # fmt: skip
+                    end.message.task_name,
+                    end.message.uuid,
+                    outcome.reason,
+                )
+        self._changed.set()
 
     # -- long tasks ----------------------------------------------------------------------
 
@@ -331,5 +327,5 @@ class Worker:
 
     async def _wait_for_jobs(self) -> None:
         while not self._jobs:
-            self._busy.clear()
-            await self._busy.wait()
+            self._has_jobs.clear()
+            await self._has_jobs.wait()

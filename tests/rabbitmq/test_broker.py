@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 from collections.abc import AsyncIterator, Iterable
 
 import pytest
@@ -122,6 +124,43 @@ async def test_acknowledging_in_bulk_covers_nothing_unfinished(broker: RabbitMQB
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.5):
             await subscription.receive({"q": 1}, 1)
+
+
+SETTLE_AND_DIE = """
+import asyncio, os, signal, sys
+from qtasks_core import Ack
+from qtasks_rabbitmq import RabbitMQBroker
+
+async def main():
+    broker = RabbitMQBroker(sys.argv[1])
+    await broker.start(sys.argv[2])
+    subscription = await broker.subscribe({"q": 20})
+    held = []
+    while len(held) < 5:
+        held += await subscription.receive({"q": 5 - len(held)}, 5)
+    await subscription.settle([Ack(delivery) for delivery in held])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+async def test_what_was_settled_stays_settled_when_its_process_is_killed(
+    broker: RabbitMQBroker, rabbitmq_server: Service
+) -> None:
+    """When `settle` has returned, the acknowledgements are no longer in the dying process."""
+    assert broker._names is not None
+    namespace = broker._names.due.split(":")[1]
+    await broker.publish([message() for _ in range(5)])
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SETTLE_AND_DIE, rabbitmq_server.url, namespace
+    )
+    async with asyncio.timeout(30):
+        assert await child.wait() == -signal.SIGKILL
+    subscription = await broker.subscribe({"q": 5})
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await subscription.receive({"q": 5}, 5)
 
 
 async def test_a_frozen_server_is_unreachable_and_takes_nothing(

@@ -81,6 +81,7 @@ class MemoryLog(Log):
         read_fails: Callable[[], bool] = never,
         mark_fails: Callable[[], bool] = never,
         pause: Callable[[], float] = lambda: 0.0,
+        compacts: bool = True,
     ) -> None:
         self.server = server
         self.chunk = chunk
@@ -89,6 +90,7 @@ class MemoryLog(Log):
         self.read_fails = read_fails
         self.mark_fails = mark_fails
         self.pause = pause
+        self._compacts = compacts
         self.appends = 0
         self.marks = 0
         self._positions: list[int] = []
@@ -96,6 +98,10 @@ class MemoryLog(Log):
     @property
     def guarantees(self) -> Guarantees:
         return Guarantees(part="MemoryLog", survives="nothing", durability="none")
+
+    @property
+    def compacts(self) -> bool:
+        return self._compacts
 
     async def start(self, namespace: str) -> None:
         self._partitions = self.server.log(namespace)

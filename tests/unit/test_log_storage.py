@@ -231,13 +231,6 @@ async def test_what_is_no_record_is_skipped(
     assert len(caplog.records) == 1
 
 
-async def test_record_that_cannot_be_read_back_is_refused(storage: LogStorage) -> None:
-    good, bad = await storage.save([record(), record(uuid="v", priority="high")])
-    assert good == DONE
-    assert bad.status == "refused"
-    assert "priority" in bad.reason
-
-
 async def test_other_errors_of_the_log_reach_the_caller(server: Server) -> None:
     wrong = False
 
@@ -303,6 +296,19 @@ async def test_only_the_last_record_is_left_after_compaction(server: Server) -> 
     assert left.value == encode_task(record("success", execution="x"))
     async with started(MemoryLog(server)) as fresh:
         assert await fresh.get(["u"]) == [record("success", execution="x")]
+
+
+async def test_without_compaction_no_tombstones_are_written(server: Server) -> None:
+    log = MemoryLog(server, compacts=False)
+    async with started(log) as storage, started(MemoryLog(server, compacts=False)) as other:
+        won = record("success", execution="x")
+        assert await storage.save([record(), record("process", execution="x"), won]) == [DONE] * 3
+        (late,) = await other.save([record("success", execution="y")])
+        assert (late.status, late.there) == ("refused", won)
+        assert await storage.save([won]) == [DONE]
+        assert await storage.get(["u"]) == await other.get(["u"]) == [won]
+        assert log.appends == 2
+    assert all(entry.value is not None for entry in server.entries())
 
 
 async def test_tombstones_wait_for_a_log_that_is_unavailable(server: Server) -> None:
