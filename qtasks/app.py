@@ -8,13 +8,14 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import Any
 from uuid import UUID
 
@@ -48,6 +49,16 @@ START_TIMEOUT = 10.0
 """Seconds in which the parts have to be reached when an app is entered."""
 MAX_PAYLOAD = 1024 * 1024
 """Bytes of arguments a message may carry, unless the app says otherwise."""
+_LOOK = 1.0
+"""Seconds in which what is known of a late task is looked up."""
+
+
+class _Entry:
+    """One start of an app, while it is under way and after."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[Any] | None = None
+        self.counted = False
 
 
 class App:
@@ -67,13 +78,16 @@ class App:
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
         self.name = name or os.environ.get("QTASKS_NAME") or "qtasks"
-        self.broker, self.storage = _parts(broker, storage)
+        self._given = _given(broker, storage)
+        self.broker, self.storage = _built(*self._given)
         self.max_payload = max_payload
         self.definitions: dict[str, TaskDefinition] = {}
         self._entered = 0
         self._client: Client | None = None
         self._thread: IOThread | None = None
         self._changing = asyncio.Lock()
+        self._inherited: list[object] = []
+        self._closes_itself = False
         self.starts_itself = False
         """Start at first use and close at exit: only the process's default app does."""
 
@@ -105,7 +119,12 @@ class App:
 
     async def start(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
-        await self._io().run(self._start, timeout)
+        thread, entry = self._io(), _Entry()
+        try:
+            await thread.run(self._start, timeout, entry)
+        except asyncio.CancelledError:
+            thread.spawn(self._give_up, entry)
+            raise
 
     async def stop(self) -> None:
         """Disconnect with the last of nested stops."""
@@ -113,7 +132,12 @@ class App:
 
     def start_blocking(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts from a thread without a loop."""
-        self._io().run_blocking(self._start, timeout)
+        thread, entry = self._io(), _Entry()
+        try:
+            thread.run_blocking(self._start, timeout, entry)
+        except KeyboardInterrupt:
+            thread.spawn(self._give_up, entry)
+            raise
 
     def stop_blocking(self) -> None:
         """Disconnect from a thread without a loop."""
@@ -123,20 +147,47 @@ class App:
         """Return the process's I/O thread; in a forked child all that was started is gone."""
         thread = io_thread()
         if thread is not self._thread:
-            self._thread, self._client, self._entered = thread, None, 0
-            self._changing = asyncio.Lock()
+            with _lock:
+                if thread is not self._thread:
+                    self._renew(thread)
         return thread
 
-    async def _start(self, timeout: float) -> None:
+    def _renew(self, thread: IOThread) -> None:
+        """Begin anew on this process's I/O thread. Raises `Closed` where that cannot be."""
+        if self._client is not None:
+            if not all(isinstance(given, str) for given in self._given):
+                raise Closed(
+                    f"the app {self.name!r} was forked while it was started; give its parts as "
+                    "URLs, from which a child builds its own, or fork before the app is used"
+                )
+            # Kept for ever: even to close them would disturb the parent's connections.
+            self._inherited += (self._client, self.broker, self.storage)
+            self.broker, self.storage = _built(*self._given)
+        self._client, self._entered, self._changing = None, 0, asyncio.Lock()
+        self._thread = thread
+
+    async def _start(self, timeout: float, entry: _Entry) -> None:
+        entry.task = asyncio.current_task()
         async with self._changing:
             if self._client is None:
                 client = Client(self.name, self.broker, self.storage)
                 await client.start(asyncio.get_running_loop().time() + timeout)
                 self._client = client
             self._entered += 1
+            entry.counted = True
+
+    async def _give_up(self, entry: _Entry) -> None:
+        """Take back a start whose caller does not wait for it any more."""
+        if entry.counted:
+            await self._stop()
+        elif entry.task is not None:
+            entry.task.cancel()
 
     async def _stop(self) -> None:
         async with self._changing:
+            if self._entered == 0:
+                # A forked child leaves a block that its parent has entered.
+                return
             self._entered -= 1
             if self._entered == 0 and self._client is not None:
                 client, self._client = self._client, None
@@ -157,7 +208,7 @@ class App:
         thread, client = self._client_now()
         if client is None and self.starts_itself:
             await self.start()
-            atexit.register(self._close_at_exit)
+            self._close_with_process()
             thread, client = self._client_now()
         if client is None:
             raise self._not_started()
@@ -168,7 +219,7 @@ class App:
         thread, client = self._client_now()
         if client is None and self.starts_itself:
             self.start_blocking()
-            atexit.register(self._close_at_exit)
+            self._close_with_process()
             thread, client = self._client_now()
         if client is None:
             raise self._not_started()
@@ -180,9 +231,18 @@ class App:
             "(or 'with app:'), or in a task that its worker runs"
         )
 
+    def _close_with_process(self) -> None:
+        with _lock:
+            if not self._closes_itself:
+                # Before `atexit`, when threads that parts work in have been ended already.
+                register = getattr(threading, "_register_atexit", atexit.register)
+                register(self._close_at_exit)
+                self._closes_itself = True
+
     def _close_at_exit(self) -> None:
-        thread, client = self._client_now()
-        if client is not None:
+        # Not in a child that was forked since: it has nothing to close.
+        thread, client = self._thread, self._client
+        if thread is not None and client is not None and thread.pid == os.getpid():
             thread.run_blocking(self._stop)
 
     # -- submitting and waiting ----------------------------------------------------------
@@ -301,11 +361,10 @@ class App:
                 return await reply.future
         except TimeoutError:
             self._io().post(client.forget, uuid, reply)
-            look = self._io().run(client.get, [uuid], time.monotonic())
         except asyncio.CancelledError:
             self._io().post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, await _known(look))
+        raise _late(uuid, timeout, await self._io().run(_known, client, uuid))
 
     def _ended_blocking(
         self,
@@ -318,8 +377,10 @@ class App:
             return reply.result(timeout)
         except TimeoutError:
             self._io().post(client.forget, uuid, reply)
-        look = self._io().run_blocking(_known, client.get([uuid], time.monotonic()))
-        raise _late(uuid, timeout, look)
+        except KeyboardInterrupt:
+            self._io().post(client.forget, uuid, reply)
+            raise
+        raise _late(uuid, timeout, self._io().run_blocking(_known, client, uuid))
 
     # -- working -------------------------------------------------------------------------
 
@@ -421,18 +482,25 @@ class App:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, signal_arrived)
-        async with self.worker(
-            queues=queues,
-            concurrency=concurrency,
-            grace=grace,
-            balancer=balancer,
-            start_timeout=float("inf"),
-        ) as worker:
-            stopping = asyncio.create_task(signalled.wait())
-            await asyncio.wait({stopping, worker.ended}, return_when=asyncio.FIRST_COMPLETED)
+        stopping = asyncio.create_task(signalled.wait())
+        starting = asyncio.create_task(self.start(float("inf")))
+        await asyncio.wait({stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            logger.info("stopped before the servers could be reached")
+            return
+        await starting
+        try:
+            async with self.worker(
+                queues=queues, concurrency=concurrency, grace=grace, balancer=balancer
+            ) as worker:
+                await asyncio.wait({stopping, worker.ended}, return_when=asyncio.FIRST_COMPLETED)
+                on_signal = worker.give_back
+                logger.info("worker %s stops: running tasks have %s s", worker.id, grace)
+        finally:
             stopping.cancel()
-            on_signal = worker.give_back
-            logger.info("worker %s stops: running tasks have %s s", worker.id, grace)
+            await self.stop()
 
 
 class RunningWorker:
@@ -455,10 +523,12 @@ def describe(part: Guarantees) -> str:
     return f"{part.part}{server}: survives {part.survives} ({part.durability})"
 
 
-async def _known(look: Awaitable[list[schemas.Task | None]]) -> schemas.Task | None:
+async def _known(client: Client, uuid: str) -> schemas.Task | None:
+    """Return what is known of a late task; it is not worth waiting long for."""
     try:
-        return (await look)[0]
-    except Unavailable:
+        async with asyncio.timeout(_LOOK):
+            return (await client.get([uuid], 0.0))[0]
+    except (Unavailable, TimeoutError):
         return None
 
 
@@ -495,8 +565,10 @@ def _delay(delay: float | None, eta: datetime | None, now: float) -> float:
     return max(0.0, delay or 0.0)
 
 
-def _parts(broker: Broker | str | None, storage: Storage | str | None) -> tuple[Broker, Storage]:
-    """Return the parts that the arguments name, else the environment, else the default."""
+def _given(
+    broker: Broker | str | None, storage: Storage | str | None
+) -> tuple[Broker | str, Storage | str]:
+    """Return what the arguments say of the parts, else the environment, else the default."""
     if broker is None and storage is None:
         broker = os.environ.get("QTASKS_BROKER_URL") or None
         storage = os.environ.get("QTASKS_STORAGE_URL") or None
@@ -509,6 +581,10 @@ def _parts(broker: Broker | str | None, storage: Storage | str | None) -> tuple[
         if not isinstance(broker, str):
             raise ConfigurationError(f"{type(broker).__name__} needs storage= beside it")
         storage = broker
+    return broker, storage
+
+
+def _built(broker: Broker | str, storage: Storage | str) -> tuple[Broker, Storage]:
     return (
         resolve_broker(broker) if isinstance(broker, str) else broker,
         resolve_storage(storage) if isinstance(storage, str) else storage,
@@ -524,13 +600,22 @@ def _default_path() -> Path:
 
 
 _default: App | None = None
-_default_lock = Lock()
+_lock = RLock()
+
+
+def _renew_lock_in_child() -> None:
+    # Another thread may have held the lock at the fork, and does not exist in the child.
+    global _lock
+    _lock = RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock_in_child)
 
 
 def default_app() -> App:
     """Return `QTASKS_APP=module:app`, else the process's default app, which starts by itself."""
     global _default
-    with _default_lock:
+    with _lock:
         if _default is None:
             named = os.environ.get("QTASKS_APP")
             _default = _import_app(named) if named else App()
