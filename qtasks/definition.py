@@ -87,10 +87,8 @@ class TaskDefinition:
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, bytes]:
         """Return the bytes of arguments. Raises `SignatureMismatch`, `SerializationError`."""
-        try:
-            self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise SignatureMismatch(f"{self.name}{self.signature}: {error}") from None
+        if (mismatch := self.mismatch(args, kwargs)) is not None:
+            raise SignatureMismatch(mismatch)
         names = [self._name_at(at) for at in range(len(args))]
         values = [self._prepare(name, value) for name, value in zip(names, args, strict=True)]
         pairs = {key: self._prepare(key, value) for key, value in kwargs.items()}
@@ -101,6 +99,14 @@ class TaskDefinition:
             )
         except SerializationError as error:
             raise self._name_culprit(dict(zip(names, values, strict=True)) | pairs, error) from None
+
+    def mismatch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Return why the function cannot be called like this, None where it can."""
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            return f"{self.name}{self.signature}: {error}"
+        return None
 
     def _prepare(self, name: str, value: Any) -> Any:
         encoder = self._encoders.get(name) or self._encoders[self._var_keyword or ""]
@@ -138,8 +144,9 @@ class TaskDefinition:
         decoder = self._decoders.get(name) or self._decoders.get(self._var_keyword or "", _untyped)
         try:
             return decoder(data)
-        except SerializationError as error:
-            raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
+        except Exception as error:
+            # A type's own checks run in here and raise what they like.
+            raise SerializationError(f"{self.name}: argument {name!r}: {error}") from error
 
     def encode_result(self, value: Any) -> bytes:
         """Return the bytes of a result. Raises `SerializationError`."""

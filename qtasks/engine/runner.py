@@ -24,6 +24,10 @@ _MAX_TEXT = 64 * 1024
 """Characters of an error or traceback that a record keeps."""
 
 
+class _BadArguments(Exception):
+    """The arguments in a message do not fit the function it names."""
+
+
 class Runner:
     """Runs jobs on the loop it was built on, and posts them back when they ended."""
 
@@ -70,8 +74,17 @@ class Runner:
         function = executor.bind(definition.function)
 
         async def call(job: Job) -> Any:
-            args, kwargs = definition.decode(job.message.args, job.message.kwargs)
-            return await function(*args, **kwargs)
+            try:
+                args, kwargs = definition.decode(job.message.args, job.message.kwargs)
+            except SerializationError as error:
+                raise _BadArguments(str(error)) from error
+            try:
+                return await function(*args, **kwargs)
+            except TypeError:
+                # Only looked at now: a sender that knows the function has checked it already.
+                if (mismatch := definition.mismatch(args, kwargs)) is not None:
+                    raise _BadArguments(mismatch) from None
+                raise
 
         return call
 
@@ -92,6 +105,9 @@ class Runner:
             job.retry(after, "Retry: the function asked for another run", None)
         except Reject as reject:
             self._fail(job, f"Reject: {reject.reason}", None, reject.reason)
+        except _BadArguments as error:
+            # They will not fit at the next attempt either.
+            self._fail(job, f"bad arguments: {error}"[:_MAX_TEXT], None, "bad arguments")
         except (Exception, SystemExit) as error:  # noqa: BLE001  # recorded as the task's end
             self._raised(job, definition, error)
         else:
