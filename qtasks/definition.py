@@ -6,8 +6,11 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing, closing
+from functools import wraps
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import GenericAlias
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -32,6 +35,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     store_result: bool = True
     retention: float | None = None
     """Seconds to keep the record after the end."""
+    generate_handler: Callable[[Any], Any] | None = None
+    """Takes each yield of a generator and returns what the result has in its place."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.priority <= 9:
@@ -52,6 +57,8 @@ class TaskDefinition:
     ) -> None:
         self.function = function
         self.name = name or default_name(function)
+        self.run = _collecting(function, options.generate_handler)
+        """What a worker calls: the function, or what makes a list of the generator it is."""
         self.options = options
         self.serializer = serializer or MsgpackSerializer()
         self.signature = inspect.signature(function)
@@ -81,7 +88,7 @@ class TaskDefinition:
             name: self.serializer.decoder(annotation)
             for name, annotation in self._annotations.items()
         }
-        returns = hints.get("return", Any)
+        returns = _returned(function, hints, options.generate_handler)
         self._encode_result = self.serializer.encoder(returns)
         self.decode_result = self.serializer.decoder(returns)
 
@@ -166,6 +173,53 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
             error,
         )
         return {}
+
+
+def _collecting(
+    function: Callable[..., Any], handler: Callable[[Any], Any] | None
+) -> Callable[..., Any]:
+    """Return a function that returns the yields as a list; any but a generator as it is."""
+    if inspect.isgeneratorfunction(function):
+        if inspect.iscoroutinefunction(handler):
+            raise ConfigurationError("a generate_handler= of a plain generator cannot be async")
+
+        @wraps(function)
+        def collect(*args: Any, **kwargs: Any) -> list[Any]:
+            with closing(function(*args, **kwargs)) as yields:
+                return [handler(item) if handler else item for item in yields]
+
+        return collect
+    if inspect.isasyncgenfunction(function):
+        is_async = inspect.iscoroutinefunction(handler)
+
+        @wraps(function)
+        async def collect_async(*args: Any, **kwargs: Any) -> list[Any]:
+            results = []
+            async with aclosing(function(*args, **kwargs)) as yields:
+                async for item in yields:
+                    handled = handler(item) if handler else item
+                    results.append(await handled if is_async else handled)
+            return results
+
+        return collect_async
+    if handler is not None:
+        raise ConfigurationError("generate_handler= is for generators, which this function is not")
+    return function
+
+
+def _returned(
+    function: Callable[..., Any], hints: dict[str, Any], handler: Callable[[Any], Any] | None
+) -> Any:
+    """Return the type of the result: of a generator, the list of what each yield becomes."""
+    returns = hints.get("return", Any)
+    if not (inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)):
+        return returns
+    if handler is not None:
+        item = _hints(handler).get("return", Any) if inspect.isroutine(handler) else Any
+    else:
+        item = (get_args(returns) or (Any,))[0]
+    # Without a type of its own each item is tagged, as other untyped values are.
+    return Any if item is Any else GenericAlias(list, (item,))
 
 
 def _name_of(parameters: Sequence[inspect.Parameter], kind: Any) -> str | None:

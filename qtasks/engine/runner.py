@@ -70,8 +70,8 @@ class Runner:
 
     def _compile(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
         """Return what runs one job of this task: decode, then the function in its executor."""
-        executor = self._executors[inspect.iscoroutinefunction(definition.function)]
-        function = executor.bind(definition.function)
+        executor = self._executors[inspect.iscoroutinefunction(definition.run)]
+        function = executor.bind(definition.run)
 
         async def call(job: Job) -> Any:
             try:
