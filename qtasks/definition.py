@@ -35,6 +35,12 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     store_result: bool = True
     retention: float | None = None
     """Seconds to keep the record after the end."""
+    max_time: float | None = None
+    """Seconds one run may take; past them it fails with a `TimeoutError`, as by an exception.
+
+    A coroutine is cancelled. A thread cannot be: its run is over for the queue, while the
+    function goes on, keeps its thread until it ends, and what it returns is not used.
+    """
     generate_handler: Callable[[Any], Any] | None = None
     """Takes each yield of a generator and returns what the result has in its place."""
 
@@ -43,6 +49,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"priority={self.priority} is not between 0 and 9")
         if self.retry < 0:
             raise ConfigurationError(f"retry={self.retry} is below 0")
+        if self.max_time is not None and self.max_time <= 0:
+            raise ConfigurationError(f"max_time={self.max_time} is not above 0")
 
 
 class TaskDefinition:

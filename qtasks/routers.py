@@ -26,6 +26,7 @@ class Options(TypedDict, total=False):
     retry: int
     store_result: bool
     retention: float | None
+    max_time: float | None
 
 
 class AsyncDecorator(Protocol):

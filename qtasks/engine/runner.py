@@ -72,6 +72,8 @@ class Runner:
         """Return what runs one job of this task: decode, then the function in its executor."""
         executor = self._executors[inspect.iscoroutinefunction(definition.run)]
         function = executor.bind(definition.run)
+        if definition.options.max_time is not None:
+            function = _limited(function, definition.options.max_time)
 
         async def call(job: Job) -> Any:
             try:
@@ -151,6 +153,24 @@ class Runner:
         ended, self._ended = self._ended, []
         if self._finished is not None:
             self._finished.post_all(ended)
+
+
+def _limited(
+    function: Callable[..., Awaitable[Any]], max_time: float
+) -> Callable[..., Awaitable[Any]]:
+    """Return a function that does the same for at most `max_time` seconds."""
+
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        limit = asyncio.timeout(max_time)
+        try:
+            async with limit:
+                return await function(*args, **kwargs)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"the run took longer than max_time={max_time} s") from error
+
+    return run
 
 
 def _trace(error: BaseException) -> str:

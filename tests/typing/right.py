@@ -51,7 +51,7 @@ async def ticks(n: int) -> AsyncIterator[int]:
         yield tick
 
 
-@app.task(retry=1)
+@app.task(retry=1, max_time=2.5)
 def letters(text: str) -> Generator[str, None, None]:
     yield from text
 
