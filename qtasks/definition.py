@@ -127,7 +127,7 @@ class TaskDefinition:
         encoder = self._encoders.get(name) or self._encoders[self._var_keyword or ""]
         try:
             return encoder(value)
-        except SerializationError as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
 
     def _name_culprit(self, values: Mapping[str, Any], error: Exception) -> SerializationError:
