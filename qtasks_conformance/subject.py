@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, Protocol
@@ -91,6 +91,10 @@ class Subject:
     killing it means to drop it without a word."""
     driver: str | None = None
     """The module that must not be imported before `start`."""
+    inject: Callable[[str, str, bytes], Awaitable[None]] | None = None
+    """Put bytes into a queue as another program would: `await inject(namespace, queue, data)`.
+
+    None: the test of messages that cannot be decoded is skipped."""
     slack: float = 4.0
     """Seconds by which a busy machine may be late."""
     least_broker: Least = Least()
