@@ -68,8 +68,9 @@ class Least:
     counts_deliveries: bool = False
     priorities: bool = False
     transactions: bool = False
-    supports: tuple[str, ...] = ()
-    """Optional methods that must not be among the unsupported."""
+    lacks: tuple[str, ...] = ()
+    """The optional methods that are not built yet: those, no fewer and no more, are declared
+    unsupported. What is built is taken off this list, and its tests are no longer skipped."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from qtasks_conformance import (
     StorageContract,
     Subject,
 )
-from qtasks_conformance.contracts.declaring import optional_methods
-from qtasks_core import Broker, Storage
 
 
 @pytest.fixture
@@ -21,13 +19,8 @@ def subject() -> Subject:
         storage=Part("qtasks_memory:MemoryStorage"),
         lease=1.0,
         ends_with_process=True,
-        least_broker=Least(
-            settle_confirmed=True,
-            counts_deliveries=True,
-            priorities=True,
-            supports=tuple(optional_methods(Broker)),
-        ),
-        least_storage=Least(settle_confirmed=True, supports=tuple(optional_methods(Storage))),
+        least_broker=Least(settle_confirmed=True, counts_deliveries=True, priorities=True),
+        least_storage=Least(settle_confirmed=True),
     )
 
 

@@ -13,8 +13,6 @@ from qtasks_conformance import (
     StorageContract,
     Subject,
 )
-from qtasks_conformance.contracts.declaring import optional_methods
-from qtasks_core import Broker, Storage
 
 
 @pytest.fixture
@@ -44,13 +42,8 @@ def subject(tmp_path: Path) -> Subject:
             settle_confirmed=True,
             counts_deliveries=True,
             priorities=True,
-            supports=tuple(optional_methods(Broker)),
         ),
-        least_storage=Least(
-            survives="server crash",
-            settle_confirmed=True,
-            supports=tuple(optional_methods(Storage)),
-        ),
+        least_storage=Least(survives="server crash", settle_confirmed=True),
     )
 
 
