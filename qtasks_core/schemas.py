@@ -6,7 +6,7 @@ Fields are only ever added, with a default: an older release ignores what it doe
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from msgspec import Struct, field
 
@@ -218,3 +218,29 @@ class Command(Struct, frozen=True, kw_only=True):
     target: str | None = None
     """A uuid, queue or worker; None: all."""
     arguments: dict[str, str] = field(default_factory=dict)
+
+
+class Running(NamedTuple):
+    """One task that a worker runs now."""
+
+    uuid: str
+    task_name: str
+    started_at: float
+
+
+class WorkerInfo(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What a worker tells of itself, kept as the shared value `worker/ID`."""
+
+    id: str
+    host: str
+    pid: int
+    queues: tuple[str, ...] = ()
+    concurrency: int = 1
+    """How many tasks it runs at once."""
+    running: tuple[Running, ...] = ()
+    """Those that run longest; how many it names is bounded."""
+    started_at: float = 0.0
+    seen_at: float = 0.0
+    """When it last said so; a worker that has been silent for long is gone."""
+    version: str = ""
+    """The release of qtasks that it runs."""

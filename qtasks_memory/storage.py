@@ -27,7 +27,7 @@ class MemoryStorage(Storage):
             survives="nothing",
             durability="records end with the process",
             unsupported=(
-                "query", "claim", "release", "set", "get_value", "watch_value",
+                "query", "claim", "release", "set", "get_value", "values", "watch_value",
                 "append", "read", "delete", "expire", "migrate",
             ),
         )  # fmt: skip

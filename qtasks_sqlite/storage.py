@@ -50,7 +50,7 @@ class SqliteStorage(Storage):
             survives=survives,
             durability=words,
             unsupported=(
-                "query", "claim", "release", "set", "get_value", "watch_value",
+                "query", "claim", "release", "set", "get_value", "values", "watch_value",
                 "append", "read", "delete", "expire", "migrate",
             ),
         )  # fmt: skip

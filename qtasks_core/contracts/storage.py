@@ -69,6 +69,10 @@ class Storage(ABC):
         """Return a shared value."""
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
+    async def values(self, prefix: str) -> dict[str, bytes]:
+        """Return the shared values whose key starts with `prefix`, by key."""
+        raise NotSupported(f"{type(self).__name__} has no shared values yet")
+
     def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
         """Iterate over a shared value: as it is now, then each change."""
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
