@@ -21,8 +21,8 @@ def check_one_task(installation: Installation, url: str) -> None:
     assert file.startswith(str(installation.directory)), "another copy was imported"
 
 
-def test_alone_it_needs_two_packages(bare: Installation) -> None:
-    assert bare.packages() == {"qtasks", "msgspec", "uuid_utils"}
+def test_alone_it_needs_three_packages(bare: Installation) -> None:
+    assert bare.packages() == {"qtasks", "click", "msgspec", "uuid_utils"}
 
 
 def test_every_package_but_the_kit_imports_without_an_extra(bare: Installation) -> None:
