@@ -183,7 +183,10 @@ class Guarantees(Struct, frozen=True, kw_only=True):
 
 
 class TaskQuery(Struct, frozen=True, kw_only=True):
-    """Which records to list, newest first. Fields left None do not filter."""
+    """Which records to list, newest first. Fields left None do not filter.
+
+    `created_after` is inclusive, `created_before` is not; `limit` is at least 1.
+    """
 
     status: tuple[Status, ...] | None = None
     task_name: str | None = None
@@ -210,7 +213,7 @@ class Claim(Struct, frozen=True):
     expires_at: float
 
 
-class Command(Struct, frozen=True, kw_only=True):
+class Command(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """A word to every worker of a namespace."""
 
     name: str
