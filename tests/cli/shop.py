@@ -38,7 +38,7 @@ async def tomorrow(day: date) -> date:
 
 
 @app.task(name="untyped")
-async def untyped(value, *more, **named):  # type: ignore[no-untyped-def]
+async def untyped(value, *more, **named):
     return {"value": value, "more": more, "named": named, "bytes": b"\xff", "set": {1}}
 
 

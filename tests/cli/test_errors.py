@@ -66,7 +66,7 @@ def test_a_server_out_of_reach(url: str, arguments: tuple[str, ...]) -> None:
 def test_a_scheme_that_nobody_serves() -> None:
     said = Command({"QTASKS_BROKER_URL": "foo://me:hidden@host"})("queues", app=None)
     assert said.code == 2
-    assert said.error.startswith("qtasks: QTASKS_APP nowhere: ModuleNotFoundError: No module")
+    assert said.error.startswith("qtasks: no backend for foo:// is installed; there are: amqp,")
 
 
 def test_a_directory_that_is_not_there() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,7 +119,8 @@ def test_all_dead_tasks_at_once(qtasks: Command) -> None:
 @pytest.mark.parametrize("command", ["revive", "drop"])
 def test_which_dead_tasks_has_to_be_said(qtasks: Command, command: str) -> None:
     uuid = qtasks.ok("call", "add", "1", "2").line
-    for arguments in ((), (uuid, "--all"), ("--name", "add"), (uuid, "--name", "add")):
+    wrong: list[list[str]] = [[], [uuid, "--all"], ["--name", "add"], [uuid, "--name", "add"]]
+    for arguments in wrong:
         said = qtasks("dead", command, *arguments)
         assert said.code == 2
         assert "name the tasks by uuid, or choose them by --all and its options" in said.err
@@ -134,10 +136,10 @@ def test_migrate_says_what_each_part_did(qtasks: Command) -> None:
     assert qtasks.ok("migrate").out.count("up to date") == 2
 
 
-def ended(qtasks: Command, uuid: str) -> dict[str, object]:
+def ended(qtasks: Command, uuid: str) -> dict[str, Any]:
     """Wait for a task's end and return what is known of it."""
     for _ in range(100):
-        found: dict[str, object] = qtasks.ok("status", uuid, "--json").json
+        found: dict[str, Any] = qtasks.ok("status", uuid, "--json").json
         if found["finished_at"] is not None:
             return found
     raise AssertionError(f"{uuid} never ended")

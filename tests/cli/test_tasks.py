@@ -93,9 +93,7 @@ def test_a_wrong_call_is_one_line(
 def test_without_an_app_no_task_is_known_but_what_is_included(qtasks: Command) -> None:
     said = qtasks("call", "apart", "1", app=None)
     assert said.code == 2
-    assert (
-        said.error == "qtasks: no task 'apart': say where tasks are by -A module:app or --include"
-    )
+    assert said.error.endswith("'apart': say where tasks are by -A module:app or --include")
     assert qtasks.ok("call", "apart", "1", "--include", "tests.cli.shop", app=None).line
 
 
@@ -106,12 +104,3 @@ def test_a_uuid_that_nobody_knows(qtasks: Command) -> None:
     said = qtasks("status", "soon")
     assert said.code == 2
     assert "'soon' is not a valid UUID" in said.err
-
-
-def test_python_dash_m_and_the_script_are_one() -> None:
-    from importlib.metadata import entry_points
-
-    from qtasks.cli import main
-
-    (script,) = entry_points(group="console_scripts", name="qtasks")
-    assert script.load() is main
