@@ -7,14 +7,13 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
-from threading import Lock
 from types import ModuleType
 from typing import Any
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.io_thread import refuse_running_loop
-from qtasks.lifecycle import START_TIMEOUT
-from qtasks.parts import find_parts
+from qtasks.lifecycle import START_TIMEOUT, process_lock
+from qtasks.parts import given_parts
 from qtasks.serializers import MsgpackSerializer
 from qtasks.submitting import Submitting
 from qtasks.working import RunningWorker, WorkerOptions, serve, working
@@ -42,7 +41,7 @@ class App(Submitting):
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
         name = name or os.environ.get("QTASKS_NAME") or "qtasks"
-        super().__init__(name, *find_parts(broker, storage), max_payload)
+        super().__init__(name, *given_parts(broker, storage), max_payload)
         self.definitions: dict[str, TaskDefinition] = {}
 
     def register(self, definition: TaskDefinition) -> None:
@@ -104,13 +103,12 @@ class App(Submitting):
 
 
 _default: App | None = None
-_default_lock = Lock()
 
 
 def default_app() -> App:
     """Return `QTASKS_APP=module:app`, else the process's default app, which starts by itself."""
     global _default
-    with _default_lock:
+    with process_lock():
         if _default is None:
             named = os.environ.get("QTASKS_APP")
             _default = import_app(named, "QTASKS_APP") if named else App()

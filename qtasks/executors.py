@@ -40,11 +40,18 @@ class ThreadExecutor(Executor):
     def bind(self, function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         """Return a coroutine function that awaits `function` in a thread."""
 
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except StopIteration as error:
+                # A future cannot hold it: whoever awaits it would wait for ever.
+                raise RuntimeError(f"the function raised {error!r}") from error
+
         async def run(*args: Any, **kwargs: Any) -> Any:
             if self._pool is None:
                 raise Closed("ThreadExecutor is not started")
-            call = partial(copy_context().run, function, *args, **kwargs)
-            return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+            in_context = partial(copy_context().run, call, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, in_context)
 
         return run
 

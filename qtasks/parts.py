@@ -13,10 +13,10 @@ from qtasks_core.lookup import resolve_broker, resolve_storage
 logger = logging.getLogger("qtasks")
 
 
-def find_parts(
+def given_parts(
     broker: Broker | str | None, storage: Storage | str | None
-) -> tuple[Broker, Storage]:
-    """Return the parts that the arguments name, else the environment, else the default."""
+) -> tuple[Broker | str, Storage | str]:
+    """Return what the arguments say of the parts, else the environment, else the default."""
     if broker is None and storage is None:
         broker = os.environ.get("QTASKS_BROKER_URL") or None
         storage = os.environ.get("QTASKS_STORAGE_URL") or None
@@ -29,6 +29,11 @@ def find_parts(
         if not isinstance(broker, str):
             raise ConfigurationError(f"{type(broker).__name__} needs storage= beside it")
         storage = broker
+    return broker, storage
+
+
+def built_parts(broker: Broker | str, storage: Storage | str) -> tuple[Broker, Storage]:
+    """Return the parts themselves, new ones where they were given as URLs."""
     return (
         resolve_broker(broker) if isinstance(broker, str) else broker,
         resolve_storage(storage) if isinstance(storage, str) else storage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -27,12 +27,16 @@ from qtasks_core.separate import record_of
 
 PUBLISH_TIMEOUT = 30.0
 """Seconds after which a write that is not confirmed is an error, where no timeout is given."""
+_LOOK = 1.0
+"""Seconds in which what is known of a late task is looked up."""
 
 
 class Submitting(Lifecycle):
     """What an app does for callers. Each call has a twin that blocks on the same crossing."""
 
-    def __init__(self, name: str, broker: Broker, storage: Storage, max_payload: int) -> None:
+    def __init__(
+        self, name: str, broker: Broker | str, storage: Storage | str, max_payload: int
+    ) -> None:
         super().__init__(name, broker, storage)
         self.max_payload = max_payload
 
@@ -150,11 +154,10 @@ class Submitting(Lifecycle):
                 return await reply.future
         except TimeoutError:
             self._io().post(client.forget, uuid, reply)
-            look = self._io().run(client.get, [uuid], time.monotonic())
         except asyncio.CancelledError:
             self._io().post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, await _known(look))
+        raise _late(uuid, timeout, await self._io().run(_known, client, uuid))
 
     def _ended_blocking(
         self,
@@ -167,14 +170,18 @@ class Submitting(Lifecycle):
             return reply.result(timeout)
         except TimeoutError:
             self._io().post(client.forget, uuid, reply)
-        look = self._io().run_blocking(_known, client.get([uuid], time.monotonic()))
-        raise _late(uuid, timeout, look)
+        except KeyboardInterrupt:
+            self._io().post(client.forget, uuid, reply)
+            raise
+        raise _late(uuid, timeout, self._io().run_blocking(_known, client, uuid))
 
 
-async def _known(look: Awaitable[list[schemas.Task | None]]) -> schemas.Task | None:
+async def _known(client: Client, uuid: str) -> schemas.Task | None:
+    """Return what is known of a late task; it is not worth waiting long for."""
     try:
-        return (await look)[0]
-    except Unavailable:
+        async with asyncio.timeout(_LOOK):
+            return (await client.get([uuid], 0.0))[0]
+    except (Unavailable, TimeoutError):
         return None
 
 

@@ -15,6 +15,7 @@ from msgspec import Struct
 from qtasks.balancers import Greedy
 from qtasks.engine.runner import Runner
 from qtasks.engine.worker import Worker
+from qtasks.lifecycle import START_TIMEOUT
 from qtasks_core import Balancer, Guarantees
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class RunningWorker:
 
 @asynccontextmanager
 async def working(
-    app: App, options: WorkerOptions, start_timeout: float
+    app: App, options: WorkerOptions, start_timeout: float = START_TIMEOUT
 ) -> AsyncIterator[RunningWorker]:
     """Run a worker of `app` on this loop while the block runs."""
     await app.start(start_timeout)
@@ -116,12 +117,23 @@ async def _until_signalled(app: App, options: WorkerOptions) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signal_arrived)
-    async with working(app, options, float("inf")) as worker:
-        stopping = asyncio.create_task(signalled.wait())
-        await asyncio.wait({stopping, worker.ended}, return_when=asyncio.FIRST_COMPLETED)
+    stopping = asyncio.create_task(signalled.wait())
+    starting = asyncio.create_task(app.start(float("inf")))
+    await asyncio.wait({stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait({starting})
+        logger.info("stopped before the servers could be reached")
+        return
+    await starting
+    try:
+        async with working(app, options) as worker:
+            await asyncio.wait({stopping, worker.ended}, return_when=asyncio.FIRST_COMPLETED)
+            on_signal = worker.give_back
+            logger.info("worker %s stops: running tasks have %s s", worker.id, options.grace)
+    finally:
         stopping.cancel()
-        on_signal = worker.give_back
-        logger.info("worker %s stops: running tasks have %s s", worker.id, options.grace)
+        await app.stop()
 
 
 def describe(part: Guarantees) -> str:

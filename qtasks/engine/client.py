@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.gatherer import Gatherer
-from qtasks.engine.reply import Reply
+from qtasks.engine.reply import Reply, anew
 from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
 from qtasks_core.errors import Closed, Refused, Unavailable
 
@@ -54,6 +54,13 @@ class Client:
 
     async def start(self, deadline: float) -> None:
         """Connect both parts. Raises `Unavailable` when that has not worked by the deadline."""
+        try:
+            await self._start_parts(deadline)
+        except BaseException:
+            await self._stop_parts()
+            raise
+
+    async def _start_parts(self, deadline: float) -> None:
         backoff = Backoff()
         while True:
             try:
@@ -66,7 +73,6 @@ class Client:
                 pause = backoff.next()
                 late = asyncio.get_running_loop().time() + pause > deadline
                 if late or not isinstance(error, Unavailable):
-                    await self._stop_parts()
                     raise error from None
                 logger.warning("%s; trying again", error)
                 await asyncio.sleep(pause)
@@ -75,17 +81,14 @@ class Client:
         """End all waits with `Closed` and disconnect."""
         closed = Closed(f"the app {self.name!r} was stopped")
         for submission in await self._submissions.close():
-            submission.reply.fail(closed)
+            submission.reply.fail(anew(closed))
         await self._watches.close()
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait({self._listening})
         if self._inbox is not None:
             await self._inbox.close()
-        for replies in self._waiters.values():
-            for reply in replies:
-                reply.fail(closed)
-        self._waiters.clear()
+        self._fail_waits(list(self._waiters), closed)
         await self._stop_parts()
 
     async def _stop_parts(self) -> None:
@@ -179,7 +182,12 @@ class Client:
 
     def _fail_all(self, batch: list[Submission], error: BaseException) -> None:
         for submission in batch:
-            self._fail(submission, error)
+            self._fail(submission, anew(error))
+
+    def _fail_waits(self, uuids: Sequence[str], error: BaseException) -> None:
+        for uuid in uuids:
+            for reply in self._waiters.pop(uuid, ()):
+                reply.fail(anew(error))
 
     async def _watch(self, uuids: list[str]) -> None:
         backoff = Backoff()
@@ -187,14 +195,14 @@ class Client:
             try:
                 inbox = await self._open_inbox()
                 await inbox.watch(waiting)
+                # Those that were taken back meanwhile.
+                inbox.forget([uuid for uuid in waiting if uuid not in self._waiters])
                 return
             except Unavailable as error:
                 logger.warning("waiting for results: %s; trying again", error)
                 await asyncio.sleep(backoff.next())
             except Exception as error:  # noqa: BLE001  # raised at each caller
-                for uuid in waiting:
-                    for reply in self._waiters.pop(uuid, ()):
-                        reply.fail(error)
+                self._fail_waits(waiting, error)
                 return
 
     async def _open_inbox(self) -> Inbox:
@@ -205,7 +213,11 @@ class Client:
             return self._inbox
 
     async def _listen(self, inbox: Inbox) -> None:
-        """Hand arriving records to who waits for them, for ever."""
+        """Hand arriving records to who waits for them, for ever.
+
+        When the inbox fails in an unknown way all waits end with that error, and the next wait
+        opens another inbox.
+        """
         backoff = Backoff()
         while True:
             try:
@@ -214,6 +226,12 @@ class Client:
                 logger.warning("waiting for results: %s; trying again", error)
                 await asyncio.sleep(backoff.next())
                 continue
+            except Exception as error:  # raised at each caller
+                logger.error("waiting for results failed: %s", error, exc_info=error)
+                self._inbox = None
+                self._fail_waits(list(self._waiters), error)
+                await inbox.close()
+                return
             backoff.reset()
             for task in tasks:
                 for reply in self._waiters.pop(task.uuid, ()):

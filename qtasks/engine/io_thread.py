@@ -7,6 +7,7 @@ acknowledgements go on while user code blocks its own loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Coroutine
 from threading import Lock, Thread
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.reply import LoopReply, Reply, ThreadReply
 
+logger = logging.getLogger("qtasks")
 T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[Any, ...]]
 
@@ -61,12 +63,26 @@ class IOThread:
         result: T = self.ask_blocking(self._answer, call, args)
         return result
 
+    def spawn(self, call: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        """Run a coroutine function on the I/O loop; nobody waits for it, a failure is logged."""
+        self.post(self._answer, call, args, _Logged())
+
     def _answer(
         self, call: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...], reply: Reply[T]
     ) -> None:
         task = self.loop.create_task(answer(call(*args), reply))
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
+
+
+class _Logged(Reply[None]):
+    """To the log, where it is a failure."""
+
+    def set(self, value: None) -> None:
+        """Have nothing to say."""
+
+    def fail(self, error: BaseException) -> None:
+        logger.error("in the background: %s", error, exc_info=error)
 
 
 async def answer(call: Coroutine[Any, Any, T], reply: Reply[T]) -> None:

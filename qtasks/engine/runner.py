@@ -36,7 +36,6 @@ class Runner:
         self._definitions = definitions
         self._running: dict[Job, asyncio.Task[None]] = {}
         self._ended: list[Job] = []
-        self._given_back: set[Job] = set()
         self._finished: Mailbox[Job] | None = None
         self.inbox: Mailbox[Job] = Mailbox(self._loop, self._start)
         """Where the worker posts jobs to run."""
@@ -50,14 +49,20 @@ class Runner:
         self._loop.call_soon_threadsafe(self._cancel_all)
 
     def _cancel_all(self) -> None:
-        for job, task in self._running.items():
-            self._given_back.add(job)
+        for task in self._running.values():
             task.cancel()
 
     def stop(self) -> None:
         """Free the executors."""
         for executor in self._executors.values():
             executor.stop()
+
+    def _call_of(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
+        """Return the compiled call of a task; one may be declared while the worker runs."""
+        call = self._calls.get(definition.name)
+        if call is None:
+            call = self._calls[definition.name] = self._compile(definition)
+        return call
 
     def _compile(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
         """Return what runs one job of this task: decode, then the function in its executor."""
@@ -77,9 +82,10 @@ class Runner:
     async def _run(self, job: Job) -> None:
         definition = self._definitions[job.message.task_name]
         try:
-            result = await self._calls[definition.name](job)
+            result = await self._call_of(definition)(job)
         except asyncio.CancelledError:
-            if job not in self._given_back:
+            # Cancelled from outside, by `give_back` or with all of its loop, it runs again.
+            if not self._running[job].cancelling():
                 self._fail(job, "CancelledError: the function cancelled itself", None, None)
         except Retry as retry:
             after = _usual_delay(job.message.attempt) if retry.after is None else retry.after
@@ -92,7 +98,6 @@ class Runner:
             self._succeed(job, definition, result)
         finally:
             del self._running[job]
-            self._given_back.discard(job)
             self._hand_over(job)
 
     def _succeed(self, job: Job, definition: TaskDefinition, result: Any) -> None:

@@ -98,6 +98,9 @@ class Worker:
         subscription = await self._persist(self._subscribe, self._stopping)
         if subscription is None:
             return
+        if self._stopping.is_set():
+            await subscription.close()
+            return
         self._subscription = subscription
         async with asyncio.TaskGroup() as group:
             self._ends = Gatherer(

@@ -10,6 +10,7 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from qtasks import AsyncRouter
 from qtasks.asyncio import QueueTasks
@@ -57,8 +58,8 @@ async def block(number: int, seconds: float) -> int:
 class CountingApp(QueueTasks):
     """Its composition writes down what the storage said of each final record."""
 
-    async def _start(self, timeout: float) -> None:
-        await super()._start(timeout)
+    async def _start(self, timeout: float, entry: Any) -> None:
+        await super()._start(timeout, entry)
         client = self._client
         if client is not None and not isinstance(client.composition, Counted):
             client.composition = Counted(client.composition)
