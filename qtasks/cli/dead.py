@@ -41,7 +41,7 @@ def list_dead(session: Session, /, limit: int, as_json: bool, **by: Any) -> None
         print_rows(rows, columns, as_json)
 
 
-def chosen(command: Any) -> Any:
+def choosing(command: Any) -> Any:
     """Add what says which dead tasks are meant."""
     command = filters(command)
     command = click.option("--all", "every", is_flag=True, help="All that the options choose.")(
@@ -51,7 +51,7 @@ def chosen(command: Any) -> Any:
 
 
 @dead.command()
-@chosen
+@choosing
 @json_option
 @pass_session
 def revive(
@@ -71,11 +71,11 @@ def revive(
         def row(uuid: str, outcome: Outcome) -> Row:
             return {"uuid": uuid, "revived_as": outcome.there and outcome.there.uuid}
 
-        apply(app, operation, uuids, by, as_json, "reviving", row)
+        apply(operation, named(app, uuids, by, False), as_json, "reviving", row)
 
 
 @dead.command()
-@chosen
+@choosing
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @json_option
 @pass_session
@@ -91,7 +91,8 @@ def drop(
         def operation(batch: list[str]) -> list[Outcome]:
             return app.control_blocking(control.drop, batch)
 
-        apply(app, operation, uuids, by, as_json, "dropping", lambda uuid, _: {"uuid": uuid})
+        chosen = named(app, uuids, by, True)
+        apply(operation, chosen, as_json, "dropping", lambda uuid, _: {"uuid": uuid})
 
 
 def refuse_both(uuids: tuple[UUID, ...], every: bool, by: dict[str, Any]) -> None:
@@ -101,28 +102,29 @@ def refuse_both(uuids: tuple[UUID, ...], every: bool, by: dict[str, Any]) -> Non
         raise click.UsageError("name the tasks by uuid, or choose them by --all and its options")
 
 
+def named(app: App, uuids: tuple[UUID, ...], by: dict[str, Any], undecodable: bool) -> list[str]:
+    """Return the chosen tasks, all of them before the first is touched: what a revived task
+    becomes meanwhile is not among them.
+    """
+    return [str(uuid) for uuid in uuids] or [
+        record.uuid
+        for record in records_of(app, query_of(dead=True, **by))
+        if undecodable or record.encoding != "raw"
+    ]
+
+
 def apply(
-    app: App,
     operation: Operation,
-    uuids: tuple[UUID, ...],
-    by: dict[str, Any],
+    uuids: list[str],
     as_json: bool,
     label: str,
     row: Callable[[str, Outcome], Row],
 ) -> None:
-    """Work through the chosen tasks, batch by batch; raise `Refused` in the end if any was."""
-    # All are known before the first is touched: what is revived meanwhile is not among them.
-    named = [str(uuid) for uuid in uuids] or [
-        record.uuid
-        for record in records_of(app, query_of(dead=True, **by))
-        if record.encoding != "raw" or label == "dropping"
-    ]
+    """Work through tasks, batch by batch; raise `Refused` in the end if any was."""
     refused: list[str] = []
-    with click.progressbar(
-        length=len(named), label=label, file=sys.stderr, hidden=not sys.stderr.isatty()
-    ) as bar:
-        for at in range(0, len(named), _BATCH):
-            batch = named[at : at + _BATCH]
+    with click.progressbar(length=len(uuids), label=label, file=sys.stderr, hidden=quiet()) as bar:
+        for at in range(0, len(uuids), _BATCH):
+            batch = uuids[at : at + _BATCH]
             for uuid, outcome in zip(batch, operation(batch), strict=True):
                 if outcome.status == "refused":
                     refused.append(outcome.reason)
@@ -134,3 +136,8 @@ def apply(
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise Refused(refused[0] + more)
+
+
+def quiet() -> bool:
+    """Whether a progress bar would stand in a file, or between the lines of a terminal."""
+    return not sys.stderr.isatty() or sys.stdout.isatty()

@@ -34,28 +34,17 @@ def code_of(error: QTasksError) -> int:
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
 
 
-class Failure(click.ClickException):
-    """An error as one line on stderr and an exit code; a traceback would tell a user nothing."""
-
-    def __init__(self, error: QTasksError) -> None:
-        super().__init__((str(error) or type(error).__name__).splitlines()[0])
-
-    def show(self, file: object = None) -> None:
-        """Write the line."""
-        click.echo(f"qtasks: {self.message}", err=True)
-
-
 class Root(click.Group):
     """The outermost command."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command. Errors of ours become lines; what is left is a bug and stays whole."""
+        """Run the command. An error of ours is one line and an exit code; others are bugs."""
         try:
             return super().invoke(ctx)
         except QTasksError as error:
-            failure = Failure(error)
-            failure.exit_code = code_of(error)  # type: ignore[misc]  # click's own way to set it
-            raise failure from None
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            click.echo(f"qtasks: {line}", err=True)
+            ctx.exit(code_of(error))
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})

@@ -71,7 +71,8 @@ def call(
         if as_json:
             print_fields(task_row(app, record), True)
         if record.status in ("error", "cancel"):
-            raise Ended(f"task {name} {record.uuid} ended in {record.status!r}: {record.error}")
+            why = f": {record.error}" if record.error else ""
+            raise Ended(f"task {name} {record.uuid} ended in {record.status!r}{why}")
         if not as_json and wait is None:
             click.echo(record.uuid)
         elif not as_json:
@@ -102,26 +103,24 @@ def status(session: Session, uuid: UUID, as_json: bool) -> None:
         print_fields(task_row(app, record), as_json)
 
 
-class Moment(click.ParamType[float]):
-    """A time of day or date in ISO 8601, local unless it has an offset; a Unix time in Python."""
-
-    name = "time"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return Unix time in seconds."""
-        try:
-            return datetime.fromisoformat(value).timestamp()
-        except ValueError:
-            self.fail(f"{value!r} is not a time like 2030-01-31T12:00", param, ctx)
+def moment(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """Return the Unix time of a date or time in ISO 8601, local unless it has an offset."""
+    try:
+        return None if value is None else datetime.fromisoformat(value).timestamp()
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a time like 2030-01-31T12:00") from None
 
 
 def filters(command: Any) -> Any:
     """Add the options that choose tasks."""
     for option in (
-        click.option("--before", type=Moment(), help="Enqueued before, e.g. 2030-01-31T12:00."),
-        click.option("--after", type=Moment(), help="Enqueued after."),
+        click.option(
+            "--before",
+            metavar="TIME",
+            callback=moment,
+            help="Enqueued before, e.g. 2030-01-31T12:00.",
+        ),
+        click.option("--after", metavar="TIME", callback=moment, help="Enqueued after."),
         click.option("--name", help="The task's name."),
         click.option("--queue", help="The task's queue."),
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from qtasks.cli.session import Session, include_option, pass_session, split
+from qtasks_core.errors import ConfigurationError
 
 
 @click.command()
@@ -40,4 +41,9 @@ def run(
 
         run_reloading([name.partition(":")[0] for name in (session.path or "", *include) if name])
     app = session.app(include)
+    if not app.definitions:
+        raise ConfigurationError(
+            "no task is known that a worker could run: name the app by -A module:app, "
+            "or modules with routers by --include"
+        )
     app.run_forever(queues=split(queues) or None, concurrency=concurrency, grace=grace)

@@ -63,6 +63,18 @@ def test_a_server_out_of_reach(url: str, arguments: tuple[str, ...]) -> None:
     assert "hidden" not in said.error
 
 
+def test_a_worker_without_tasks_would_put_back_all_it_gets(qtasks: Command) -> None:
+    said = qtasks("run", app=None)
+    assert (said.code, said.out) == (2, "")
+    assert said.error.startswith("qtasks: no task is known that a worker could run")
+
+
+def test_a_time_that_is_none(qtasks: Command) -> None:
+    said = qtasks("tasks", "--after", "soon")
+    assert said.code == 2
+    assert "'soon' is not a time like 2030-01-31T12:00" in said.err
+
+
 def test_a_scheme_that_nobody_serves() -> None:
     said = Command({"QTASKS_BROKER_URL": "foo://me:hidden@host"})("queues", app=None)
     assert said.code == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 
 from qtasks_core import Running, WorkerInfo
 from qtasks_core.lookup import resolve_storage
-from tests.cli.command import Command
+from tests.cli.command import SHOP, Command, inherited
+from tests.processes import ROOT
 
 REVIVED_FROM = "revived_from"
 
@@ -159,3 +162,24 @@ def ended(qtasks: Command, uuid: str) -> dict[str, Any]:
         if found["finished_at"] is not None:
             return found
     raise AssertionError(f"{uuid} never ended")
+
+
+@pytest.mark.usefixtures("worker")
+def test_many_tasks_have_a_progress_bar_on_the_terminal(qtasks: Command) -> None:
+    dead = {qtasks("call", "divide", "1", "0", "--wait", "20").error.split()[3] for _ in range(2)}
+    ours, theirs = os.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "qtasks", "-A", SHOP, "dead", "revive", "--all"],
+            cwd=ROOT,
+            env={**inherited(), **qtasks.environment},
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            timeout=60,
+            check=True,
+        )
+        assert {line.split()[0] for line in done.stdout.decode().splitlines()} == dead
+        assert "reviving" in os.read(ours, 10_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
