@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from datetime import date, timedelta
+from decimal import Decimal
 
 import pytest
 
 import qtasks
 from qtasks import NotSupported, control
 from qtasks.asyncio import QueueTasks
-from qtasks_core import TaskQuery
+from qtasks.cli.output import plain, task_row
+from qtasks.engine.client import Client
+from qtasks_core import Task, TaskQuery
 from qtasks_memory import MemoryStorage
 
 
@@ -88,3 +93,41 @@ async def test_what_a_part_cannot_do_is_raised_where_it_was_asked(
     async with QueueTasks("control-cannot", "memory://") as app:
         with pytest.raises(NotSupported, match="lists nothing"):
             await asyncio.wait_for(app.control(control.query, TaskQuery()), 5)
+
+
+async def test_what_was_never_decoded_cannot_be_revived_but_dropped() -> None:
+    app = QueueTasks("control-raw", "memory://")
+    raw = Task(
+        uuid="7d44a4a8-0d7d-5d6a-8d3c-0b7a4f5d2c11",
+        task_name="",
+        status="error",
+        args=b"\xc1\x00",
+        encoding="raw",
+        error="not a message",
+        dead="undecodable",
+    )
+    async with app:
+        await app.control(save, raw)
+        (outcome,) = await app.control(control.revive, [raw.uuid])
+        assert outcome.status == "refused"
+        assert outcome.reason == f"task {raw.uuid} was never decoded: not a message"
+        assert task_row(app, raw)["raw"] == b"\xc1\x00"
+        assert (await app.control(control.drop, [raw.uuid]))[0].status == "done"
+        assert await app.get(raw.uuid) is None
+
+
+async def save(client: Client, record: Task) -> None:
+    await client.storage.save([record])
+
+
+def test_values_that_json_does_not_know_are_said_as_text() -> None:
+    said = plain({
+        1: (Decimal("1.5"), date(2030, 1, 31), b"\xff", float("nan"), 1 << 70, {2}),
+        "complex": 1j,
+        "delta": timedelta(seconds=90),
+    })  # fmt: skip
+    assert json.loads(json.dumps(said, allow_nan=False)) == {
+        "1": ["1.5", "2030-01-31", "/w==", "nan", 1 << 70, [2]],
+        "complex": "1j",
+        "delta": "PT90S",
+    }
