@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from qtasks.definition import TaskDefinition
@@ -109,17 +111,34 @@ def default_app() -> App:
     with process_lock():
         if _default is None:
             named = os.environ.get("QTASKS_APP")
-            _default = _import_app(named) if named else App()
+            _default = import_app(named, "QTASKS_APP") if named else App()
             _default.starts_itself = True
         return _default
 
 
-def _import_app(name: str) -> App:
-    module, colon, attribute = name.partition(":")
-    try:
-        app = getattr(import_module(module), attribute) if colon else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"QTASKS_APP={name}: {error}") from error
+def import_app(path: str, named_by: str) -> App:
+    """Return the app that `module:app` names. Raises `ConfigurationError`, beginning `named_by`."""
+    name, _, attribute = path.partition(":")
+    module = import_named(name, named_by)
+    app = getattr(module, attribute, None)
     if not isinstance(app, App):
-        raise ConfigurationError(f"QTASKS_APP={name} does not name an app; write module:app")
+        apps = [key for key, value in vars(module).items() if isinstance(value, App)]
+        known = " or ".join(f"{name}:{key}" for key in apps) or "module:app"
+        raise ConfigurationError(f"{named_by} {path}: that does not name an app; write {known}")
     return app
+
+
+def import_named(name: str, named_by: str) -> ModuleType:
+    """Import a module that a user named. Raises `ConfigurationError`, beginning `named_by`."""
+    try:
+        return import_module(name)
+    except Exception as error:
+        # Whatever the module raises belongs in the one line, with the place where it did.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        inside = (
+            ""
+            if isinstance(error, ImportError) and "importlib" in last.filename
+            else (f" ({last.filename}:{last.lineno})")
+        )
+        message = f"{named_by} {name}: {type(error).__name__}: {error}{inside}"
+        raise ConfigurationError(message) from error

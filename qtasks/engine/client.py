@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from qtasks.engine.backoff import Backoff
+from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.reply import Reply, anew
 from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
@@ -123,15 +124,7 @@ class Client:
 
     async def get(self, uuids: Sequence[str], deadline: float) -> list[Task | None]:
         """Return the newest records. Raises `Unavailable` past the deadline."""
-        backoff = Backoff()
-        while True:
-            try:
-                return await self.storage.get(uuids)
-            except Unavailable:
-                pause = backoff.next()
-                if asyncio.get_running_loop().time() + pause > deadline:
-                    raise
-                await asyncio.sleep(pause)
+        return await repeat(partial(self.storage.get, uuids), deadline)
 
     async def _submit(self, batch: list[Submission]) -> None:
         """Flush one batch: repeat until each item has its answer or is past its deadline."""
