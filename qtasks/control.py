@@ -11,9 +11,8 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from uuid import UUID, uuid5
 
-import msgspec
-
 from qtasks.engine.client import Client
+from qtasks.engine.registry import workers_alive
 from qtasks.engine.reply import LoopReply
 from qtasks_core import (
     DONE,
@@ -33,8 +32,6 @@ REVIVED_FROM = "revived_from"
 _OF_THE_ENGINE = "qtasks-"
 """Headers that begin so are the story of one message, and end with it."""
 _REVIVED = UUID("6d0b6f2e-5a55-4f0c-9d5e-3b6c2a5f8a10")
-_WORKERS = "worker/"
-_worker = msgspec.msgpack.Decoder(WorkerInfo)
 _SUBMIT_TIMEOUT = 30.0
 
 
@@ -67,8 +64,7 @@ async def purge(client: Client, queue: str) -> int:
 
 async def workers(client: Client) -> list[WorkerInfo]:
     """Return what the workers said of themselves lately. Raises `NotSupported`."""
-    found = await client.storage.values(_WORKERS)
-    return [_worker.decode(found[key]) for key in sorted(found)]
+    return await workers_alive(client.storage)
 
 
 async def migrate(client: Client) -> dict[str, bool]:
