@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,10 @@ def test_which_dead_tasks_has_to_be_said(qtasks: Command, command: str) -> None:
 
 async def test_workers_are_those_that_told_of_themselves(qtasks: Command) -> None:
     assert qtasks.ok("workers", "--json").rows == []
+    now = time.time()
     worker = WorkerInfo(
         id="w1", host="here", pid=7, queues=("mail", "slow"), concurrency=3,
-        running=(Running("u1", "add", 1e9),), started_at=1e9, seen_at=1e9 + 5, version="1.0",
+        running=(Running("u1", "add", 1e9),), started_at=1e9, seen_at=now, version="1.0",
     )  # fmt: skip
     storage = resolve_storage(qtasks.environment["QTASKS_BROKER_URL"])
     await storage.start("qtasks")
@@ -138,7 +140,7 @@ async def test_workers_are_those_that_told_of_themselves(qtasks: Command) -> Non
     await storage.stop()
     (row,) = qtasks.ok("workers", "--json").rows
     assert (row["id"], row["host"], row["queues"], row["seen_at"]) == (
-        "w1", "here", ["mail", "slow"], 1e9 + 5,
+        "w1", "here", ["mail", "slow"], now,
     )  # fmt: skip
     assert row["running"] == [{"uuid": "u1", "task_name": "add", "started_at": 1e9}]
     assert "w1  here  7    mail, slow" in qtasks.ok("workers").out
