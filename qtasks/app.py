@@ -90,16 +90,34 @@ class App(Submitting):
         concurrency: int = 100,
         grace: float | None = 30.0,
         balancer: Balancer | None = None,
+        processes: int | None = None,
+        max_tasks: int | None = None,
+        max_memory: int | None = None,
+        health_port: int | None = None,
+        health_host: str = "127.0.0.1",
     ) -> None:
         """Be a worker process until SIGTERM or SIGINT; a second signal gives running tasks back.
 
-        Waits for servers that are not there yet. Raises `ConfigurationError`.
+        `queues`, `concurrency`, `grace`, `balancer`: as for `worker`. Waits for servers that are
+        not there yet. Functions in threads that outlast the grace period are left behind: then
+        the process ends without coming back from here. Raises `ConfigurationError`.
+
+        `processes`: supervise so many worker processes instead, each started by the command of
+        this one, and start another where one ends. `max_tasks`, `max_memory` (bytes): a worker
+        stops, in order, after so many tasks or at that size; with `processes` another follows.
+        `health_port`: answer `/live` and `/ready` over HTTP at `health_host`.
         """
         refuse_running_loop()
         options = WorkerOptions(
-            queues=queues, concurrency=concurrency, grace=grace, balancer=balancer
+            queues=queues,
+            concurrency=concurrency,
+            grace=grace,
+            balancer=balancer,
+            max_tasks=max_tasks,
+            max_memory=max_memory,
+            health=(health_host, health_port) if health_port is not None else None,
         )
-        serve(self, options)
+        serve(self, options, processes)
 
 
 _default: App | None = None

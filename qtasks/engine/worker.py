@@ -24,6 +24,7 @@ from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.job import Job
 from qtasks.engine.jobs import Jobs
 from qtasks.engine.keeping import Keeper
+from qtasks.engine.limits import Limits
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.reach import Reach
 from qtasks.engine.registry import Registration
@@ -74,10 +75,11 @@ class Worker:
         queues: Iterable[str],
         concurrency: int,
         balancer: Balancer,
+        limits: Limits,
     ) -> None:
         self.id = str(uuid7())
-        self.ended = 0
-        """How many runs have come to an end and are recorded."""
+        self.limits = limits
+        self._ended_count = 0
         self._client = client
         self._runner = runner
         self._known = known
@@ -155,6 +157,7 @@ class Worker:
     async def stop(self, grace: float | None) -> None:
         """Stop receiving, let running tasks finish for `grace` seconds, give the rest back."""
         self._stopping.set()
+        self.limits.close()
         self._jobs.notice()
         if self._subscription is not None:
             await self._subscription.close()
@@ -306,7 +309,7 @@ class Worker:
             if not isinstance(end, Job):
                 continue
             self._jobs.drop(end)
-            self.ended += 1
+            self._ended_count += 1
             if outcome.status == "refused" and not end.cancelled:
                 logger.warning(
                     "task %s %s: its end was refused (%s); another run of it counts",
@@ -315,6 +318,7 @@ class Worker:
                     outcome.reason,
                 )
         self._jobs.notice()
+        self.limits.look(self._ended_count)
 
     # -- commands ------------------------------------------------------------------------
 
