@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,17 @@ def test_the_page_shows_the_whole_package() -> None:
     shown = re.findall(r"^`(\S+)`:\n\n```\w+\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
     assert dict(shown) == files()
     assert PAGE.read_text().count("```") == 2 * len(shown)
+
+
+def test_it_is_typed(tmp_path: Path) -> None:
+    """Strictly, by what the contracts say of their types."""
+    here = shutil.copytree(STRANGER, tmp_path / "here")
+    ran = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path), "qtasks_shelf"],
+        cwd=here, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.fixture(scope="module")
