@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from qtasks.definition import TaskDefinition
@@ -88,16 +90,34 @@ class App(Submitting):
         concurrency: int = 100,
         grace: float | None = 30.0,
         balancer: Balancer | None = None,
+        processes: int | None = None,
+        max_tasks: int | None = None,
+        max_memory: int | None = None,
+        health_port: int | None = None,
+        health_host: str = "127.0.0.1",
     ) -> None:
         """Be a worker process until SIGTERM or SIGINT; a second signal gives running tasks back.
 
-        Waits for servers that are not there yet. Raises `ConfigurationError`.
+        `queues`, `concurrency`, `grace`, `balancer`: as for `worker`. Waits for servers that are
+        not there yet. Functions in threads that outlast the grace period are left behind: then
+        the process ends without coming back from here. Raises `ConfigurationError`.
+
+        `processes`: supervise so many worker processes instead, each started by the command of
+        this one, and start another where one ends. `max_tasks`, `max_memory` (bytes): a worker
+        stops, in order, after so many tasks or at that size; with `processes` another follows.
+        `health_port`: answer `/live` and `/ready` over HTTP at `health_host`.
         """
         refuse_running_loop()
         options = WorkerOptions(
-            queues=queues, concurrency=concurrency, grace=grace, balancer=balancer
+            queues=queues,
+            concurrency=concurrency,
+            grace=grace,
+            balancer=balancer,
+            max_tasks=max_tasks,
+            max_memory=max_memory,
+            health=(health_host, health_port) if health_port is not None else None,
         )
-        serve(self, options)
+        serve(self, options, processes)
 
 
 _default: App | None = None
@@ -109,17 +129,34 @@ def default_app() -> App:
     with process_lock():
         if _default is None:
             named = os.environ.get("QTASKS_APP")
-            _default = _import_app(named) if named else App()
+            _default = import_app(named, "QTASKS_APP") if named else App()
             _default.starts_itself = True
         return _default
 
 
-def _import_app(name: str) -> App:
-    module, colon, attribute = name.partition(":")
-    try:
-        app = getattr(import_module(module), attribute) if colon else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"QTASKS_APP={name}: {error}") from error
+def import_app(path: str, named_by: str) -> App:
+    """Return the app that `module:app` names. Raises `ConfigurationError`, beginning `named_by`."""
+    name, _, attribute = path.partition(":")
+    module = import_named(name, named_by)
+    app = getattr(module, attribute, None)
     if not isinstance(app, App):
-        raise ConfigurationError(f"QTASKS_APP={name} does not name an app; write module:app")
+        apps = [key for key, value in vars(module).items() if isinstance(value, App)]
+        known = " or ".join(f"{name}:{key}" for key in apps) or "module:app"
+        raise ConfigurationError(f"{named_by} {path}: that does not name an app; write {known}")
     return app
+
+
+def import_named(name: str, named_by: str) -> ModuleType:
+    """Import a module that a user named. Raises `ConfigurationError`, beginning `named_by`."""
+    try:
+        return import_module(name)
+    except Exception as error:
+        # Whatever the module raises belongs in the one line, with the place where it did.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        inside = (
+            ""
+            if isinstance(error, ImportError) and "importlib" in last.filename
+            else (f" ({last.filename}:{last.lineno})")
+        )
+        message = f"{named_by} {name}: {type(error).__name__}: {error}{inside}"
+        raise ConfigurationError(message) from error

@@ -13,6 +13,9 @@ from typing import Any
 from qtasks_core import Executor
 from qtasks_core.errors import Closed
 
+THREAD_NAME = "qtasks-task"
+"""What the names of threads begin with that run functions."""
+
 
 class LoopExecutor(Executor):
     """Runs coroutine functions on the worker's own loop."""
@@ -36,7 +39,7 @@ class ThreadExecutor(Executor):
 
     def start(self, concurrency: int) -> None:
         """Allow `concurrency` threads; each is started when it is first needed."""
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="qtasks-task")
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=THREAD_NAME)
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         """Return a coroutine function that awaits `function` in a thread."""

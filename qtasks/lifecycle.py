@@ -6,13 +6,20 @@ import asyncio
 import atexit
 import os
 import threading
-from typing import Any
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from qtasks.engine.backoff import repeat
 from qtasks.engine.client import Client
 from qtasks.engine.io_thread import IOThread, io_thread, refuse_running_loop
 from qtasks.parts import built_parts
 from qtasks_core import Broker, Guarantees, Storage
 from qtasks_core.errors import Closed
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 START_TIMEOUT = 10.0
 """Seconds in which the parts have to be reached when an app is entered."""
@@ -155,6 +162,33 @@ class Lifecycle:
         if client is None:
             raise self._not_started()
         return thread, client
+
+    async def control(
+        self,
+        operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Run a function of `qtasks.control` with the app's client, on the I/O thread.
+
+        Raises what it raises, and `Unavailable` when its server stays out of reach.
+        """
+        thread, client = await self.ready()
+        call = partial(operation, client, *args, **kwargs)
+        result: R = await thread.run(repeat, call, time.monotonic() + START_TIMEOUT)
+        return result
+
+    def control_blocking(
+        self,
+        operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Do as `control`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        call = partial(operation, client, *args, **kwargs)
+        result: R = thread.run_blocking(repeat, call, time.monotonic() + START_TIMEOUT)
+        return result
 
     def _not_started(self) -> Closed:
         return Closed(

@@ -13,12 +13,14 @@ from uuid_utils import uuid7
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.client import Client
+from qtasks.engine.registry import workers_alive
 from qtasks.engine.reply import LoopReply, ThreadReply
 from qtasks.lifecycle import START_TIMEOUT, Lifecycle
 from qtasks_core import Broker, Storage, TaskMessage, schemas
 from qtasks_core.errors import (
     Closed,
     ConfigurationError,
+    NotSupported,
     PayloadTooLarge,
     TaskTimeout,
     Unavailable,
@@ -147,6 +149,23 @@ class Submitting(Lifecycle):
         deadline = time.monotonic() + START_TIMEOUT
         return thread.run_blocking(client.get, [str(uuid)], deadline)[0]
 
+    async def cancel_task(self, uuid: str | UUID) -> bool:
+        """Cancel a task that has not ended; False: it had ended by itself before.
+
+        From then on it is cancelled for everybody. What runs of it is stopped soon after: an async
+        function is cancelled, a function in a process killed, of one in a thread the result is
+        dropped. Raises `UnknownTask`, `Unavailable`.
+        """
+        thread, client = await self.ready()
+        record = await thread.run(client.cancel, str(uuid), time.monotonic() + START_TIMEOUT)
+        return record.status == "cancel"
+
+    def cancel_task_blocking(self, uuid: str | UUID) -> bool:
+        """Do as `cancel_task`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        deadline = time.monotonic() + START_TIMEOUT
+        return thread.run_blocking(client.cancel, str(uuid), deadline).status == "cancel"
+
     async def _ended(
         self,
         client: Client,
@@ -163,7 +182,7 @@ class Submitting(Lifecycle):
         except asyncio.CancelledError:
             self._io().post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, await self._io().run(_known, client, uuid))
+        raise _late(uuid, timeout, *await self._io().run(_known, client, uuid))
 
     def _ended_blocking(
         self,
@@ -179,32 +198,47 @@ class Submitting(Lifecycle):
         except KeyboardInterrupt:
             self._io().post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, self._io().run_blocking(_known, client, uuid))
+        raise _late(uuid, timeout, *self._io().run_blocking(_known, client, uuid))
 
 
-async def _known(client: Client, uuid: str) -> schemas.Task | None:
-    """Return what is known of a late task; it is not worth waiting long for."""
+async def _known(client: Client, uuid: str) -> tuple[schemas.Task | None, list[str] | None]:
+    """Return what is known of a late task, and which workers listen to its queue (None: unknown).
+
+    It is not worth waiting long for.
+    """
+    record: schemas.Task | None = None
     try:
         async with asyncio.timeout(_LOOK):
-            return (await client.get([uuid], 0.0))[0]
-    except (Unavailable, TimeoutError):
-        return None
+            record = (await client.get([uuid], 0.0))[0]
+            alive = await workers_alive(client.storage)
+    except (Unavailable, TimeoutError, NotSupported):
+        return record, None
+    queue = record.queue if record is not None else None
+    return record, [f"{w.host}:{w.pid}" for w in alive if queue in w.queues]
 
 
-def _late(uuid: str, timeout: float | None, record: schemas.Task | None) -> TaskTimeout:
+def _late(
+    uuid: str, timeout: float | None, record: schemas.Task | None, workers: list[str] | None
+) -> TaskTimeout:
     if record is None:
         return TaskTimeout(
             f"task {uuid}: no end within {timeout} s, and no record of it can be read"
         )
     begun = {
-        "new": "no worker has begun it; does one listen to that queue?",
+        "new": "no worker has begun it",
         "scheduled": "it is not due yet",
         "process": f"worker {record.worker} runs it",
         "retry": f"attempt {record.attempt} failed ({record.error}) and it will run again",
     }
+    if workers is None:
+        listening = "whether a worker is alive is not known"
+    elif workers:
+        listening = f"{len(workers)} alive for that queue, {workers[0]} for one"
+    else:
+        listening = "no worker for that queue is alive"
     return TaskTimeout(
         f"task {record.task_name} {uuid} in queue {record.queue!r}: no end within {timeout} s; "
-        f"{begun.get(record.status, 'it has just ended')}"
+        f"{begun.get(record.status, 'it has just ended')}; {listening}"
     )
 
 

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
+from functools import partial
 
 from msgspec import Struct
 from msgspec.structs import replace
+from uuid_utils import uuid7
 
-from qtasks.engine.backoff import Backoff
+from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.reply import Reply, anew
-from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
-from qtasks_core.errors import Closed, Refused, Unavailable
+from qtasks_core import Broker, Command, Composition, Inbox, Outcome, Storage, Task, TaskMessage
+from qtasks_core.errors import Closed, NotSupported, Refused, Unavailable, UnknownTask
+from qtasks_core.records import FINAL
 
 logger = logging.getLogger("qtasks")
 
@@ -123,15 +127,40 @@ class Client:
 
     async def get(self, uuids: Sequence[str], deadline: float) -> list[Task | None]:
         """Return the newest records. Raises `Unavailable` past the deadline."""
-        backoff = Backoff()
-        while True:
-            try:
-                return await self.storage.get(uuids)
-            except Unavailable:
-                pause = backoff.next()
-                if asyncio.get_running_loop().time() + pause > deadline:
-                    raise
-                await asyncio.sleep(pause)
+        return await repeat(partial(self.storage.get, uuids), deadline)
+
+    async def cancel(self, uuid: str, deadline: float) -> Task:
+        """Record that a task is cancelled, and tell who runs it; return its final record.
+
+        That of a task which had ended already is returned as it is. Raises `UnknownTask`, and
+        `Unavailable` past the deadline.
+        """
+        record = (await self.get([uuid], deadline))[0]
+        while record is not None and record.status not in FINAL:
+            # An execution of its own tells this record from a task's own end.
+            execution = f"cancel/{uuid7()}"
+            cancelled = replace(
+                record, status="cancel", execution=execution, finished_at=time.time(), due_at=None
+            )
+            save = partial(self.storage.save, [cancelled])
+            outcome = (await repeat(save, deadline))[0]
+            if outcome.status == "done":
+                await self._tell(Command(name="cancel", target=uuid))
+                return cancelled
+            # It has gone on meanwhile: to its end, or to another attempt.
+            record = (await self.get([uuid], deadline))[0]
+        if record is None:
+            raise UnknownTask(f"there is no record of a task {uuid}")
+        return record
+
+    async def _tell(self, command: Command) -> None:
+        """Broadcast what workers find out by themselves too, only later."""
+        try:
+            await self.broker.broadcast(command)
+        except NotSupported:
+            return
+        except Unavailable as error:
+            logger.warning("%s of %s is not broadcast: %s", command.name, command.target, error)
 
     async def _submit(self, batch: list[Submission]) -> None:
         """Flush one batch: repeat until each item has its answer or is past its deadline."""

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import random
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from types import FrameType
@@ -37,6 +38,8 @@ class Runner:
     ) -> None:
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
+        """The thread of the loop."""
         self._executors = {True: LoopExecutor(), False: ThreadExecutor()}
         for executor in self._executors.values():
             executor.start(concurrency)
@@ -55,11 +58,26 @@ class Runner:
 
     def give_back(self) -> None:
         """Cancel what still runs; it ends without a record and is released. From any thread."""
-        self._loop.call_soon_threadsafe(self._cancel_all)
+        self._loop.call_soon_threadsafe(lambda: self._cancel(list(self._running)))
 
-    def _cancel_all(self) -> None:
-        for task in self._running.values():
-            task.cancel()
+    def cancel(self, jobs: list[Job]) -> None:
+        """Cancel these, if they still run; they end without a record. From any thread."""
+        self._loop.call_soon_threadsafe(self._cancel, jobs)
+
+    def _cancel(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if (task := self._running.get(job)) is not None:
+                # A task that is cancelled before its first step would never end its job.
+                self._loop.call_soon(task.cancel)
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Call something on the loop of the tasks. From any thread."""
+        self._loop.call_soon_threadsafe(call)
+
+    def current(self) -> Job | None:
+        """Return the job whose function has the loop right now. From any thread."""
+        running = asyncio.current_task(self._loop)
+        return next((job for job, task in list(self._running.items()) if task is running), None)
 
     def stop(self) -> None:
         """Free the executors."""
