@@ -122,6 +122,82 @@ async def test_without_a_broadcast_the_worker_finds_out_by_itself(
             await asyncio.wait_for(stopped.wait(), 10)
 
 
+async def test_who_waits_hears_of_it(app: QueueTasks) -> None:
+    @app.task()
+    async def work() -> None: ...
+
+    async with app:
+        task = await work.add_task(delay=60)
+        waiting = asyncio.create_task(task.wait_result(5))
+        await asyncio.sleep(0)
+        assert await task.cancel()
+        assert (await waiting).status == "cancel"
+
+
+async def test_with_a_broadcast_it_is_stopped_at_once(app: QueueTasks) -> None:
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    @app.task()
+    async def work() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    async with app.worker():
+        task = await work.add_task()
+        await begun.wait()
+        assert await task.cancel()
+        # By the command; leases are extended, and records read, later.
+        async with asyncio.timeout(0.3):
+            await stopped.wait()
+    async with app:
+        found = await app.get_task(task.uuid)
+        assert found is not None
+        assert found.status == "cancel"
+
+
+async def test_a_task_between_two_attempts_is_not_tried_again(app: QueueTasks) -> None:
+    runs: list[int] = []
+
+    @app.task(retry=5)
+    async def work() -> None:
+        runs.append(1)
+        raise ValueError
+
+    async with app.worker():
+        task = await work.add_task()
+        while (await app.get(task.uuid)).status != "retry":  # type: ignore[union-attr]  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        if await task.cancel():
+            assert (await task.wait_result(5)).status == "cancel"
+        before = len(runs)
+        await asyncio.sleep(1.2)
+        assert len(runs) == before
+
+
+async def test_a_command_alone_cancels_nothing(app: QueueTasks) -> None:
+    """The record decides: else a stray command could lose a task."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @app.task()
+    async def work() -> str:
+        begun.set()
+        await go_on.wait()
+        return "done"
+
+    async with app.worker():
+        task = await work.add_task()
+        await begun.wait()
+        await app.control(
+            lambda client: client.broker.broadcast(Command(name="cancel", target=task.uuid))
+        )
+        await asyncio.sleep(0.2)
+        go_on.set()
+        assert (await task.wait_result(5)).returning == "done"
+
+
 def test_the_blocking_face_cancels_too(tmp_path: Path) -> None:
     with qtasks.QueueTasks("cancel-blocking", f"sqlite:///{tmp_path}/cancel.db") as app:
 
