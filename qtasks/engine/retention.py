@@ -12,16 +12,16 @@ from qtasks_core.errors import NotSupported, Unavailable
 logger = logging.getLogger("qtasks")
 
 PERIOD = 300.0
-"""Seconds from one deletion to the next, by whichever worker."""
+"""Seconds from one deletion to the next, at most."""
 
 
 async def expire(storage: Storage, worker: str) -> None:
-    """Delete in turn with all other workers, for ever; return where a storage has no such thing."""
+    """Delete for all workers while none of the others does; return where a storage cannot."""
     while True:
-        # Workers that were started together do not ask together.
-        await asyncio.sleep(random.uniform(0.5, 1.0) * PERIOD)
+        # Shorter than the claim, and not the same for workers that were started together.
+        await asyncio.sleep(random.uniform(0.5, 0.9) * PERIOD)
         try:
-            # Held, not released: nobody has to do it again before the period is over.
+            # Held, not released: who has it once does it until it dies.
             if await storage.claim("qtasks-expire", worker, PERIOD) is None:
                 continue
             count = await storage.expire()

@@ -159,14 +159,18 @@ class Slot:
             return await self._process.wait()
         finally:
             self._line = None
+            self._hear(False)
             listening.cancel()
             writer.close()
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while word := await reader.read(1):
             self.was_up = self.was_up or word == READY
-            if self._answered is not None and not self._answered.done():
-                self._answered.set_result(word == READY)
+            self._hear(word == READY)
+
+    def _hear(self, ready: bool) -> None:
+        if self._answered is not None and not self._answered.done():
+            self._answered.set_result(ready)
 
     async def ready(self) -> bool:
         """Ask the worker whether it is ready; silence is no."""

@@ -1,0 +1,161 @@
+"""Messages that were delivered often: they run alone, are counted, and are dead at last."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from msgspec.structs import replace
+
+from qtasks.asyncio import QueueTasks
+from qtasks.engine import suspects
+from qtasks_core import Delivery
+from qtasks_memory import MemoryBroker, MemoryStorage
+
+
+class Counting(MemoryBroker):
+    """Says of every message whose task is called `suspect…` that it was delivered often."""
+
+    async def subscribe(self, queues):  # type: ignore[no-untyped-def]
+        subscription = await super().subscribe(queues)
+        receive = subscription.receive
+
+        async def counted(wanted, limit):  # type: ignore[no-untyped-def]
+            return [_often(delivery) for delivery in await receive(wanted, limit)]
+
+        subscription.receive = counted  # type: ignore[method-assign]
+        return subscription
+
+
+def _often(delivery: Delivery) -> Delivery:
+    suspect = getattr(delivery.message, "task_name", "").startswith("suspect")
+    return Delivery(delivery.message, delivery.queue, delivery.fence, 3 if suspect else 1)
+
+
+@pytest.fixture
+def app() -> QueueTasks:
+    return QueueTasks("suspects", Counting("suspects", lease=1), MemoryStorage("suspects"))
+
+
+async def test_a_suspect_runs_alone_with_its_count_made_durable(app: QueueTasks) -> None:
+    running: set[str] = set()
+    company: dict[str, set[str]] = {}
+    counts: list[int] = []
+
+    async def run(name: str) -> None:
+        company[name] = set(running)
+        running.add(name)
+        await asyncio.sleep(0.05)
+        for other in running - {name}:
+            company.setdefault(other, set()).add(name)
+        running.remove(name)
+
+    @app.task(name="innocent")
+    async def innocent(number: int) -> None:
+        await run(f"innocent {number}")
+
+    @app.task(name="suspect")
+    async def suspect(number: int) -> None:
+        record = (await app.client.storage.get([uuids[number]]))[0]
+        counts.append(suspects.lone_runs(record))
+        await run(f"suspect {number}")
+
+    async with app:
+        before = await innocent.map([(n,) for n in range(10)])
+        accused = await suspect.map([(n,) for n in range(3)])
+        uuids = [task.uuid for task in accused]
+        after = await innocent.map([(n,) for n in range(10, 20)])
+        async with app.worker(concurrency=20):
+            for task in [*before, *accused, *after]:
+                assert (await task.wait_result(10)).status == "success"
+    assert counts == [1, 1, 1]
+    assert all(not company[f"suspect {n}"] for n in range(3))
+    assert any(company[f"innocent {n}"] for n in range(20)), "innocents run beside each other"
+
+
+async def test_after_the_bound_it_is_dead(app: QueueTasks) -> None:
+    runs: list[int] = []
+
+    @app.task(name="suspect")
+    async def suspect() -> None:
+        runs.append(1)
+
+    async with app:
+        task = await suspect.add_task()
+        storage = app.client.storage
+        record = (await storage.get([task.uuid]))[0]
+        assert record is not None
+        await storage.save(
+            [replace(record, status="process", execution="x", headers={"qtasks-lone-runs": "3"})]
+        )
+        async with app.worker():
+            done = await task.wait_result(5)
+    assert (done.status, done.dead) == ("error", "poison: its worker died 3 times running it alone")
+    assert runs == []
+
+
+async def test_one_that_is_given_back_is_not_counted(app: QueueTasks) -> None:
+    begun = asyncio.Event()
+    order: list[int] = []
+
+    @app.task(name="suspect")
+    async def suspect() -> str:
+        order.append(1)
+        begun.set()
+        if len(order) == 1:
+            await asyncio.sleep(60)
+        return "fine"
+
+    async with app:
+        task = await suspect.add_task()
+        waiting = await suspect.add_task()
+        async with app.worker(grace=0.05):
+            await begun.wait()
+        for handle in (task, waiting):
+            record = await app.get(handle.uuid)
+            assert suspects.lone_runs(record) == 0
+        async with app.worker():
+            # Both were released; neither waits for its lease of 1 s.
+            assert (await task.wait_result(0.8)).returning == "fine"
+            assert (await waiting.wait_result(0.8)).returning == "fine"
+
+
+async def test_a_long_suspect_does_not_hold_up_the_others(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suspects, "_ALONE", 0.1)
+    go_on = asyncio.Event()
+
+    @app.task(name="suspect")
+    async def suspect() -> None:
+        await go_on.wait()
+
+    @app.task(name="innocent")
+    async def innocent() -> None: ...
+
+    async with app, app.worker():
+        long = await suspect.add_task()
+        await asyncio.sleep(0.05)
+        assert (await innocent.add_task(timeout=5)).status == "success"
+        go_on.set()
+        assert (await long.wait_result(5)).status == "success"
+
+
+async def test_a_suspect_that_is_cancelled_while_it_waits_does_not_run(app: QueueTasks) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    runs: list[int] = []
+
+    @app.task(name="suspect")
+    async def suspect(number: int) -> None:
+        runs.append(number)
+        begun.set()
+        await go_on.wait()
+
+    async with app, app.worker():
+        first, second = await suspect.map([(1,), (2,)])
+        await begun.wait()
+        assert await second.cancel()
+        go_on.set()
+        await first.wait_result(5)
+        assert (await second.wait_result(5)).status == "cancel"
+    assert runs == [1]

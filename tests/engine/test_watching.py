@@ -1,0 +1,184 @@
+"""The watch, the registry, commands and retention: what a worker does beside its tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from itertools import pairwise
+
+import pytest
+
+from qtasks import TaskTimeout
+from qtasks.asyncio import QueueTasks
+from qtasks.control import workers
+from qtasks.engine import registry, retention, watch
+from qtasks_core import Command
+from qtasks_memory import MemoryBroker, MemoryStorage
+
+
+async def test_the_task_that_blocks_its_loop_is_named_once(
+    app: QueueTasks, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.1)
+
+    @app.task(name="guilty")
+    async def guilty() -> None:
+        time.sleep(0.8)  # noqa: ASYNC251  # the very thing under test
+
+    @app.task(name="innocent")
+    async def innocent() -> None:
+        await asyncio.sleep(1.0)
+
+    async with app.worker():
+        bystander = await innocent.add_task()
+        task = await guilty.add_task()
+        await asyncio.gather(bystander.wait_result(5), task.wait_result(5))
+    (line,) = [r.getMessage() for r in caplog.records if "has blocked" in r.getMessage()]
+    assert line.startswith(f"task guilty {task.uuid} has blocked its event loop for 0.")
+    assert "time.sleep(0.8)" in line
+
+
+async def test_a_busy_loop_that_answers_is_not_reported(
+    app: QueueTasks, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.1)
+
+    @app.task()
+    async def busy() -> None:
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+    async with app.worker():
+        await busy.add_task(timeout=5)
+    assert not [r for r in caplog.records if "has blocked" in r.getMessage()]
+
+
+async def test_workers_are_in_the_registry_while_they_live(app: QueueTasks) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    @app.task(queue="mail")
+    async def send() -> None:
+        begun.set()
+        await go_on.wait()
+
+    async with app:
+        async with app.worker(concurrency=7) as running:
+            task = await send.add_task()
+            await begun.wait()
+            await app.control(lambda client: client.broker.broadcast(Command(name="ping")))
+            async with asyncio.timeout(5):
+                while not [w for w in await app.control(workers) if w.running]:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            (info,) = await app.control(workers)
+            go_on.set()
+        assert info.id == running.id
+        assert (info.queues, info.concurrency) == (("default", "mail"), 7)
+        assert [(r.uuid, r.task_name) for r in info.running] == [(task.uuid, send.name)]
+        assert abs(info.seen_at - time.time()) < 10
+        assert await app.control(workers) == []
+
+
+async def test_a_silent_worker_is_taken_for_dead(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @app.task()
+    async def work() -> None:
+        await asyncio.sleep(60)
+
+    async with app, app.worker(grace=0):
+        async with asyncio.timeout(5):
+            while not await app.control(workers):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        with pytest.raises(TaskTimeout, match="1 alive for that queue, "):
+            await work.add_task(timeout=0.3)
+        monkeypatch.setattr(registry, "STALE", -1.0)
+        assert await app.control(workers) == []
+        with pytest.raises(TaskTimeout, match="no worker for that queue is alive"):
+            await work.add_task(timeout=0.3)
+
+
+async def test_a_storage_without_values_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Plain(MemoryStorage):
+        async def set(self, key, value, expect=None):  # type: ignore[no-untyped-def]
+            return await super(MemoryStorage, self).set(key, value)
+
+        async def values(self, prefix: str) -> dict[str, bytes]:
+            return await super(MemoryStorage, self).values(prefix)
+
+    caplog.set_level(logging.INFO)
+    app = QueueTasks("plain", MemoryBroker("plain"), Plain("plain"))
+
+    @app.task()
+    async def work() -> None: ...
+
+    async with app:
+        with pytest.raises(TaskTimeout, match="whether a worker is alive is not known"):
+            await work.add_task(timeout=0.05)
+        async with app.worker():
+            await work.add_task(timeout=5)
+    said = [r for r in caplog.records if "no registry of workers: Plain" in r.getMessage()]
+    assert len(said) == 1
+
+
+async def test_a_paused_queue_rests_and_the_others_go_on(app: QueueTasks) -> None:
+    @app.task(queue="resting")
+    async def one() -> int:
+        return 1
+
+    @app.task(queue="working")
+    async def two() -> int:
+        return 2
+
+    async def tell(name: str, target: str | None) -> None:
+        await app.control(lambda c: c.broker.broadcast(Command(name=name, target=target)))
+
+    async with app, app.worker():
+        assert (await one.add_task(timeout=5)).returning == 1
+        await tell("pause", "resting")
+        await asyncio.sleep(0.1)
+        resting = await one.add_task()
+        assert (await two.add_task(timeout=5)).returning == 2
+        with pytest.raises(TaskTimeout):
+            await resting.wait_result(0.2)
+        await tell("pause", None)
+        await asyncio.sleep(0.1)
+        other = await two.add_task()
+        with pytest.raises(TaskTimeout):
+            await other.wait_result(0.2)
+        await tell("resume", None)
+        assert (await resting.wait_result(5)).returning == 1
+        assert (await other.wait_result(5)).returning == 2
+
+
+async def test_old_records_are_deleted_by_one_worker_at_a_time(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "PERIOD", 0.1)
+
+    @app.task(retention=0.2)
+    async def brief() -> None: ...
+
+    @app.task()
+    async def lasting() -> None: ...
+
+    async with app:
+        calls: list[float] = []
+        expire = app.client.storage.expire
+
+        async def counted() -> int:
+            calls.append(time.monotonic())
+            return await expire()
+
+        monkeypatch.setattr(app.client.storage, "expire", counted)
+        async with app.worker(), app.worker(), app.worker():
+            short, long = await brief.add_task(timeout=5), await lasting.add_task(timeout=5)
+            async with asyncio.timeout(5):
+                while await app.get(short.uuid) is not None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            assert await app.get(long.uuid) is not None
+            await asyncio.sleep(0.5)
+    gaps = [b - a for a, b in pairwise(calls)]
+    assert calls
+    assert min(gaps, default=1.0) > 0.04, "one of the three does it, as long as it lives"
