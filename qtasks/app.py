@@ -21,7 +21,7 @@ from qtasks_core import Balancer, Broker, Storage, schemas
 from qtasks_core.errors import ConfigurationError, UnknownTask
 
 MAX_PAYLOAD = 1024 * 1024
-"""Bytes of arguments a message may carry, unless the app says otherwise."""
+"""Bytes that arguments, and a result, may take, unless the app says otherwise."""
 
 
 class App(Submitting):

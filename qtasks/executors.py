@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -43,12 +44,18 @@ class ThreadExecutor(Executor):
     def bind(self, function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         """Return a coroutine function that awaits `function` in a thread."""
 
+        pid = os.getpid()
+
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return function(*args, **kwargs)
             except StopIteration as error:
                 # A future cannot hold it: whoever awaits it would wait for ever.
                 raise RuntimeError(f"the function raised {error!r}") from error
+            finally:
+                if os.getpid() != pid:
+                    # The function forked; of the worker, the child has nothing but this thread.
+                    os._exit(0)
 
         async def run(*args: Any, **kwargs: Any) -> Any:
             if self._pool is None:

@@ -52,6 +52,7 @@ class Submitting(Lifecycle):
         priority: int | None = None,
         delay: float | None = None,
         eta: datetime | None = None,
+        expires: float | None = None,
     ) -> TaskMessage:
         """Return the message of a call.
 
@@ -76,11 +77,16 @@ class Submitting(Lifecycle):
             priority=options.priority if priority is None else priority,
             delay=_delay(delay, eta, now),
             created_at=now,
+            expires_at=None if expires is None else now + expires,
             store_result=options.store_result,
             retention=options.retention,
         )
         if not 0 <= message.priority <= 9:
             raise ConfigurationError(f"priority={priority} is not between 0 and 9")
+        if expires is not None and expires <= message.delay:
+            raise ConfigurationError(
+                f"expires={expires}: the task would be due after {message.delay:.3f} s only"
+            )
         return message
 
     async def submit(self, message: TaskMessage, timeout: float | None) -> schemas.Task:

@@ -78,7 +78,7 @@ async def working(
     """Run a worker of `app` on this loop while the block runs."""
     await app.start(start_timeout)
     try:
-        runner = Runner(app.definitions, options.concurrency)
+        runner = Runner(app.definitions, options.concurrency, app.max_payload)
         try:
             async with _receiving(app, runner, options) as running:
                 yield running

@@ -51,6 +51,13 @@ def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse
     return "accept"
 
 
+def retention_note(retention: float) -> str:
+    """Return what the guarantees of a storage with this retention have to say of it."""
+    if isinf(retention):
+        return "final records are kept for ever unless they say otherwise"
+    return f"final records are kept for {retention / 86_400:g} days unless they say otherwise"
+
+
 def expiry_of(task: Task, retention: float) -> float | None:
     """Return the Unix time from which a record may be deleted; None: never.
 

@@ -12,7 +12,7 @@ from uuid_utils import uuid7
 from qtasks_core import DONE, Claim, Guarantees, Inbox, Outcome, Storage, Task, TaskPage, TaskQuery
 from qtasks_core.errors import Closed, refuse_transaction
 from qtasks_core.queries import page_of
-from qtasks_core.records import FINAL, RETENTION, expiry_of, judge
+from qtasks_core.records import FINAL, RETENTION, expiry_of, judge, retention_note
 from qtasks_memory.connection import Memory, connect
 
 
@@ -31,6 +31,7 @@ class MemoryStorage(Storage):
             part="MemoryStorage",
             survives="nothing",
             durability="records end with the process",
+            notes=(retention_note(self._retention),),
         )
 
     async def start(self, namespace: str) -> None:

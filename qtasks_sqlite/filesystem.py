@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 
 logger = logging.getLogger("qtasks")
@@ -12,6 +13,8 @@ _NETWORK = frozenset({
     "9p", "afs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs",
     "fuse.sshfs", "glusterfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs",
 })  # fmt: skip
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+"""How a space, a tab, a line's end or a backslash stands in the list of mounts."""
 _warned: set[Path] = set()
 
 
@@ -35,8 +38,7 @@ def kind_of(path: Path, mounts: str) -> str | None:
         with open(mounts, "rb") as lines:
             for line in lines:
                 _, point, found, *_ = line.split(b" ")
-                # Spaces and the like stand there as octal numbers.
-                name = os.fsdecode(point.decode("unicode_escape").encode("latin-1"))
+                name = os.fsdecode(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8)]), point))
                 # Of two on one point the later hides the earlier.
                 if path.is_relative_to(name) and len(name) >= best:
                     best, kind = len(name), found.decode()

@@ -28,7 +28,7 @@ from qtasks_core.errors import (
     refuse_transaction,
 )
 from qtasks_core.queries import cursor_at, place_of
-from qtasks_core.records import FINAL, FIRST_FINAL, RETENTION, expiry_of, order_of
+from qtasks_core.records import FINAL, FIRST_FINAL, RETENTION, expiry_of, order_of, retention_note
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_sqlite import batches, listing, shared
 from qtasks_sqlite.connection import (
@@ -81,6 +81,7 @@ class SqliteStorage(Storage):
             part="SqliteStorage",
             survives=survives,
             durability=words,
+            notes=(retention_note(retention),),
         )
 
     @property

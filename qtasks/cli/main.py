@@ -67,6 +67,7 @@ for command in (
     tasks.call,
     tasks.status,
     tasks.tasks,
+    tasks.cancel,
     dead.dead,
     queues.queues,
     queues.purge,

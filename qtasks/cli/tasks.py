@@ -36,7 +36,7 @@ class NoSuchRecord(QTasksError):
 
 
 class Ended(QTasksError):
-    """The task that was waited for has failed or was cancelled."""
+    """The task has failed or was cancelled, or had ended before one came to cancel it."""
 
 
 @click.command()
@@ -152,6 +152,26 @@ def tasks(
         rows = (task_row(app, record) for record in records_of(app, wanted, limit))
         columns = ("uuid", "task_name", "status", "queue", "attempt", "created_at", "error")
         print_rows(rows, columns, as_json)
+
+
+@click.command()
+@click.argument("uuids", nargs=-1, required=True, type=click.UUID, metavar="UUID…")
+@json_option
+@pass_session
+def cancel(session: Session, uuids: tuple[UUID, ...], as_json: bool) -> None:
+    """Cancel tasks, queued or running."""
+    with session.started() as app:
+        for uuid in map(str, uuids):
+            try:
+                cancelled = app.cancel_task_blocking(uuid)
+            except UnknownTask:
+                raise NoSuchRecord(f"there is no record of a task {uuid}") from None
+            if not cancelled:
+                raise Ended(f"task {uuid} had ended before it was cancelled")
+            if as_json:
+                print_json({"uuid": uuid, "cancelled": True})
+            else:
+                click.echo(f"{uuid} cancelled")
 
 
 def query_of(

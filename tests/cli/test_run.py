@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from socket import socket
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 
 from tests.cli.command import Command
-from tests.processes import Process
+from tests.processes import Process, until
 
 TASKS = """
 from qtasks.asyncio import QueueTasks
@@ -56,6 +59,41 @@ def wait_for_status(qtasks: Command, uuid: str, status: str) -> None:
     raise AssertionError(f"{uuid} never came to {status!r}")
 
 
+def test_processes_are_started_again_and_make_room(qtasks: Command) -> None:
+    with qtasks.run("--processes", "2", "--max-tasks", "2", "--concurrency", "1") as supervisor:
+        wait_for_lines(supervisor, "knows add", 2)
+        pids = {row["pid"] for row in qtasks.ok("workers", "--json").rows}
+        assert len(pids) == 2
+        assert supervisor.pid not in pids
+        answers = {qtasks.ok("call", "sleep", "0.01", "--wait", "40").line for _ in range(5)}
+        assert len(answers) > 2, "each may run two at most"
+        assert supervisor.terminate() == 0
+    assert qtasks.ok("workers", "--json").rows == []
+
+
+def test_a_probe_says_that_it_lives_and_is_ready(qtasks: Command) -> None:
+    port = free_port()
+    with qtasks.run("--health-port", str(port), "--max-memory", "4000") as worker:
+        worker.wait_for("knows add")
+        for path in ("live", "ready"):
+            until(lambda: answers(port, path), 20, f"200 of /{path}")  # noqa: B023
+        assert worker.terminate() == 0
+
+
+def answers(port: int, path: str) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as said:
+            return bool(said.status == 200)
+    except URLError:
+        return False
+
+
+def free_port() -> int:
+    with socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_reload_runs_what_was_written_last(
     qtasks: Command, tmp_path: Path, number: signal.Signals
@@ -82,6 +120,4 @@ def asked(qtasks: Command) -> str:
 
 
 def wait_for_lines(worker: Process, text: str, count: int) -> None:
-    from tests.processes import until
-
     until(lambda: worker.output().count(text) >= count, 40, f"{count} times {text!r}")

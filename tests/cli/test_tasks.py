@@ -104,3 +104,25 @@ def test_a_uuid_that_nobody_knows(qtasks: Command) -> None:
     said = qtasks("status", "soon")
     assert said.code == 2
     assert "'soon' is not a valid UUID" in said.err
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_cancelled_task_is_cancelled_for_whoever_waits(qtasks: Command) -> None:
+    queued = qtasks.ok("call", "add", "1", "2", "--delay", "600").line
+    running = qtasks.ok("call", "sleep", "600").line
+    assert qtasks.ok("cancel", queued, running).out == f"{queued} cancelled\n{running} cancelled\n"
+    for uuid in (queued, running):
+        assert qtasks.ok("status", uuid, "--json").json["status"] == "cancel"
+    assert qtasks.ok("cancel", queued, "--json").json == {"uuid": queued, "cancelled": True}
+
+
+@pytest.mark.usefixtures("worker")
+def test_what_has_ended_or_never_was_cannot_be_cancelled(qtasks: Command) -> None:
+    done = qtasks.ok("call", "add", "1", "2", "--wait", "20", "--json").json["uuid"]
+    said = qtasks("cancel", done)
+    assert (said.code, said.out) == (1, "")
+    assert said.error == f"qtasks: task {done} had ended before it was cancelled"
+    nobody = str(uuid4())
+    said = qtasks("cancel", nobody)
+    assert (said.code, said.error) == (1, f"qtasks: there is no record of a task {nobody}")
+    assert qtasks("cancel").code == 2
