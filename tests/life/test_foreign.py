@@ -7,7 +7,9 @@ import random
 import sqlite3
 from pathlib import Path
 
-from qtasks_core import Raw, TaskMessage, TaskQuery
+from qtasks.asyncio import QueueTasks
+from qtasks.control import query
+from qtasks_core import Raw, Task, TaskMessage, TaskQuery
 from qtasks_core.wire import decode_message, encode_message
 from tests.life.app import nap
 from tests.life.setting import Setting
@@ -72,13 +74,13 @@ async def test_ten_thousand_mutated_messages(setting: Setting, tmp_path: Path) -
     assert {record.dead for record in kept} == {"undecodable"}
 
 
-async def dead(app):  # type: ignore[no-untyped-def]
+async def dead(app: QueueTasks) -> list[Task]:
     """Return all dead records."""
-    from qtasks.control import query
-
-    found, cursor = [], None
+    found: list[Task] = []
+    cursor: str | None = None
     while True:
         page = await app.control(query, TaskQuery(dead=True, limit=1000, cursor=cursor))
         found += page.tasks
-        if (cursor := page.cursor) is None:
+        cursor = page.cursor
+        if cursor is None:
             return found
