@@ -1,40 +1,125 @@
-"""Cancelling: what is queued never runs, what runs is stopped, both are `cancel` for everybody."""
+"""Cancelling: what waits never runs, what runs is stopped, what has ended stays as it ended."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
-from qtasks import TaskCancelled, UnknownTask
-from qtasks import blocking as blocking_face
+import qtasks
+from qtasks import TaskCancelled
 from qtasks.asyncio import QueueTasks
 from qtasks_core import Command
-from qtasks_core.errors import NotSupported
-from qtasks_memory import MemoryBroker, MemoryStorage
+from qtasks_core.errors import NotSupported, UnknownTask
+from qtasks_memory import MemoryBroker
 
 
-async def test_a_queued_task_never_runs(app: QueueTasks) -> None:
-    runs: list[int] = []
+@pytest.fixture(params=["memory", "sqlite"])
+async def app(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[QueueTasks]:
+    urls = {"memory": "memory://?lease=1", "sqlite": f"sqlite:///{tmp_path}/cancel.db?lease=1"}
+    async with QueueTasks(f"cancel-{uuid4().hex[:8]}", urls[request.param]) as app:
+        yield app
+
+
+async def test_what_waits_never_runs(app: QueueTasks) -> None:
+    ran: list[str] = []
 
     @app.task()
-    async def work(number: int) -> int:
-        runs.append(number)
-        return number
+    async def note(name: str) -> None:
+        ran.append(name)
 
-    async with app:
-        task = await work.add_task(1)
-        assert await app.cancel(task.uuid)
+    cancelled = await note.add_task("cancelled")
+    assert await cancelled.cancel()
+    assert await app.cancel(cancelled.uuid), "a second time it is cancelled still"
+    async with app.worker():
+        await note.add_task("other", timeout=10)
+        ended = await cancelled.wait_result(timeout=10)
+    assert ran == ["other"]
+    assert ended.status == "cancel"
+    with pytest.raises(TaskCancelled):
+        _ = ended.returning
+
+
+async def test_an_async_function_that_runs_is_cancelled(app: QueueTasks) -> None:
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    @app.task()
+    async def forever() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    async with app.worker():
+        task = await forever.add_task()
+        await asyncio.wait_for(begun.wait(), 10)
+        assert await task.cancel()
+        await asyncio.wait_for(stopped.wait(), 10)
+    found = await app.get_task(task.uuid)
+    assert found is not None
+    assert found.status == "cancel"
+
+
+async def test_of_a_thread_the_result_is_dropped(app: QueueTasks) -> None:
+    begun, finish = threading.Event(), threading.Event()
+
+    @app.task()
+    def slow() -> int:
+        begun.set()
+        finish.wait(20)
+        return 7
+
+    async with app.worker():
+        task = await slow.add_task()
+        assert await asyncio.to_thread(begun.wait, 10)
+        assert await task.cancel()
+        finish.set()
+    found = await app.get_task(task.uuid)
+    assert found is not None
+    assert found.status == "cancel"
+
+
+async def test_what_has_ended_stays_as_it_ended(app: QueueTasks) -> None:
+    @app.task()
+    async def one() -> int:
+        return 1
+
+    async with app.worker():
+        task = await one.add_task(timeout=10)
+        assert not await task.cancel()
+        assert (await task.wait_result(timeout=10)).returning == 1
+    with pytest.raises(UnknownTask):
+        await app.cancel(uuid4())
+
+
+async def test_without_a_broadcast_the_worker_finds_out_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def mute(self: MemoryBroker, command: Command) -> None:
+        raise NotSupported("no channel")
+
+    monkeypatch.setattr(MemoryBroker, "broadcast", mute)
+    begun, stopped = asyncio.Event(), asyncio.Event()
+    async with QueueTasks(f"cancel-{uuid4().hex[:8]}", "memory://?lease=1") as app:
+
+        @app.task()
+        async def forever() -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
+
         async with app.worker():
-            assert (await work.add_task(2, timeout=5)).returning == 2
-        found = await app.get_task(task.uuid)
-        assert found is not None
-        assert found.status == "cancel"
-        with pytest.raises(TaskCancelled, match=task.uuid):
-            _ = found.returning
-        assert runs == [2]
-        assert (await app.client.broker.depth("default")).in_flight in (0, None)
+            task = await forever.add_task()
+            await asyncio.wait_for(begun.wait(), 10)
+            assert await task.cancel()
+            await asyncio.wait_for(stopped.wait(), 10)
 
 
 async def test_who_waits_hears_of_it(app: QueueTasks) -> None:
@@ -49,7 +134,7 @@ async def test_who_waits_hears_of_it(app: QueueTasks) -> None:
         assert (await waiting).status == "cancel"
 
 
-async def test_a_running_coroutine_is_cancelled_at_once(app: QueueTasks) -> None:
+async def test_with_a_broadcast_it_is_stopped_at_once(app: QueueTasks) -> None:
     begun, stopped = asyncio.Event(), asyncio.Event()
 
     @app.task()
@@ -73,56 +158,6 @@ async def test_a_running_coroutine_is_cancelled_at_once(app: QueueTasks) -> None
         assert found.status == "cancel"
 
 
-class Silent(MemoryBroker):
-    """Has no way to broadcast."""
-
-    async def broadcast(self, command: Command) -> None:
-        raise NotSupported("no channel")
-
-    def commands(self):  # type: ignore[no-untyped-def]
-        raise NotSupported("no channel")
-
-
-async def test_without_a_broadcast_the_worker_finds_out() -> None:
-    app = QueueTasks("silent", Silent("silent", lease=0.6), MemoryStorage("silent"))
-    begun, stopped = asyncio.Event(), asyncio.Event()
-
-    @app.task()
-    async def work() -> None:
-        begun.set()
-        try:
-            await asyncio.sleep(60)
-        finally:
-            stopped.set()
-
-    async with app.worker():
-        task = await work.add_task()
-        await begun.wait()
-        assert await task.cancel()
-        async with asyncio.timeout(2):
-            await stopped.wait()
-
-
-async def test_of_a_function_in_a_thread_the_result_is_dropped(app: QueueTasks) -> None:
-    begun, go_on = threading.Event(), threading.Event()
-
-    @app.task()
-    def work() -> str:
-        begun.set()
-        go_on.wait(10)
-        return "too late"
-
-    async with app.worker():
-        task = await work.add_task()
-        await asyncio.to_thread(begun.wait, 5)
-        assert await task.cancel()
-        go_on.set()
-    async with app:
-        found = await app.get_task(task.uuid)
-        assert found is not None
-        assert (found.status, found.record.returning) == ("cancel", None)
-
-
 async def test_a_task_between_two_attempts_is_not_tried_again(app: QueueTasks) -> None:
     runs: list[int] = []
 
@@ -140,21 +175,6 @@ async def test_a_task_between_two_attempts_is_not_tried_again(app: QueueTasks) -
         before = len(runs)
         await asyncio.sleep(1.2)
         assert len(runs) == before
-
-
-async def test_what_has_ended_cannot_be_cancelled(app: QueueTasks) -> None:
-    @app.task()
-    async def work() -> int:
-        return 1
-
-    async with app.worker():
-        task = await work.add_task(timeout=5)
-        assert not await task.cancel()
-        found = await app.get_task(task.uuid)
-        assert found is not None
-        assert found.returning == 1
-        with pytest.raises(UnknownTask, match="no record of a task nobody"):
-            await app.cancel("nobody")
 
 
 async def test_a_command_alone_cancels_nothing(app: QueueTasks) -> None:
@@ -178,14 +198,15 @@ async def test_a_command_alone_cancels_nothing(app: QueueTasks) -> None:
         assert (await task.wait_result(5)).returning == "done"
 
 
-def test_the_blocking_face() -> None:
-    app = blocking_face.QueueTasks("cancel-blocking", "memory://")
+def test_the_blocking_face_cancels_too(tmp_path: Path) -> None:
+    with qtasks.QueueTasks("cancel-blocking", f"sqlite:///{tmp_path}/cancel.db") as app:
 
-    @app.task()
-    def work() -> None: ...
+        @app.task()
+        def one() -> int:
+            return 1
 
-    with app:
-        one, two = work.add_task(), work.add_task()
-        assert one.cancel()
-        assert app.cancel(two.uuid)
-        assert two.wait_result(5).status == "cancel"
+        task = one.add_task()
+        assert task.cancel()
+        assert app.cancel(task.uuid)
+        with pytest.raises(TaskCancelled):
+            _ = task.wait_result(timeout=10).returning

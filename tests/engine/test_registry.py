@@ -1,4 +1,4 @@
-"""The watch, the registry, commands and retention: what a worker does beside its tasks."""
+"""The registry, commands and retention: what a worker does beside its tasks."""
 
 from __future__ import annotations
 
@@ -12,47 +12,9 @@ import pytest
 from qtasks import TaskTimeout
 from qtasks.asyncio import QueueTasks
 from qtasks.control import workers
-from qtasks.engine import registry, retention, watch
+from qtasks.engine import registry, retention
 from qtasks_core import Command
 from qtasks_memory import MemoryBroker, MemoryStorage
-
-
-async def test_the_task_that_blocks_its_loop_is_named_once(
-    app: QueueTasks, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch, "PATIENCE", 0.1)
-
-    @app.task(name="guilty")
-    async def guilty() -> None:
-        time.sleep(0.8)  # noqa: ASYNC251  # the very thing under test
-
-    @app.task(name="innocent")
-    async def innocent() -> None:
-        await asyncio.sleep(1.0)
-
-    async with app.worker():
-        bystander = await innocent.add_task()
-        task = await guilty.add_task()
-        await asyncio.gather(bystander.wait_result(5), task.wait_result(5))
-    (line,) = [r.getMessage() for r in caplog.records if "has blocked" in r.getMessage()]
-    assert line.startswith(f"task guilty {task.uuid} has blocked its event loop for 0.")
-    assert "time.sleep(0.8)" in line
-
-
-async def test_a_busy_loop_that_answers_is_not_reported(
-    app: QueueTasks, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch, "PATIENCE", 0.1)
-
-    @app.task()
-    async def busy() -> None:
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:  # noqa: ASYNC110
-            await asyncio.sleep(0)
-
-    async with app.worker():
-        await busy.add_task(timeout=5)
-    assert not [r for r in caplog.records if "has blocked" in r.getMessage()]
 
 
 async def test_workers_are_in_the_registry_while_they_live(app: QueueTasks) -> None:
