@@ -59,7 +59,10 @@ class Registration:
         self._asked.set()
 
     async def keep(self) -> None:
-        """Give signs of life until cancelled; return at once where a storage has no values."""
+        """Give signs of life until cancelled, and then take itself off the list.
+
+        Returns at once where a storage has no values.
+        """
         try:
             while True:
                 await self._write()
@@ -71,6 +74,8 @@ class Registration:
             logger.info(
                 "no registry of workers: %s keeps no shared values", type(self._storage).__name__
             )
+        finally:
+            await self._leave()
 
     async def _write(self) -> None:
         running = sorted(self._jobs, key=lambda job: job.started)[:_NAMED]
@@ -86,8 +91,7 @@ class Registration:
         except Unavailable as error:
             logger.warning("the registry of workers: %s", error)
 
-    async def leave(self) -> None:
-        """Take itself off the list."""
+    async def _leave(self) -> None:
         with suppress(NotSupported, Unavailable, TimeoutError):
             async with asyncio.timeout(_PARTING):
                 await self._storage.set(PREFIX + self._info.id, None)

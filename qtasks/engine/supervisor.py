@@ -40,6 +40,8 @@ class Supervisor:
             raise ConfigurationError(f"processes={count} is below 1")
         if sys.platform == "win32":
             raise ConfigurationError("processes= needs a POSIX system")
+        if len(sys.orig_argv) < 2:
+            raise ConfigurationError("processes= runs this program's command again; there is none")
         self._grace = grace
         self._slots = [Slot(number + 1) for number in range(count)]
         self._signals: asyncio.Queue[int] = asyncio.Queue()
@@ -108,7 +110,7 @@ class Supervisor:
         backoff = Backoff(first=0.2, most=30.0)
         while not self._stopping.is_set():
             begun = time.monotonic()
-            status = await slot.run()
+            status = await slot.run(self._stopping)
             if self._stopping.is_set():
                 return
             if status > 0 and not any(other.was_up for other in self._slots):
@@ -142,7 +144,7 @@ class Slot:
         pid = self._process.pid if self._process is not None else "-"
         return f"worker process {self._number} (pid {pid})"
 
-    async def run(self) -> int:
+    async def run(self, stopping: asyncio.Event) -> int:
         """Start a worker process and return its exit status, as `Popen.returncode` gives it."""
         ours, theirs = socket.socketpair()
         with theirs:
@@ -153,6 +155,9 @@ class Slot:
                 pass_fds=(theirs.fileno(),),
                 process_group=0,
             )
+        if stopping.is_set():
+            # The signal was sent while there was nobody to get it.
+            self.signal(signal.SIGTERM)
         self._line = reader, writer = await asyncio.open_unix_connection(sock=ours)
         listening = asyncio.create_task(self._listen(reader))
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -97,6 +98,7 @@ class Suspects:
         if stopping.is_set():
             return
         job, runs = self._waiting[0]
+        job.started = time.time()
         logger.warning(
             "task %s %s was delivered often and never ended; it runs alone (%d)",
             job.message.task_name, job.message.uuid, runs + 1,

@@ -128,7 +128,6 @@ class Worker:
             await self._ends.close()
             for task in background:
                 task.cancel()
-        await self._registration.leave()
 
     def _background(self, subscription: Subscription) -> Iterable[Coroutine[Any, Any, None]]:
         """Return what goes on beside receiving, and costs nothing while there is no job."""
@@ -137,9 +136,9 @@ class Worker:
             self._keeper.keep(subscription, lease),
             self._keeper.note(self._complete),
             watch(self._jobs, self._runner),
-            self._registration.keep(),
-            obey(self._client.broker, self._obey),
-            expire(self._client.storage, self.id),
+            _beside(self._registration.keep(), "the registry of workers"),
+            _beside(obey(self._client.broker, self._obey), "commands"),
+            _beside(expire(self._client.storage, self.id), "deleting old records"),
         )
 
     async def _last_words(self) -> None:
@@ -347,6 +346,14 @@ class Worker:
             # What waits now asks for the wrong queues.
             self._receiving.reschedule(asyncio.get_running_loop().time())
         self._jobs.notice()
+
+
+async def _beside(call: Coroutine[Any, Any, None], what: str) -> None:
+    """Await what tasks do not depend on; should it fail, they go on without it."""
+    try:
+        await call
+    except Exception as error:  # said, and nothing that a task would have to end for
+        logger.error("%s failed, and rests until the next start: %s", what, error, exc_info=error)
 
 
 def _completion(job: Job) -> Completion:

@@ -144,3 +144,20 @@ async def test_old_records_are_deleted_by_one_worker_at_a_time(
     gaps = [b - a for a, b in pairwise(calls)]
     assert calls
     assert min(gaps, default=1.0) > 0.04, "one of the three does it, as long as it lives"
+
+
+async def test_what_fails_beside_the_tasks_does_not_stop_them(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.task()
+    async def work() -> int:
+        return 1
+
+    async def broken(*_: object) -> bool:
+        raise ValueError("a defect")
+
+    async with app:
+        monkeypatch.setattr(app.client.storage, "set", broken)
+        async with app.worker():
+            assert (await work.add_task(timeout=5)).returning == 1
+    assert "the registry of workers failed" in caplog.text

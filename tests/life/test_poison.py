@@ -12,10 +12,15 @@ from tests.life.app import kill, leave, nap
 from tests.life.setting import Setting
 
 BACKENDS = ("sqlite", "redis", "postgres", "rabbitmq", "kafka")
+CASES = [("sqlite", leave), *((backend, kill) for backend in BACKENDS)]
 
 
-@pytest.mark.parametrize("setting", BACKENDS, indirect=True)
-@pytest.mark.parametrize("poison", [kill, leave], ids=["sigkill", "exit"])
+@pytest.mark.parametrize(
+    ("setting", "poison"),
+    CASES,
+    ids=[f"{backend}-{poison.name}" for backend, poison in CASES],
+    indirect=["setting"],
+)
 async def test_poison_among_the_innocent(
     setting: Setting, poison: AsyncTask[[], None, object]
 ) -> None:
