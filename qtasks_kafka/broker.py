@@ -75,7 +75,8 @@ class KafkaBroker(Broker):
             notes=(
                 "a log has no priorities",
                 "a message waits for the worker that has its partition, though another be idle",
-                "delivery counts are known only of what was in flight at a commit",
+                "delivery counts are known only of what was in flight at a commit: with the first "
+                "messages of a partition that was taken over, and whenever tasks have ended",
                 "when workers come and go, a task that runs longer than the rebalance waits for "
                 "it (half the lease, at most 5 s) may run again where its partition went",
                 "topics are kept for ever (retention.ms=-1): finished records may be deleted up "
@@ -193,6 +194,7 @@ class KafkaSubscription(Subscription):
                     await self._member.recheck()
                 deliveries = self._take(wanted, limit)
                 if deliveries:
+                    await self._announce(deliveries)
                     return deliveries
                 await self._fetch(queues, limit)
         finally:
@@ -238,6 +240,24 @@ class KafkaSubscription(Subscription):
                     deliveries.append(Delivery(decode_message(value), queue, held, known))
                     room -= 1
         return deliveries
+
+    async def _announce(self, deliveries: list[Delivery]) -> None:
+        """Have the group count what is delivered first after a takeover, before it is run.
+
+        What was in flight when a predecessor died is there again.
+        """
+        new = {d.fence.partition for d in deliveries if not d.fence.partition.announced}
+        if not new:
+            return
+        try:
+            await self._member.confirm(new)
+        except BaseException:
+            for delivery in reversed(deliveries):
+                delivery.fence.partition.take_back(delivery.fence.offset)
+            self._member.void()
+            raise
+        for partition in new:
+            partition.announced = True
 
     async def _fetch(self, queues: set[str], limit: int) -> None:
         """Wait for records, a change of partitions or the end; whatever is fetched is kept."""

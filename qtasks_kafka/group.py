@@ -267,6 +267,12 @@ class Membership:
     def _mine(consumer: AIOKafkaConsumer, tp: TopicPartition) -> bool:
         return tp in consumer.assignment()
 
+    def void(self) -> None:
+        """Have everything fetched again that is not delivered."""
+        self.epoch += 1
+        if self._consumer is not None:
+            self._rewind()
+
     def _rewind(self) -> None:
         """Fetch again from what was not delivered."""
         consumer = self._running()

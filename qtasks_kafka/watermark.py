@@ -29,6 +29,9 @@ class Partition:
         self.unconfirmed: set[int] = set()
         """Done, but the group has not taken a commit that says so."""
         self.lost = False
+        self.announced = False
+        """The group knows of the first that was delivered here. From then on commits come with the
+        ends of tasks; a message that kills its receiver at once would never be counted."""
 
     @property
     def watermark(self) -> int:
@@ -62,6 +65,11 @@ class Partition:
         self.position = offset + 1
         self.open[offset] = 1
         return 1
+
+    def take_back(self, offset: int) -> None:
+        """Take note that what `deliver` allowed last has not been delivered after all."""
+        self.open[offset] -= 1
+        self.returning.appendleft(offset)
 
     def holds(self, offset: int) -> bool:
         """Say whether a delivered record is still to be settled here."""

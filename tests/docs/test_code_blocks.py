@@ -12,13 +12,15 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import socket
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import urlopen
 
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from tests.processes import ROOT, Process
+from tests.processes import ROOT, Process, until
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLE = ROOT / "examples" / "fastapi_shop" / "shop"
@@ -124,9 +126,31 @@ def test_blocking_sums(tmp_path: Path) -> None:
         assert worker.terminate() == 0
 
 
+def test_serving(tmp_path: Path) -> None:
+    (block,) = [b for b in BLOCKS if b.file == "serve.py"]
+    program = tmp_path / block.file
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program.write_text(block.code.replace("8080", str(port)))
+    with Process(str(program), environment={"XDG_DATA_HOME": str(tmp_path)}) as supervisor:
+        url = f"http://127.0.0.1:{port}/ready"
+        until(lambda: answers(url), 30, "ready")
+        assert supervisor.terminate() == 0
+
+
+def answers(url: str) -> bool:
+    """Say whether there is a good answer."""
+    try:
+        with urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
 def test_every_block_is_run_by_a_test() -> None:
     """A new block needs a test here or of its page, or to be a file of the example."""
-    run_here = {"sums.py", "divisions.py"}
+    run_here = {"sums.py", "divisions.py", "serve.py"}
     left = [
         name_of(block)
         for block in BLOCKS

@@ -1,0 +1,83 @@
+"""A worker's memory over many tasks, and whether the oldest results are still there.
+
+    python -m benchmarks.memory [--tasks 200000]
+
+One worker process on SQLite works off a tenth of the tasks, then the rest; its resident memory is
+read after both. Then 1,000 of the oldest records are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.tasks import nothing, router
+from qtasks.asyncio import QueueTasks
+
+NAME = "memory"
+CHUNK = 10_000
+
+
+def resident(pid: int) -> int:
+    """Return the resident bytes of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+async def work_off(app: QueueTasks, count: int) -> list[str]:
+    """Enqueue `count` tasks and wait for the end of all; return the first thousand."""
+    first: list[str] = []
+    for _ in range(count // CHUNK):
+        tasks = await nothing.using(app).map([()] * CHUNK)
+        first += [task.uuid for task in tasks[: 1000 - len(first)]]
+        await asyncio.gather(*(task.wait_result() for task in tasks))
+    return first
+
+
+async def measure(url: str, tasks: int, pid: int) -> None:
+    """Print the rows."""
+    app = QueueTasks(NAME, url)
+    app.include_router(router)
+    async with app:
+        oldest = await work_off(app, tasks // 10)
+        before = resident(pid)
+        await work_off(app, tasks - tasks // 10)
+        after = resident(pid)
+        found = await read(app, oldest)
+    mebi = 2**20
+    print(f"  after {tasks // 10:7,} tasks {before / mebi:8.1f} MiB")
+    print(f"  after {tasks:7,} tasks {after / mebi:8.1f} MiB   {(after - before) / mebi:+.1f} MiB")
+    print(f"  of the oldest {len(oldest):,} tasks {found:,} can be read, with their results")
+
+
+async def read(app: QueueTasks, uuids: list[str]) -> int:
+    """Return how many of these are there and successful."""
+    handles = await asyncio.gather(*(app.get_task(uuid) for uuid in uuids))
+    return sum(handle is not None and handle.status == "success" for handle in handles)
+
+
+def main() -> None:
+    """Start a worker and measure it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--tasks", type=int, default=200_000)
+    options = parser.parse_args()
+    sys.setswitchinterval(0.0005)
+    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
+        url = f"sqlite:///{directory}/bench.db"
+        command = [sys.executable, "-m", "benchmarks.tasks", url, NAME, "100", "0"]
+        with subprocess.Popen(command) as worker:
+            try:
+                print(f"\nsqlite: the memory of a worker, {options.tasks:,} no-op tasks")
+                asyncio.run(measure(url, options.tasks, worker.pid))
+            finally:
+                worker.terminate()
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    main()

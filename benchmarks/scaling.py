@@ -1,0 +1,112 @@
+"""How throughput grows with worker processes, on tasks that sleep 10 ms.
+
+    python -m benchmarks.scaling --backend redis [--tasks 2000]
+
+1, 2 and 4 supervised processes, 10 tasks at once in each. One can run 1,000 a second at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from uuid import uuid4
+
+from qtasks import AsyncRouter
+from qtasks.asyncio import QueueTasks
+from qtasks.control import workers
+from tests.services import SERVICES
+
+SECONDS = 0.01
+CONCURRENCY = 10
+PROCESSES = (1, 2, 4)
+
+router = AsyncRouter()
+
+
+@router.task(name="sleep")
+async def sleep() -> None:
+    """Wait as a call of another service would."""
+    await asyncio.sleep(SECONDS)
+
+
+async def rate(url: str, tasks: int, processes: int) -> float:
+    """Return tasks a second, from the first end to the last, with all processes at work."""
+    name = f"scaling-{uuid4().hex[:8]}"
+    app = QueueTasks(name, url)
+    app.include_router(router)
+    arguments = json.dumps({"url": url, "name": name, "processes": processes})
+    async with app:
+        await sleep.using(app).add_task()
+        command = [sys.executable, "-m", "benchmarks.scaling", "--worker", arguments]
+        with subprocess.Popen(command) as supervisor:  # noqa: ASYNC220  # measured, not awaited
+            try:
+                await all_up(app, processes)
+                handles = await sleep.using(app).map([()] * tasks * processes)
+                ends = await asyncio.gather(*(handle.wait_result() for handle in handles))
+            finally:
+                supervisor.terminate()
+    times = sorted(end.finished_at or 0.0 for end in ends)
+    # The slope of the middle: not how the first batches were dealt and the last ones ran out.
+    low, high = len(times) // 10, len(times) * 9 // 10
+    return (high - low) / (times[high] - times[low])
+
+
+async def all_up(app: QueueTasks, processes: int) -> None:
+    """Wait until so many workers receive: by the registry, else for a while."""
+    if "values" in app.storage.guarantees.unsupported:
+        await asyncio.sleep(4.0)
+        return
+    deadline = time.monotonic() + 30
+    while len(await app.control(workers)) < processes and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+
+
+def work(arguments: str) -> None:
+    """Be the workers of a measurement."""
+    options = json.loads(arguments)
+    app = QueueTasks(options["name"], options["url"])
+    app.include_router(router)
+    app.run_forever(concurrency=CONCURRENCY, processes=options["processes"])
+
+
+def main() -> None:
+    """Measure one backend and print a row for each number of processes."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--backend", default="sqlite", choices=["sqlite", *SERVICES])
+    parser.add_argument("--tasks", type=int, default=3000, help="for each process")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker)
+        return
+    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
+        if options.backend == "sqlite":
+            print_rows(f"sqlite:///{directory}/bench.db", "sqlite", options.tasks)
+            return
+        service = SERVICES[options.backend]()
+        try:
+            print_rows(service.start(), options.backend, options.tasks)
+        finally:
+            service.stop()
+
+
+def print_rows(url: str, backend: str, tasks: int) -> None:
+    """Measure with 1, 2 and 4 processes."""
+    print(f"\n{backend}: tasks that sleep 10 ms, {CONCURRENCY} at once a process", flush=True)
+    alone = 0.0
+    for processes in PROCESSES:
+        found = asyncio.run(rate(url, tasks, processes))
+        alone = alone or found
+        print(f"  {processes} processes {found:10,.0f}/s   {found / alone:5.2f} times", flush=True)
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    main()
