@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Protocol, TypeVar, cast, overload
 from weakref import WeakSet
 
@@ -18,18 +18,22 @@ class AsyncDecorator(Protocol):
     """Turns a function, async or plain, into an `AsyncTask` of what it returns."""
 
     @overload
-    def __call__(self, function: Callable[P, Awaitable[R]], /) -> AsyncTask[P, R]: ...
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncTask[P, R, Coroutine[Any, Any, R]]: ...
     @overload
-    def __call__(self, function: Callable[P, R], /) -> AsyncTask[P, R]: ...
+    def __call__(self, function: Callable[P, R], /) -> AsyncTask[P, R, R]: ...
 
 
 class SyncDecorator(Protocol):
     """Turns a function, plain or async, into a `SyncTask` of what it returns."""
 
     @overload
-    def __call__(self, function: Callable[P, Awaitable[R]], /) -> SyncTask[P, R]: ...
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> SyncTask[P, R, Coroutine[Any, Any, R]]: ...
     @overload
-    def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
+    def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R, R]: ...
 
 
 class Inclusions:
@@ -97,7 +101,7 @@ class AsyncRouter(Router):
             retention=retention,
         )  # fmt: skip
 
-        def decorate(function: Callable[..., Any]) -> AsyncTask[..., Any]:
+        def decorate(function: Callable[..., Any]) -> AsyncTask[..., Any, Any]:
             return AsyncTask(function, self.define(function, name, options), self._inclusions)
 
         return cast(AsyncDecorator, decorate)
@@ -122,7 +126,7 @@ class SyncRouter(Router):
             retention=retention,
         )  # fmt: skip
 
-        def decorate(function: Callable[..., Any]) -> SyncTask[..., Any]:
+        def decorate(function: Callable[..., Any]) -> SyncTask[..., Any, Any]:
             return SyncTask(function, self.define(function, name, options), self._inclusions)
 
         return cast(SyncDecorator, decorate)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+"""What a finished task returns."""
+C = TypeVar("C")
+"""What a call here and now gives: R of a plain function, a coroutine of it of an async one."""
 
 
 class Owner(Protocol):
@@ -36,12 +39,10 @@ class FixedApp:
         return self._app
 
 
-class BaseTask(Generic[P, R]):
+class BaseTask(Generic[P, R, C]):
     """A registered function; calling it runs it here and now, as if it were not decorated."""
 
-    def __init__(
-        self, function: Callable[P, Any], definition: TaskDefinition, owner: Owner
-    ) -> None:
+    def __init__(self, function: Callable[P, C], definition: TaskDefinition, owner: Owner) -> None:
         self._function = function
         self.definition = definition
         self._owner = owner
@@ -49,7 +50,7 @@ class BaseTask(Generic[P, R]):
         self.__doc__ = function.__doc__
         self.__wrapped__ = function
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C:
         return self._function(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -122,10 +123,10 @@ class SyncCall(Call[R]):
         return BlockingTask(app, record, self.definition.decode_result)
 
 
-class AsyncTask(BaseTask[P, R]):
+class AsyncTask(BaseTask[P, R, C]):
     """A task of the asynchronous face; its function may be a coroutine function or a plain one."""
 
-    def using(self, app: App) -> AsyncTask[P, R]:
+    def using(self, app: App) -> AsyncTask[P, R, C]:
         """Return this task bound to an app."""
         return AsyncTask(self._function, self.definition, FixedApp(app))
 
@@ -157,10 +158,10 @@ class AsyncTask(BaseTask[P, R]):
         return [Task(app, record, self.definition.decode_result) for record in records]
 
 
-class SyncTask(BaseTask[P, R]):
+class SyncTask(BaseTask[P, R, C]):
     """A task of the blocking face; its function may be a plain one or a coroutine function."""
 
-    def using(self, app: App) -> SyncTask[P, R]:
+    def using(self, app: App) -> SyncTask[P, R, C]:
         """Return this task bound to an app."""
         return SyncTask(self._function, self.definition, FixedApp(app))
 

@@ -1,0 +1,145 @@
+"""The Python blocks of the README and the docs.
+
+Each compiles, with `await` as in a coroutine. Beyond that a block is one of three:
+
+- its first line is a comment that names one of the example's files: it is that file;
+- its first line is a comment that names another file: it is a program of its own, run as it says;
+- else it goes on where the block before it on its page ended: a page's blocks run as one coroutine.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from qtasks.asyncio import QueueTasks
+from tests.processes import ROOT, Process
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLE = ROOT / "examples" / "fastapi_shop" / "shop"
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    code: str
+
+    @property
+    def file(self) -> str:
+        """The file that its first line names, "" where it names none."""
+        named = re.match(r"# (\w+\.py)\b", self.code)
+        return named[1] if named else ""
+
+    def compiled(self) -> Any:
+        """Return its code; blank lines before it make errors name the line of the page."""
+        code = "\n" * self.line + self.code
+        return compile(code, self.page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(page, text[: match.start()].count("\n") + 1, match[1]) for match in found]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def name_of(block: Block) -> str:
+    return f"{block.page.name}:{block.line}"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=name_of)
+def test_it_compiles(block: Block) -> None:
+    assert block.compiled()
+
+
+def of_the_example(block: Block) -> bool:
+    return bool(block.file) and (EXAMPLE / block.file).exists()
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if of_the_example(b)], ids=name_of)
+def test_it_is_a_file_of_the_example(block: Block) -> None:
+    """Which other tests run. Comments and lines between groups of imports may differ."""
+    file = (EXAMPLE / block.file).read_text()
+    assert ast.unparse(ast.parse(block.code)) == ast.unparse(ast.parse(file))
+
+
+async def test_the_first_task() -> None:
+    """The page's blocks in order; here is what the page leaves to its reader."""
+
+    async def server_is_busy() -> bool:
+        return False
+
+    async def deliver(address: str, text: str) -> int:
+        return len(text)
+
+    app = QueueTasks("docs", "memory://")
+
+    @app.task()
+    async def other(x: int) -> int:
+        return x
+
+    names: dict[str, Any] = {
+        "server_is_busy": server_is_busy,
+        "deliver": deliver,
+        "app": app,
+        "other": other,
+        "__name__": "docs",
+    }
+    first, *rest = [b for b in blocks_of(ROOT / "docs" / "first-task.md") if not b.file]
+    await run(first, names)
+    app.include_router(names["router"])
+    async with app.worker():
+        for block in rest:
+            await run(block, names)
+        assert names["done"].returning == len("hello")
+        ended = [await task.wait_result(10) for task in names["tasks"]]
+        assert [task.returning for task in ended] == [2, 1]
+        assert names["later"].status == "scheduled"
+
+
+async def run(block: Block, names: dict[str, Any]) -> None:
+    """Run a block as a part of a coroutine that has these names."""
+    ended = eval(block.compiled(), names)  # noqa: S307  # our own pages
+    if inspect.iscoroutine(ended):
+        await ended
+
+
+def test_blocking_sums(tmp_path: Path) -> None:
+    (block,) = [b for b in BLOCKS if b.file == "sums.py"]
+    program = tmp_path / block.file
+    program.write_text(block.code)
+    environment = {"XDG_DATA_HOME": str(tmp_path)}
+    with (
+        Process(str(program), "work", environment=environment) as worker,
+        Process(str(program), environment=environment) as client,
+    ):
+        client.wait_for("3\n")
+        assert worker.terminate() == 0
+
+
+def test_every_block_is_run_by_a_test() -> None:
+    """A new block needs a test here, or to be a file of the example."""
+    run_here = {"sums.py"}
+    left = [
+        name_of(block)
+        for block in BLOCKS
+        if not of_the_example(block)
+        and block.file not in run_here
+        and (block.file or block.page.name != "first-task.md")
+    ]
+    assert not left
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, EXAMPLE.parent / "README.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_its_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []

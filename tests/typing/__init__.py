@@ -1,0 +1,1 @@
+"""What a type checker makes of code that uses QTasks."""
