@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
-import atexit
-import logging
 import os
-import signal
-import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from datetime import datetime
+from collections.abc import Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from importlib import import_module
-from pathlib import Path
 from threading import Lock
 from typing import Any
-from uuid import UUID
 
-from uuid_utils import uuid7
-
-from qtasks.balancers import Greedy
 from qtasks.definition import TaskDefinition
-from qtasks.engine.client import Client
-from qtasks.engine.io_thread import IOThread, io_thread, refuse_running_loop
-from qtasks.engine.reply import LoopReply, ThreadReply
-from qtasks.engine.runner import Runner
-from qtasks.engine.worker import Worker
+from qtasks.engine.io_thread import refuse_running_loop
+from qtasks.lifecycle import START_TIMEOUT
+from qtasks.parts import find_parts
 from qtasks.serializers import MsgpackSerializer
-from qtasks_core import Balancer, Broker, Guarantees, Storage, TaskMessage, schemas
-from qtasks_core.errors import (
-    Closed,
-    ConfigurationError,
-    PayloadTooLarge,
-    TaskTimeout,
-    Unavailable,
-    UnknownTask,
-)
-from qtasks_core.lookup import resolve_broker, resolve_storage
-from qtasks_core.separate import record_of
+from qtasks.submitting import Submitting
+from qtasks.working import RunningWorker, WorkerOptions, serve, working
+from qtasks_core import Balancer, Broker, Storage, schemas
+from qtasks_core.errors import ConfigurationError, UnknownTask
 
-logger = logging.getLogger("qtasks")
-
-PUBLISH_TIMEOUT = 30.0
-"""Seconds after which a write that is not confirmed is an error, where no timeout is given."""
-START_TIMEOUT = 10.0
-"""Seconds in which the parts have to be reached when an app is entered."""
 MAX_PAYLOAD = 1024 * 1024
 """Bytes of arguments a message may carry, unless the app says otherwise."""
 
 
-class App:
+class App(Submitting):
     """Parts, a registry of tasks, and one client on the I/O thread while it is started.
 
     `broker` and `storage` are parts or URLs. A broker's URL without a storage uses both halves of
@@ -66,20 +39,9 @@ class App:
         *,
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
-        self.name = name or os.environ.get("QTASKS_NAME") or "qtasks"
-        self.broker, self.storage = _parts(broker, storage)
-        self.max_payload = max_payload
+        name = name or os.environ.get("QTASKS_NAME") or "qtasks"
+        super().__init__(name, *find_parts(broker, storage), max_payload)
         self.definitions: dict[str, TaskDefinition] = {}
-        self._entered = 0
-        self._client: Client | None = None
-        self._thread: IOThread | None = None
-        self._changing = asyncio.Lock()
-        self.starts_itself = False
-        """Start at first use and close at exit: only the process's default app does."""
-
-    def guarantees(self) -> tuple[Guarantees, Guarantees]:
-        """What the broker and the storage promise; complete once the app is started."""
-        return self.broker.guarantees, self.storage.guarantees
 
     def register(self, definition: TaskDefinition) -> None:
         """Make a task known. Raises `ConfigurationError` when its name is taken."""
@@ -101,230 +63,7 @@ class App:
         known = self.definitions.get(record.task_name)
         return known.decode_result if known is not None else MsgpackSerializer().decoder(Any)
 
-    # -- life ----------------------------------------------------------------------------
-
-    async def start(self, timeout: float = START_TIMEOUT) -> None:
-        """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
-        await self._io().run(self._start, timeout)
-
-    async def stop(self) -> None:
-        """Disconnect with the last of nested stops."""
-        await self._io().run(self._stop)
-
-    def start_blocking(self, timeout: float = START_TIMEOUT) -> None:
-        """Connect both parts from a thread without a loop."""
-        self._io().run_blocking(self._start, timeout)
-
-    def stop_blocking(self) -> None:
-        """Disconnect from a thread without a loop."""
-        self._io().run_blocking(self._stop)
-
-    def _io(self) -> IOThread:
-        """Return the process's I/O thread; in a forked child all that was started is gone."""
-        thread = io_thread()
-        if thread is not self._thread:
-            self._thread, self._client, self._entered = thread, None, 0
-            self._changing = asyncio.Lock()
-        return thread
-
-    async def _start(self, timeout: float) -> None:
-        async with self._changing:
-            if self._client is None:
-                client = Client(self.name, self.broker, self.storage)
-                await client.start(asyncio.get_running_loop().time() + timeout)
-                self._client = client
-            self._entered += 1
-
-    async def _stop(self) -> None:
-        async with self._changing:
-            self._entered -= 1
-            if self._entered == 0 and self._client is not None:
-                client, self._client = self._client, None
-                await client.stop()
-
-    @property
-    def client(self) -> Client:
-        """The engine's client while the app is started; it lives on the I/O thread."""
-        client = self._client_now()[1]
-        if client is None:
-            raise self._not_started()
-        return client
-
-    def _client_now(self) -> tuple[IOThread, Client | None]:
-        return self._io(), self._client
-
-    async def _ready(self) -> tuple[IOThread, Client]:
-        thread, client = self._client_now()
-        if client is None and self.starts_itself:
-            await self.start()
-            atexit.register(self._close_at_exit)
-            thread, client = self._client_now()
-        if client is None:
-            raise self._not_started()
-        return thread, client
-
-    def _ready_blocking(self) -> tuple[IOThread, Client]:
-        refuse_running_loop()
-        thread, client = self._client_now()
-        if client is None and self.starts_itself:
-            self.start_blocking()
-            atexit.register(self._close_at_exit)
-            thread, client = self._client_now()
-        if client is None:
-            raise self._not_started()
-        return thread, client
-
-    def _not_started(self) -> Closed:
-        return Closed(
-            f"the app {self.name!r} is not started; use it inside 'async with app:' "
-            "(or 'with app:'), or in a task that its worker runs"
-        )
-
-    def _close_at_exit(self) -> None:
-        thread, client = self._client_now()
-        if client is not None:
-            thread.run_blocking(self._stop)
-
-    # -- submitting and waiting ----------------------------------------------------------
-
-    def message(
-        self,
-        definition: TaskDefinition,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-        *,
-        queue: str | None = None,
-        priority: int | None = None,
-        delay: float | None = None,
-        eta: datetime | None = None,
-    ) -> TaskMessage:
-        """Return the message of a call.
-
-        Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge`, `ConfigurationError`.
-        """
-        encoded_args, encoded_kwargs = definition.encode(args, kwargs)
-        size = len(encoded_args) + len(encoded_kwargs)
-        if size > self.max_payload:
-            raise PayloadTooLarge(
-                f"{definition.name}: the arguments take {size} bytes, the limit is "
-                f"{self.max_payload}; pass a reference, or raise max_payload of the app"
-            )
-        options = definition.options
-        now = time.time()
-        message = TaskMessage(
-            uuid=str(uuid7()),
-            task_name=definition.name,
-            queue=queue or options.queue,
-            args=encoded_args,
-            kwargs=encoded_kwargs,
-            encoding=definition.serializer.name,
-            priority=options.priority if priority is None else priority,
-            delay=_delay(delay, eta, now),
-            created_at=now,
-            store_result=options.store_result,
-            retention=options.retention,
-        )
-        if not 0 <= message.priority <= 9:
-            raise ConfigurationError(f"priority={priority} is not between 0 and 9")
-        return message
-
-    async def submit(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
-        """Submit a message; with `timeout` (seconds) wait for its end, else for the write.
-
-        Raises `TaskTimeout`, `Unavailable`, `Refused`.
-        """
-        thread, client = await self._ready()
-        reply: LoopReply[schemas.Task | None] = LoopReply()
-        deadline = time.monotonic() + (PUBLISH_TIMEOUT if timeout is None else timeout)
-        thread.post(client.submit, message, deadline, timeout is not None, reply)
-        return await self._ended(client, message.uuid, reply, timeout) or record_of(message)
-
-    def submit_blocking(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
-        """Do as `submit`, from a thread without a loop."""
-        thread, client = self._ready_blocking()
-        reply: ThreadReply[schemas.Task | None] = ThreadReply()
-        deadline = time.monotonic() + (PUBLISH_TIMEOUT if timeout is None else timeout)
-        thread.post(client.submit, message, deadline, timeout is not None, reply)
-        found = self._ended_blocking(client, message.uuid, reply, timeout)
-        return found or record_of(message)
-
-    async def submit_all(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
-        """Submit many messages. Raises the first error after all of them had an answer."""
-        thread, client = await self._ready()
-        if messages:
-            await thread.ask(client.submit_all, messages, time.monotonic() + PUBLISH_TIMEOUT)
-        return [record_of(message) for message in messages]
-
-    def submit_all_blocking(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
-        """Do as `submit_all`, from a thread without a loop."""
-        thread, client = self._ready_blocking()
-        if messages:
-            deadline = time.monotonic() + PUBLISH_TIMEOUT
-            thread.ask_blocking(client.submit_all, messages, deadline)
-        return [record_of(message) for message in messages]
-
-    async def wait(self, uuid: str, timeout: float | None) -> schemas.Task:
-        """Return the final record of any task, once there is one. Raises `TaskTimeout`."""
-        thread, client = await self._ready()
-        reply: LoopReply[schemas.Task | None] = LoopReply()
-        thread.post(client.wait, uuid, reply)
-        return _there(await self._ended(client, uuid, reply, timeout))
-
-    def wait_blocking(self, uuid: str, timeout: float | None) -> schemas.Task:
-        """Do as `wait`, from a thread without a loop."""
-        thread, client = self._ready_blocking()
-        reply: ThreadReply[schemas.Task | None] = ThreadReply()
-        thread.post(client.wait, uuid, reply)
-        return _there(self._ended_blocking(client, uuid, reply, timeout))
-
-    async def get(self, uuid: str | UUID) -> schemas.Task | None:
-        """Return the newest record of a task, None where there is none."""
-        thread, client = await self._ready()
-        return (await thread.run(client.get, [str(uuid)], time.monotonic() + START_TIMEOUT))[0]
-
-    def get_blocking(self, uuid: str | UUID) -> schemas.Task | None:
-        """Do as `get`, from a thread without a loop."""
-        thread, client = self._ready_blocking()
-        deadline = time.monotonic() + START_TIMEOUT
-        return thread.run_blocking(client.get, [str(uuid)], deadline)[0]
-
-    async def _ended(
-        self,
-        client: Client,
-        uuid: str,
-        reply: LoopReply[schemas.Task | None],
-        timeout: float | None,
-    ) -> schemas.Task | None:
-        """Await a reply; past the timeout take the wait back and say what is known."""
-        try:
-            async with asyncio.timeout(timeout):
-                return await reply.future
-        except TimeoutError:
-            self._io().post(client.forget, uuid, reply)
-            look = self._io().run(client.get, [uuid], time.monotonic())
-        except asyncio.CancelledError:
-            self._io().post(client.forget, uuid, reply)
-            raise
-        raise _late(uuid, timeout, await _known(look))
-
-    def _ended_blocking(
-        self,
-        client: Client,
-        uuid: str,
-        reply: ThreadReply[schemas.Task | None],
-        timeout: float | None,
-    ) -> schemas.Task | None:
-        try:
-            return reply.result(timeout)
-        except TimeoutError:
-            self._io().post(client.forget, uuid, reply)
-        look = self._io().run_blocking(_known, client.get([uuid], time.monotonic()))
-        raise _late(uuid, timeout, look)
-
-    # -- working -------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def worker(
+    def worker(
         self,
         *,
         queues: Iterable[str] | None = None,
@@ -332,56 +71,16 @@ class App:
         grace: float | None = 30.0,
         balancer: Balancer | None = None,
         start_timeout: float = START_TIMEOUT,
-    ) -> AsyncIterator[RunningWorker]:
+    ) -> AbstractAsyncContextManager[RunningWorker]:
         """Run a worker on this loop while the block runs.
 
         `queues`: those of the known tasks by default. At the end it stops receiving, lets running
         tasks finish for `grace` seconds (None: for ever) and gives the rest back.
         """
-        await self.start(start_timeout)
-        try:
-            runner = Runner(self.definitions, concurrency)
-            try:
-                async with self._working(runner, queues, concurrency, balancer, grace) as running:
-                    yield running
-            finally:
-                runner.stop()
-        finally:
-            await self.stop()
-
-    @asynccontextmanager
-    async def _working(
-        self,
-        runner: Runner,
-        queues: Iterable[str] | None,
-        concurrency: int,
-        balancer: Balancer | None,
-        grace: float | None,
-    ) -> AsyncIterator[RunningWorker]:
-        thread, client = await self._ready()
-        names = sorted(queues or {"default", *(d.options.queue for d in self.definitions.values())})
-
-        async def build() -> Worker:
-            known = self.definitions.keys()
-            return Worker(client, runner, known, names, concurrency, balancer or Greedy())
-
-        worker = await thread.run(build)
-        for part in self.guarantees():
-            logger.info("%s", describe(part))
-        logger.info(
-            "worker %s of %r: queues %s, %d tasks at once, knows %s",
-            worker.id,
-            self.name,
-            ", ".join(names),
-            concurrency,
-            ", ".join(sorted(self.definitions)) or "no task",
+        options = WorkerOptions(
+            queues=queues, concurrency=concurrency, grace=grace, balancer=balancer
         )
-        ended = asyncio.create_task(thread.run(worker.run))
-        try:
-            yield RunningWorker(worker.id, runner, ended)
-        finally:
-            await thread.run(worker.stop, grace)
-            await ended
+        return working(self, options, start_timeout)
 
     def run_forever(
         self,
@@ -396,131 +95,10 @@ class App:
         Waits for servers that are not there yet. Raises `ConfigurationError`.
         """
         refuse_running_loop()
-        if not logging.getLogger().handlers:
-            # Drivers are only heard when something is wrong.
-            logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-            logger.setLevel(logging.INFO)
-        # The two loops of this process hand over work many times a millisecond; with the
-        # default of 5 ms each would wait for the other.
-        sys.setswitchinterval(0.0005)
-        asyncio.run(self._serve(queues, concurrency, grace, balancer))
-
-    async def _serve(
-        self,
-        queues: Iterable[str] | None,
-        concurrency: int,
-        grace: float | None,
-        balancer: Balancer | None,
-    ) -> None:
-        signalled = asyncio.Event()
-        on_signal = signalled.set
-
-        def signal_arrived() -> None:
-            on_signal()
-
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, signal_arrived)
-        async with self.worker(
-            queues=queues,
-            concurrency=concurrency,
-            grace=grace,
-            balancer=balancer,
-            start_timeout=float("inf"),
-        ) as worker:
-            stopping = asyncio.create_task(signalled.wait())
-            await asyncio.wait({stopping, worker.ended}, return_when=asyncio.FIRST_COMPLETED)
-            stopping.cancel()
-            on_signal = worker.give_back
-            logger.info("worker %s stops: running tasks have %s s", worker.id, grace)
-
-
-class RunningWorker:
-    """A worker while its block runs."""
-
-    def __init__(self, id: str, runner: Runner, ended: asyncio.Task[None]) -> None:
-        self.id = id
-        self.ended = ended
-        """Done early only if the worker failed."""
-        self._runner = runner
-
-    def give_back(self) -> None:
-        """Cancel what runs and give it back to the queue at once."""
-        self._runner.give_back()
-
-
-def describe(part: Guarantees) -> str:
-    """Return a line for the log: the part, its server, what it survives and why."""
-    server = f" on {part.server}" if part.server else ""
-    return f"{part.part}{server}: survives {part.survives} ({part.durability})"
-
-
-async def _known(look: Awaitable[list[schemas.Task | None]]) -> schemas.Task | None:
-    try:
-        return (await look)[0]
-    except Unavailable:
-        return None
-
-
-def _late(uuid: str, timeout: float | None, record: schemas.Task | None) -> TaskTimeout:
-    if record is None:
-        return TaskTimeout(
-            f"task {uuid}: no end within {timeout} s, and no record of it can be read"
+        options = WorkerOptions(
+            queues=queues, concurrency=concurrency, grace=grace, balancer=balancer
         )
-    begun = {
-        "new": "no worker has begun it; does one listen to that queue?",
-        "scheduled": "it is not due yet",
-        "process": f"worker {record.worker} runs it",
-        "retry": f"attempt {record.attempt} failed ({record.error}) and it will run again",
-    }
-    return TaskTimeout(
-        f"task {record.task_name} {uuid} in queue {record.queue!r}: no end within {timeout} s; "
-        f"{begun.get(record.status, 'it has just ended')}"
-    )
-
-
-def _there(record: schemas.Task | None) -> schemas.Task:
-    if record is None:
-        raise Closed("a wait ended without a record")
-    return record
-
-
-def _delay(delay: float | None, eta: datetime | None, now: float) -> float:
-    if delay is not None and eta is not None:
-        raise ConfigurationError("give delay= or eta=, not both")
-    if eta is not None:
-        if eta.tzinfo is None:
-            raise ConfigurationError("eta= needs a time zone, e.g. datetime.now(UTC)")
-        return max(0.0, eta.timestamp() - now)
-    return max(0.0, delay or 0.0)
-
-
-def _parts(broker: Broker | str | None, storage: Storage | str | None) -> tuple[Broker, Storage]:
-    """Return the parts that the arguments name, else the environment, else the default."""
-    if broker is None and storage is None:
-        broker = os.environ.get("QTASKS_BROKER_URL") or None
-        storage = os.environ.get("QTASKS_STORAGE_URL") or None
-        if broker is None and storage is None:
-            broker = f"sqlite:///{_default_path()}"
-            logger.warning("no broker is configured; using the embedded default, %s", broker)
-    if broker is None:
-        raise ConfigurationError("a storage without a broker: set QTASKS_BROKER_URL, or broker=")
-    if storage is None:
-        if not isinstance(broker, str):
-            raise ConfigurationError(f"{type(broker).__name__} needs storage= beside it")
-        storage = broker
-    return (
-        resolve_broker(broker) if isinstance(broker, str) else broker,
-        resolve_storage(storage) if isinstance(storage, str) else storage,
-    )
-
-
-def _default_path() -> Path:
-    """Return the absolute path of the embedded default (XDG base directory specification)."""
-    base = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
-    directory = (Path(base) if base else Path.home() / ".local" / "share") / "qtasks"
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory / "qtasks.db"
+        serve(self, options)
 
 
 _default: App | None = None

@@ -1,0 +1,211 @@
+"""Submitting tasks and waiting for their ends, from any loop and from plain threads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from uuid_utils import uuid7
+
+from qtasks.definition import TaskDefinition
+from qtasks.engine.client import Client
+from qtasks.engine.reply import LoopReply, ThreadReply
+from qtasks.lifecycle import START_TIMEOUT, Lifecycle
+from qtasks_core import Broker, Storage, TaskMessage, schemas
+from qtasks_core.errors import (
+    Closed,
+    ConfigurationError,
+    PayloadTooLarge,
+    TaskTimeout,
+    Unavailable,
+)
+from qtasks_core.separate import record_of
+
+PUBLISH_TIMEOUT = 30.0
+"""Seconds after which a write that is not confirmed is an error, where no timeout is given."""
+
+
+class Submitting(Lifecycle):
+    """What an app does for callers. Each call has a twin that blocks on the same crossing."""
+
+    def __init__(self, name: str, broker: Broker, storage: Storage, max_payload: int) -> None:
+        super().__init__(name, broker, storage)
+        self.max_payload = max_payload
+
+    def message(
+        self,
+        definition: TaskDefinition,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        queue: str | None = None,
+        priority: int | None = None,
+        delay: float | None = None,
+        eta: datetime | None = None,
+    ) -> TaskMessage:
+        """Return the message of a call.
+
+        Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge`, `ConfigurationError`.
+        """
+        encoded_args, encoded_kwargs = definition.encode(args, kwargs)
+        size = len(encoded_args) + len(encoded_kwargs)
+        if size > self.max_payload:
+            raise PayloadTooLarge(
+                f"{definition.name}: the arguments take {size} bytes, the limit is "
+                f"{self.max_payload}; pass a reference, or raise max_payload of the app"
+            )
+        options = definition.options
+        now = time.time()
+        message = TaskMessage(
+            uuid=str(uuid7()),
+            task_name=definition.name,
+            queue=queue or options.queue,
+            args=encoded_args,
+            kwargs=encoded_kwargs,
+            encoding=definition.serializer.name,
+            priority=options.priority if priority is None else priority,
+            delay=_delay(delay, eta, now),
+            created_at=now,
+            store_result=options.store_result,
+            retention=options.retention,
+        )
+        if not 0 <= message.priority <= 9:
+            raise ConfigurationError(f"priority={priority} is not between 0 and 9")
+        return message
+
+    async def submit(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
+        """Submit a message; with `timeout` (seconds) wait for its end, else for the write.
+
+        Raises `TaskTimeout`, `Unavailable`, `Refused`.
+        """
+        thread, client = await self.ready()
+        reply: LoopReply[schemas.Task | None] = LoopReply()
+        deadline = time.monotonic() + (PUBLISH_TIMEOUT if timeout is None else timeout)
+        thread.post(client.submit, message, deadline, timeout is not None, reply)
+        return await self._ended(client, message.uuid, reply, timeout) or record_of(message)
+
+    def submit_blocking(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
+        """Do as `submit`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        reply: ThreadReply[schemas.Task | None] = ThreadReply()
+        deadline = time.monotonic() + (PUBLISH_TIMEOUT if timeout is None else timeout)
+        thread.post(client.submit, message, deadline, timeout is not None, reply)
+        found = self._ended_blocking(client, message.uuid, reply, timeout)
+        return found or record_of(message)
+
+    async def submit_all(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
+        """Submit many messages. Raises the first error after all of them had an answer."""
+        thread, client = await self.ready()
+        if messages:
+            await thread.ask(client.submit_all, messages, time.monotonic() + PUBLISH_TIMEOUT)
+        return [record_of(message) for message in messages]
+
+    def submit_all_blocking(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
+        """Do as `submit_all`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        if messages:
+            deadline = time.monotonic() + PUBLISH_TIMEOUT
+            thread.ask_blocking(client.submit_all, messages, deadline)
+        return [record_of(message) for message in messages]
+
+    async def wait(self, uuid: str, timeout: float | None) -> schemas.Task:
+        """Return the final record of any task, once there is one. Raises `TaskTimeout`."""
+        thread, client = await self.ready()
+        reply: LoopReply[schemas.Task | None] = LoopReply()
+        thread.post(client.wait, uuid, reply)
+        return _there(await self._ended(client, uuid, reply, timeout))
+
+    def wait_blocking(self, uuid: str, timeout: float | None) -> schemas.Task:
+        """Do as `wait`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        reply: ThreadReply[schemas.Task | None] = ThreadReply()
+        thread.post(client.wait, uuid, reply)
+        return _there(self._ended_blocking(client, uuid, reply, timeout))
+
+    async def get(self, uuid: str | UUID) -> schemas.Task | None:
+        """Return the newest record of a task, None where there is none."""
+        thread, client = await self.ready()
+        return (await thread.run(client.get, [str(uuid)], time.monotonic() + START_TIMEOUT))[0]
+
+    def get_blocking(self, uuid: str | UUID) -> schemas.Task | None:
+        """Do as `get`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        deadline = time.monotonic() + START_TIMEOUT
+        return thread.run_blocking(client.get, [str(uuid)], deadline)[0]
+
+    async def _ended(
+        self,
+        client: Client,
+        uuid: str,
+        reply: LoopReply[schemas.Task | None],
+        timeout: float | None,
+    ) -> schemas.Task | None:
+        """Await a reply; past the timeout take the wait back and say what is known."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await reply.future
+        except TimeoutError:
+            self._io().post(client.forget, uuid, reply)
+            look = self._io().run(client.get, [uuid], time.monotonic())
+        except asyncio.CancelledError:
+            self._io().post(client.forget, uuid, reply)
+            raise
+        raise _late(uuid, timeout, await _known(look))
+
+    def _ended_blocking(
+        self,
+        client: Client,
+        uuid: str,
+        reply: ThreadReply[schemas.Task | None],
+        timeout: float | None,
+    ) -> schemas.Task | None:
+        try:
+            return reply.result(timeout)
+        except TimeoutError:
+            self._io().post(client.forget, uuid, reply)
+        look = self._io().run_blocking(_known, client.get([uuid], time.monotonic()))
+        raise _late(uuid, timeout, look)
+
+
+async def _known(look: Awaitable[list[schemas.Task | None]]) -> schemas.Task | None:
+    try:
+        return (await look)[0]
+    except Unavailable:
+        return None
+
+
+def _late(uuid: str, timeout: float | None, record: schemas.Task | None) -> TaskTimeout:
+    if record is None:
+        return TaskTimeout(
+            f"task {uuid}: no end within {timeout} s, and no record of it can be read"
+        )
+    begun = {
+        "new": "no worker has begun it; does one listen to that queue?",
+        "scheduled": "it is not due yet",
+        "process": f"worker {record.worker} runs it",
+        "retry": f"attempt {record.attempt} failed ({record.error}) and it will run again",
+    }
+    return TaskTimeout(
+        f"task {record.task_name} {uuid} in queue {record.queue!r}: no end within {timeout} s; "
+        f"{begun.get(record.status, 'it has just ended')}"
+    )
+
+
+def _there(record: schemas.Task | None) -> schemas.Task:
+    if record is None:
+        raise Closed("a wait ended without a record")
+    return record
+
+
+def _delay(delay: float | None, eta: datetime | None, now: float) -> float:
+    if delay is not None and eta is not None:
+        raise ConfigurationError("give delay= or eta=, not both")
+    if eta is not None:
+        if eta.tzinfo is None:
+            raise ConfigurationError("eta= needs a time zone, e.g. datetime.now(UTC)")
+        return max(0.0, eta.timestamp() - now)
+    return max(0.0, delay or 0.0)
