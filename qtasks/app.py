@@ -40,7 +40,7 @@ class App(Submitting):
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
         name = name or os.environ.get("QTASKS_NAME") or "qtasks"
-        super().__init__(name, *find_parts(broker, storage), max_payload)
+        super().__init__(name, find_parts(broker, storage), max_payload)
         self.definitions: dict[str, TaskDefinition] = {}
 
     def register(self, definition: TaskDefinition) -> None:
@@ -114,6 +114,16 @@ def default_app() -> App:
             _default = _import_app(named) if named else App()
             _default.starts_itself = True
         return _default
+
+
+def _renew_lock_in_child() -> None:
+    # Another thread may have held the lock at the fork, and does not exist in the child.
+    global _default_lock
+    _default_lock = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock_in_child)
 
 
 def _import_app(name: str) -> App:

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
+import os
 
 from qtasks.engine.client import Client
-from qtasks.engine.io_thread import IOThread, io_thread, refuse_running_loop
-from qtasks_core import Broker, Guarantees, Storage
-from qtasks_core.errors import Closed
+from qtasks.engine.io_thread import IOThread, io_thread, refuse_running_loop, running_io_thread
+from qtasks.parts import Parts
+from qtasks_core import Guarantees
+from qtasks_core.errors import Closed, QTasksError
+
+logger = logging.getLogger("qtasks")
 
 START_TIMEOUT = 10.0
 """Seconds in which the parts have to be reached when an app is entered."""
+_EXIT_TIMEOUT = 5.0
+"""Seconds that an exiting process waits for its default app to disconnect."""
+
+
+class Life:
+    """What of an app lives on one I/O thread, and so ends in a fork's child."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = None
+        self.entered = 0
+        self.by_itself = False
+        """One of the entries is nobody's: the app started at its first use."""
+        self.changing = asyncio.Lock()
 
 
 class Lifecycle:
     """A broker, a storage, and one client on the I/O thread while it is started."""
 
-    def __init__(self, name: str, broker: Broker, storage: Storage) -> None:
+    def __init__(self, name: str, parts: Parts) -> None:
         self.name = name
-        self.broker = broker
-        self.storage = storage
-        self._entered = 0
-        self._client: Client | None = None
-        self._thread: IOThread | None = None
-        self._changing = asyncio.Lock()
+        self.broker, self.storage = parts.made()
+        self._parts = parts
+        self._started_in: int | None = None
+        self._closes_at_exit = False
         self.starts_itself = False
         """Start at first use and close at exit: only the process's default app does."""
 
@@ -34,76 +50,89 @@ class Lifecycle:
 
     async def start(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
-        await self._io().run(self._start, timeout)
+        await io_thread().run(self._start, timeout, undo=self._stop)
 
     async def stop(self) -> None:
         """Disconnect with the last of nested stops."""
-        await self._io().run(self._stop)
+        await io_thread().run(self._stop)
 
     def start_blocking(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts from a thread without a loop."""
-        self._io().run_blocking(self._start, timeout)
+        io_thread().run_blocking(self._start, timeout, undo=self._stop)
 
     def stop_blocking(self) -> None:
         """Disconnect from a thread without a loop."""
-        self._io().run_blocking(self._stop)
-
-    def _io(self) -> IOThread:
-        """Return the process's I/O thread; in a forked child all that was started is gone."""
-        thread = io_thread()
-        if thread is not self._thread:
-            self._thread, self._client, self._entered = thread, None, 0
-            self._changing = asyncio.Lock()
-        return thread
+        io_thread().run_blocking(self._stop)
 
     async def _start(self, timeout: float) -> None:
-        async with self._changing:
-            if self._client is None:
-                client = Client(self.name, self.broker, self.storage)
-                await client.start(asyncio.get_running_loop().time() + timeout)
-                self._client = client
-            self._entered += 1
+        life = self._life()
+        async with life.changing:
+            await self._connect(life, timeout)
+            life.entered += 1
+
+    async def _start_by_itself(self) -> None:
+        life = self._life()
+        async with life.changing:
+            await self._connect(life, START_TIMEOUT)
+            if not life.by_itself:
+                life.by_itself = True
+                life.entered += 1
+        if not self._closes_at_exit:
+            self._closes_at_exit = True
+            atexit.register(self._close_at_exit)
+
+    def _life(self) -> Life:
+        """Return the life of this app here, on the I/O thread."""
+        return io_thread().lives.setdefault(self, Life())
+
+    async def _connect(self, life: Life, timeout: float) -> None:
+        if life.client is not None:
+            return
+        if self._started_in not in (None, os.getpid()):
+            self.broker, self.storage = self._parts.made_anew()
+        client = Client(self.name, self.broker, self.storage)
+        self._started_in = os.getpid()
+        try:
+            await client.start(asyncio.get_running_loop().time() + timeout)
+        except asyncio.CancelledError:
+            await client.stop()
+            raise
+        life.client = client
 
     async def _stop(self) -> None:
-        async with self._changing:
-            self._entered -= 1
-            if self._entered == 0 and self._client is not None:
-                client, self._client = self._client, None
+        life = self._life()
+        async with life.changing:
+            # In a child that was forked between the two there is nothing to stop.
+            life.entered = max(0, life.entered - 1)
+            if life.entered == 0 and life.client is not None:
+                client, life.client, life.by_itself = life.client, None, False
                 await client.stop()
+                self._started_in = None
 
     @property
     def client(self) -> Client:
         """The engine's client while the app is started; it lives on the I/O thread."""
-        client = self._client_now()[1]
-        if client is None:
+        life = io_thread().lives.get(self)
+        if life is None or life.client is None:
             raise self._not_started()
-        return client
-
-    def _client_now(self) -> tuple[IOThread, Client | None]:
-        return self._io(), self._client
+        return life.client
 
     async def ready(self) -> tuple[IOThread, Client]:
         """Return the I/O thread and the client on it. Raises `Closed` when nothing is started."""
-        thread, client = self._client_now()
-        if client is None and self.starts_itself:
-            await self.start()
-            atexit.register(self._close_at_exit)
-            thread, client = self._client_now()
-        if client is None:
-            raise self._not_started()
-        return thread, client
+        thread = io_thread()
+        life = thread.lives.get(self)
+        if (life is None or life.client is None) and self.starts_itself:
+            await thread.run(self._start_by_itself)
+        return thread, self.client
 
     def ready_blocking(self) -> tuple[IOThread, Client]:
         """Do as `ready`, from a thread without a loop."""
         refuse_running_loop()
-        thread, client = self._client_now()
-        if client is None and self.starts_itself:
-            self.start_blocking()
-            atexit.register(self._close_at_exit)
-            thread, client = self._client_now()
-        if client is None:
-            raise self._not_started()
-        return thread, client
+        thread = io_thread()
+        life = thread.lives.get(self)
+        if (life is None or life.client is None) and self.starts_itself:
+            thread.run_blocking(self._start_by_itself)
+        return thread, self.client
 
     def _not_started(self) -> Closed:
         return Closed(
@@ -112,6 +141,11 @@ class Lifecycle:
         )
 
     def _close_at_exit(self) -> None:
-        thread, client = self._client_now()
-        if client is not None:
-            thread.run_blocking(self._stop)
+        thread = running_io_thread()  # none in a child that has not used the app
+        life = thread.lives.get(self) if thread is not None else None
+        if thread is None or life is None or not life.by_itself:
+            return
+        try:
+            thread.run_blocking(self._stop, timeout=_EXIT_TIMEOUT)
+        except (QTasksError, TimeoutError, OSError) as error:
+            logger.warning("the app %r was not closed at exit: %s", self.name, error or "too slow")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -13,9 +13,11 @@ from uuid_utils import uuid7
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.client import Client
+from qtasks.engine.io_thread import io_thread
 from qtasks.engine.reply import LoopReply, ThreadReply
 from qtasks.lifecycle import START_TIMEOUT, Lifecycle
-from qtasks_core import Broker, Storage, TaskMessage, schemas
+from qtasks.parts import Parts
+from qtasks_core import TaskMessage, schemas
 from qtasks_core.errors import (
     Closed,
     ConfigurationError,
@@ -32,8 +34,8 @@ PUBLISH_TIMEOUT = 30.0
 class Submitting(Lifecycle):
     """What an app does for callers. Each call has a twin that blocks on the same crossing."""
 
-    def __init__(self, name: str, broker: Broker, storage: Storage, max_payload: int) -> None:
-        super().__init__(name, broker, storage)
+    def __init__(self, name: str, parts: Parts, max_payload: int) -> None:
+        super().__init__(name, parts)
         self.max_payload = max_payload
 
     def message(
@@ -145,16 +147,16 @@ class Submitting(Lifecycle):
         timeout: float | None,
     ) -> schemas.Task | None:
         """Await a reply; past the timeout take the wait back and say what is known."""
+        thread = io_thread()
         try:
             async with asyncio.timeout(timeout):
                 return await reply.future
         except TimeoutError:
-            self._io().post(client.forget, uuid, reply)
-            look = self._io().run(client.get, [uuid], time.monotonic())
+            thread.post(client.forget, uuid, reply)
         except asyncio.CancelledError:
-            self._io().post(client.forget, uuid, reply)
+            thread.post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, await _known(look))
+        raise _late(uuid, timeout, await thread.run(_newest, client, uuid))
 
     def _ended_blocking(
         self,
@@ -163,17 +165,21 @@ class Submitting(Lifecycle):
         reply: ThreadReply[schemas.Task | None],
         timeout: float | None,
     ) -> schemas.Task | None:
+        thread = io_thread()
         try:
             return reply.result(timeout)
         except TimeoutError:
-            self._io().post(client.forget, uuid, reply)
-        look = self._io().run_blocking(_known, client.get([uuid], time.monotonic()))
-        raise _late(uuid, timeout, look)
+            thread.post(client.forget, uuid, reply)
+        except KeyboardInterrupt:
+            thread.post(client.forget, uuid, reply)
+            raise
+        raise _late(uuid, timeout, thread.run_blocking(_newest, client, uuid))
 
 
-async def _known(look: Awaitable[list[schemas.Task | None]]) -> schemas.Task | None:
+async def _newest(client: Client, uuid: str) -> schemas.Task | None:
+    """Return a task's record if that can be read at once."""
     try:
-        return (await look)[0]
+        return (await client.get([uuid], time.monotonic()))[0]
     except Unavailable:
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from abc import ABC, abstractmethod
 from threading import Event
 from typing import Any, Generic, TypeVar
@@ -76,6 +77,11 @@ class ThreadReply(Reply[T]):
 
 
 _mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox[_Answer]] = WeakKeyDictionary()
+
+
+# A child's loop makes its own: the lock of an inherited one may be held for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_mailboxes.clear)
 
 
 def _answers_of(loop: asyncio.AbstractEventLoop) -> Mailbox[_Answer]:
