@@ -186,19 +186,19 @@ async def _newest(client: Client, uuid: str) -> schemas.Task | None:
 
 def _late(uuid: str, timeout: float | None, record: schemas.Task | None) -> TaskTimeout:
     if record is None:
-        return TaskTimeout(
-            f"task {uuid}: no end within {timeout} s, and no record of it can be read"
-        )
+        known = f"task {uuid}: no end within {timeout} s, and no record of it can be read"
+        return TaskTimeout(known, uuid)
     begun = {
         "new": "no worker has begun it; does one listen to that queue?",
         "scheduled": "it is not due yet",
         "process": f"worker {record.worker} runs it",
         "retry": f"attempt {record.attempt} failed ({record.error}) and it will run again",
     }
-    return TaskTimeout(
+    known = (
         f"task {record.task_name} {uuid} in queue {record.queue!r}: no end within {timeout} s; "
         f"{begun.get(record.status, 'it has just ended')}"
     )
+    return TaskTimeout(known, uuid)
 
 
 def _there(record: schemas.Task | None) -> schemas.Task:
