@@ -59,8 +59,8 @@ class CountingApp(QueueTasks):
 
     async def _start(self, timeout: float) -> None:
         await super()._start(timeout)
-        client = self._client
-        if client is not None and not isinstance(client.composition, Counted):
+        client = self.client
+        if not isinstance(client.composition, Counted):
             client.composition = Counted(client.composition)
 
 
