@@ -143,8 +143,10 @@ class Lifecycle:
     def _close_at_exit(self) -> None:
         thread = running_io_thread()  # none in a child that has not used the app
         life = thread.lives.get(self) if thread is not None else None
-        if thread is None or life is None or not life.by_itself:
+        if thread is None or life is None or life.client is None:
             return
+        # Daemon threads that wait end with the process, which is no error of theirs.
+        thread.post(life.client.forget_all)
         try:
             thread.run_blocking(self._stop, timeout=_EXIT_TIMEOUT)
         except (QTasksError, TimeoutError, OSError) as error:

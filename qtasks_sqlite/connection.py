@@ -393,11 +393,17 @@ def _go_on_after_fork() -> None:
         _closed_for_fork.pop().in_turn.release()
 
 
+def _forget_in_child() -> None:
+    # Their threads do not exist here, and their locks stay as they are.
+    _closed_for_fork.clear()
+    _databases.clear()
+
+
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_close_before_fork,
         after_in_parent=_go_on_after_fork,
-        after_in_child=_closed_for_fork.clear,
+        after_in_child=_forget_in_child,
     )
 
 

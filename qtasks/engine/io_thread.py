@@ -7,6 +7,7 @@ acknowledgements go on while user code blocks its own loop.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import selectors
 from collections.abc import Callable, Coroutine
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[Any, ...]]
 _Undo = Callable[[], Coroutine[Any, Any, None]]
+_END_TIMEOUT = 2.0
+"""Seconds that an exiting process gives what still runs on the I/O thread."""
 
 
 class IOThread:
@@ -34,7 +37,8 @@ class IOThread:
         """What is started on this thread, for each app; written on the I/O loop."""
         self._calls: Mailbox[_Call] = Mailbox(self.loop, _call_all)
         self._spawned: set[asyncio.Task[None]] = set()
-        Thread(target=self.loop.run_forever, name="qtasks-io", daemon=True).start()
+        self._thread = Thread(target=self.loop.run_forever, name="qtasks-io", daemon=True)
+        self._thread.start()
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
         """Call `function(*args)` on the I/O loop soon. It must not raise."""
@@ -103,14 +107,29 @@ class IOThread:
         task.add_done_callback(self._spawned.discard)
         return task
 
+    def end(self) -> None:
+        """Cancel what runs here and end the thread; what takes too long is left."""
+        self.post(lambda: self.spawn(self._end()))
+        self._thread.join(2 * _END_TIMEOUT)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=_END_TIMEOUT)
+        self.loop.stop()
+
     def leave_to_parent(self) -> None:
         """Let go of all connections, in a forked child, without a word to their servers.
 
         Else a server would not see when the parent has closed one, and what the child does to
         the selector they share would deafen the parent.
         """
+        connections = list(self._selector.get_map().values())
+        _keep_for_ever([self, connections, asyncio.all_tasks(self.loop)])
         nothing = os.open(os.devnull, os.O_RDWR)
-        for key in list(self._selector.get_map().values()):
+        for key in connections:
             os.dup2(nothing, key.fd, inheritable=False)
         os.close(nothing)
         self._selector.__init__()  # type: ignore[misc]  # a new, empty one under the same loop
@@ -163,6 +182,13 @@ def _new_loop() -> tuple[asyncio.AbstractEventLoop, selectors.BaseSelector]:
     return asyncio.SelectorEventLoop(selector), selector
 
 
+def _keep_for_ever(things: list[object]) -> None:
+    """Keep what has no thread here, even from the collection at exit, which would end its tasks."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(things))
+
+
 def _call_all(calls: list[_Call]) -> None:
     for function, args in calls:
         function(*args)
@@ -182,8 +208,6 @@ def refuse_running_loop() -> None:
 
 _lock = Lock()
 _current: IOThread | None = None
-_of_parents: list[IOThread] = []
-"""Kept, since what lives there must not be collected in a child: it would say goodbye."""
 
 
 def io_thread() -> IOThread:
@@ -204,12 +228,21 @@ def _begin() -> IOThread:
         return _current
 
 
+def _end_at_exit() -> None:
+    # An app that nobody has stopped would else be collected task by task, with complaints.
+    if _current is not None:
+        _current.end()
+
+
+# As early as this, so that it comes after all that uses the thread at exit.
+atexit.register(_end_at_exit)
+
+
 def _begin_anew_in_child() -> None:
     # Another thread may have held the lock at the fork, and does not exist in the child.
     global _current, _lock
     _lock = Lock()
     if _current is not None:
-        _of_parents.append(_current)
         _current.leave_to_parent()
         _current = None
 
