@@ -7,7 +7,7 @@ import os
 from fastapi import FastAPI
 
 from tests.faces.descriptors import sockets
-from tests.faces.sums import add, add_blocking
+from tests.faces.sums import add, add_blocking, mark
 
 api = FastAPI()
 IMPORTED_BY = os.getpid()
@@ -30,3 +30,8 @@ async def root(x: int, y: int) -> dict[str, int | None]:
 def thread(x: int, y: int) -> dict[str, int]:
     """Not a coroutine function, so it runs in a thread, where the blocking face belongs."""
     return {"sum": add_blocking.add_task(x, y, timeout=30).returning}
+
+
+@api.get("/mark")
+async def mark_directory(directory: str) -> None:
+    await mark.add_task(directory, timeout=30)

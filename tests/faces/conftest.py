@@ -27,7 +27,7 @@ def environment(request: pytest.FixtureRequest, backend: str, tmp_path: Path) ->
 
 
 @pytest.fixture
-def worker(environment: dict[str, str]) -> Iterator[Process]:
+def worker_process(environment: dict[str, str]) -> Iterator[Process]:
     with Process("-m", "tests.faces.sums", environment=environment) as process:
         process.wait_for("knows")
         yield process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from qtasks import AsyncRouter, SyncRouter
 from qtasks.asyncio import QueueTasks
@@ -16,15 +17,12 @@ async def add(x: int, y: int) -> int:
     return x + y
 
 
-@router.task(name="sums.slowly")
-async def slowly(seconds: float) -> str:
-    await asyncio.sleep(seconds)
-    return "in the end"
-
-
-@router.task(name="sums.fail")
-async def fail(reason: str) -> None:
-    raise ValueError(reason)
+@router.task(name="sums.mark")
+async def mark(directory: str) -> None:
+    """Leave one file at the beginning and one at the end."""
+    Path(directory, "begun").touch()
+    await asyncio.sleep(0.5)
+    Path(directory, "ended").touch()
 
 
 @blocking.task(name="sums.add_blocking")

@@ -19,7 +19,7 @@ BACKENDS = ["sqlite", "redis", "postgres", "rabbitmq", "kafka"]
 @needs_proc
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("whose", ["default", "explicit"])
-@pytest.mark.usefixtures("worker")
+@pytest.mark.usefixtures("worker_process")
 def test_both_sides_of_a_fork_go_on(whose: str, backend: str, environment: dict[str, str]) -> None:
     # SQLite's doorbells are rung through a socket that is connected to nobody.
     inherited = 2 if backend == "sqlite" else 1

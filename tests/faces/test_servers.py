@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import httpx
 import pytest
 
 from tests.e2e.test_example import free_port, up
 from tests.faces.descriptors import needs_proc
-from tests.processes import Process
+from tests.processes import Process, until
 
 PROCESSES = 4
 APIS = ("tests.faces.api_default:api", "tests.faces.api_explicit:api")
-pytestmark = [needs_proc, pytest.mark.usefixtures("worker")]
+pytestmark = [needs_proc, pytest.mark.usefixtures("worker_process")]
 
 
 @pytest.fixture
@@ -77,4 +80,24 @@ def test_gunicorn_with_preload(
         assert first["imported_by"] not in answers, "it was not forked"
         assert first["before"] == (2 if used else None)
         assert server.terminate() == 0
+        assert "Traceback" not in server.output()
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "redis"], indirect=True)
+def test_a_client_that_disconnects_does_not_cancel_its_task(
+    environment: dict[str, str], port: int, url: str, tmp_path: Path
+) -> None:
+    command = ("-m", "uvicorn", APIS[0], "--port", str(port))
+    with (
+        Process(*command, environment=environment) as server,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        up(client)
+        with socket.create_connection(("127.0.0.1", port)) as impatient:
+            asked = f"GET /mark?directory={tmp_path} HTTP/1.1\r\nHost: api\r\n\r\n"
+            impatient.sendall(asked.encode())
+            until(Path(tmp_path, "begun").exists, 20, "its beginning")
+        assert not Path(tmp_path, "ended").exists()
+        until(Path(tmp_path, "ended").exists, 20, "its end")
+        assert client.get("/", params={"x": 1, "y": 1}).json()["sum"] == 2
         assert "Traceback" not in server.output()

@@ -7,6 +7,6 @@ from qtasks.asyncio import QueueTasks
 from .settings import settings
 from .tasks import orders, reports
 
-queue = QueueTasks("store", settings.broker_url, settings.storage_url)
+queue = QueueTasks(settings.name, settings.broker_url, settings.storage_url)
 queue.include_router(orders.router)
 queue.include_router(reports.router)

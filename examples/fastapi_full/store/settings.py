@@ -10,6 +10,8 @@ from dataclasses import dataclass
 class Settings:
     """Without a broker's URL the store uses the embedded default."""
 
+    name: str = "store"
+    """Stores of different names share nothing, though they use the same servers."""
     broker_url: str | None = None
     storage_url: str | None = None
     patience: float = 10.0
@@ -20,6 +22,7 @@ class Settings:
     @classmethod
     def from_environment(cls) -> Settings:
         return cls(
+            name=os.environ.get("STORE_NAME", cls.name),
             broker_url=os.environ.get("STORE_BROKER_URL"),
             storage_url=os.environ.get("STORE_STORAGE_URL"),
             patience=float(os.environ.get("STORE_PATIENCE", cls.patience)),
