@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from pathlib import Path
 
 from qtasks import AsyncRouter, SyncRouter
@@ -18,10 +18,10 @@ async def add(x: int, y: int) -> int:
 
 
 @router.task(name="sums.mark")
-async def mark(directory: str) -> None:
+def mark(directory: str) -> None:
     """Leave one file at the beginning and one at the end."""
     Path(directory, "begun").touch()
-    await asyncio.sleep(0.5)
+    time.sleep(0.5)
     Path(directory, "ended").touch()
 
 

@@ -28,6 +28,10 @@ WRONG = {
     "a result taken for another type": ("text: str = halve.add_task(1.0).returning", "assignment"),
     "an awaited blocking task": ("async def f() -> None: await halve.add_task(1.0)", "misc"),
     "an option of a task that does not exist": ("app.task(speed=3)", "call-arg"),
+    "a lifespan of something that is no app": (
+        "from qtasks.integrations.fastapi import lifespan; lifespan('app')",
+        "arg-type",
+    ),
     "a call of the wrong face": ("blocking_app.add_tasks([add.call(1, 2)])", "list-item"),
 }
 
