@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--backend", required=True, choices=["memory", "sqlite", *SERVICES])
     parser.add_argument("--tasks", type=int, default=20_000)
-    parser.add_argument("--concurrency", type=int, default=256, help="of the worker")
+    parser.add_argument("--concurrency", type=int, default=512, help="of the worker")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
         if options.backend in SERVICES:

@@ -15,10 +15,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 SHOP = Path(__file__).parent / "fastapi_shop"
 REQUESTS = 200
+
+say = partial(print, flush=True)
+"""In the order in which things happen, into a pipe too."""
 
 
 def main() -> int:
@@ -27,9 +31,9 @@ def main() -> int:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("QTASKS_")}
         environment["XDG_DATA_HOME"] = directory
         port = free_port()
-        print("starting a worker:  python -m shop.qtasks_app")
+        say("starting a worker:  python -m shop.qtasks_app")
         worker = start([sys.executable, "-m", "shop.qtasks_app"], environment)
-        print(f"starting the API:   uvicorn shop.api:app --port {port}")
+        say(f"starting the API:   uvicorn shop.api:app --port {port}")
         uvicorn = [sys.executable, "-m", "uvicorn", "shop.api:app", "--port", str(port)]
         api = start([*uvicorn, "--log-level", "warning"], environment)
         try:
@@ -39,7 +43,8 @@ def main() -> int:
         finally:
             for name, process in (("API", api), ("worker", worker)):
                 process.send_signal(signal.SIGTERM)
-                print(f"stopped the {name} (exit status {process.wait(timeout=40)})")
+                process.wait(timeout=40)
+                say(f"stopped the {name}")
     return 0
 
 
@@ -57,9 +62,9 @@ def ask(url: str) -> None:
             answer = response.read().decode()
         took.append((time.perf_counter() - begin) * 1000)
         if number < 3:
-            print(f"GET {url} -> {answer}  ({took[-1]:.1f} ms)")
+            say(f"GET {url} -> {answer}  ({took[-1]:.1f} ms)")
     took.sort()
-    print(
+    say(
         f"{REQUESTS} requests, each a task run by the worker process: "
         f"median {statistics.median(took):.1f} ms, p99 {took[int(REQUESTS * 0.99) - 1]:.1f} ms"
     )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
-from threading import Lock
+from threading import RLock
+from types import ModuleType
 from typing import Any
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.io_thread import refuse_running_loop
 from qtasks.lifecycle import START_TIMEOUT
-from qtasks.parts import find_parts
+from qtasks.parts import given_parts
 from qtasks.serializers import MsgpackSerializer
 from qtasks.submitting import Submitting
 from qtasks.working import RunningWorker, WorkerOptions, serve, working
@@ -20,7 +22,7 @@ from qtasks_core import Balancer, Broker, Storage, schemas
 from qtasks_core.errors import ConfigurationError, UnknownTask
 
 MAX_PAYLOAD = 1024 * 1024
-"""Bytes of arguments a message may carry, unless the app says otherwise."""
+"""Bytes that arguments, and a result, may take, unless the app says otherwise."""
 
 
 class App(Submitting):
@@ -40,7 +42,7 @@ class App(Submitting):
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
         name = name or os.environ.get("QTASKS_NAME") or "qtasks"
-        super().__init__(name, find_parts(broker, storage), max_payload)
+        super().__init__(name, *given_parts(broker, storage), max_payload)
         self.definitions: dict[str, TaskDefinition] = {}
 
     def register(self, definition: TaskDefinition) -> None:
@@ -89,20 +91,38 @@ class App(Submitting):
         concurrency: int = 100,
         grace: float | None = 30.0,
         balancer: Balancer | None = None,
+        processes: int | None = None,
+        max_tasks: int | None = None,
+        max_memory: int | None = None,
+        health_port: int | None = None,
+        health_host: str = "127.0.0.1",
     ) -> None:
         """Be a worker process until SIGTERM or SIGINT; a second signal gives running tasks back.
 
-        Waits for servers that are not there yet. Raises `ConfigurationError`.
+        `queues`, `concurrency`, `grace`, `balancer`: as for `worker`. Waits for servers that are
+        not there yet. Functions in threads that outlast the grace period are left behind: then
+        the process ends without coming back from here. Raises `ConfigurationError`.
+
+        `processes`: supervise so many worker processes instead, each started by the command of
+        this one, and start another where one ends. `max_tasks`, `max_memory` (bytes): a worker
+        stops, in order, after so many tasks or at that size; with `processes` another follows.
+        `health_port`: answer `/live` and `/ready` over HTTP at `health_host`.
         """
         refuse_running_loop()
         options = WorkerOptions(
-            queues=queues, concurrency=concurrency, grace=grace, balancer=balancer
+            queues=queues,
+            concurrency=concurrency,
+            grace=grace,
+            balancer=balancer,
+            max_tasks=max_tasks,
+            max_memory=max_memory,
+            health=(health_host, health_port) if health_port is not None else None,
         )
-        serve(self, options)
+        serve(self, options, processes)
 
 
 _default: App | None = None
-_default_lock = Lock()
+_default_lock = RLock()  # the module that QTASKS_APP names may ask for the app it is
 
 
 def default_app() -> App:
@@ -111,7 +131,7 @@ def default_app() -> App:
     with _default_lock:
         if _default is None:
             named = os.environ.get("QTASKS_APP")
-            _default = _import_app(named) if named else App()
+            _default = import_app(named, "QTASKS_APP") if named else App()
             _default.starts_itself = True
         return _default
 
@@ -119,19 +139,36 @@ def default_app() -> App:
 def _renew_lock_in_child() -> None:
     # Another thread may have held the lock at the fork, and does not exist in the child.
     global _default_lock
-    _default_lock = Lock()
+    _default_lock = RLock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock_in_child)
 
 
-def _import_app(name: str) -> App:
-    module, colon, attribute = name.partition(":")
-    try:
-        app = getattr(import_module(module), attribute) if colon else None
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(f"QTASKS_APP={name}: {error}") from error
+def import_app(path: str, named_by: str) -> App:
+    """Return the app that `module:app` names. Raises `ConfigurationError`, beginning `named_by`."""
+    name, _, attribute = path.partition(":")
+    module = import_named(name, named_by)
+    app = getattr(module, attribute, None)
     if not isinstance(app, App):
-        raise ConfigurationError(f"QTASKS_APP={name} does not name an app; write module:app")
+        apps = [key for key, value in vars(module).items() if isinstance(value, App)]
+        known = " or ".join(f"{name}:{key}" for key in apps) or "module:app"
+        raise ConfigurationError(f"{named_by} {path}: that does not name an app; write {known}")
     return app
+
+
+def import_named(name: str, named_by: str) -> ModuleType:
+    """Import a module that a user named. Raises `ConfigurationError`, beginning `named_by`."""
+    try:
+        return import_module(name)
+    except Exception as error:
+        # Whatever the module raises belongs in the one line, with the place where it did.
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        inside = (
+            ""
+            if isinstance(error, ImportError) and "importlib" in last.filename
+            else (f" ({last.filename}:{last.lineno})")
+        )
+        message = f"{named_by} {name}: {type(error).__name__}: {error}{inside}"
+        raise ConfigurationError(message) from error

@@ -59,6 +59,13 @@ class QueueTasks(App):
         record = await self.get(uuid)
         return None if record is None else Task(self, record, self.decoder_of(record))
 
+    async def cancel(self, uuid: str | UUID) -> bool:
+        """Cancel a task, queued or running; False: it had ended by itself before.
+
+        Raises `UnknownTask`.
+        """
+        return await self.cancel_task(uuid)
+
 
 class AsyncResult:
     """Waits for a task of which only the uuid is known."""

@@ -57,6 +57,13 @@ class QueueTasks(App):
         record = self.get_blocking(uuid)
         return None if record is None else BlockingTask(self, record, self.decoder_of(record))
 
+    def cancel(self, uuid: str | UUID) -> bool:
+        """Cancel a task, queued or running; False: it had ended by itself before.
+
+        Raises `UnknownTask`.
+        """
+        return self.cancel_task_blocking(uuid)
+
 
 class SyncResult:
     """Waits for a task of which only the uuid is known."""

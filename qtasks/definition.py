@@ -6,8 +6,11 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing, closing
+from functools import wraps
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import GenericAlias
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 
@@ -32,12 +35,22 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     store_result: bool = True
     retention: float | None = None
     """Seconds to keep the record after the end."""
+    max_time: float | None = None
+    """Seconds one run may take; past them it fails with a `TimeoutError`, as by an exception.
+
+    A coroutine is cancelled. A thread cannot be: its run is over for the queue, while the
+    function goes on, keeps its thread until it ends, and what it returns is not used.
+    """
+    generate_handler: Callable[[Any], Any] | None = None
+    """Takes each yield of a generator and returns what the result has in its place."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.priority <= 9:
             raise ConfigurationError(f"priority={self.priority} is not between 0 and 9")
         if self.retry < 0:
             raise ConfigurationError(f"retry={self.retry} is below 0")
+        if self.max_time is not None and self.max_time <= 0:
+            raise ConfigurationError(f"max_time={self.max_time} is not above 0")
 
 
 class TaskDefinition:
@@ -52,6 +65,8 @@ class TaskDefinition:
     ) -> None:
         self.function = function
         self.name = name or default_name(function)
+        self.run = _collecting(function, options.generate_handler)
+        """What a worker calls: the function, or what makes a list of the generator it is."""
         self.options = options
         self.serializer = serializer or MsgpackSerializer()
         self.signature = inspect.signature(function)
@@ -81,16 +96,14 @@ class TaskDefinition:
             name: self.serializer.decoder(annotation)
             for name, annotation in self._annotations.items()
         }
-        returns = hints.get("return", Any)
+        returns = _returned(function, hints, options.generate_handler)
         self._encode_result = self.serializer.encoder(returns)
         self.decode_result = self.serializer.decoder(returns)
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, bytes]:
         """Return the bytes of arguments. Raises `SignatureMismatch`, `SerializationError`."""
-        try:
-            self.signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise SignatureMismatch(f"{self.name}{self.signature}: {error}") from None
+        if (mismatch := self.mismatch(args, kwargs)) is not None:
+            raise SignatureMismatch(mismatch)
         names = [self._name_at(at) for at in range(len(args))]
         values = [self._prepare(name, value) for name, value in zip(names, args, strict=True)]
         pairs = {key: self._prepare(key, value) for key, value in kwargs.items()}
@@ -102,11 +115,19 @@ class TaskDefinition:
         except SerializationError as error:
             raise self._name_culprit(dict(zip(names, values, strict=True)) | pairs, error) from None
 
+    def mismatch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Return why the function cannot be called like this, None where it can."""
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            return f"{self.name}{self.signature}: {error}"
+        return None
+
     def _prepare(self, name: str, value: Any) -> Any:
         encoder = self._encoders.get(name) or self._encoders[self._var_keyword or ""]
         try:
             return encoder(value)
-        except SerializationError as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
 
     def _name_culprit(self, values: Mapping[str, Any], error: Exception) -> SerializationError:
@@ -138,8 +159,9 @@ class TaskDefinition:
         decoder = self._decoders.get(name) or self._decoders.get(self._var_keyword or "", _untyped)
         try:
             return decoder(data)
-        except SerializationError as error:
-            raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
+        except Exception as error:
+            # A type's own checks run in here and raise what they like.
+            raise SerializationError(f"{self.name}: argument {name!r}: {error}") from error
 
     def encode_result(self, value: Any) -> bytes:
         """Return the bytes of a result. Raises `SerializationError`."""
@@ -159,6 +181,53 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
             error,
         )
         return {}
+
+
+def _collecting(
+    function: Callable[..., Any], handler: Callable[[Any], Any] | None
+) -> Callable[..., Any]:
+    """Return a function that returns the yields as a list; any but a generator as it is."""
+    if inspect.isgeneratorfunction(function):
+        if inspect.iscoroutinefunction(handler):
+            raise ConfigurationError("a generate_handler= of a plain generator cannot be async")
+
+        @wraps(function)
+        def collect(*args: Any, **kwargs: Any) -> list[Any]:
+            with closing(function(*args, **kwargs)) as yields:
+                return [handler(item) if handler else item for item in yields]
+
+        return collect
+    if inspect.isasyncgenfunction(function):
+        is_async = inspect.iscoroutinefunction(handler)
+
+        @wraps(function)
+        async def collect_async(*args: Any, **kwargs: Any) -> list[Any]:
+            results = []
+            async with aclosing(function(*args, **kwargs)) as yields:
+                async for item in yields:
+                    handled = handler(item) if handler else item
+                    results.append(await handled if is_async else handled)
+            return results
+
+        return collect_async
+    if handler is not None:
+        raise ConfigurationError("generate_handler= is for generators, which this function is not")
+    return function
+
+
+def _returned(
+    function: Callable[..., Any], hints: dict[str, Any], handler: Callable[[Any], Any] | None
+) -> Any:
+    """Return the type of the result: of a generator, the list of what each yield becomes."""
+    returns = hints.get("return", Any)
+    if not (inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)):
+        return returns
+    if handler is not None:
+        item = _hints(handler).get("return", Any) if inspect.isroutine(handler) else Any
+    else:
+        item = (get_args(returns) or (Any,))[0]
+    # Without a type of its own each item is tagged, as other untyped values are.
+    return Any if item is Any else GenericAlias(list, (item,))
 
 
 def _name_of(parameters: Sequence[inspect.Parameter], kind: Any) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -11,6 +12,9 @@ from typing import Any
 
 from qtasks_core import Executor
 from qtasks_core.errors import Closed
+
+THREAD_NAME = "qtasks-task"
+"""What the names of threads begin with that run functions."""
 
 
 class LoopExecutor(Executor):
@@ -35,16 +39,29 @@ class ThreadExecutor(Executor):
 
     def start(self, concurrency: int) -> None:
         """Allow `concurrency` threads; each is started when it is first needed."""
-        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="qtasks-task")
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix=THREAD_NAME)
 
     def bind(self, function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         """Return a coroutine function that awaits `function` in a thread."""
 
+        pid = os.getpid()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            except StopIteration as error:
+                # A future cannot hold it: whoever awaits it would wait for ever.
+                raise RuntimeError(f"the function raised {error!r}") from error
+            finally:
+                if os.getpid() != pid:
+                    # The function forked; of the worker, the child has nothing but this thread.
+                    os._exit(0)
+
         async def run(*args: Any, **kwargs: Any) -> Any:
             if self._pool is None:
                 raise Closed("ThreadExecutor is not started")
-            call = partial(copy_context().run, function, *args, **kwargs)
-            return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+            in_context = partial(copy_context().run, call, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, in_context)
 
         return run
 

@@ -119,6 +119,10 @@ class Task(Handle[R]):
             return self
         return Task(self._app, await self._app.wait(self.uuid, timeout), self._decode)
 
+    async def cancel(self) -> bool:
+        """Cancel the task, queued or running; False: it had ended by itself before."""
+        return await self._app.cancel_task(self.uuid)
+
 
 class BlockingTask(Handle[R]):
     """The handle of the blocking face."""
@@ -129,3 +133,7 @@ class BlockingTask(Handle[R]):
             return self
         record = self._app.wait_blocking(self.uuid, timeout)
         return BlockingTask(self._app, record, self._decode)
+
+    def cancel(self) -> bool:
+        """Cancel the task, queued or running; False: it had ended by itself before."""
+        return self._app.cancel_task_blocking(self.uuid)

@@ -6,14 +6,21 @@ import asyncio
 import atexit
 import logging
 import os
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from qtasks.engine.backoff import repeat
 from qtasks.engine.client import Client
 from qtasks.engine.io_thread import IOThread, io_thread, refuse_running_loop, running_io_thread
-from qtasks.parts import Parts
-from qtasks_core import Guarantees
+from qtasks.parts import built_parts
+from qtasks_core import Broker, Guarantees, Storage
 from qtasks_core.errors import Closed, QTasksError
 
 logger = logging.getLogger("qtasks")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 START_TIMEOUT = 10.0
 """Seconds in which the parts have to be reached when an app is entered."""
@@ -35,10 +42,10 @@ class Life:
 class Lifecycle:
     """A broker, a storage, and one client on the I/O thread while it is started."""
 
-    def __init__(self, name: str, parts: Parts) -> None:
+    def __init__(self, name: str, broker: Broker | str, storage: Storage | str) -> None:
         self.name = name
-        self.broker, self.storage = parts.made()
-        self._parts = parts
+        self._given = broker, storage
+        self.broker, self.storage = built_parts(broker, storage)
         self._started_in: int | None = None
         self._closes_at_exit = False
         self.starts_itself = False
@@ -89,15 +96,20 @@ class Lifecycle:
         if life.client is not None:
             return
         if self._started_in not in (None, os.getpid()):
-            self.broker, self.storage = self._parts.made_anew()
+            self._build_anew()
         client = Client(self.name, self.broker, self.storage)
         self._started_in = os.getpid()
-        try:
-            await client.start(asyncio.get_running_loop().time() + timeout)
-        except asyncio.CancelledError:
-            await client.stop()
-            raise
+        await client.start(asyncio.get_running_loop().time() + timeout)
         life.client = client
+
+    def _build_anew(self) -> None:
+        """Replace parts that a parent has started. Raises `Closed` where that cannot be."""
+        if not all(isinstance(given, str) for given in self._given):
+            raise Closed(
+                f"the app {self.name!r} was forked while it was started; give its parts as "
+                "URLs, from which a child builds its own, or fork before the app is used"
+            )
+        self.broker, self.storage = built_parts(*self._given)
 
     async def _stop(self) -> None:
         life = self._life()
@@ -133,6 +145,33 @@ class Lifecycle:
         if (life is None or life.client is None) and self.starts_itself:
             thread.run_blocking(self._start_by_itself)
         return thread, self.client
+
+    async def control(
+        self,
+        operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Run a function of `qtasks.control` with the app's client, on the I/O thread.
+
+        Raises what it raises, and `Unavailable` when its server stays out of reach.
+        """
+        thread, client = await self.ready()
+        call = partial(operation, client, *args, **kwargs)
+        result: R = await thread.run(repeat, call, time.monotonic() + START_TIMEOUT)
+        return result
+
+    def control_blocking(
+        self,
+        operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Do as `control`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        call = partial(operation, client, *args, **kwargs)
+        result: R = thread.run_blocking(repeat, call, time.monotonic() + START_TIMEOUT)
+        return result
 
     def _not_started(self) -> Closed:
         return Closed(

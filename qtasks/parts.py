@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 from qtasks_core import Broker, Storage
 from qtasks_core.errors import ConfigurationError
@@ -14,32 +13,10 @@ from qtasks_core.lookup import resolve_broker, resolve_storage
 logger = logging.getLogger("qtasks")
 
 
-class Parts(NamedTuple):
-    """A broker and a storage, as objects or as the URLs they are made from."""
-
-    broker: Broker | str
-    storage: Storage | str
-
-    def made(self) -> tuple[Broker, Storage]:
-        """Return the two as objects."""
-        return (
-            resolve_broker(self.broker) if isinstance(self.broker, str) else self.broker,
-            resolve_storage(self.storage) if isinstance(self.storage, str) else self.storage,
-        )
-
-    def made_anew(self) -> tuple[Broker, Storage]:
-        """Return two that share nothing with those made before. Raises `ConfigurationError`."""
-        for part in self:
-            if not isinstance(part, str):
-                raise ConfigurationError(
-                    f"this process was forked while {type(part).__name__} was in use: give the "
-                    "app URLs, from which it makes new parts, or stop it before the fork"
-                )
-        return self.made()
-
-
-def find_parts(broker: Broker | str | None, storage: Storage | str | None) -> Parts:
-    """Return the parts that the arguments name, else the environment, else the default."""
+def given_parts(
+    broker: Broker | str | None, storage: Storage | str | None
+) -> tuple[Broker | str, Storage | str]:
+    """Return what the arguments say of the parts, else the environment, else the default."""
     if broker is None and storage is None:
         broker = os.environ.get("QTASKS_BROKER_URL") or None
         storage = os.environ.get("QTASKS_STORAGE_URL") or None
@@ -52,7 +29,15 @@ def find_parts(broker: Broker | str | None, storage: Storage | str | None) -> Pa
         if not isinstance(broker, str):
             raise ConfigurationError(f"{type(broker).__name__} needs storage= beside it")
         storage = broker
-    return Parts(broker, storage)
+    return broker, storage
+
+
+def built_parts(broker: Broker | str, storage: Storage | str) -> tuple[Broker, Storage]:
+    """Return the parts themselves, new ones where they were given as URLs."""
+    return (
+        resolve_broker(broker) if isinstance(broker, str) else broker,
+        resolve_storage(storage) if isinstance(storage, str) else storage,
+    )
 
 
 def _default_path() -> Path:

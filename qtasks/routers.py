@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, Protocol, TypeVar, cast, overload
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 from weakref import WeakSet
 
 from qtasks.app import App, default_app
@@ -12,6 +12,21 @@ from qtasks.tasks import AsyncTask, P, SyncTask
 from qtasks_core.errors import AmbiguousApp
 
 R = TypeVar("R")
+T = TypeVar("T")
+"""What a generator's result is a list of."""
+H = TypeVar("H")
+"""What a `generate_handler` makes of each yield."""
+
+
+class Options(TypedDict, total=False):
+    """Options of a task as keywords; `TaskOptions` says what each means."""
+
+    queue: str
+    priority: int
+    retry: int
+    store_result: bool
+    retention: float | None
+    max_time: float | None
 
 
 class AsyncDecorator(Protocol):
@@ -21,6 +36,14 @@ class AsyncDecorator(Protocol):
     def __call__(
         self, function: Callable[P, Coroutine[Any, Any, R]], /
     ) -> AsyncTask[P, R, Coroutine[Any, Any, R]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[P, AsyncIterator[T]], /
+    ) -> AsyncTask[P, list[T], AsyncIterator[T]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[P, Iterator[T]], /
+    ) -> AsyncTask[P, list[T], Iterator[T]]: ...
     @overload
     def __call__(self, function: Callable[P, R], /) -> AsyncTask[P, R, R]: ...
 
@@ -33,7 +56,41 @@ class SyncDecorator(Protocol):
         self, function: Callable[P, Coroutine[Any, Any, R]], /
     ) -> SyncTask[P, R, Coroutine[Any, Any, R]]: ...
     @overload
+    def __call__(
+        self, function: Callable[P, AsyncIterator[T]], /
+    ) -> SyncTask[P, list[T], AsyncIterator[T]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[P, Iterator[T]], /
+    ) -> SyncTask[P, list[T], Iterator[T]]: ...
+    @overload
     def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R, R]: ...
+
+
+class AsyncGeneratorDecorator(Protocol[H]):
+    """Turns a generator function whose yields a handler takes into an `AsyncTask`."""
+
+    @overload
+    def __call__(
+        self, function: Callable[P, AsyncIterator[T]], /
+    ) -> AsyncTask[P, list[H], AsyncIterator[T]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[P, Iterator[T]], /
+    ) -> AsyncTask[P, list[H], Iterator[T]]: ...
+
+
+class SyncGeneratorDecorator(Protocol[H]):
+    """Turns a generator function whose yields a handler takes into a `SyncTask`."""
+
+    @overload
+    def __call__(
+        self, function: Callable[P, AsyncIterator[T]], /
+    ) -> SyncTask[P, list[H], AsyncIterator[T]]: ...
+    @overload
+    def __call__(
+        self, function: Callable[P, Iterator[T]], /
+    ) -> SyncTask[P, list[H], Iterator[T]]: ...
 
 
 class Inclusions:
@@ -85,24 +142,36 @@ class Router:
 class AsyncRouter(Router):
     """Declares tasks for async code; `include_router` brings them into an app."""
 
+    @overload
     def task(
         self,
         name: str | None = None,
         *,
-        queue: str = "default",
-        priority: int = 5,
-        retry: int = 0,
-        store_result: bool = True,
-        retention: float | None = None,
-    ) -> AsyncDecorator:
+        generate_handler: Callable[[Any], Awaitable[T]],
+        **options: Unpack[Options],
+    ) -> AsyncGeneratorDecorator[T]: ...
+    @overload
+    def task(
+        self,
+        name: str | None = None,
+        *,
+        generate_handler: Callable[[Any], T],
+        **options: Unpack[Options],
+    ) -> AsyncGeneratorDecorator[T]: ...
+    @overload
+    def task(self, name: str | None = None, **options: Unpack[Options]) -> AsyncDecorator: ...
+    def task(
+        self,
+        name: str | None = None,
+        *,
+        generate_handler: Callable[[Any], Any] | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncDecorator | AsyncGeneratorDecorator[Any]:
         """Declare a task. Options are those of `TaskOptions`; the name is `module.qualname`."""
-        options = TaskOptions(
-            queue=queue, priority=priority, retry=retry, store_result=store_result,
-            retention=retention,
-        )  # fmt: skip
+        chosen = TaskOptions(generate_handler=generate_handler, **options)
 
         def decorate(function: Callable[..., Any]) -> AsyncTask[..., Any, Any]:
-            return AsyncTask(function, self.define(function, name, options), self._inclusions)
+            return AsyncTask(function, self.define(function, name, chosen), self._inclusions)
 
         return cast(AsyncDecorator, decorate)
 
@@ -110,23 +179,35 @@ class AsyncRouter(Router):
 class SyncRouter(Router):
     """Declares tasks for blocking code; `include_router` brings them into an app."""
 
+    @overload
     def task(
         self,
         name: str | None = None,
         *,
-        queue: str = "default",
-        priority: int = 5,
-        retry: int = 0,
-        store_result: bool = True,
-        retention: float | None = None,
-    ) -> SyncDecorator:
+        generate_handler: Callable[[Any], Awaitable[T]],
+        **options: Unpack[Options],
+    ) -> SyncGeneratorDecorator[T]: ...
+    @overload
+    def task(
+        self,
+        name: str | None = None,
+        *,
+        generate_handler: Callable[[Any], T],
+        **options: Unpack[Options],
+    ) -> SyncGeneratorDecorator[T]: ...
+    @overload
+    def task(self, name: str | None = None, **options: Unpack[Options]) -> SyncDecorator: ...
+    def task(
+        self,
+        name: str | None = None,
+        *,
+        generate_handler: Callable[[Any], Any] | None = None,
+        **options: Unpack[Options],
+    ) -> SyncDecorator | SyncGeneratorDecorator[Any]:
         """Declare a task. Options are those of `TaskOptions`; the name is `module.qualname`."""
-        options = TaskOptions(
-            queue=queue, priority=priority, retry=retry, store_result=store_result,
-            retention=retention,
-        )  # fmt: skip
+        chosen = TaskOptions(generate_handler=generate_handler, **options)
 
         def decorate(function: Callable[..., Any]) -> SyncTask[..., Any, Any]:
-            return SyncTask(function, self.define(function, name, options), self._inclusions)
+            return SyncTask(function, self.define(function, name, chosen), self._inclusions)
 
         return cast(SyncDecorator, decorate)

@@ -14,13 +14,14 @@ from uuid_utils import uuid7
 from qtasks.definition import TaskDefinition
 from qtasks.engine.client import Client
 from qtasks.engine.io_thread import io_thread
+from qtasks.engine.registry import workers_alive
 from qtasks.engine.reply import LoopReply, ThreadReply
 from qtasks.lifecycle import START_TIMEOUT, Lifecycle
-from qtasks.parts import Parts
-from qtasks_core import TaskMessage, schemas
+from qtasks_core import Broker, Storage, TaskMessage, schemas
 from qtasks_core.errors import (
     Closed,
     ConfigurationError,
+    NotSupported,
     PayloadTooLarge,
     TaskTimeout,
     Unavailable,
@@ -29,13 +30,17 @@ from qtasks_core.separate import record_of
 
 PUBLISH_TIMEOUT = 30.0
 """Seconds after which a write that is not confirmed is an error, where no timeout is given."""
+_LOOK = 1.0
+"""Seconds in which what is known of a late task is looked up."""
 
 
 class Submitting(Lifecycle):
     """What an app does for callers. Each call has a twin that blocks on the same crossing."""
 
-    def __init__(self, name: str, parts: Parts, max_payload: int) -> None:
-        super().__init__(name, parts)
+    def __init__(
+        self, name: str, broker: Broker | str, storage: Storage | str, max_payload: int
+    ) -> None:
+        super().__init__(name, broker, storage)
         self.max_payload = max_payload
 
     def message(
@@ -48,6 +53,7 @@ class Submitting(Lifecycle):
         priority: int | None = None,
         delay: float | None = None,
         eta: datetime | None = None,
+        expires: float | None = None,
     ) -> TaskMessage:
         """Return the message of a call.
 
@@ -72,11 +78,16 @@ class Submitting(Lifecycle):
             priority=options.priority if priority is None else priority,
             delay=_delay(delay, eta, now),
             created_at=now,
+            expires_at=None if expires is None else now + expires,
             store_result=options.store_result,
             retention=options.retention,
         )
         if not 0 <= message.priority <= 9:
             raise ConfigurationError(f"priority={priority} is not between 0 and 9")
+        if expires is not None and expires <= message.delay:
+            raise ConfigurationError(
+                f"expires={expires}: the task would be due after {message.delay:.3f} s only"
+            )
         return message
 
     async def submit(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
@@ -139,6 +150,23 @@ class Submitting(Lifecycle):
         deadline = time.monotonic() + START_TIMEOUT
         return thread.run_blocking(client.get, [str(uuid)], deadline)[0]
 
+    async def cancel_task(self, uuid: str | UUID) -> bool:
+        """Cancel a task that has not ended; False: it had ended by itself before.
+
+        From then on it is cancelled for everybody. What runs of it is stopped soon after: an async
+        function is cancelled, a function in a process killed, of one in a thread the result is
+        dropped. Raises `UnknownTask`, `Unavailable`.
+        """
+        thread, client = await self.ready()
+        record = await thread.run(client.cancel, str(uuid), time.monotonic() + START_TIMEOUT)
+        return record.status == "cancel"
+
+    def cancel_task_blocking(self, uuid: str | UUID) -> bool:
+        """Do as `cancel_task`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        deadline = time.monotonic() + START_TIMEOUT
+        return thread.run_blocking(client.cancel, str(uuid), deadline).status == "cancel"
+
     async def _ended(
         self,
         client: Client,
@@ -147,16 +175,15 @@ class Submitting(Lifecycle):
         timeout: float | None,
     ) -> schemas.Task | None:
         """Await a reply; past the timeout take the wait back and say what is known."""
-        thread = io_thread()
         try:
             async with asyncio.timeout(timeout):
                 return await reply.future
         except TimeoutError:
-            thread.post(client.forget, uuid, reply)
+            io_thread().post(client.forget, uuid, reply)
         except asyncio.CancelledError:
-            thread.post(client.forget, uuid, reply)
+            io_thread().post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, await thread.run(_newest, client, uuid))
+        raise _late(uuid, timeout, *await io_thread().run(_known, client, uuid))
 
     def _ended_blocking(
         self,
@@ -165,38 +192,53 @@ class Submitting(Lifecycle):
         reply: ThreadReply[schemas.Task | None],
         timeout: float | None,
     ) -> schemas.Task | None:
-        thread = io_thread()
         try:
             return reply.result(timeout)
         except TimeoutError:
-            thread.post(client.forget, uuid, reply)
+            io_thread().post(client.forget, uuid, reply)
         except KeyboardInterrupt:
-            thread.post(client.forget, uuid, reply)
+            io_thread().post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, thread.run_blocking(_newest, client, uuid))
+        raise _late(uuid, timeout, *io_thread().run_blocking(_known, client, uuid))
 
 
-async def _newest(client: Client, uuid: str) -> schemas.Task | None:
-    """Return a task's record if that can be read at once."""
+async def _known(client: Client, uuid: str) -> tuple[schemas.Task | None, list[str] | None]:
+    """Return what is known of a late task, and which workers listen to its queue (None: unknown).
+
+    It is not worth waiting long for.
+    """
+    record: schemas.Task | None = None
     try:
-        return (await client.get([uuid], time.monotonic()))[0]
-    except Unavailable:
-        return None
+        async with asyncio.timeout(_LOOK):
+            record = (await client.get([uuid], 0.0))[0]
+            alive = await workers_alive(client.storage)
+    except (Unavailable, TimeoutError, NotSupported):
+        return record, None
+    queue = record.queue if record is not None else None
+    return record, [f"{w.host}:{w.pid}" for w in alive if queue in w.queues]
 
 
-def _late(uuid: str, timeout: float | None, record: schemas.Task | None) -> TaskTimeout:
+def _late(
+    uuid: str, timeout: float | None, record: schemas.Task | None, workers: list[str] | None
+) -> TaskTimeout:
     if record is None:
         known = f"task {uuid}: no end within {timeout} s, and no record of it can be read"
         return TaskTimeout(known, uuid)
     begun = {
-        "new": "no worker has begun it; does one listen to that queue?",
+        "new": "no worker has begun it",
         "scheduled": "it is not due yet",
         "process": f"worker {record.worker} runs it",
         "retry": f"attempt {record.attempt} failed ({record.error}) and it will run again",
     }
+    if workers is None:
+        listening = "whether a worker is alive is not known"
+    elif workers:
+        listening = f"{len(workers)} alive for that queue, {workers[0]} for one"
+    else:
+        listening = "no worker for that queue is alive"
     known = (
         f"task {record.task_name} {uuid} in queue {record.queue!r}: no end within {timeout} s; "
-        f"{begun.get(record.status, 'it has just ended')}"
+        f"{begun.get(record.status, 'it has just ended')}; {listening}"
     )
     return TaskTimeout(known, uuid)
 

@@ -93,13 +93,17 @@ class AsyncCall(Call[R]):
         eta: datetime | None = None,
         queue: str | None = None,
         priority: int | None = None,
+        expires: float | None = None,
     ) -> Task[R]:
         """Enqueue. With `timeout` (seconds) return the finished task, else a `new` one.
 
+        A run that would begin more than `expires` seconds from now ends in `error` instead.
         Raises `TaskTimeout`, `Unavailable`, `Refused`, and what `App.message` raises.
         """
         app = self.owner.find_app()
-        message = self.message(app, delay=delay, eta=eta, queue=queue, priority=priority)
+        message = self.message(
+            app, delay=delay, eta=eta, queue=queue, priority=priority, expires=expires
+        )
         record = await app.submit(message, timeout)
         return Task(app, record, self.definition.decode_result)
 
@@ -115,10 +119,13 @@ class SyncCall(Call[R]):
         eta: datetime | None = None,
         queue: str | None = None,
         priority: int | None = None,
+        expires: float | None = None,
     ) -> BlockingTask[R]:
         """Enqueue. With `timeout` (seconds) return the finished task, else a `new` one."""
         app = self.owner.find_app()
-        message = self.message(app, delay=delay, eta=eta, queue=queue, priority=priority)
+        message = self.message(
+            app, delay=delay, eta=eta, queue=queue, priority=priority, expires=expires
+        )
         record = app.submit_blocking(message, timeout)
         return BlockingTask(app, record, self.definition.decode_result)
 
@@ -142,12 +149,18 @@ class AsyncTask(BaseTask[P, R, C]):
         eta: datetime | None = None,
         queue: str | None = None,
         priority: int | None = None,
+        expires: float | None = None,
         **kwargs: Any,
     ) -> Task[R]:
         """Enqueue a call with these arguments; the options are those of `AsyncCall.add_task`."""
         call: AsyncCall[R] = AsyncCall(self.definition, self._owner, args, kwargs)
         return await call.add_task(
-            timeout=timeout, delay=delay, eta=eta, queue=queue, priority=priority
+            timeout=timeout,
+            delay=delay,
+            eta=eta,
+            queue=queue,
+            priority=priority,
+            expires=expires,
         )
 
     async def map(self, arguments: Iterable[Sequence[Any]]) -> list[Task[R]]:
@@ -177,11 +190,19 @@ class SyncTask(BaseTask[P, R, C]):
         eta: datetime | None = None,
         queue: str | None = None,
         priority: int | None = None,
+        expires: float | None = None,
         **kwargs: Any,
     ) -> BlockingTask[R]:
         """Enqueue a call with these arguments; the options are those of `SyncCall.add_task`."""
         call: SyncCall[R] = SyncCall(self.definition, self._owner, args, kwargs)
-        return call.add_task(timeout=timeout, delay=delay, eta=eta, queue=queue, priority=priority)
+        return call.add_task(
+            timeout=timeout,
+            delay=delay,
+            eta=eta,
+            queue=queue,
+            priority=priority,
+            expires=expires,
+        )
 
     def map(self, arguments: Iterable[Sequence[Any]]) -> list[BlockingTask[R]]:
         """Enqueue one call for each sequence of positional arguments, in few round trips."""

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
+import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from qtasks.balancers import Greedy
+from qtasks.engine import supervised
+from qtasks.engine.health import answer_probes
+from qtasks.engine.io_thread import io_thread
+from qtasks.engine.limits import Limits
 from qtasks.engine.runner import Runner
+from qtasks.engine.supervisor import Supervisor
 from qtasks.engine.worker import Worker
+from qtasks.executors import THREAD_NAME
+from qtasks.lifecycle import START_TIMEOUT
 from qtasks_core import Balancer, Guarantees
 
 if TYPE_CHECKING:
@@ -30,16 +42,29 @@ class WorkerOptions(Struct, frozen=True, kw_only=True):
     concurrency: int = 100
     grace: float | None = 30.0
     balancer: Balancer | None = None
+    max_tasks: int | None = None
+    max_memory: int | None = None
+    health: tuple[str, int] | None = None
 
 
 class RunningWorker:
     """A worker while its block runs."""
 
-    def __init__(self, id: str, runner: Runner, ended: asyncio.Task[None]) -> None:
-        self.id = id
+    def __init__(
+        self, worker: Worker, runner: Runner, ended: asyncio.Task[None], worn: asyncio.Task[str]
+    ) -> None:
+        self.id = worker.id
         self.ended = ended
         """Done early only if the worker failed."""
+        self.worn = worn
+        """Done when a limit is reached, with which."""
+        self._worker = worker
         self._runner = runner
+
+    @property
+    def ready(self) -> bool:
+        """Whether it receives, and its servers answer."""
+        return self._worker.ready
 
     def give_back(self) -> None:
         """Cancel what runs and give it back to the queue at once."""
@@ -48,12 +73,12 @@ class RunningWorker:
 
 @asynccontextmanager
 async def working(
-    app: App, options: WorkerOptions, start_timeout: float
+    app: App, options: WorkerOptions, start_timeout: float = START_TIMEOUT
 ) -> AsyncIterator[RunningWorker]:
     """Run a worker of `app` on this loop while the block runs."""
     await app.start(start_timeout)
     try:
-        runner = Runner(app.definitions, options.concurrency)
+        runner = Runner(app.definitions, options.concurrency, app.max_payload)
         try:
             async with _receiving(app, runner, options) as running:
                 yield running
@@ -73,7 +98,8 @@ async def _receiving(
 
     async def build() -> Worker:
         balancer = options.balancer or Greedy()
-        return Worker(client, runner, known.keys(), names, options.concurrency, balancer)
+        limits = Limits(options.max_tasks, options.max_memory)
+        return Worker(client, runner, known.keys(), names, options.concurrency, balancer, limits)
 
     worker = await thread.run(build)
     for part in app.guarantees():
@@ -87,41 +113,140 @@ async def _receiving(
         ", ".join(sorted(known)) or "no task",
     )
     ended = asyncio.create_task(thread.run(worker.run))
+    worn = asyncio.create_task(thread.run(worker.limits.reached))
     try:
-        yield RunningWorker(worker.id, runner, ended)
+        yield RunningWorker(worker, runner, ended, worn)
     finally:
+        worn.cancel()
         await thread.run(worker.stop, options.grace)
         await ended
 
 
-def serve(app: App, options: WorkerOptions) -> None:
-    """Be a worker process until SIGTERM or SIGINT."""
+def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
+    """Be a worker process until SIGTERM or SIGINT, or the supervisor of several."""
     if not logging.getLogger().handlers:
         # Drivers are only heard when something is wrong.
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logger.setLevel(logging.INFO)
+    if processes is not None and not supervised.is_supervised():
+        if status := asyncio.run(Supervisor(processes, options.grace).run(options.health)):
+            raise SystemExit(status)
+        return
+    if supervised.is_supervised():
+        options = replace(options, health=None)  # the supervisor answers for all
     # The two loops of this process hand over work many times a millisecond; with the
     # default of 5 ms each would wait for the other.
     sys.setswitchinterval(0.0005)
-    asyncio.run(_until_signalled(app, options))
+    asyncio.run(Service(app, options).run())
+    _leave_threads_behind()
 
 
-async def _until_signalled(app: App, options: WorkerOptions) -> None:
-    signalled = asyncio.Event()
-    on_signal = signalled.set
+class Service:
+    """A worker that is a process: told to stop by signals, by limits, by its supervisor's end."""
 
-    def signal_arrived() -> None:
-        on_signal()
+    def __init__(self, app: App, options: WorkerOptions) -> None:
+        self._app = app
+        self._options = options
+        self._worker: RunningWorker | None = None
+        self._line: supervised.Line | None = None
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signal_arrived)
-    async with working(app, options, float("inf")) as worker:
-        stopping = asyncio.create_task(signalled.wait())
-        await asyncio.wait({stopping, worker.ended}, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        on_signal = worker.give_back
-        logger.info("worker %s stops: running tasks have %s s", worker.id, options.grace)
+    async def run(self) -> None:
+        """Serve until told to stop."""
+        loop = asyncio.get_running_loop()
+        self._told: asyncio.Future[str] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signal_arrived, number)
+        async with self._probed(), self._supervised():
+            starting = asyncio.create_task(self._app.start(float("inf")))
+            either: set[asyncio.Future[Any]] = {self._told, starting}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.wait({starting})
+                logger.info("stopped before the servers could be reached")
+                return
+            await starting
+            try:
+                await self._work()
+            finally:
+                await self._app.stop()
+
+    async def _work(self) -> None:
+        async with working(self._app, self._options) as worker:
+            self._worker = worker
+            if self._line is not None:
+                self._line.tell(True)
+            ends: set[asyncio.Future[Any]] = {self._told, worker.ended, worker.worn}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if self._told.done():
+                reason = self._told.result()
+            else:
+                reason = worker.worn.result() if worker.worn.done() else "it failed"
+            grace = self._options.grace
+            logger.info(
+                "worker %s stops (%s); running tasks have %s",
+                worker.id, reason, "all the time" if grace is None else f"{grace:g} s",
+            )  # fmt: skip
+        logger.info("worker %s has stopped", worker.id)
+
+    def _signal_arrived(self, number: int) -> None:
+        if not self._told.done():
+            self._told.set_result(signal.Signals(number).name)
+        elif self._worker is not None:
+            logger.info("%s again: running tasks are given back", signal.Signals(number).name)
+            self._worker.give_back()
+
+    @asynccontextmanager
+    async def _probed(self) -> AsyncIterator[None]:
+        """Answer probes, from the start on and beside tasks that block their loop."""
+        if self._options.health is None:
+            yield
+            return
+
+        async def ready() -> bool:
+            return self._worker is not None and self._worker.ready
+
+        thread = io_thread()
+        probe = await thread.run(answer_probes, *self._options.health, ready)
+        try:
+            yield
+        finally:
+            thread.post(probe.close)
+
+    @asynccontextmanager
+    async def _supervised(self) -> AsyncIterator[None]:
+        """Answer the supervisor, if there is one, and end when it has."""
+        self._line = await supervised.connect()
+        if self._line is None:
+            yield
+            return
+        answering = asyncio.create_task(self._answer(self._line))
+        try:
+            yield
+        finally:
+            answering.cancel()
+            self._line.close()
+
+    async def _answer(self, line: supervised.Line) -> None:
+        await line.answer(lambda: self._worker is not None and self._worker.ready)
+        if not self._told.done():
+            self._told.set_result("its supervisor is gone")
+
+
+def _leave_threads_behind() -> None:
+    """End the process although functions still run in threads: their grace is over.
+
+    The interpreter would wait for them, for ever if need be.
+    """
+    deadline = time.monotonic() + 1.0
+    threads = [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    if stuck := sum(thread.is_alive() for thread in threads):
+        logger.warning("%d functions still run in threads; the process ends without them", stuck)
+        atexit._run_exitfuncs()
+        logging.shutdown()
+        os._exit(0)
 
 
 def describe(part: Guarantees) -> str:

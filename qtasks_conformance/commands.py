@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+import qtasks_core as core
 from qtasks_conformance.subject import Part
 from qtasks_conformance.waiting import persist
 from qtasks_core import (
@@ -26,6 +27,7 @@ from qtasks_core import (
     Retry,
     Settlement,
     Status,
+    Storage,
     Subscription,
     Task,
     TaskMessage,
@@ -103,7 +105,57 @@ class Complete(Struct, frozen=True, tag=True):
     halt: Halt | None = None
 
 
-Command = Publish | Stream | Receive | Settle | Extend | Save | Submit | Admit | Complete
+class Broadcast(Struct, frozen=True, tag=True):
+    """Broadcast a command."""
+
+    command: core.Command
+
+
+class TakeClaim(Struct, frozen=True, tag=True):
+    """Claim a key for some seconds; answers with whether it was had."""
+
+    key: str
+    owner: str
+    ttl: float
+
+
+class SetValue(Struct, frozen=True, tag=True):
+    """Set a shared value, whatever is there."""
+
+    key: str
+    value: bytes | None
+
+
+class Increment(Struct, frozen=True, tag=True):
+    """Count a shared value up, so many times, by comparing and setting."""
+
+    key: str
+    times: int
+
+
+class Append(Struct, frozen=True, tag=True):
+    """Append items to a stream, batch by batch."""
+
+    uuid: str
+    batches: list[list[bytes]]
+
+
+Command = (
+    Publish
+    | Stream
+    | Receive
+    | Settle
+    | Extend
+    | Save
+    | Submit
+    | Admit
+    | Complete
+    | Broadcast
+    | TakeClaim
+    | SetValue
+    | Increment
+    | Append
+)
 
 
 class Seen(Struct, frozen=True):
@@ -199,6 +251,19 @@ class Hands:
                 if halt is not None:
                     return Answer(halted=await self._complete_halfway(completions, halt))
                 return Answer(await self._composition.complete(self._open(), completions))
+            case Broadcast(broadcast):
+                await self._broker.broadcast(broadcast)
+            case TakeClaim(key, owner, ttl):
+                return Answer(mine=[await self._storage.claim(key, owner, ttl) is not None])
+            case SetValue(key, value):
+                await self._storage.set(key, value)
+            case Increment(key, times):
+                for _ in range(times):
+                    await count_up(self._storage, key)
+            case Append(uuid, batches):
+                for batch in batches:
+                    await self._storage.append(uuid, batch)
+        return Answer()
 
     async def _stream(self, messages: list[TaskMessage], pause: float) -> list[Outcome]:
         outcomes: list[Outcome] = []
@@ -246,6 +311,14 @@ class Hands:
         if self._subscription is None:
             raise Closed("nothing was received yet")
         return self._subscription
+
+
+async def count_up(storage: Storage, key: str) -> None:
+    """Add 1 to a shared number as several processes can do it at once."""
+    while True:
+        was = await storage.get_value(key)
+        if await storage.set(key, str(int(was or b"0") + 1).encode(), expect=was):
+            return
 
 
 def message_of(delivery: Delivery) -> TaskMessage:

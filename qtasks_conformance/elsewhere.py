@@ -10,24 +10,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
 
+import qtasks_core as core
 from qtasks_conformance.child import LINE_LIMIT
 from qtasks_conformance.commands import (
     Admit,
     Answer,
+    Append,
+    Broadcast,
     Command,
     Complete,
     Extend,
     Halt,
     Hands,
     How,
+    Increment,
     Publish,
     Receive,
     Save,
     Seen,
     Settle,
     Setup,
+    SetValue,
     Stream,
     Submit,
+    TakeClaim,
     answer_decoder,
     encode,
 )
@@ -103,6 +109,26 @@ class Elsewhere(ABC):
     async def complete_halfway(self, end: tuple[int, How, Status], halt: Halt) -> bool:
         """Complete there, but halt for good at the settling; says whether it came to that."""
         return (await self._tell(Complete([end], halt))).halted
+
+    async def broadcast(self, command: core.Command) -> None:
+        """Broadcast from there."""
+        await self._tell(Broadcast(command))
+
+    async def claim(self, key: str, owner: str, ttl: float) -> bool:
+        """Claim there; says whether it was had."""
+        return (await self._tell(TakeClaim(key, owner, ttl))).mine == [True]
+
+    async def set(self, key: str, value: bytes | None) -> None:
+        """Set a shared value there."""
+        await self._tell(SetValue(key, value))
+
+    async def increment(self, key: str, times: int) -> None:
+        """Count a shared value up there."""
+        await self._tell(Increment(key, times))
+
+    async def append(self, uuid: str, batches: Sequence[Sequence[bytes]]) -> None:
+        """Append to a stream there, batch by batch."""
+        await self._tell(Append(uuid, [list(batch) for batch in batches]))
 
     async def _tell(self, command: Command) -> Answer:
         try:

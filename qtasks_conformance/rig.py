@@ -38,9 +38,12 @@ class Rig:
         await broker.start(namespace or self.namespace)
         return broker
 
-    async def storage(self, *, namespace: str | None = None) -> Storage:
-        """Start one more storage."""
-        storage = self.subject.storage.storage()
+    async def storage(
+        self, *, namespace: str | None = None, retention: float | None = None
+    ) -> Storage:
+        """Start one more storage; with a retention of its own (seconds) where the test needs it."""
+        part = self.subject.storage
+        storage = (part if retention is None else part.but(retention=retention)).storage()
         self._end.push_async_callback(storage.stop)
         await storage.start(namespace or self.namespace)
         return storage

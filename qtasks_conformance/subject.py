@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, Protocol
@@ -68,8 +68,9 @@ class Least:
     counts_deliveries: bool = False
     priorities: bool = False
     transactions: bool = False
-    supports: tuple[str, ...] = ()
-    """Optional methods that must not be among the unsupported."""
+    lacks: tuple[str, ...] = ()
+    """The optional methods that are not built yet: those, no fewer and no more, are declared
+    unsupported. What is built is taken off this list, and its tests are no longer skipped."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,10 @@ class Subject:
     killing it means to drop it without a word."""
     driver: str | None = None
     """The module that must not be imported before `start`."""
+    inject: Callable[[str, str, bytes], Awaitable[None]] | None = None
+    """Put bytes into a queue as another program would: `await inject(namespace, queue, data)`.
+
+    None: the test of messages that cannot be decoded is skipped."""
     slack: float = 4.0
     """Seconds by which a busy machine may be late."""
     least_broker: Least = Least()

@@ -23,6 +23,7 @@ from qtasks_core.schemas import (
     Raw,
     Release,
     Retry,
+    Running,
     Settlement,
     Status,
     Task,
@@ -30,6 +31,7 @@ from qtasks_core.schemas import (
     TaskPage,
     TaskQuery,
     Verdict,
+    WorkerInfo,
 )
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "Raw",
     "Release",
     "Retry",
+    "Running",
     "Serializer",
     "Settlement",
     "Status",
@@ -63,4 +66,5 @@ __all__ = [
     "TaskPage",
     "TaskQuery",
     "Verdict",
+    "WorkerInfo",
 ]

@@ -10,6 +10,7 @@ record itself, and repeats `judge` in its own language:
 
 from __future__ import annotations
 
+from math import isinf
 from typing import Literal
 
 from qtasks_core.schemas import Status, Task
@@ -24,6 +25,8 @@ RANK: dict[Status, int] = {
     "cancel": 6,
 }
 FIRST_FINAL = 4
+RETENTION = 7 * 86_400.0
+"""Seconds that a storage keeps final records where neither they nor it say otherwise."""
 FINAL: frozenset[Status] = frozenset({"success", "error", "cancel"})
 
 
@@ -46,3 +49,21 @@ def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse
     if stored.status in FINAL or order < stored_order:
         return "refuse"
     return "accept"
+
+
+def retention_note(retention: float) -> str:
+    """Return what the guarantees of a storage with this retention have to say of it."""
+    if isinf(retention):
+        return "final records are kept for ever unless they say otherwise"
+    return f"final records are kept for {retention / 86_400:g} days unless they say otherwise"
+
+
+def expiry_of(task: Task, retention: float) -> float | None:
+    """Return the Unix time from which a record may be deleted; None: never.
+
+    `retention` is the storage's own, for records that have none; infinity keeps for ever.
+    """
+    if task.status not in FINAL:
+        return None
+    keep = retention if task.retention is None else task.retention
+    return None if isinf(keep) else (task.finished_at or task.created_at) + keep

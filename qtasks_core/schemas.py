@@ -6,7 +6,7 @@ Fields are only ever added, with a default: an older release ignores what it doe
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from msgspec import Struct, field
 
@@ -183,7 +183,10 @@ class Guarantees(Struct, frozen=True, kw_only=True):
 
 
 class TaskQuery(Struct, frozen=True, kw_only=True):
-    """Which records to list, newest first. Fields left None do not filter."""
+    """Which records to list, newest first. Fields left None do not filter.
+
+    `created_after` is inclusive, `created_before` is not; `limit` is at least 1.
+    """
 
     status: tuple[Status, ...] | None = None
     task_name: str | None = None
@@ -210,7 +213,7 @@ class Claim(Struct, frozen=True):
     expires_at: float
 
 
-class Command(Struct, frozen=True, kw_only=True):
+class Command(Struct, frozen=True, omit_defaults=True, kw_only=True):
     """A word to every worker of a namespace."""
 
     name: str
@@ -218,3 +221,29 @@ class Command(Struct, frozen=True, kw_only=True):
     target: str | None = None
     """A uuid, queue or worker; None: all."""
     arguments: dict[str, str] = field(default_factory=dict)
+
+
+class Running(NamedTuple):
+    """One task that a worker runs now."""
+
+    uuid: str
+    task_name: str
+    started_at: float
+
+
+class WorkerInfo(Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What a worker tells of itself, kept as the shared value `worker/ID`."""
+
+    id: str
+    host: str
+    pid: int
+    queues: tuple[str, ...] = ()
+    concurrency: int = 1
+    """How many tasks it runs at once."""
+    running: tuple[Running, ...] = ()
+    """Those that run longest; how many it names is bounded."""
+    started_at: float = 0.0
+    seen_at: float = 0.0
+    """When it last said so; a worker that has been silent for long is gone."""
+    version: str = ""
+    """The release of qtasks that it runs."""

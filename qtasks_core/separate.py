@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from asyncio import TaskGroup
 from collections.abc import Sequence
 
@@ -45,7 +46,13 @@ class SeparateComposition(Composition):
             raise errors.exceptions[0] from None
         outcomes = publishing.result()
         refused = [
-            replace(record, status="error", error=outcome.reason, dead="the broker refused it")
+            replace(
+                record,
+                status="error",
+                error=outcome.reason,
+                dead="the broker refused it",
+                finished_at=time.time(),
+            )
             for record, outcome in zip(records, outcomes, strict=True)
             if outcome.status == "refused"
         ]
@@ -71,7 +78,8 @@ class SeparateComposition(Composition):
     ) -> list[Outcome]:
         """Save, then settle; a retry is settled first and recorded only if that was obeyed.
 
-        Were a retry recorded first, a crash in between would make the only message stale.
+        Were a retry recorded first, a crash in between would make the only message stale. What
+        may not have been recorded is not settled either: it runs again.
         """
         outcomes: list[Outcome] = [DONE] * len(completions)
         first: list[int] = []
@@ -83,10 +91,12 @@ class SeparateComposition(Composition):
             if completion.task is not None:
                 (later if isinstance(completion.settlement, Retry) else first).append(at)
         await self._save(completions, first, outcomes)
+        settling = [at for at in settling if outcomes[at].status != "unknown"]
         if settling:
             settlements = [s for at in settling if (s := completions[at].settlement) is not None]
+            retried = set(later)
             for at, outcome in zip(settling, await subscription.settle(settlements), strict=True):
-                if completions[at].task is None or at in later:
+                if completions[at].task is None or at in retried:
                     outcomes[at] = outcome
         obeyed = [at for at in later if outcomes[at].status != "refused"]
         await self._save(completions, obeyed, outcomes)

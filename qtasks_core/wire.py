@@ -7,17 +7,22 @@ queue. A change that an older release could not read raises the version byte. Go
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from qtasks_core.errors import WireError
-from qtasks_core.schemas import Raw, Task, TaskMessage
+from qtasks_core.schemas import Command, Raw, Task, TaskMessage
 
 VERSION = 1
 _HEADER = bytes([VERSION])
 
+T = TypeVar("T")
+
 _encoder = msgspec.msgpack.Encoder()
 _message_decoder = msgspec.msgpack.Decoder(TaskMessage)
 _task_decoder = msgspec.msgpack.Decoder(Task)
+_command_decoder = msgspec.msgpack.Decoder(Command)
 
 
 def encode_message(message: TaskMessage) -> bytes:
@@ -42,10 +47,24 @@ def encode_task(task: Task) -> bytes:
 
 def decode_task(data: bytes) -> Task:
     """Return the record in `data`. Raises `WireError` when there is none."""
+    return _decode(_task_decoder, data)
+
+
+def encode_command(command: Command) -> bytes:
+    """Return the bytes of a command."""
+    return _HEADER + _encoder.encode(command)
+
+
+def decode_command(data: bytes) -> Command:
+    """Return the command in `data`. Raises `WireError` when there is none."""
+    return _decode(_command_decoder, data)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], data: bytes) -> T:
     if data[:1] != _HEADER:
         raise WireError(_wrong_version(data))
     try:
-        return _task_decoder.decode(memoryview(data)[1:])
+        return decoder.decode(memoryview(data)[1:])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise WireError(str(error)) from error
 

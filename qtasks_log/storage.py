@@ -55,7 +55,7 @@ class LogStorage(Storage):
         return replace(
             self._log.guarantees,
             unsupported=(
-                "query", "claim", "release", "set", "get_value", "watch_value",
+                "query", "claim", "release", "set", "get_value", "values", "watch_value",
                 "append", "read", "delete", "expire", "migrate",
             ),
         )  # fmt: skip

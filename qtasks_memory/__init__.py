@@ -5,21 +5,25 @@ from qtasks_core.urls import take_options
 from qtasks_memory.broker import MemoryBroker
 from qtasks_memory.storage import MemoryStorage
 
+OPTIONS = {"lease": float, "retention": float}
+
 
 class MemoryBackend(Backend):
-    """Answers for `memory://NAME?lease=SECONDS`; equal names share one memory."""
+    """Answers for `memory://NAME?lease=SECONDS&retention=SECONDS`; equal names share one memory."""
 
     contract = 1
 
     def broker(self, url: str) -> MemoryBroker:
         """Return the broker of `url`."""
-        rest, options = take_options(url, {"lease": float})
+        rest, options = take_options(url, OPTIONS)
+        options.pop("retention", None)
         return MemoryBroker(rest.partition("://")[2], **options)
 
     def storage(self, url: str) -> MemoryStorage:
         """Return the storage of `url`."""
-        rest, _ = take_options(url, {"lease": float})
-        return MemoryStorage(rest.partition("://")[2])
+        rest, options = take_options(url, OPTIONS)
+        options.pop("lease", None)
+        return MemoryStorage(rest.partition("://")[2], **options)
 
 
 __all__ = ["MemoryBackend", "MemoryBroker", "MemoryStorage"]

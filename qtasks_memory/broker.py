@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from qtasks_core import (
     DONE,
     LOST,
     Ack,
     Broker,
+    Command,
     Delivery,
     Guarantees,
     Outcome,
+    QueueDepth,
     Retry,
     Settlement,
     Subscription,
@@ -31,6 +33,7 @@ class MemoryBroker(Broker):
         self._lease = lease
         self._memory: Memory | None = None
         self._subscriptions: list[MemorySubscription] = []
+        self._listeners: set[asyncio.Queue[Command | None]] = set()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -41,7 +44,6 @@ class MemoryBroker(Broker):
             lease=self._lease,
             counts_deliveries=True,
             priorities=True,
-            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
         )
 
     async def start(self, namespace: str) -> None:
@@ -50,6 +52,8 @@ class MemoryBroker(Broker):
     async def stop(self) -> None:
         for subscription in self._subscriptions:
             await subscription.close()
+        for listener in self._listeners:
+            listener.put_nowait(None)
         self._memory = None
 
     async def publish(
@@ -68,6 +72,32 @@ class MemoryBroker(Broker):
         subscription = MemorySubscription(self._started(), self._lease)
         self._subscriptions.append(subscription)
         return subscription
+
+    async def depth(self, queue: str) -> QueueDepth:
+        return self._started().queues[queue].depth(asyncio.get_running_loop().time())
+
+    async def purge(self, queue: str) -> int:
+        return self._started().queues[queue].purge(asyncio.get_running_loop().time())
+
+    async def broadcast(self, command: Command) -> None:
+        for listener in self._started().listeners:
+            listener.put_nowait(command)
+
+    async def commands(self) -> AsyncIterator[Command]:
+        memory = self._started()
+        listener: asyncio.Queue[Command | None] = asyncio.Queue()
+        self._listeners.add(listener)
+        memory.listeners.add(listener)
+        try:
+            while (command := await listener.get()) is not None:
+                yield command
+        finally:
+            self._listeners.discard(listener)
+            memory.listeners.discard(listener)
+        raise Closed("MemoryBroker is stopped")
+
+    async def migrate(self) -> None:
+        """Do nothing: there is no server."""
 
     def _started(self) -> Memory:
         if self._memory is None:

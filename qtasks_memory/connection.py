@@ -7,7 +7,7 @@ from collections import defaultdict
 from heapq import heappop, heappush
 from itertools import count
 
-from qtasks_core import Task, TaskMessage
+from qtasks_core import Command, QueueDepth, Task, TaskMessage
 
 
 class Entry:
@@ -51,6 +51,26 @@ class Queue:
                     self.put(entry)
         return heappop(self._ready)[2] if self._ready else None
 
+    def depth(self, now: float) -> QueueDepth:
+        """Count by what a receiver would find now."""
+        lost = sum(entry.held_until <= now for entry in self.in_flight.values())
+        due = sum(moment <= now for moment, _, _ in self._delayed)
+        return QueueDepth(
+            ready=len(self._ready) + lost + due,
+            delayed=len(self._delayed) - due,
+            in_flight=len(self.in_flight) - lost,
+        )
+
+    def purge(self, now: float) -> int:
+        """Drop all but what is held; return how many."""
+        lost = [holder for holder, entry in self.in_flight.items() if entry.held_until <= now]
+        for holder in lost:
+            del self.in_flight[holder]
+        dropped = len(self._ready) + len(self._delayed) + len(lost)
+        self._ready.clear()
+        self._delayed.clear()
+        return dropped
+
     def next_change(self) -> float | None:
         """Return when, without a new message, something may become receivable."""
         moments = [entry.held_until for entry in self.in_flight.values()]
@@ -66,7 +86,13 @@ class Memory:
         self.queues: defaultdict[str, Queue] = defaultdict(Queue)
         self.deliveries = count(1)
         self.receivers: set[asyncio.Event] = set()
+        self.listeners: set[asyncio.Queue[Command | None]] = set()
         self.records: dict[str, Task] = {}
+        self.values: dict[str, bytes] = {}
+        self.value_watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self.claims: dict[str, tuple[str, float]] = {}
+        """By key: the owner, and until when it holds it by the loop's clock."""
+        self.streams: defaultdict[str, list[bytes]] = defaultdict(list)
         self.inboxes: dict[str, asyncio.Queue[Task]] = {}
         self.watchers: defaultdict[str, set[str]] = defaultdict(set)
 

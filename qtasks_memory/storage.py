@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
 
+from msgspec import UNSET, UnsetType
 from uuid_utils import uuid7
 
-from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
+from qtasks_core import DONE, Claim, Guarantees, Inbox, Outcome, Storage, Task, TaskPage, TaskQuery
 from qtasks_core.errors import Closed, refuse_transaction
-from qtasks_core.records import FINAL, judge
+from qtasks_core.queries import page_of
+from qtasks_core.records import FINAL, RETENTION, expiry_of, judge, retention_note
 from qtasks_memory.connection import Memory, connect
 
 
 class MemoryStorage(Storage):
-    """Remembers tasks within one process, without bound."""
+    """Remembers tasks within one process. `retention` is in seconds, infinity for ever."""
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str = "", *, retention: float = RETENTION) -> None:
         self._name = name
+        self._retention = retention
+        self._watching: set[asyncio.Event] = set()
         self._memory: Memory | None = None
 
     @property
@@ -26,17 +31,16 @@ class MemoryStorage(Storage):
             part="MemoryStorage",
             survives="nothing",
             durability="records end with the process",
-            unsupported=(
-                "query", "claim", "release", "set", "get_value", "watch_value",
-                "append", "read", "delete", "expire", "migrate",
-            ),
-        )  # fmt: skip
+            notes=(retention_note(self._retention),),
+        )
 
     async def start(self, namespace: str) -> None:
         self._memory = connect(self._name, namespace)
 
     async def stop(self) -> None:
         self._memory = None
+        for changed in self._watching:
+            changed.set()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         refuse_transaction(self, transaction)
@@ -64,6 +68,86 @@ class MemoryStorage(Storage):
 
     async def inbox(self) -> Inbox:
         return MemoryInbox(self._started())
+
+    async def query(self, query: TaskQuery) -> TaskPage:
+        return page_of(self._started().records.values(), query)
+
+    async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
+        claims, now = self._started().claims, asyncio.get_running_loop().time()
+        holder, until = claims.get(key, (owner, 0.0))
+        if holder != owner and until > now:
+            return None
+        claims[key] = owner, now + ttl
+        return Claim(key, owner, time.time() + ttl)
+
+    async def release(self, claim: Claim) -> None:
+        claims = self._started().claims
+        if claim.key in claims and claims[claim.key][0] == claim.owner:
+            del claims[claim.key]
+
+    async def set(
+        self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
+    ) -> bool:
+        memory = self._started()
+        if expect is not UNSET and memory.values.get(key) != expect:
+            return False
+        if value is None:
+            memory.values.pop(key, None)
+        else:
+            memory.values[key] = value
+        for changed in memory.value_watchers.get(key, ()):
+            changed.set()
+        return True
+
+    async def get_value(self, key: str) -> bytes | None:
+        return self._started().values.get(key)
+
+    async def values(self, prefix: str) -> dict[str, bytes]:
+        return {k: v for k, v in self._started().values.items() if k.startswith(prefix)}
+
+    async def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
+        memory = self._started()
+        changed = asyncio.Event()
+        memory.value_watchers[key].add(changed)
+        self._watching.add(changed)
+        try:
+            seen = memory.values.get(key)
+            yield seen
+            while True:
+                await changed.wait()
+                changed.clear()
+                self._started()
+                if memory.values.get(key) != seen:
+                    seen = memory.values.get(key)
+                    yield seen
+        finally:
+            self._watching.discard(changed)
+            memory.value_watchers[key].discard(changed)
+
+    async def append(self, uuid: str, items: Sequence[bytes]) -> None:
+        self._started().streams[uuid].extend(items)
+
+    async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
+        items = self._started().streams.get(uuid, [])
+        return list(enumerate(items[after:], after + 1))
+
+    async def delete(self, uuids: Sequence[str]) -> int:
+        memory = self._started()
+        for uuid in uuids:
+            memory.streams.pop(uuid, None)
+        return sum(memory.records.pop(uuid, None) is not None for uuid in uuids)
+
+    async def expire(self) -> int:
+        now = time.time()
+        over = [
+            uuid
+            for uuid, task in self._started().records.items()
+            if (expiry := expiry_of(task, self._retention)) is not None and expiry <= now
+        ]
+        return await self.delete(over)
+
+    async def migrate(self) -> None:
+        """Do nothing: there is no server."""
 
     def _started(self) -> Memory:
         if self._memory is None:

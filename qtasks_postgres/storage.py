@@ -100,7 +100,7 @@ class PostgresStorage(Storage):
             durability=durability.settings,
             transactions=True,
             unsupported=(
-                "query", "claim", "release", "set", "get_value", "watch_value",
+                "query", "claim", "release", "set", "get_value", "values", "watch_value",
                 "append", "read", "delete", "expire", "migrate",
             ),
         )  # fmt: skip

@@ -70,7 +70,7 @@ class RedisStorage(Storage):
             survives=self._server.survives,
             durability=self._server.durability,
             unsupported=(
-                "query", "claim", "release", "set", "get_value", "watch_value",
+                "query", "claim", "release", "set", "get_value", "values", "watch_value",
                 "append", "read", "delete", "expire", "migrate",
             ),
             notes=self._server.notes,

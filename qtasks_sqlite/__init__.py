@@ -9,7 +9,8 @@ from qtasks_sqlite.storage import SqliteStorage
 class SqliteBackend(Backend):
     """Answers for `sqlite:///relative` and `sqlite:////absolute`.
 
-    Options: `lease` in seconds, `synchronous` (`normal`; `full` survives a crash of the machine).
+    Options: `lease` in seconds, `synchronous` (`normal`; `full` survives a crash of the machine),
+    `retention` in seconds (`inf` for ever).
     """
 
     contract = 1
@@ -17,6 +18,7 @@ class SqliteBackend(Backend):
     def broker(self, url: str) -> SqliteBroker:
         """Return the broker of `url`."""
         rest, options = parse(url)
+        options.pop("retention", None)
         return SqliteBroker(rest, **options)
 
     def storage(self, url: str) -> SqliteStorage:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from qtasks_core import (
     DONE,
     LOST,
     Broker,
+    Command,
     Delivery,
     Guarantees,
     Outcome,
+    QueueDepth,
     Release,
     Retry,
     Settlement,
@@ -36,7 +38,9 @@ from qtasks_sqlite.connection import (
     path_of,
     with_server,
 )
+from qtasks_sqlite.control import Heard, counting, purging, sending
 from qtasks_sqlite.doorbell import Bell
+from qtasks_sqlite.listening import Listeners
 
 if TYPE_CHECKING:
     from qtasks_core.contracts.composition import Composition
@@ -81,6 +85,7 @@ class SqliteBroker(Broker):
         self._database: Database | None = None
         self._namespace = 0
         self._subscriptions: set[SqliteSubscription] = set()
+        self._listeners = Listeners()
         survives, words = durability(synchronous)
         self._guarantees = Guarantees(
             part="SqliteBroker",
@@ -89,7 +94,6 @@ class SqliteBroker(Broker):
             lease=self.lease,
             counts_deliveries=True,
             priorities=True,
-            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(
                 "delays and leases follow the machine's clock: when it is set, they shift by it",
                 "a process that is frozen in the middle of a commit holds up all others",
@@ -110,6 +114,7 @@ class SqliteBroker(Broker):
         for subscription in list(self._subscriptions):
             await subscription.close()
         self._subscriptions.clear()
+        self._listeners.stop()
         database, self._database = self._database, None
         if database is not None:
             await disconnect(database)
@@ -141,6 +146,27 @@ class SqliteBroker(Broker):
         subscription = SqliteSubscription(self, self.started())
         self._subscriptions.add(subscription)
         return subscription
+
+    async def depth(self, queue: str) -> QueueDepth:
+        return await self.started().read(counting(self._namespace, queue))
+
+    async def purge(self, queue: str) -> int:
+        database = self.started()
+        count, all_of_them = 0, False
+        while not all_of_them:
+            some, all_of_them = await database.write(purging(self._namespace, queue))
+            count += some
+        return count
+
+    async def broadcast(self, command: Command) -> None:
+        await self.started().write(sending(self._namespace, command))
+
+    def commands(self) -> AsyncIterator[Command]:
+        heard = Heard(self._namespace)
+        return self._listeners.follow(self.started(), heard.number, heard.look)
+
+    async def migrate(self) -> None:
+        await disconnect(await connect(self.path, self.synchronous))
 
     def compose(self, storage: Storage) -> Composition:
         from qtasks_sqlite.composition import SqliteComposition

@@ -24,6 +24,8 @@ from qtasks_core.errors import (
 )
 from qtasks_core.urls import redact, take_options
 from qtasks_sqlite.doorbell import Doorbell
+from qtasks_sqlite.filesystem import warn_of_network
+from qtasks_sqlite.schema import migrate
 
 if TYPE_CHECKING:
     import sqlite3
@@ -37,44 +39,10 @@ _Work: TypeAlias = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 PATIENCE = 5.0
 """Seconds to wait for a lock that another process holds."""
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "lease": float, "synchronous": str, "retention": float,
+}  # fmt: skip
 _OLDEST = (3, 38)
-_SCHEMA_VERSION = 1
-# `wake_at` is NULL while a message is ready, else when it will be: due, or its lease lost.
-_SCHEMA = """
-CREATE TABLE qtasks_schema (version INTEGER NOT NULL);
-CREATE TABLE qtasks_namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
-CREATE TABLE qtasks_queues (
-    id INTEGER PRIMARY KEY, namespace INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (namespace, name)
-);
-CREATE TABLE qtasks_messages (
-    id INTEGER PRIMARY KEY,
-    queue INTEGER NOT NULL,
-    priority INTEGER NOT NULL,
-    wake_at REAL,
-    holder INTEGER NOT NULL,
-    count INTEGER NOT NULL,
-    data BLOB NOT NULL
-);
-CREATE INDEX qtasks_ready ON qtasks_messages (queue, priority DESC, id) WHERE wake_at IS NULL;
-CREATE INDEX qtasks_waiting ON qtasks_messages (queue, wake_at) WHERE wake_at IS NOT NULL;
-CREATE TABLE qtasks_records (
-    namespace INTEGER NOT NULL,
-    uuid TEXT NOT NULL,
-    ord INTEGER NOT NULL,
-    execution TEXT NOT NULL,
-    task_name TEXT NOT NULL,
-    queue TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    dead INTEGER NOT NULL,
-    expires_at REAL,
-    data BLOB NOT NULL,
-    PRIMARY KEY (namespace, uuid)
-) WITHOUT ROWID;
-CREATE TABLE qtasks_watchers (
-    namespace INTEGER NOT NULL, uuid TEXT NOT NULL, address TEXT NOT NULL,
-    PRIMARY KEY (namespace, uuid, address)
-) WITHOUT ROWID;
-"""
 
 
 class Transaction:
@@ -97,6 +65,16 @@ class Transaction:
     def queue(self, namespace: int, name: str) -> int:
         """Return the number of a queue, new if need be."""
         return self._id(namespace, name, "qtasks_queues (namespace, name)", (namespace, name))
+
+    def known_queue(self, namespace: int, name: str) -> int | None:
+        """Return the number of a queue, None where it is not there; writes nothing."""
+        found = self._ids.get((namespace, name)) or self._found.get((namespace, name))
+        if found is None:
+            row = self.execute(
+                "SELECT id FROM qtasks_queues WHERE namespace = ? AND name = ?", (namespace, name)
+            ).fetchone()
+            return row and int(row[0])
+        return found
 
     def _id(self, namespace: int, name: str, into: str, row: tuple[object, ...]) -> int:
         key = namespace, name
@@ -307,6 +285,7 @@ class Database:
             raise ServerTooOld(f"SQLite {driver.sqlite_version} is too old, 3.38 is needed")
         if not self.path.parent.is_dir():
             raise ConfigurationError(f"{self.path.parent} is not a directory: create it first")
+        warn_of_network(self.path)
         connection: sqlite3.Connection = driver.connect(
             self.path,
             timeout=0,
@@ -325,36 +304,13 @@ class Database:
             connection.execute("PRAGMA cache_size = -16000")
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
             connection.execute("PRAGMA journal_size_limit = 67108864")
-            self._migrate(connection)
+            migrate(connection, self.path)
             self._ids.clear()
             self.doorbell.open()
         except BaseException:
             connection.close()
             raise
         return connection
-
-    def _migrate(self, connection: sqlite3.Connection) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            known = connection.execute(
-                "SELECT count(*) FROM sqlite_master WHERE name = 'qtasks_schema'"
-            ).fetchone()
-            if known == (0,):
-                for statement in _SCHEMA.split(";"):
-                    connection.execute(statement)
-                connection.execute("INSERT INTO qtasks_schema VALUES (?)", (_SCHEMA_VERSION,))
-            # Writes nothing, but finds at the start a file that cannot be written.
-            connection.execute("UPDATE qtasks_schema SET version = version WHERE false")
-            (version,) = connection.execute("SELECT version FROM qtasks_schema").fetchone()
-            if version > _SCHEMA_VERSION:
-                raise ConfigurationError(
-                    f"{self.path} has schema {version}, this release knows {_SCHEMA_VERSION}: "
-                    "upgrade qtasks"
-                )
-            connection.execute("COMMIT")
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
 
     def disconnect(self) -> None:
         """Close the file; the next turn opens it again."""
@@ -434,7 +390,7 @@ async def disconnect(database: Database) -> None:
 
 def parse(url: str) -> tuple[str, dict[str, Any]]:
     """Split the options of the parts off a URL. Raises `ConfigurationError` for a wrong value."""
-    return take_options(url, {"lease": float, "synchronous": str})
+    return take_options(url, OPTIONS)
 
 
 def path_of(url: str) -> Path:
@@ -449,7 +405,7 @@ def path_of(url: str) -> Path:
         )
     if "?" in location:
         raise ConfigurationError(
-            f"{redact(url)} has an unknown option: lease, synchronous are known"
+            f"{redact(url)} has an unknown option: {', '.join(OPTIONS)} are known"
         )
     if location == "/:memory:":
         raise ConfigurationError("sqlite keeps tasks in a file; use memory:// for memory")

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed, Unavailable, refuse_transaction
-from qtasks_core.records import FINAL, FIRST_FINAL, order_of
+from msgspec import UNSET, UnsetType
+
+from qtasks_core import (
+    DONE,
+    Claim,
+    Guarantees,
+    Inbox,
+    Outcome,
+    Storage,
+    Task,
+    TaskPage,
+    TaskQuery,
+)
+from qtasks_core.errors import (
+    Closed,
+    ConfigurationError,
+    Unavailable,
+    WireError,
+    refuse_transaction,
+)
+from qtasks_core.queries import cursor_at, place_of
+from qtasks_core.records import FINAL, FIRST_FINAL, RETENTION, expiry_of, order_of, retention_note
 from qtasks_core.wire import decode_task, encode_task
-from qtasks_sqlite import batches
+from qtasks_sqlite import batches, listing, shared
 from qtasks_sqlite.connection import (
     Database,
     Synchronous,
@@ -22,38 +42,47 @@ from qtasks_sqlite.connection import (
     with_server,
 )
 from qtasks_sqlite.doorbell import Bell
+from qtasks_sqlite.listening import Listeners
 
+# A record keeps its first `created_at`: its place in lists, whose index is not touched again.
 _INTO = (
     "INTO qtasks_records "
     "(namespace, uuid, ord, execution, task_name, queue, created_at, dead, expires_at, data)"
 )
 _REPLACE = """
 ON CONFLICT DO UPDATE SET ord = excluded.ord, execution = excluded.execution,
-    task_name = excluded.task_name, queue = excluded.queue, created_at = excluded.created_at,
-    dead = excluded.dead, expires_at = excluded.expires_at, data = excluded.data
+    task_name = excluded.task_name, queue = excluded.queue, dead = excluded.dead,
+    expires_at = excluded.expires_at, data = excluded.data
 """
 _THESE = "namespace = ? AND uuid IN (SELECT value FROM json_each(?))"
 
 
 class SqliteStorage(Storage):
-    """Remembers tasks in a file. `synchronous` is `full` to survive a crash of the machine."""
+    """Remembers tasks in a file.
 
-    def __init__(self, url: str, *, synchronous: Synchronous = "normal") -> None:
+    `synchronous` is `full` to survive a crash of the machine. `retention` is how many seconds final
+    records are kept that do not say it themselves, infinity for ever.
+    """
+
+    def __init__(
+        self, url: str, *, synchronous: Synchronous = "normal", retention: float = RETENTION
+    ) -> None:
+        if not retention >= 0:
+            raise ConfigurationError(f"retention={retention} is not a number of seconds")
         self.path = path_of(url)
         self.synchronous = synchronous
         self.namespace = 0
         self._database: Database | None = None
+        self._retention = retention
         self._inboxes: set[SqliteInbox] = set()
+        self._listeners = Listeners()
         survives, words = durability(synchronous)
         self._guarantees = Guarantees(
             part="SqliteStorage",
             survives=survives,
             durability=words,
-            unsupported=(
-                "query", "claim", "release", "set", "get_value", "watch_value",
-                "append", "read", "delete", "expire", "migrate",
-            ),
-        )  # fmt: skip
+            notes=(retention_note(retention),),
+        )
 
     @property
     def guarantees(self) -> Guarantees:
@@ -79,6 +108,7 @@ class SqliteStorage(Storage):
     async def stop(self) -> None:
         for inbox in list(self._inboxes):
             await inbox.close()
+        self._listeners.stop()
         database, self._database = self._database, None
         if database is not None:
             await disconnect(database)
@@ -114,7 +144,6 @@ class SqliteStorage(Storage):
         return save
 
     def _row(self, task: Task) -> tuple[Any, ...]:
-        keep = task.status in FINAL and task.finished_at and task.retention is not None
         return (
             self.namespace,
             task.uuid,
@@ -124,7 +153,7 @@ class SqliteStorage(Storage):
             task.queue,
             task.created_at,
             task.dead is not None,
-            (task.finished_at or 0) + (task.retention or 0) if keep else None,
+            expiry_of(task, self._retention),
             encode_task(task),
         )
 
@@ -177,7 +206,13 @@ class SqliteStorage(Storage):
 
         def get(turn: Transaction) -> dict[str, Task]:
             rows = batches.select_blobs(turn.execute, "qtasks_records", "uuid", "ord", where, these)
-            return {uuid: decode_task(data) for (uuid, _), data in rows}
+            found: dict[str, Task] = {}
+            for (uuid, _), data in rows:
+                try:
+                    found[uuid] = decode_task(data)
+                except WireError:
+                    found[uuid] = listing.readable(turn, self.namespace, uuid)
+            return found
 
         return get
 
@@ -185,6 +220,59 @@ class SqliteStorage(Storage):
         inbox = SqliteInbox(self, self.started())
         self._inboxes.add(inbox)
         return inbox
+
+    async def query(self, query: TaskQuery) -> TaskPage:
+        database = self.started()
+        tasks: list[Task] = []
+        last = None if query.cursor is None else place_of(query.cursor)
+        more = True
+        while more and len(tasks) < query.limit:
+            look = listing.looking(self.namespace, query, last, query.limit - len(tasks))
+            some, last, more = await database.read(look)
+            tasks += some
+        return TaskPage(tasks, cursor_at(last) if more and last is not None else None)
+
+    async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
+        return await self.started().write(shared.claiming(self.namespace, key, owner, ttl))
+
+    async def release(self, claim: Claim) -> None:
+        await self.started().write(shared.releasing(self.namespace, claim))
+
+    async def set(
+        self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
+    ) -> bool:
+        return await self.started().write(shared.setting(self.namespace, key, value, expect))
+
+    async def get_value(self, key: str) -> bytes | None:
+        return await self.started().read(shared.getting(self.namespace, key))
+
+    async def values(self, prefix: str) -> dict[str, bytes]:
+        return await self.started().read(shared.listing(self.namespace, prefix))
+
+    def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
+        changes = shared.Changes(self.namespace, key)
+        return self._listeners.follow(self.started(), changes.number, changes.look)
+
+    async def append(self, uuid: str, items: Sequence[bytes]) -> None:
+        await self.started().write(shared.appending(self.namespace, uuid, items))
+
+    async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
+        return await self.started().read(shared.reading(self.namespace, uuid, after))
+
+    async def delete(self, uuids: Sequence[str]) -> int:
+        return await self.started().write(listing.deleting(self.namespace, uuids))
+
+    async def expire(self) -> int:
+        database = self.started()
+        count, all_of_them = 0, False
+        while not all_of_them:
+            some, all_of_them = await database.write(listing.expiring(self.namespace))
+            count += some
+        await database.write(shared.tidying(self.namespace, time.time() - self._retention))
+        return count
+
+    async def migrate(self) -> None:
+        await disconnect(await connect(self.path, self.synchronous))
 
     def started(self) -> Database:
         """Return the database. Raises `Closed`."""

@@ -11,6 +11,8 @@ import pytest
 from qtasks_core.urls import redact
 from tests.services import SERVICES, NotOurs, NotReady, Service, Unobtainable
 
+collect_ignore = ["stranger"]
+"""A package of its own, which tests/packaging installs and tests."""
 # What became of each server that a test asked for: name -> (how, version, URL or reason).
 TOLD = pytest.StashKey[dict[str, tuple[str, str, str]]]()
 

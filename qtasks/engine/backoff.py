@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from qtasks_core.errors import Unavailable
+
+T = TypeVar("T")
 
 
 class Backoff:
@@ -24,3 +31,16 @@ class Backoff:
     def reset(self) -> None:
         """Begin anew: the server answered."""
         self._ceiling = self._first
+
+
+async def repeat(call: Callable[[], Awaitable[T]], deadline: float) -> T:
+    """Call until the server is in reach. Raises `Unavailable` past the deadline (loop time)."""
+    backoff = Backoff()
+    while True:
+        try:
+            return await call()
+        except Unavailable:
+            pause = backoff.next()
+            if asyncio.get_running_loop().time() + pause > deadline:
+                raise
+            await asyncio.sleep(pause)

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
+from functools import partial
 
 from msgspec import Struct
 from msgspec.structs import replace
+from uuid_utils import uuid7
 
-from qtasks.engine.backoff import Backoff
+from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.gatherer import Gatherer
-from qtasks.engine.reply import Reply
-from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
-from qtasks_core.errors import Closed, Refused, Unavailable
+from qtasks.engine.reply import Reply, anew
+from qtasks_core import Broker, Command, Composition, Inbox, Outcome, Storage, Task, TaskMessage
+from qtasks_core.errors import Closed, NotSupported, Refused, Unavailable, UnknownTask
+from qtasks_core.records import FINAL
 
 logger = logging.getLogger("qtasks")
 
@@ -53,6 +57,13 @@ class Client:
 
     async def start(self, deadline: float) -> None:
         """Connect both parts. Raises `Unavailable` when that has not worked by the deadline."""
+        try:
+            await self._start_parts(deadline)
+        except BaseException:
+            await self._stop_parts()
+            raise
+
+    async def _start_parts(self, deadline: float) -> None:
         backoff = Backoff()
         while True:
             try:
@@ -65,7 +76,6 @@ class Client:
                 pause = backoff.next()
                 late = asyncio.get_running_loop().time() + pause > deadline
                 if late or not isinstance(error, Unavailable):
-                    await self._stop_parts()
                     raise error from None
                 logger.warning("%s; trying again", error)
                 await asyncio.sleep(pause)
@@ -74,17 +84,14 @@ class Client:
         """End all waits with `Closed` and disconnect."""
         closed = Closed(f"the app {self.name!r} was stopped")
         for submission in await self._submissions.close():
-            submission.reply.fail(closed)
+            submission.reply.fail(anew(closed))
         await self._watches.close()
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait({self._listening})
         if self._inbox is not None:
             await self._inbox.close()
-        for replies in self._waiters.values():
-            for reply in replies:
-                reply.fail(closed)
-        self._waiters.clear()
+        self._fail_waits(list(self._waiters), closed)
         await self._stop_parts()
 
     async def _stop_parts(self) -> None:
@@ -124,15 +131,40 @@ class Client:
 
     async def get(self, uuids: Sequence[str], deadline: float) -> list[Task | None]:
         """Return the newest records. Raises `Unavailable` past the deadline."""
-        backoff = Backoff()
-        while True:
-            try:
-                return await self.storage.get(uuids)
-            except Unavailable:
-                pause = backoff.next()
-                if asyncio.get_running_loop().time() + pause > deadline:
-                    raise
-                await asyncio.sleep(pause)
+        return await repeat(partial(self.storage.get, uuids), deadline)
+
+    async def cancel(self, uuid: str, deadline: float) -> Task:
+        """Record that a task is cancelled, and tell who runs it; return its final record.
+
+        That of a task which had ended already is returned as it is. Raises `UnknownTask`, and
+        `Unavailable` past the deadline.
+        """
+        record = (await self.get([uuid], deadline))[0]
+        while record is not None and record.status not in FINAL:
+            # An execution of its own tells this record from a task's own end.
+            execution = f"cancel/{uuid7()}"
+            cancelled = replace(
+                record, status="cancel", execution=execution, finished_at=time.time(), due_at=None
+            )
+            save = partial(self.storage.save, [cancelled])
+            outcome = (await repeat(save, deadline))[0]
+            if outcome.status == "done":
+                await self._tell(Command(name="cancel", target=uuid))
+                return cancelled
+            # It has gone on meanwhile: to its end, or to another attempt.
+            record = (await self.get([uuid], deadline))[0]
+        if record is None:
+            raise UnknownTask(f"there is no record of a task {uuid}")
+        return record
+
+    async def _tell(self, command: Command) -> None:
+        """Broadcast what workers find out by themselves too, only later."""
+        try:
+            await self.broker.broadcast(command)
+        except NotSupported:
+            return
+        except Unavailable as error:
+            logger.warning("%s of %s is not broadcast: %s", command.name, command.target, error)
 
     async def _submit(self, batch: list[Submission]) -> None:
         """Flush one batch: repeat until each item has its answer or is past its deadline."""
@@ -190,7 +222,12 @@ class Client:
 
     def _fail_all(self, batch: list[Submission], error: BaseException) -> None:
         for submission in batch:
-            self._fail(submission, error)
+            self._fail(submission, anew(error))
+
+    def _fail_waits(self, uuids: Sequence[str], error: BaseException) -> None:
+        for uuid in uuids:
+            for reply in self._waiters.pop(uuid, ()):
+                reply.fail(anew(error))
 
     async def _watch(self, uuids: list[str]) -> None:
         backoff = Backoff()
@@ -198,14 +235,14 @@ class Client:
             try:
                 inbox = await self._open_inbox()
                 await inbox.watch(waiting)
+                # Those that were taken back meanwhile.
+                inbox.forget([uuid for uuid in waiting if uuid not in self._waiters])
                 return
             except Unavailable as error:
                 logger.warning("waiting for results: %s; trying again", error)
                 await asyncio.sleep(backoff.next())
             except Exception as error:  # noqa: BLE001  # raised at each caller
-                for uuid in waiting:
-                    for reply in self._waiters.pop(uuid, ()):
-                        reply.fail(error)
+                self._fail_waits(waiting, error)
                 return
 
     async def _open_inbox(self) -> Inbox:
@@ -216,7 +253,11 @@ class Client:
             return self._inbox
 
     async def _listen(self, inbox: Inbox) -> None:
-        """Hand arriving records to who waits for them, for ever."""
+        """Hand arriving records to who waits for them, for ever.
+
+        When the inbox fails in an unknown way all waits end with that error, and the next wait
+        opens another inbox.
+        """
         backoff = Backoff()
         while True:
             try:
@@ -225,6 +266,12 @@ class Client:
                 logger.warning("waiting for results: %s; trying again", error)
                 await asyncio.sleep(backoff.next())
                 continue
+            except Exception as error:  # raised at each caller
+                logger.error("waiting for results failed: %s", error, exc_info=error)
+                self._inbox = None
+                self._fail_waits(list(self._waiters), error)
+                await inbox.close()
+                return
             backoff.reset()
             for task in tasks:
                 for reply in self._waiters.pop(task.uuid, ()):

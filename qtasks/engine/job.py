@@ -22,7 +22,10 @@ from qtasks_core import (
 class Job:
     """What a worker holds: a delivery, the message in it, and what became of the run."""
 
-    __slots__ = ("again", "delivery", "execution", "lost", "message", "noted", "record", "started")
+    __slots__ = (
+        "again", "cancelled", "delivery", "execution", "lone_runs", "lost", "message", "noted",
+        "record", "started",
+    )  # fmt: skip
 
     def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
         self.delivery = delivery
@@ -33,6 +36,10 @@ class Job:
         """`process` was recorded."""
         self.lost = False
         """The lease is gone: another worker may run it."""
+        self.cancelled = False
+        """The record says `cancel`: there is no end to be recorded any more."""
+        self.lone_runs = 0
+        """How often the message has begun to run alone as a suspect, this run included."""
         self.record: Task | None = None
         """How the run ended; None for a run that was given back."""
         self.again: TaskMessage | None = None
@@ -88,6 +95,8 @@ class Job:
 
     def completion(self) -> Completion:
         """Return what the composition has to do now that the run is over."""
+        if self.cancelled:
+            return Completion(None if self.lost else Ack(self.delivery), None)
         if self.record is None:
             return Completion(None if self.lost else Release(self.delivery), None)
         if self.lost:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 from abc import ABC, abstractmethod
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
 
 from qtasks.engine.mailbox import Mailbox
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 _Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
 
 
@@ -76,7 +76,22 @@ class ThreadReply(Reply[T]):
         return self._value  # type: ignore[return-value]  # T may be None
 
 
-_mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox[_Answer]] = WeakKeyDictionary()
+def anew(error: E) -> E:
+    """Return the same error as another object: each asker raises one of its own.
+
+    One that is raised in several places would gather the tracebacks of them all.
+    """
+    kind = type(error)
+    fresh = kind.__new__(kind, *error.args)
+    fresh.args = error.args
+    fresh.__dict__.update(error.__dict__)
+    fresh.__cause__ = error.__cause__
+    fresh.__suppress_context__ = error.__suppress_context__
+    return fresh.with_traceback(error.__traceback__)
+
+
+_mailboxes: dict[asyncio.AbstractEventLoop, Mailbox[_Answer]] = {}
+_lock = Lock()
 
 
 # A child's loop makes its own: the lock of an inherited one may be held for ever.
@@ -86,9 +101,24 @@ if hasattr(os, "register_at_fork"):
 
 def _answers_of(loop: asyncio.AbstractEventLoop) -> Mailbox[_Answer]:
     mailbox = _mailboxes.get(loop)
-    if mailbox is None:
-        mailbox = _mailboxes[loop] = Mailbox(loop, _resolve)
-    return mailbox
+    return mailbox if mailbox is not None else _open_mailbox(loop)
+
+
+def _open_mailbox(loop: asyncio.AbstractEventLoop) -> Mailbox[_Answer]:
+    """Make the mailbox of a new loop, and forget those of loops that were closed."""
+    with _lock:
+        for old in [known for known in _mailboxes if known.is_closed()]:
+            del _mailboxes[old]
+        return _mailboxes.setdefault(loop, Mailbox(loop, _resolve))
+
+
+def _renew_lock_in_child() -> None:
+    # Another thread may have held the lock at the fork, and does not exist in the child.
+    global _lock
+    _lock = Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock_in_child)
 
 
 def _resolve(answers: list[_Answer]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import random
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from types import FrameType
@@ -24,19 +26,28 @@ _MAX_TEXT = 64 * 1024
 """Characters of an error or traceback that a record keeps."""
 
 
+class _BadArguments(Exception):
+    """The arguments in a message do not fit the function it names."""
+
+
 class Runner:
     """Runs jobs on the loop it was built on, and posts them back when they ended."""
 
-    def __init__(self, definitions: Mapping[str, TaskDefinition], concurrency: int) -> None:
+    def __init__(
+        self, definitions: Mapping[str, TaskDefinition], concurrency: int, max_result: int
+    ) -> None:
+        self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
+        """The thread of the loop."""
         self._executors = {True: LoopExecutor(), False: ThreadExecutor()}
         for executor in self._executors.values():
             executor.start(concurrency)
         self._calls = {name: self._compile(d) for name, d in definitions.items()}
         self._definitions = definitions
+        self._max_result = max_result
         self._running: dict[Job, asyncio.Task[None]] = {}
         self._ended: list[Job] = []
-        self._given_back: set[Job] = set()
         self._finished: Mailbox[Job] | None = None
         self.inbox: Mailbox[Job] = Mailbox(self._loop, self._start)
         """Where the worker posts jobs to run."""
@@ -47,26 +58,58 @@ class Runner:
 
     def give_back(self) -> None:
         """Cancel what still runs; it ends without a record and is released. From any thread."""
-        self._loop.call_soon_threadsafe(self._cancel_all)
+        self._loop.call_soon_threadsafe(lambda: self._cancel(list(self._running)))
 
-    def _cancel_all(self) -> None:
-        for job, task in self._running.items():
-            self._given_back.add(job)
-            task.cancel()
+    def cancel(self, jobs: list[Job]) -> None:
+        """Cancel these, if they still run; they end without a record. From any thread."""
+        self._loop.call_soon_threadsafe(self._cancel, jobs)
+
+    def _cancel(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if (task := self._running.get(job)) is not None:
+                # A task that is cancelled before its first step would never end its job.
+                self._loop.call_soon(task.cancel)
+
+    def call_soon(self, call: Callable[[], object]) -> None:
+        """Call something on the loop of the tasks. From any thread."""
+        self._loop.call_soon_threadsafe(call)
+
+    def current(self) -> Job | None:
+        """Return the job whose function has the loop right now. From any thread."""
+        running = asyncio.current_task(self._loop)
+        return next((job for job, task in list(self._running.items()) if task is running), None)
 
     def stop(self) -> None:
         """Free the executors."""
         for executor in self._executors.values():
             executor.stop()
 
+    def _call_of(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
+        """Return the compiled call of a task; one may be declared while the worker runs."""
+        call = self._calls.get(definition.name)
+        if call is None:
+            call = self._calls[definition.name] = self._compile(definition)
+        return call
+
     def _compile(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
         """Return what runs one job of this task: decode, then the function in its executor."""
-        executor = self._executors[inspect.iscoroutinefunction(definition.function)]
-        function = executor.bind(definition.function)
+        executor = self._executors[inspect.iscoroutinefunction(definition.run)]
+        function = executor.bind(definition.run)
+        if definition.options.max_time is not None:
+            function = _limited(function, definition.options.max_time)
 
         async def call(job: Job) -> Any:
-            args, kwargs = definition.decode(job.message.args, job.message.kwargs)
-            return await function(*args, **kwargs)
+            try:
+                args, kwargs = definition.decode(job.message.args, job.message.kwargs)
+            except SerializationError as error:
+                raise _BadArguments(str(error)) from error
+            try:
+                return await function(*args, **kwargs)
+            except TypeError:
+                # Only looked at now: a sender that knows the function has checked it already.
+                if (mismatch := definition.mismatch(args, kwargs)) is not None:
+                    raise _BadArguments(mismatch) from None
+                raise
 
         return call
 
@@ -77,33 +120,51 @@ class Runner:
     async def _run(self, job: Job) -> None:
         definition = self._definitions[job.message.task_name]
         try:
-            result = await self._calls[definition.name](job)
+            result = await self._call_of(definition)(job)
         except asyncio.CancelledError:
-            if job not in self._given_back:
+            # Cancelled from outside, by `give_back` or with all of its loop, it runs again.
+            if not self._running[job].cancelling():
                 self._fail(job, "CancelledError: the function cancelled itself", None, None)
         except Retry as retry:
             after = _usual_delay(job.message.attempt) if retry.after is None else retry.after
             job.retry(after, "Retry: the function asked for another run", None)
         except Reject as reject:
-            self._fail(job, f"Reject: {reject.reason}", None, reject.reason)
+            reason = _storable(str(reject.reason))
+            self._fail(job, f"Reject: {reason}", None, reason)
+        except _BadArguments as error:
+            # They will not fit at the next attempt either.
+            self._fail(job, _storable(f"bad arguments: {error}"), None, "bad arguments")
         except (Exception, SystemExit) as error:  # noqa: BLE001  # recorded as the task's end
             self._raised(job, definition, error)
         else:
             self._succeed(job, definition, result)
         finally:
+            if os.getpid() != self._pid:
+                # The function forked. The child shares the worker's loop and must not go on in it.
+                os._exit(0)
             del self._running[job]
-            self._given_back.discard(job)
             self._hand_over(job)
 
     def _succeed(self, job: Job, definition: TaskDefinition, result: Any) -> None:
+        returning = None
         try:
-            keep = job.message.store_result
-            job.end("success", returning=definition.encode_result(result) if keep else None)
-        except SerializationError as error:
-            self._fail(job, f"the result cannot be stored: {error}", None, "unstorable result")
+            if job.message.store_result:
+                returning = definition.encode_result(result)
+        except Exception as error:  # noqa: BLE001  # what a result's own methods raise
+            self._unstorable(job, _line(error))
+        else:
+            if returning is not None and len(returning) > self._max_result:
+                self._unstorable(
+                    job, f"it takes {len(returning)} bytes, the limit is {self._max_result}"
+                )
+            else:
+                job.end("success", returning=returning)
+
+    def _unstorable(self, job: Job, reason: str) -> None:
+        self._fail(job, f"the result cannot be stored: {reason}", None, "unstorable result")
 
     def _raised(self, job: Job, definition: TaskDefinition, error: BaseException) -> None:
-        line = f"{type(error).__name__}: {error}"[:_MAX_TEXT]
+        line = _line(error)
         trace = _trace(error)
         if job.message.attempt <= definition.options.retry:
             delay = _usual_delay(job.message.attempt)
@@ -132,12 +193,45 @@ class Runner:
             self._finished.post_all(ended)
 
 
+def _limited(
+    function: Callable[..., Awaitable[Any]], max_time: float
+) -> Callable[..., Awaitable[Any]]:
+    """Return a function that does the same for at most `max_time` seconds."""
+
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        limit = asyncio.timeout(max_time)
+        try:
+            async with limit:
+                return await function(*args, **kwargs)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"the run took longer than max_time={max_time} s") from error
+
+    return run
+
+
 def _trace(error: BaseException) -> str:
     """Return the traceback from the task's own function on, without the engine's frames."""
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
         frames = frames.tb_next
-    return "".join(traceback.format_exception(error.with_traceback(frames)))[-_MAX_TEXT:]
+    text = "".join(traceback.format_exception(error.with_traceback(frames)))
+    return _storable(text[-_MAX_TEXT:])
+
+
+def _line(error: BaseException) -> str:
+    """Return an exception's type and message, of which the latter may fail to come about."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001  # raised by the user's own `__str__`
+        message = "(its message cannot be made)"
+    return _storable(f"{type(error).__name__}: {message}")
+
+
+def _storable(text: str) -> str:
+    """Return text that can be stored: of bounded length, without lone surrogates."""
+    return text[:_MAX_TEXT].encode(errors="backslashreplace").decode()
 
 
 def _is_engine(frame: FrameType) -> bool:

@@ -10,23 +10,32 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Collection, Coroutine, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import Any
 from uuid import NAMESPACE_OID, uuid5
 
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
-from qtasks.engine.backoff import Backoff
 from qtasks.engine.client import Client
+from qtasks.engine.commands import obey
 from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.job import Job
+from qtasks.engine.jobs import Jobs
+from qtasks.engine.keeping import Keeper
+from qtasks.engine.limits import Limits
 from qtasks.engine.mailbox import Mailbox
+from qtasks.engine.reach import Reach
+from qtasks.engine.registry import Registration
+from qtasks.engine.retention import expire
 from qtasks.engine.runner import Runner
+from qtasks.engine.suspects import Suspects, acquitted, convicted, suspicious
+from qtasks.engine.watch import watch
 from qtasks_core import (
     Ack,
     Balancer,
+    Command,
     Completion,
     Delivery,
     Raw,
@@ -36,10 +45,9 @@ from qtasks_core import (
     Task,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.errors import Closed
 
 logger = logging.getLogger("qtasks")
-T = TypeVar("T")
 _End = Job | Completion
 
 _FLUSH = 500
@@ -50,10 +58,6 @@ _UNSETTLED = 1000
 """How many ended jobs may wait for their completion before no more are received."""
 _LAST_WORDS = 10.0
 """Seconds for recording the last ends when stopping, should the server be out of reach."""
-_NOTE_AFTER = 0.1
-"""Seconds a task has to run before `process` is recorded: shorter ones only record their end."""
-_MAX_DELIVERIES = 20
-"""A message delivered more often than this, without ever ending, is dead."""
 _UNKNOWN = "qtasks-unknown"
 _UNKNOWN_DELAY = 5.0
 _UNKNOWN_TRIES = 60
@@ -71,146 +75,168 @@ class Worker:
         queues: Iterable[str],
         concurrency: int,
         balancer: Balancer,
+        limits: Limits,
     ) -> None:
         self.id = str(uuid7())
+        self.limits = limits
+        self._ended_count = 0
         self._client = client
         self._runner = runner
         self._known = known
         self._queues = tuple(queues)
         self._concurrency = concurrency
         self._balancer = balancer
-        self._jobs: set[Job] = set()
-        """Running, or ended and not yet completed: their leases are kept."""
-        self._running = dict.fromkeys(self._queues, 0)
         self._count = 0
-        self._changed = asyncio.Event()
-        self._has_jobs = asyncio.Event()
+        self._paused: set[str] = set()
+        self._receiving: asyncio.Timeout | None = None
         self._stopping = asyncio.Event()
         self._ending = asyncio.Event()
         self._subscription: Subscription | None = None
+        storage = client.storage
+        self._reach = Reach()
+        self._jobs = Jobs(self._queues)
+        self._keeper = Keeper(self._jobs, storage, self._reach, self._cancel)
+        self._suspects = Suspects(self._jobs, storage, self._reach, self._run, self._end)
+        self._registration = Registration(self.id, self._queues, concurrency, self._jobs, storage)
         runner.report_to(Mailbox(asyncio.get_running_loop(), self._ended))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it receives, and its servers answer."""
+        return self._subscription is not None and not self._stopping.is_set() and self._reach.fine
 
     # -- life ----------------------------------------------------------------------------
 
     async def run(self) -> None:
         """Work until `stop` has ended everything."""
-        lease = self._client.broker.guarantees.lease
-        subscription = await self._persist(self._subscribe, self._stopping)
+        subscription = await self._reach.persist(self._subscribe, self._stopping)
         if subscription is None:
+            return
+        if self._stopping.is_set():
+            await subscription.close()
             return
         self._subscription = subscription
         async with asyncio.TaskGroup() as group:
             self._ends = Gatherer(
                 partial(self._flush, subscription), _FLUSH, _FLIGHTS, group.create_task
             )
-            group.create_task(self._receive_loop(subscription))
-            background = [group.create_task(self._note_loop())]
-            if lease is not None:
-                background.append(group.create_task(self._keep_loop(subscription, lease / 3)))
+            receiving = group.create_task(self._receive_loop(subscription))
+            background = [group.create_task(call) for call in self._background(subscription)]
             await self._ending.wait()
-            try:
-                async with asyncio.timeout(_LAST_WORDS):
-                    await self._until(lambda: not self._jobs)
-                    await self._ends.drain()
-            except TimeoutError:
-                logger.error(
-                    "%d ends could not be recorded before the stop; those tasks will run again",
-                    len(self._jobs),
-                )
+            await receiving
+            await self._last_words()
             await self._ends.close()
             for task in background:
                 task.cancel()
+        await self._registration.leave()
+
+    def _background(self, subscription: Subscription) -> Iterable[Coroutine[Any, Any, None]]:
+        """Return what goes on beside receiving, and costs nothing while there is no job."""
+        lease = self._client.broker.guarantees.lease
+        return (
+            self._keeper.keep(subscription, lease),
+            self._keeper.note(self._complete),
+            watch(self._jobs, self._runner),
+            self._registration.keep(),
+            obey(self._client.broker, self._obey),
+            expire(self._client.storage, self.id),
+        )
+
+    async def _last_words(self) -> None:
+        self._ends.extend([*self._suspects.surrender()])
+        try:
+            async with asyncio.timeout(_LAST_WORDS):
+                await self._jobs.until(lambda: not self._jobs)
+                await self._ends.drain()
+        except TimeoutError:
+            logger.error(
+                "%d ends could not be recorded before the stop; those tasks will run again",
+                len(self._jobs),
+            )
 
     async def stop(self, grace: float | None) -> None:
         """Stop receiving, let running tasks finish for `grace` seconds, give the rest back."""
         self._stopping.set()
-        self._changed.set()
+        self.limits.close()
+        self._jobs.notice()
         if self._subscription is not None:
             await self._subscription.close()
         try:
             async with asyncio.timeout(grace):
-                await self._until(lambda: not any(self._running.values()))
+                await self._jobs.until(lambda: self._jobs.idle)
         except TimeoutError:
             self._runner.give_back()
         self._ending.set()
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            self._changed.clear()
-            await self._changed.wait()
-
     async def _subscribe(self) -> Subscription:
         return await self._client.broker.subscribe(dict.fromkeys(self._queues, self._concurrency))
-
-    async def _persist(
-        self, call: Callable[[], Awaitable[T]], until: asyncio.Event | None = None
-    ) -> T | None:
-        """Repeat `call` while the server is out of reach; None when `until` is set meanwhile."""
-        backoff = Backoff()
-        while True:
-            try:
-                return await call()
-            except Unavailable as error:
-                logger.warning("worker: %s; trying again", error)
-            pause = backoff.next()
-            if until is None:
-                await asyncio.sleep(pause)
-                continue
-            try:
-                async with asyncio.timeout(pause):
-                    await until.wait()
-                    return None
-            except TimeoutError:
-                continue
 
     # -- receiving -----------------------------------------------------------------------
 
     async def _receive_loop(self, subscription: Subscription) -> None:
         while not self._stopping.is_set():
-            free = self._free()
-            if free <= 0:
-                self._changed.clear()
-                await self._changed.wait()
+            if self._suspects:
+                await self._suspects.run_next(self._stopping)
                 continue
-            receive = partial(
-                subscription.receive, self._balancer.wanted(free, self._running), free
-            )
+            free = self._free()
+            wanted = self._wanted(free)
+            if not wanted:
+                await self._jobs.change()
+                continue
+            receive = partial(subscription.receive, wanted, free)
             try:
-                deliveries = await self._persist(receive, self._stopping)
+                async with asyncio.timeout(None) as self._receiving:
+                    deliveries = await self._reach.persist(receive, self._stopping)
+            except TimeoutError:
+                continue
             except Closed:
                 return
+            finally:
+                self._receiving = None
             if deliveries:
                 await self._admit(deliveries)
 
     def _free(self) -> int:
         """Return the slots that may be filled now; unsettled ends count when they pile up."""
-        running = sum(self._running.values())
+        running = sum(self._jobs.running.values())
         return min(self._concurrency - running, self._concurrency + _UNSETTLED - len(self._jobs))
+
+    def _wanted(self, free: int) -> dict[str, int]:
+        """Return what to ask for next; nothing while all slots are taken or all queues paused."""
+        if free <= 0:
+            return {}
+        wanted = self._balancer.wanted(free, self._jobs.running)
+        if self._paused:
+            return {queue: most for queue, most in wanted.items() if queue not in self._paused}
+        return wanted
 
     async def _admit(self, deliveries: list[Delivery]) -> None:
         admit = partial(self._client.composition.admit, deliveries)
-        verdicts = await self._persist(admit, self._stopping)
+        verdicts = await self._reach.persist(admit, self._stopping)
         if verdicts is None:
             for delivery in deliveries:
                 self._complete(Completion(Release(delivery), None))
             return
         jobs: list[Job] = []
-        for delivery, (verdict, _) in zip(deliveries, verdicts, strict=True):
+        for delivery, (verdict, record) in zip(deliveries, verdicts, strict=True):
             message = delivery.message
             if isinstance(message, Raw):
                 self._bury_raw(delivery, message)
             elif verdict != "run":
                 self._complete(Completion(Ack(delivery), None))
-            elif (job := self._accept(delivery, message)) is not None:
+            elif (job := self._accept(delivery, message, record)) is not None:
                 jobs.append(job)
         for job in jobs:
-            self._jobs.add(job)
-            self._running[job.delivery.queue] += 1
-        self._has_jobs.set()
+            self._jobs.hold(job)
+        self._run(jobs)
+
+    def _run(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            self._jobs.begun(job)
         self._runner.inbox.post_all(jobs)
 
-    def _accept(self, delivery: Delivery, message: TaskMessage) -> Job | None:
-        """Return the job to run, or end the delivery otherwise."""
+    def _accept(self, delivery: Delivery, message: TaskMessage, record: Task | None) -> Job | None:
+        """Return the job to run now, or end the delivery or set it aside."""
         self._count += 1
         job = Job(delivery, message, f"{self.id}/{self._count}")
         if message.task_name not in self._known:
@@ -218,13 +244,14 @@ class Worker:
         elif message.expires_at is not None and message.expires_at < time.time():
             job.end("error", error="expired before it could start", dead="expired")
             self._complete(job.completion())
-        elif delivery.count is not None and delivery.count > _MAX_DELIVERIES:
-            job.end(
-                "error", error="its workers kept dying", dead=f"delivered {delivery.count} times"
-            )
+        elif not suspicious(delivery, record):
+            return job
+        elif (reason := convicted(record)) is not None:
+            logger.error("task %s %s is dead: %s", message.task_name, message.uuid, reason)
+            job.end("error", error="its workers kept dying", dead=reason)
             self._complete(job.completion())
         else:
-            return job
+            self._suspects.add(job, record)
         return None
 
     def _put_back(self, job: Job) -> None:
@@ -262,10 +289,12 @@ class Worker:
 
     def _ended(self, jobs: list[Job]) -> None:
         """Take jobs whose functions ended; called once for all that ended meanwhile."""
-        for job in jobs:
-            self._running[job.delivery.queue] -= 1
+        self._jobs.ended(jobs)
         self._ends.extend(list(jobs))
-        self._changed.set()
+
+    def _end(self, job: Job) -> None:
+        """Complete a job that did not run."""
+        self._ends.add(job)
 
     def _complete(self, completion: Completion) -> None:
         """Complete what never became a job, or record a word in between."""
@@ -273,56 +302,56 @@ class Worker:
 
     async def _flush(self, subscription: Subscription, batch: list[_End]) -> None:
         # Asked only now: an extension may have replaced a delivery since its job ended.
-        completions = [end.completion() if isinstance(end, Job) else end for end in batch]
+        completions = [_completion(end) if isinstance(end, Job) else end for end in batch]
         complete = partial(self._client.composition.complete, subscription, completions)
-        outcomes = await self._persist(complete) or ()
+        outcomes = await self._reach.persist(complete) or ()
         for end, outcome in zip(batch, outcomes, strict=True):
             if not isinstance(end, Job):
                 continue
-            self._jobs.discard(end)
-            if outcome.status == "refused":
+            self._jobs.drop(end)
+            self._ended_count += 1
+            if outcome.status == "refused" and not end.cancelled:
                 logger.warning(
                     "task %s %s: its end was refused (%s); another run of it counts",
                     end.message.task_name,
                     end.message.uuid,
                     outcome.reason,
                 )
-        self._changed.set()
+        self._jobs.notice()
+        self.limits.look(self._ended_count)
 
-    # -- long tasks ----------------------------------------------------------------------
+    # -- commands ------------------------------------------------------------------------
 
-    async def _keep_loop(self, subscription: Subscription, period: float) -> None:
-        """Extend the leases of all jobs, while there are any."""
-        while True:
-            await self._wait_for_jobs()
-            await asyncio.sleep(period)
-            held = [job for job in self._jobs if not job.lost]
-            if not held:
-                continue
-            extend = partial(subscription.extend, [job.delivery for job in held])
-            extended = await self._persist(extend) or ()
-            for job, delivery in zip(held, extended, strict=True):
-                if delivery is not None:
-                    job.delivery = delivery
-                elif job in self._jobs:
-                    job.lost = True
-                    logger.warning(
-                        "task %s %s: the lease was lost; another worker may run it",
-                        job.message.task_name, job.message.uuid,
-                    )  # fmt: skip
+    async def _obey(self, command: Command) -> None:
+        if command.name == "cancel":
+            named = [job for job in self._jobs if job.message.uuid == command.target]
+            await self._keeper.check(named)
+        elif command.name in ("pause", "resume"):
+            self._pause(command)
+        elif command.name == "ping":
+            self._registration.ask()
 
-    async def _note_loop(self) -> None:
-        """Record `process` for tasks that run long enough for somebody to look."""
-        while True:
-            await self._wait_for_jobs()
-            await asyncio.sleep(_NOTE_AFTER)
-            before = time.time() - _NOTE_AFTER
-            for job in self._jobs:
-                if not job.noted and job.record is None and job.started <= before:
-                    job.noted = True
-                    self._complete(Completion(None, job.as_record("process")))
+    def _cancel(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            job.cancelled = True
+            logger.info("task %s %s was cancelled", job.message.task_name, job.message.uuid)
+        self._runner.cancel(jobs)
 
-    async def _wait_for_jobs(self) -> None:
-        while not self._jobs:
-            self._has_jobs.clear()
-            await self._has_jobs.wait()
+    def _pause(self, command: Command) -> None:
+        """Stop or begin to receive from a queue (None: all); what runs goes on."""
+        for queue in self._queues:
+            if command.target in (None, queue):
+                (self._paused.add if command.name == "pause" else self._paused.discard)(queue)
+        logger.info("worker %s: paused queues: %s", self.id, ", ".join(self._paused) or "none")
+        if self._receiving is not None:
+            # What waits now asks for the wrong queues.
+            self._receiving.reschedule(asyncio.get_running_loop().time())
+        self._jobs.notice()
+
+
+def _completion(job: Job) -> Completion:
+    """Return how a job's end is settled; a suspect that is given back did not kill anybody."""
+    completion = job.completion()
+    if isinstance(completion.settlement, Release) and completion.task is None:
+        return replace(completion, task=acquitted(job))
+    return completion

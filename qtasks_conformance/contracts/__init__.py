@@ -8,25 +8,38 @@ from __future__ import annotations
 import pytest
 
 for _theme in (
-    "cancelling", "declared_broker", "declared_storage", "delays", "delivering", "inboxes",
-    "leases", "outages", "pairs", "records",
+    "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
+    "delivering", "depth", "inboxes", "leases", "migrating", "outages", "pairs", "querying",
+    "records", "retention", "streams", "undecodable", "values",
 ):  # fmt: skip
     pytest.register_assert_rewrite(f"{__name__}.{_theme}")
 pytest.register_assert_rewrite("qtasks_conformance.waiting")
 
 from qtasks_conformance.contracts.cancelling import CancellingContract  # noqa: E402
+from qtasks_conformance.contracts.claims import ClaimContract  # noqa: E402
+from qtasks_conformance.contracts.commands import CommandContract  # noqa: E402
 from qtasks_conformance.contracts.declared_broker import DeclaredBrokerContract  # noqa: E402
 from qtasks_conformance.contracts.declared_storage import DeclaredStorageContract  # noqa: E402
 from qtasks_conformance.contracts.delays import DelayContract  # noqa: E402
 from qtasks_conformance.contracts.delivering import DeliveringContract  # noqa: E402
+from qtasks_conformance.contracts.depth import DepthContract  # noqa: E402
 from qtasks_conformance.contracts.inboxes import InboxContract  # noqa: E402
 from qtasks_conformance.contracts.leases import LeaseContract  # noqa: E402
+from qtasks_conformance.contracts.migrating import (  # noqa: E402
+    BrokerMigrationContract,
+    StorageMigrationContract,
+)
 from qtasks_conformance.contracts.outages import (  # noqa: E402
     BrokerOutageContract,
     StorageOutageContract,
 )
 from qtasks_conformance.contracts.pairs import PairContract  # noqa: E402
+from qtasks_conformance.contracts.querying import QueryContract  # noqa: E402
 from qtasks_conformance.contracts.records import RecordContract  # noqa: E402
+from qtasks_conformance.contracts.retention import RetentionContract  # noqa: E402
+from qtasks_conformance.contracts.streams import StreamContract  # noqa: E402
+from qtasks_conformance.contracts.undecodable import UndecodableContract  # noqa: E402
+from qtasks_conformance.contracts.values import ValueContract  # noqa: E402
 
 
 class BrokerContract(
@@ -35,13 +48,26 @@ class BrokerContract(
     LeaseContract,
     DelayContract,
     CancellingContract,
+    UndecodableContract,
+    DepthContract,
+    CommandContract,
+    BrokerMigrationContract,
     BrokerOutageContract,
 ):
     """All that a Broker must do. Needs a fixture `subject`."""
 
 
 class StorageContract(
-    DeclaredStorageContract, RecordContract, InboxContract, StorageOutageContract
+    DeclaredStorageContract,
+    RecordContract,
+    InboxContract,
+    QueryContract,
+    ClaimContract,
+    ValueContract,
+    StreamContract,
+    RetentionContract,
+    StorageMigrationContract,
+    StorageOutageContract,
 ):
     """All that a Storage must do. Needs a fixture `subject`."""
 

@@ -10,9 +10,18 @@ import pytest_asyncio
 
 from qtasks_conformance.rig import Rig
 from qtasks_conformance.subject import Subject
+from qtasks_core import Broker, Storage
 
 LIMIT = 180.0
 """Seconds after which a test that hangs is cancelled; the deadlines of the tests are shorter."""
+
+
+def needs(part: Broker | Storage, *methods: str) -> None:
+    """Skip the test of a part that declares one of these unsupported."""
+    missing = set(methods) & set(part.guarantees.unsupported)
+    if missing:
+        pytest.skip(f"{part.guarantees.part} does not support {', '.join(sorted(missing))}")
+
 
 asynchronous = pytest.mark.asyncio(loop_scope="function")
 

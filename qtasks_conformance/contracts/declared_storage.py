@@ -46,6 +46,7 @@ class DeclaredStorageContract(Contract):
             "release": lambda: storage.release(Claim("key", "owner", 0.0)),
             "set": lambda: storage.set("key", b"value"),
             "get_value": lambda: storage.get_value("key"),
+            "values": lambda: storage.values("k"),
             "watch_value": lambda: anext(storage.watch_value("key")),
             "append": lambda: storage.append(uuid, [b"item"]),
             "read": lambda: storage.read(uuid, 0),

@@ -36,7 +36,7 @@ def assert_at_least(guarantees: Guarantees, least: Least) -> None:
     assert EVENTS.index(guarantees.survives) >= EVENTS.index(least.survives)
     for name in ("settle_confirmed", "counts_deliveries", "priorities", "transactions"):
         assert getattr(guarantees, name) >= getattr(least, name), name
-    assert not set(least.supports) & set(guarantees.unsupported)
+    assert set(guarantees.unsupported) == set(least.lacks)
 
 
 def assert_abstract_methods_are_missed(part: Part, contract: type) -> None:

@@ -58,23 +58,34 @@ class Broker(ABC):
         """Open a subscription to `queues`, each with the most deliveries held at once."""
 
     async def depth(self, queue: str) -> QueueDepth:
-        """Count what is in a queue."""
+        """Count what is in a queue, as far as the transport knows; a queue never used is empty."""
         raise NotSupported(f"{type(self).__name__} cannot tell the depth of a queue yet")
 
     async def purge(self, queue: str) -> int:
-        """Drop what is in a queue and not in flight; return how many, -1 where unknown."""
+        """Drop what is in a queue and not in flight, delayed messages included.
+
+        Returns how many, -1 where unknown. What is published meanwhile may stay or go.
+        """
         raise NotSupported(f"{type(self).__name__} cannot purge a queue yet")
 
     async def broadcast(self, command: Command) -> None:
-        """Send a command to every worker of the namespace that listens now."""
+        """Send a command to every worker of the namespace that listens when this is called."""
         raise NotSupported(f"{type(self).__name__} has no control channel yet")
 
     def commands(self) -> AsyncIterator[Command]:
-        """Iterate over the commands that are broadcast from now on."""
+        """Iterate over the commands that are broadcast from about the first step on, in order.
+
+        Each call listens for itself. A cancelled step ends the iteration, which frees what it held;
+        a step raises `Unavailable`, after which one listens anew, and `Closed` when the broker
+        stops.
+        """
         raise NotSupported(f"{type(self).__name__} has no control channel yet")
 
     async def migrate(self) -> None:
-        """Create or update what the server must have. Idempotent, locked against itself."""
+        """Create or update what the server must have. Idempotent, locked against itself.
+
+        Works on a started broker, and on one that is not, where `start` has nothing to add.
+        """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")
 
     def compose(self, storage: Storage) -> Composition:

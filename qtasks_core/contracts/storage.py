@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 
+from msgspec import UNSET, UnsetType
+
 from qtasks_core.contracts.inbox import Inbox
 from qtasks_core.errors import NotSupported
 from qtasks_core.schemas import Claim, Guarantees, Outcome, Task, TaskPage, TaskQuery
@@ -13,7 +15,8 @@ from qtasks_core.schemas import Claim, Guarantees, Outcome, Task, TaskPage, Task
 class Storage(ABC):
     """Keeps the newest record of each task, and tells inboxes when one is final.
 
-    Lives on one event loop like a broker, with the same rules for `Unavailable`.
+    Lives on one event loop like a broker, with the same rules for `Unavailable`. The constructor of
+    one that supports `expire` takes `retention=` (seconds), for records that do not say it.
     """
 
     @property
@@ -50,45 +53,83 @@ class Storage(ABC):
         """Open an inbox; its address is ready to be used in messages."""
 
     async def query(self, query: TaskQuery) -> TaskPage:
-        """List records, newest first, a page at a time."""
+        """List records, newest (`created_at`, then uuid) first, a page at a time.
+
+        A page is full unless it is the last. Following the cursor shows each record that was there
+        at the first page, and still fits, once, whatever is saved meanwhile. Raises `Refused` for a
+        cursor that is none.
+        """
         raise NotSupported(f"{type(self).__name__} cannot list records yet")
 
     async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
-        """Hold `key` for `ttl` seconds; None while another owner holds it."""
+        """Hold `key` for `ttl` seconds; None while another owner holds it.
+
+        The owner itself claims again to hold it for `ttl` seconds from then on.
+        """
         raise NotSupported(f"{type(self).__name__} has no claims yet")
 
     async def release(self, claim: Claim) -> None:
-        """Give a claim back; harmless when it was lost."""
+        """Let go of a claim's key; harmless when its owner has lost it."""
         raise NotSupported(f"{type(self).__name__} has no claims yet")
 
-    async def set(self, key: str, value: bytes | None, expect: bytes | None = None) -> bool:
-        """Set a small shared value (None deletes) if it is `expect` now; say whether it was."""
+    async def set(
+        self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
+    ) -> bool:
+        """Set a small shared value (None deletes) if it is `expect` now; say whether it was.
+
+        Compared and set in one step among all processes. `expect=None`: if there is none now;
+        without `expect`: whatever is there.
+        """
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
     async def get_value(self, key: str) -> bytes | None:
-        """Return a shared value."""
+        """Return a shared value, None where there is none."""
+        raise NotSupported(f"{type(self).__name__} has no shared values yet")
+
+    async def values(self, prefix: str) -> dict[str, bytes]:
+        """Return the shared values whose key starts with `prefix`, by key."""
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
     def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
-        """Iterate over a shared value: as it is now, then each change."""
+        """Iterate over a shared value: as it is now, then as it is after a change.
+
+        Of changes in quick succession only the last is sure to be seen. Steps are cancelled and
+        fail as those of `Broker.commands`.
+        """
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
     async def append(self, uuid: str, items: Sequence[bytes]) -> None:
-        """Append progress or streamed results to a task."""
+        """Append progress or streamed results to a task, in order and all at once.
+
+        They are kept apart from the record, which need not be there yet, and are deleted with it.
+        """
         raise NotSupported(f"{type(self).__name__} keeps no streams yet")
 
     async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
-        """Return the appended items behind position `after`, with their positions."""
+        """Return the appended items behind position `after`, with their positions.
+
+        Positions rise from 1 in the order of appending, so 0 asks for all.
+        """
         raise NotSupported(f"{type(self).__name__} keeps no streams yet")
 
     async def delete(self, uuids: Sequence[str]) -> int:
-        """Delete records; return how many there were."""
+        """Delete records, whatever their status, and what was appended to them.
+
+        Returns how many there were.
+        """
         raise NotSupported(f"{type(self).__name__} cannot delete records yet")
 
     async def expire(self) -> int:
-        """Delete the records whose retention has passed; return how many."""
+        """Delete the final records whose retention has passed; return how many.
+
+        That is the record's own, else the storage's, in seconds from `finished_at`
+        (`qtasks_core.records.expiry_of`).
+        """
         raise NotSupported(f"{type(self).__name__} cannot expire records yet")
 
     async def migrate(self) -> None:
-        """Create or update what the server must have. Idempotent, locked against itself."""
+        """Create or update what the server must have. Idempotent, locked against itself.
+
+        Works on a started storage, and on one that is not, where `start` has nothing to add.
+        """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")

@@ -14,6 +14,13 @@ from tests.services import Service
 
 LEASE = 2.0
 
+# Not built yet; what is built is taken off, or its tests would go on being skipped.
+BROKER_LACKS = ("depth", "purge", "broadcast", "commands", "migrate")
+STORAGE_LACKS = (
+    "query", "claim", "release", "set", "get_value", "values", "watch_value", "append", "read",
+    "delete", "expire", "migrate",
+)  # fmt: skip
+
 
 @pytest.fixture
 def subject(kafka_server: Service) -> Subject:
@@ -23,8 +30,8 @@ def subject(kafka_server: Service) -> Subject:
         lease=LEASE,
         server=kafka_server,
         driver="aiokafka",
-        least_broker=Least(survives="machine crash", settle_confirmed=True),
-        least_storage=Least(survives="machine crash", settle_confirmed=True),
+        least_broker=Least(survives="machine crash", settle_confirmed=True, lacks=BROKER_LACKS),
+        least_storage=Least(survives="machine crash", settle_confirmed=True, lacks=STORAGE_LACKS),
     )
 
 

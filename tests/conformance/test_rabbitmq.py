@@ -12,6 +12,13 @@ from qtasks_conformance import (
 )
 from tests.services import Service
 
+# Not built yet; what is built is taken off, or its tests would go on being skipped.
+BROKER_LACKS = ("depth", "purge", "broadcast", "commands", "migrate")
+STORAGE_LACKS = (
+    "query", "claim", "release", "set", "get_value", "values", "watch_value", "append", "read",
+    "delete", "expire", "migrate",
+)  # fmt: skip
+
 
 @pytest.fixture
 def subject(rabbitmq_server: Service) -> Subject:
@@ -21,8 +28,8 @@ def subject(rabbitmq_server: Service) -> Subject:
         lease=3.0,
         server=rabbitmq_server,
         driver="aiormq",
-        least_broker=Least(survives="machine crash", counts_deliveries=True),
-        least_storage=Least(survives="server crash", settle_confirmed=True),
+        least_broker=Least(survives="machine crash", counts_deliveries=True, lacks=BROKER_LACKS),
+        least_storage=Least(survives="server crash", settle_confirmed=True, lacks=STORAGE_LACKS),
     )
 
 

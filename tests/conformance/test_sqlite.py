@@ -12,6 +12,7 @@ from qtasks_conformance import (
     StorageContract,
     Subject,
 )
+from tests.sqlite_file import injector
 
 
 @pytest.fixture
@@ -21,6 +22,7 @@ def subject(tmp_path: Path) -> Subject:
         broker=Part("qtasks_sqlite:SqliteBroker", {"url": url, "lease": 1.0}),
         storage=Part("qtasks_sqlite:SqliteStorage", {"url": url}),
         lease=1.0,
+        inject=injector(tmp_path / "tasks.db"),
         driver="sqlite3",
         least_broker=Least(
             survives="server crash",

@@ -147,14 +147,15 @@ def test_blocking_sums(tmp_path: Path) -> None:
 
 
 def test_every_block_is_run_by_a_test() -> None:
-    """A new block needs a test here, or to be a file of the example."""
-    run_here = {"sums.py"}
+    """A new block needs a test here or of its page, or to be a file of the example."""
+    run_here = {"sums.py", "divisions.py"}
     left = [
         name_of(block)
         for block in BLOCKS
         if not of_the_example(block)
+        and block.page.name != "backends.md"  # tests/packaging/test_stranger.py
         and block.file not in run_here
-        and (block.file or block.page.name not in ("first-task.md", "faces.md"))
+        and (block.file or block.page.name not in ("first-task.md", "faces.md", "cli.md"))
     ]
     assert not left
 

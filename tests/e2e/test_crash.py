@@ -32,7 +32,9 @@ class Log:
     def lines(self, kind: str, pid: int | None = None) -> list[tuple[int, int, str]]:
         """Return `(number, pid, rest)` of all lines of one kind, of one worker or of all."""
         found = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        text = self.path.read_text() if self.path.exists() else ""
+        # A reader may see a half of the line that is being written.
+        for line in text.rpartition("\n")[0].splitlines():
             word, number, by, *rest = line.split()
             if word == kind and pid in (None, int(by)):
                 found.append((int(number), int(by), " ".join(rest)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -169,23 +170,27 @@ async def test_what_cannot_be_decoded_is_kept_and_the_rest_goes_on() -> None:
 
 
 class Flaky(MemoryStorage):
-    """Fails each call twice before it works."""
+    """Fails each method twice before it works.
+
+    Counted apart: a submit that is tried again wakes the worker, whose reads would otherwise bring
+    the count back to where the submit fails again, each time.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._failures = 0
+        self._calls: Counter[str] = Counter()
 
-    def _fail(self) -> None:
-        self._failures += 1
-        if self._failures % 3:
+    def _fail(self, method: str) -> None:
+        self._calls[method] += 1
+        if self._calls[method] % 3:
             raise Unavailable("the storage is out of reach")
 
     async def save(self, tasks, transaction=None):  # type: ignore[no-untyped-def]
-        self._fail()
+        self._fail("save")
         return await super().save(tasks)
 
     async def get(self, uuids):  # type: ignore[no-untyped-def]
-        self._fail()
+        self._fail("get")
         return await super().get(uuids)
 
 
@@ -220,3 +225,51 @@ async def test_a_function_that_exits_or_cancels_itself_only_fails_its_task(
     async with app.worker():
         for task in (leave, cancel, leave_thread):
             assert (await task.add_task(timeout=5)).status == "error"
+
+
+async def test_a_function_that_is_cancelled_with_its_loop_runs_again_elsewhere(
+    app: QueueTasks,
+) -> None:
+    """As an interrupted host's loop is closed, all its tasks are cancelled: no end of theirs."""
+    begun = asyncio.Event()
+    runs: list[int] = []
+
+    @app.task()
+    async def slow() -> int:
+        runs.append(1)
+        begun.set()
+        if len(runs) == 1:
+            await asyncio.sleep(60)
+        return len(runs)
+
+    async with app.worker():
+        task = await slow.add_task()
+        await begun.wait()
+        for one in asyncio.all_tasks():
+            if "Runner._run" in repr(one):
+                one.cancel()
+        done = await task.wait_result(5)
+    assert (done.status, done.returning, done.attempt) == ("success", 2, 1)
+
+
+async def test_a_task_that_is_declared_while_the_worker_runs(app: QueueTasks) -> None:
+    async with app.worker():
+
+        @app.task()
+        async def late() -> str:
+            return "in time"
+
+        assert (await late.add_task(timeout=5)).returning == "in time"
+
+
+async def test_a_plain_function_that_raises_stop_iteration_fails(app: QueueTasks) -> None:
+    """Which no future can hold: it would never end."""
+
+    @app.task()
+    def first(items: list[int]) -> int:
+        return next(iter(items))
+
+    async with app.worker():
+        task = await first.add_task([], timeout=5)
+    assert task.error is not None
+    assert "StopIteration" in task.error

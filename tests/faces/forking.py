@@ -19,7 +19,7 @@ def main() -> None:
         blocking.included_by(app)
         app.start_blocking()
     say("before", add(1))
-    busy = threading.Thread(target=lambda: [add(n) for n in range(300)])
+    busy = threading.Thread(target=lambda: [add(n) for n in range(100)])
     busy.start()
     for number in range(5):
         forked(number, app if explicit else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qtasks import ConfigurationError, QueueTasks
+from qtasks import Closed, QueueTasks
 from qtasks_memory import MemoryBroker, MemoryStorage
 from tests.faces.descriptors import needs_proc
 from tests.processes import Process
@@ -58,7 +58,7 @@ def test_parts_that_were_given_as_objects_are_refused_in_a_child() -> None:
     app = QueueTasks("forked", MemoryBroker("forked"), MemoryStorage("forked"))
 
     def use() -> None:
-        with pytest.raises(ConfigurationError, match="MemoryBroker was in use: give the app URLs"):
+        with pytest.raises(Closed, match="give its parts as URLs"):
             app.start_blocking()
 
     with app:

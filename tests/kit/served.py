@@ -88,8 +88,8 @@ class Storage(MemoryStorage):
 
     inbox_class: type[MemoryInbox] = MemoryInbox
 
-    def __init__(self, *, server: str | None = None) -> None:
-        super().__init__()
+    def __init__(self, *, server: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self.server = servers[server] if server is not None else FlagServer()
 
     @property

@@ -364,12 +364,6 @@ class PromisesLess(Broker):
         return replace(super().guarantees, counts_deliveries=False)
 
 
-class PromisesTooMuch(Broker):
-    @property
-    def guarantees(self) -> Guarantees:
-        return replace(super().guarantees, unsupported=())
-
-
 class HangsWhenDown(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None

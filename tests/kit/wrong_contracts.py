@@ -21,6 +21,7 @@ from qtasks_conformance import (
 from qtasks_sqlite import SqliteBroker, SqliteStorage
 from tests.kit.served import Broker, FlagServer, Storage, servers
 from tests.kit.tries import TRIES, Wrong
+from tests.sqlite_file import injector
 
 CONTRACTS = {"broker": BrokerContract, "storage": StorageContract, "pair": PairContract}
 
@@ -49,6 +50,7 @@ def subject_in_processes(wrong: Wrong | None, directory: Path) -> Subject:
         broker=Part(broker, {"url": url, "lease": 1.0}),
         storage=Part(storage, {"url": url}),
         lease=1.0,
+        inject=injector(directory / "kit.db"),
         slack=2.0,
     )
 

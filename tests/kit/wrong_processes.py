@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from qtasks_core import (
     DONE,
+    Claim,
+    Command,
     Delivery,
     Guarantees,
     Inbox,
     Outcome,
+    Raw,
     Settlement,
     Subscription,
     Task,
 )
+from qtasks_core.errors import WireError
 from qtasks_memory import MemoryBroker, MemoryStorage
 from qtasks_sqlite import SqliteBroker, SqliteStorage
 
@@ -102,3 +107,80 @@ class HearsOnlyItself(SqliteStorage):
 
     async def inbox(self) -> Inbox:
         return await self._gossip.inbox()
+
+
+class CommandsOnlyItself(SqliteBroker):
+    """Commands are told in this process; the others do not hear them."""
+
+    async def start(self, namespace: str) -> None:
+        await super().start(namespace)
+        self._gossip = MemoryBroker("gossip")
+        await self._gossip.start(namespace)
+
+    async def broadcast(self, command: Command) -> None:
+        await self._gossip.broadcast(command)
+
+    def commands(self) -> AsyncIterator[Command]:
+        return self._gossip.commands()
+
+
+class SharesWithItself(SqliteStorage):
+    """Records are shared; claims, values and streams are this process's own."""
+
+    async def start(self, namespace: str) -> None:
+        await super().start(namespace)
+        self._own = MemoryStorage("own")
+        await self._own.start(namespace)
+
+    async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
+        return await self._own.claim(key, owner, ttl)
+
+    async def set(
+        self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
+    ) -> bool:
+        return await self._own.set(key, value, expect)
+
+    async def get_value(self, key: str) -> bytes | None:
+        return await self._own.get_value(key)
+
+    async def values(self, prefix: str) -> dict[str, bytes]:
+        return await self._own.values(prefix)
+
+    def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
+        return self._own.watch_value(key)
+
+    async def append(self, uuid: str, items: Sequence[bytes]) -> None:
+        await self._own.append(uuid, items)
+
+    async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
+        return await self._own.read(uuid, after)
+
+
+class DropsForeignBytes(SqliteBroker):
+    """What it cannot read it does not deliver."""
+
+    class wrapped(Through):
+        async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+            while True:
+                deliveries = await super().receive(wanted, limit)
+                readable = [d for d in deliveries if not isinstance(d.message, Raw)]
+                if readable:
+                    return readable
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        return self.wrapped(await super().subscribe(queues))
+
+
+class ChokesOnForeignBytes(SqliteBroker):
+    """One message that it cannot read, and nothing is delivered any more."""
+
+    class wrapped(Through):
+        async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+            deliveries = await super().receive(wanted, limit)
+            for delivery in deliveries:
+                if isinstance(delivery.message, Raw):
+                    raise WireError(delivery.message.error)
+            return deliveries
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        return self.wrapped(await super().subscribe(queues))

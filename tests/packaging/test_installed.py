@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ def check_one_task(installation: Installation, url: str) -> None:
     assert file.startswith(str(installation.directory)), "another copy was imported"
 
 
-def test_alone_it_needs_two_packages(bare: Installation) -> None:
-    assert bare.packages() == {"qtasks", "msgspec", "uuid_utils"}
+def test_alone_it_needs_three_packages(bare: Installation) -> None:
+    assert bare.packages() == {"qtasks", "click", "msgspec", "uuid_utils"}
 
 
 def test_every_package_but_the_kit_imports_without_an_extra(bare: Installation) -> None:
@@ -30,6 +31,13 @@ def test_every_package_but_the_kit_imports_without_an_extra(bare: Installation) 
 
     names = sorted(PACKAGES - {"qtasks_conformance"})
     bare.output("-c", f"import {', '.join(names)}; from qtasks import *")
+
+
+def test_the_command_is_there(bare: Installation) -> None:
+    environment = {"QTASKS_BROKER_URL": f"sqlite:///{bare.directory}/command.db"}
+    for command in ([str(bare.directory / "bin" / "qtasks")], ["-m", "qtasks"]):
+        said = json.loads(bare.output(*command, "guarantees", "--json", environment=environment))
+        assert said["broker"]["part"] == "SqliteBroker"
 
 
 def test_memory_and_sqlite_need_no_extra(bare: Installation) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, assert_type
 
@@ -59,6 +59,31 @@ async def length(text: str) -> int:
     return len(text)
 
 
+@router.task()
+async def ticks(n: int) -> AsyncIterator[int]:
+    for tick in range(n):
+        yield tick
+
+
+@app.task(retry=1, max_time=2.5)
+def letters(text: str) -> Generator[str, None, None]:
+    yield from text
+
+
+async def as_bytes(tick: int) -> bytes:
+    return bytes(tick)
+
+
+@app.task(generate_handler=as_bytes)
+async def packed(n: int) -> AsyncIterator[int]:
+    yield n
+
+
+@blocking_app.task(generate_handler=len)
+def lengths(*texts: str) -> Iterator[str]:
+    yield from texts
+
+
 async def asynchronous() -> None:
     task = await add.add_task(1, 2, timeout=5)
     assert_type(task, Task[int])
@@ -67,9 +92,14 @@ async def asynchronous() -> None:
     assert_type((await shout.add_task("a", times=2)).returning, str)
     assert_type((await pairs.add_task(1)).returning, list[tuple[int, str]])
 
+    assert_type((await ticks.add_task(3)).returning, list[int])
+    assert_type((await letters.add_task("abc")).returning, list[str])
+    assert_type((await packed.add_task(3)).returning, list[bytes])
+
     call = shout.call("a", times=2)
     assert_type(call, AsyncCall[str])
     assert_type(await call.add_task(timeout=5, delay=1, queue="loud", priority=1), Task[str])
+    assert_type(await call.add_task(expires=9.5), Task[str])
     assert_type(await add.using(app).call(1, y=2).add_task(), Task[int])
     assert_type(await add.map([(1, 2), (3, 4)]), list[Task[int]])
     assert_type(await app.add_tasks([add.call(1, 2), shout.call("a")]), list[Task[Any]])
@@ -94,6 +124,8 @@ def blocking() -> None:
     assert_type(task.returning, float)
     assert_type(task.wait_result(5), BlockingTask[float])
     assert_type(length.add_task("a").returning, int)
+    assert_type(lengths.add_task("a").returning, list[int])
+    assert_type(lengths("a"), Iterator[str])
     assert_type(halve.call(1.0), SyncCall[float])
     assert_type(halve.using(blocking_app).call(x=1.0).add_task(delay=1), BlockingTask[float])
     assert_type(halve.map([(1.0,)]), list[BlockingTask[float]])

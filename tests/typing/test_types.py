@@ -27,7 +27,11 @@ WRONG = {
     ),
     "a result taken for another type": ("text: str = halve.add_task(1.0).returning", "assignment"),
     "an awaited blocking task": ("async def f() -> None: await halve.add_task(1.0)", "misc"),
-    "an option of a task that does not exist": ("app.task(speed=3)", "call-arg"),
+    "an option of a task that does not exist": ("app.task(speed=3)", "call-overload"),
+    "a handler of what does not yield": (
+        "app.task(generate_handler=str)(add.__wrapped__)",
+        "arg-type",
+    ),
     "a lifespan of something that is no app": (
         "from qtasks.integrations.fastapi import lifespan; lifespan('app')",
         "arg-type",

@@ -67,6 +67,11 @@ def test_import_qtasks_imports_no_backend() -> None:
     assert not modules_after("import qtasks") & (backends | {"qtasks_log", "qtasks_conformance"})
 
 
+def test_import_qtasks_imports_no_command_line() -> None:
+    imported = modules_after("import qtasks.asyncio, qtasks.control")
+    assert "click" not in imported
+
+
 def test_every_scheme_has_a_url_here() -> None:
     assert URLS.keys() == BACKENDS.keys()
 

@@ -275,6 +275,22 @@ async def test_settle_of_unknown_outcome_is_recorded() -> None:
     assert world.records["a"].status == "retry"
 
 
+async def test_what_may_not_have_been_recorded_is_not_settled() -> None:
+    class Vague(FakeStorage):
+        async def save(
+            self, tasks: Sequence[Task], transaction: object | None = None
+        ) -> list[Outcome]:
+            return [Outcome("unknown") for _ in tasks]
+
+    world = World()
+    composition = SeparateComposition(FakeBroker(world), Vague(world))
+    outcomes = await composition.complete(
+        FakeSubscription(world), [completion(world, "a", "success")]
+    )
+    assert outcomes == [Outcome("unknown")]
+    assert world.in_flight.keys() == {"a"}, "the delivery has to come again"
+
+
 async def test_outcome_is_that_of_the_record() -> None:
     world = World()
     world.records["a"] = record("a", "cancel")

@@ -5,14 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
-from qtasks_core.schemas import TaskMessage
-from qtasks_sqlite import SqliteBackend, SqliteBroker, SqliteStorage
+from qtasks_core.records import order_of
+from qtasks_core.schemas import QueueDepth, Task, TaskMessage, TaskQuery
+from qtasks_core.wire import encode_message, encode_task
+from qtasks_sqlite import (
+    SqliteBackend,
+    SqliteBroker,
+    SqliteStorage,
+    control,
+    filesystem,
+    listing,
+)
 from qtasks_sqlite.connection import PATIENCE
 
 MESSAGE = TaskMessage(uuid="u", task_name="t")
@@ -39,9 +52,15 @@ def test_a_wrong_url(wrong: str, said: str) -> None:
         SqliteBackend().broker(wrong)
 
 
+def test_a_wrong_retention() -> None:
+    for wrong in ("-1", "nan"):
+        with pytest.raises(ConfigurationError, match="number of seconds"):
+            SqliteBackend().storage(f"sqlite:///x?retention={wrong}")
+
+
 def test_one_url_serves_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    one = "sqlite:///tasks.db?lease=2.5&synchronous=full"
+    one = "sqlite:///tasks.db?lease=2.5&synchronous=full&retention=inf"
     broker, storage = SqliteBackend().broker(one), SqliteBackend().storage(one)
     assert broker.path == storage.path == tmp_path.resolve() / "tasks.db"
     assert broker.guarantees.lease == 2.5
@@ -86,14 +105,51 @@ async def test_the_schema_of_a_newer_release(tmp_path: Path) -> None:
         await broker.start("n")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
-async def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+START = """
+import asyncio, os, sqlite3, sys
+from qtasks_sqlite import SqliteBroker
+if os.geteuid() == 0:  # who may write everything
+    os.setuid(65534)
+try:
+    asyncio.run(SqliteBroker(sys.argv[1]).start("n"))
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no permissions here")
+@pytest.mark.parametrize(
+    ("mode", "of_directory", "said"),
+    [(0o444, 0o777, "cannot be written: check its permissions"), (0o666, 0o555, "permissions")],
+)
+def test_a_file_that_cannot_be_written(mode: int, of_directory: int, said: str) -> None:
+    with tempfile.TemporaryDirectory() as name:  # where another user may go, unlike `tmp_path`
+        directory, path = Path(name), Path(name) / "tasks.db"
+        asyncio.run(SqliteBroker(url(path)).migrate())
+        path.chmod(mode)
+        directory.chmod(of_directory)
+        ran = subprocess.run(
+            [sys.executable, "-c", START, url(path)], stdout=subprocess.PIPE, text=True, timeout=60
+        )
+        directory.chmod(0o777)
+        assert ran.stdout.startswith("ConfigurationError: ")
+        assert said in ran.stdout
+
+
+async def test_a_full_disk_and_then_some_space(tmp_path: Path) -> None:
+    """The message that found no room is an error, what was there stays, and work goes on."""
     broker = SqliteBroker(url(tmp_path / "tasks.db"))
     await broker.start("n")
+    await broker.publish([MESSAGE])
+    # For this connection the file may not grow, which SQLite tells as it tells a full disk.
+    await broker.started().write(lambda turn: turn.execute("PRAGMA max_page_count = 1").fetchone())
+    big = TaskMessage(uuid="b", task_name="t", args=bytes(1_000_000))
+    with pytest.raises(Unavailable, match="the disk is full: free some space"):
+        await broker.publish([big])
+    assert [outcome.status for outcome in await broker.publish([big])] == ["done"]
+    subscription = await broker.subscribe({"default": 10})
+    assert len(await subscription.receive({"default": 10}, 10)) == 2
     await broker.stop()
-    (tmp_path / "tasks.db").chmod(0o400)
-    with pytest.raises(ConfigurationError, match="cannot be written"):
-        await broker.start("n")
 
 
 async def test_a_lock_that_another_process_keeps(tmp_path: Path) -> None:
@@ -134,6 +190,173 @@ async def test_one_bad_item_fails_only_its_own_call(tmp_path: Path) -> None:
     await broker.stop()
     with pytest.raises(Closed):
         await broker.publish([MESSAGE])
+
+
+async def test_a_file_of_the_first_release(tmp_path: Path) -> None:
+    """Its tables are brought up to date at the start, and what is in them stays."""
+    record = Task(uuid="u", task_name="t", status="error", created_at=5.0, dead="no")
+    with sqlite3.connect(tmp_path / "tasks.db") as connection:
+        connection.executescript((Path(__file__).parent / "sqlite_schema_1.sql").read_text())
+        connection.execute("INSERT INTO qtasks_namespaces VALUES (1, 'n')")
+        connection.execute("INSERT INTO qtasks_queues VALUES (1, 1, 'default')")
+        connection.execute(
+            "INSERT INTO qtasks_messages VALUES (1, 1, 5, NULL, 0, 0, ?)",
+            (encode_message(MESSAGE),),
+        )
+        connection.execute(
+            "INSERT INTO qtasks_records VALUES (1, 'u', ?, '', 't', 'default', 5.0, 1, NULL, ?)",
+            (order_of(record), encode_task(record)),
+        )
+    connection.close()
+    broker, storage = (
+        SqliteBroker(url(tmp_path / "tasks.db")),
+        SqliteStorage(url(tmp_path / "tasks.db")),
+    )
+    await asyncio.gather(*(part.migrate() for part in (broker, storage)))
+    await broker.start("n")
+    await storage.start("n")
+    subscription = await broker.subscribe({"default": 10})
+    (delivery,) = await subscription.receive({"default": 10}, 10)
+    assert delivery.message == MESSAGE
+    assert await storage.get(["u"]) == [record]
+    assert (await storage.query(TaskQuery(dead=True))).tasks == [record]
+    assert await storage.set("key", b"value", expect=None)
+    await broker.stop()
+    await storage.stop()
+
+
+async def test_a_record_that_cannot_be_decoded(tmp_path: Path) -> None:
+    """It is told by its columns, and its neighbours are as they were."""
+    storage = SqliteStorage(url(tmp_path / "tasks.db"))
+    await storage.start("n")
+    good, bad = [
+        Task(uuid=uuid, task_name="t", status="success", attempt=2, execution="e", created_at=at)
+        for uuid, at in (("good", 1.0), ("bad", 2.0))
+    ]
+    await storage.save([good, bad])
+    for data in (b"", b"\x01\xff", b"\x09" + encode_task(bad)[1:]):
+        with sqlite3.connect(tmp_path / "tasks.db") as connection:
+            connection.execute("UPDATE qtasks_records SET data = ? WHERE uuid = 'bad'", (data,))
+        connection.close()
+        found = await storage.get(["bad", "none", "good"])
+        assert found[1:] == [None, good]
+        assert found[0] is not None
+        assert replace(found[0], error=None) == bad
+        assert "cannot be read" in str(found[0].error)
+        assert (await storage.query(TaskQuery())).tasks == [found[0], good]
+        (outcome,) = await storage.save([replace(bad, execution="other")])
+        assert (outcome.status, outcome.there) == ("refused", found[0])
+    await storage.stop()
+
+
+async def test_a_list_of_more_than_one_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page is filled by several short transactions, and its border falls anywhere."""
+    monkeypatch.setattr(listing, "_LOOKED_AT", 3)
+    storage = SqliteStorage(url(tmp_path / "tasks.db"))
+    await storage.start("n")
+    records = [
+        Task(uuid=f"{at:03}", task_name=str(at % 5), status="new", created_at=float(at // 2))
+        for at in range(40)
+    ]
+    await storage.save(records)
+    for name in ("0", "4", None):
+        expected = [r for r in reversed(records) if name in (None, r.task_name)]
+        for limit in (1, 2, 3, 7, 100):
+            shown: list[Task] = []
+            page = await storage.query(TaskQuery(task_name=name, limit=limit))
+            shown += page.tasks
+            while page.cursor is not None:
+                assert len(page.tasks) == limit
+                page = await storage.query(
+                    TaskQuery(task_name=name, limit=limit, cursor=page.cursor)
+                )
+                shown += page.tasks
+            assert shown == expected
+    await storage.stop()
+
+
+async def test_what_has_no_record_does_not_stay_for_ever(tmp_path: Path) -> None:
+    storage = SqliteStorage(url(tmp_path / "tasks.db"), retention=0.0)
+    await storage.start("n")
+    await storage.save([Task(uuid="there", task_name="t", status="new")])
+    for uuid in ("there", "gone"):
+        await storage.append(uuid, [b"item"])
+    await storage.claim("key", "me", 0.0)
+    await storage.expire()
+    assert await storage.read("there", 0) == [(1, b"item")]
+    assert await storage.read("gone", 0) == []
+    with sqlite3.connect(tmp_path / "tasks.db") as connection:
+        assert connection.execute("SELECT count(*) FROM qtasks_claims").fetchone() == (0,)
+    connection.close()
+    await storage.stop()
+
+
+async def test_more_than_one_transaction_clears_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "_DELETED", 7)
+    monkeypatch.setattr(control, "_PURGED", 7)
+    broker, storage = [part(url(tmp_path / "tasks.db")) for part in (SqliteBroker, SqliteStorage)]
+    assert isinstance(broker, SqliteBroker)
+    assert isinstance(storage, SqliteStorage)
+    await broker.start("n")
+    await storage.start("n")
+    await storage.save(
+        [Task(uuid=str(at), task_name="t", status="success", finished_at=1.0) for at in range(21)]
+    )
+    assert await storage.expire() == 21
+    await broker.publish([MESSAGE] * 15 + [replace(MESSAGE, delay=60.0)] * 8)
+    assert await broker.purge("default") == 23
+    assert await broker.depth("default") == QueueDepth(0, 0, 0)
+    await broker.stop()
+    await storage.stop()
+
+
+MOUNTS = """
+/dev/vda1 / ext4 rw 0 0
+proc /proc proc rw 0 0
+server:/home /home nfs4 rw 0 0
+/dev/sdb1 /home/local xfs rw 0 0
+me@there: /media/sp\\040ce fuse.sshfs rw 0 0
+//nas/x /größe cifs rw 0 0
+overlay /home/hidden nfs rw 0 0
+overlay /home/hidden tmpfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/var/tasks.db", "ext4"),
+        ("/home/me/tasks.db", "nfs4"),
+        ("/home/local/tasks.db", "xfs"),
+        ("/homeless/tasks.db", "ext4"),
+        ("/media/sp ce/tasks.db", "fuse.sshfs"),
+        ("/größe/tasks.db", "cifs"),
+        ("/home/hidden/tasks.db", "tmpfs"),
+    ],
+)
+def test_the_kind_of_a_file_system(tmp_path: Path, path: str, kind: str) -> None:
+    (tmp_path / "mounts").write_text(MOUNTS.lstrip())
+    assert filesystem.kind_of(Path(path), str(tmp_path / "mounts")) == kind
+
+
+async def test_a_network_file_system_is_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(filesystem, "kind_of", lambda path, mounts: "nfs4")
+    for part in (SqliteBroker, SqliteStorage, SqliteBroker):
+        started = part(url(tmp_path / "tasks.db"))
+        await started.start("n")
+        await started.stop()
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "qtasks"]
+    assert "network file system (nfs4)" in told
+
+
+def test_where_nothing_is_known_of_mounts(tmp_path: Path) -> None:
+    assert filesystem.kind_of(tmp_path, str(tmp_path / "none")) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

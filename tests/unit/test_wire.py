@@ -10,12 +10,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qtasks_core import Raw, Task, TaskMessage
+from qtasks_core import Command, Raw, Task, TaskMessage
 from qtasks_core.errors import WireError
 from qtasks_core.wire import (
     VERSION,
+    decode_command,
     decode_message,
     decode_task,
+    encode_command,
     encode_message,
     encode_task,
 )
@@ -146,8 +148,14 @@ def check_garbage(data: bytes) -> None:
     try:
         task = decode_task(data)
     except WireError:
+        pass
+    else:
+        assert isinstance(task, Task)
+    try:
+        command = decode_command(data)
+    except WireError:
         return
-    assert isinstance(task, Task)
+    assert isinstance(command, Command)
 
 
 @given(st.binary(max_size=60))
@@ -227,6 +235,13 @@ def test_golden_record(name: str) -> None:
     assert decode_task(golden) == vectors.TASKS[name]
 
 
+@pytest.mark.parametrize("name", vectors.COMMANDS)
+def test_golden_command(name: str) -> None:
+    golden = bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
+    assert encode_command(vectors.COMMANDS[name]) == golden
+    assert decode_command(golden) == vectors.COMMANDS[name]
+
+
 def test_every_golden_file_is_read() -> None:
     names = {path.stem for path in GOLDEN.glob("*.hex")}
-    assert names == {*vectors.MESSAGES, *vectors.TASKS}
+    assert names == {*vectors.MESSAGES, *vectors.TASKS, *vectors.COMMANDS}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qtasks_core import Task, TaskMessage
-from qtasks_core.wire import encode_message, encode_task
+from qtasks_core import Command, Task, TaskMessage
+from qtasks_core.wire import encode_command, encode_message, encode_task
 
 MESSAGES = {
     "message_least": TaskMessage(uuid="0190d2f4-7b5e-7c30-8000-000000000001", task_name="add"),
@@ -60,12 +60,17 @@ TASKS = {
         dead="no retries left",
     ),
 }
+COMMANDS = {
+    "command_least": Command(name="ping"),
+    "command_full": Command(name="pause", target="mails", arguments={"why": "größe"}),
+}
 
 
 def write() -> None:
     """Write every file; do it only when the wire format changes on purpose."""
     encoded = {name: encode_message(message) for name, message in MESSAGES.items()}
     encoded |= {name: encode_task(task) for name, task in TASKS.items()}
+    encoded |= {name: encode_command(command) for name, command in COMMANDS.items()}
     for name, data in encoded.items():
         lines = [data[at : at + 32].hex() for at in range(0, len(data), 32)]
         Path(__file__).with_name(f"{name}.hex").write_text("\n".join(lines) + "\n")

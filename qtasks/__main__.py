@@ -1,0 +1,5 @@
+"""`python -m qtasks` is the command `qtasks`."""
+
+from qtasks.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""Arguments of a task as they are typed in a shell: JSON values, read into the annotated types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+import msgspec
+
+from qtasks.definition import TaskDefinition
+from qtasks_core.errors import SerializationError, SignatureMismatch
+
+_KEYWORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+
+
+def read_arguments(
+    definition: TaskDefinition, texts: Sequence[str]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Read `1 '"text"' name=JSON …`.
+
+    Raises `SerializationError` with the argument's name, `SignatureMismatch`.
+    """
+    args: list[str] = []
+    kwargs: dict[str, str] = {}
+    for text in texts:
+        if keyword := _KEYWORD.fullmatch(text):
+            kwargs[keyword[1]] = keyword[2]
+        else:
+            args.append(text)
+    try:
+        bound = definition.signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise SignatureMismatch(f"{definition.name}{definition.signature}: {error}") from None
+    try:
+        hints = get_type_hints(definition.function)
+    except NameError:
+        hints = {}
+    for name, parameter in definition.signature.parameters.items():
+        if name not in bound.arguments:
+            continue
+        value, kind = bound.arguments[name], hints.get(name, Any)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            bound.arguments[name] = tuple(_read(definition, name, text, kind) for text in value)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            read = {key: _read(definition, key, text, kind) for key, text in value.items()}
+            bound.arguments[name] = read
+        else:
+            bound.arguments[name] = _read(definition, name, value, kind)
+    return list(bound.args), bound.kwargs
+
+
+def _read(definition: TaskDefinition, name: str, text: str, kind: Any) -> Any:
+    where = f"{definition.name}: argument {name!r}"
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        raise SerializationError(
+            f"{where}: {text} is not JSON; a text is written in quotes, '\"like this\"'"
+        ) from None
+    try:
+        return msgspec.convert(value, kind, dec_hook=_from_plain) if kind is not Any else value
+    except (TypeError, ValueError) as error:
+        raise SerializationError(f"{where}: {error}") from None
+
+
+def _from_plain(kind: type, value: Any) -> Any:
+    if hasattr(kind, "model_validate"):
+        return kind.model_validate(value)
+    raise TypeError(f"{kind!r} cannot be read from JSON")

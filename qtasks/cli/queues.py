@@ -1,0 +1,71 @@
+"""Commands for queues, and for the workers that listen to them."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import click
+from msgspec.structs import asdict
+
+from qtasks import control
+from qtasks.app import App
+from qtasks.cli.output import json_option, print_json, print_rows
+from qtasks.cli.session import Session, pass_session
+from qtasks_core.errors import NotSupported
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[QUEUE]…")
+@json_option
+@pass_session
+def queues(session: Session, names: tuple[str, ...], as_json: bool) -> None:
+    """Show how much is in each queue; by default in those of the app's tasks and of its workers.
+
+    `-` (in JSON null) is what the broker cannot know.
+    """
+    with session.started() as app:
+        found = app.control_blocking(control.depths, names or known_queues(app))
+        rows = ({"queue": name, **asdict(depth)} for name, depth in found.items())
+        print_rows(rows, ("queue", "ready", "delayed", "in_flight"), as_json)
+
+
+def known_queues(app: App) -> list[str]:
+    """Return the queues of the app's tasks and of all workers that run now."""
+    names = {"default", *(d.options.queue for d in app.definitions.values())}
+    # Where the storage keeps no registry, what the app itself knows has to do.
+    with suppress(NotSupported):
+        names.update(*(worker.queues for worker in app.control_blocking(control.workers)))
+    return sorted(names)
+
+
+@click.command()
+@click.argument("queue")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+@pass_session
+def purge(session: Session, queue: str, yes: bool, as_json: bool) -> None:
+    """Drop what waits in a queue. The records of those tasks stay as they are."""
+    if not yes:
+        click.confirm(f"Drop all that waits in queue {queue!r}?", abort=True, err=True)
+    with session.started() as app:
+        count = app.control_blocking(control.purge, queue)
+    dropped = None if count < 0 else count
+    if as_json:
+        print_json({"queue": queue, "dropped": dropped})
+    else:
+        click.echo(f"dropped {'an unknown number of' if dropped is None else dropped} messages")
+
+
+@click.command()
+@json_option
+@pass_session
+def workers(session: Session, as_json: bool) -> None:
+    """List the workers that run now and what they run."""
+    with session.started() as app:
+        rows = (
+            {**asdict(worker), "running": [task._asdict() for task in worker.running]}
+            for worker in app.control_blocking(control.workers)
+        )
+        print_rows(
+            rows, ("id", "host", "pid", "queues", "concurrency", "started_at", "seen_at"), as_json
+        )

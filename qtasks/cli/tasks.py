@@ -1,0 +1,194 @@
+"""Commands for tasks: enqueue one, look at one or many, cancel one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from difflib import get_close_matches
+from typing import Any, get_args
+from uuid import UUID
+
+import click
+from msgspec.structs import replace
+
+from qtasks import control
+from qtasks.app import App
+from qtasks.cli.arguments import read_arguments
+from qtasks.cli.output import (
+    decoded,
+    json_option,
+    print_fields,
+    print_json,
+    print_rows,
+    task_row,
+)
+from qtasks.cli.session import Session, include_option, pass_session
+from qtasks.definition import TaskDefinition
+from qtasks.handle import Handle
+from qtasks_core import Status, Task, TaskQuery
+from qtasks_core.errors import QTasksError, UnknownTask
+
+_PAGE = 500
+
+
+class NoSuchRecord(QTasksError):
+    """The storage has no record of a task."""
+
+
+class Ended(QTasksError):
+    """The task has failed or was cancelled, or had ended before one came to cancel it."""
+
+
+@click.command()
+@click.argument("name")
+@click.argument("arguments", nargs=-1, metavar="[JSON | NAME=JSON]…")
+@click.option("--wait", type=click.FloatRange(min=0), help="Seconds to wait for the result.")
+@click.option("--delay", type=click.FloatRange(min=0), help="Seconds before it may start.")
+@click.option("--queue", help="Another queue than the task's own.")
+@click.option("--priority", type=click.IntRange(0, 9), help="9 first.")
+@include_option
+@json_option
+@pass_session
+def call(
+    session: Session,
+    /,
+    name: str,
+    arguments: tuple[str, ...],
+    wait: float | None,
+    include: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Enqueue a task and print its uuid, or with --wait its result.
+
+    Each argument is a JSON value: 1, true, '"text"', '[1, 2]', or name='"text"'.
+    """
+    with session.started(include) as app:
+        definition = known(app, name)
+        args, kwargs = read_arguments(definition, arguments)
+        message = app.message(definition, args, kwargs, **options)
+        record = app.submit_blocking(message, wait)
+        if as_json:
+            print_fields(task_row(app, record), True)
+        if record.status in ("error", "cancel"):
+            why = f": {record.error}" if record.error else ""
+            raise Ended(f"task {name} {record.uuid} ended in {record.status!r}{why}")
+        if not as_json and wait is None:
+            click.echo(record.uuid)
+        elif not as_json:
+            handle: Handle[Any] = Handle(app, record, definition.decode_result)
+            print_json(decoded(lambda: handle.returning))
+
+
+def known(app: App, name: str) -> TaskDefinition:
+    """Return a task of the app. Raises `UnknownTask`, with what may have been meant."""
+    if not app.definitions:
+        raise UnknownTask(f"no task {name!r}: say where tasks are by -A module:app or --include")
+    if name in app.definitions:
+        return app.definitions[name]
+    near = get_close_matches(name, app.definitions, n=1) or sorted(app.definitions)[:3]
+    raise UnknownTask(f"the app {app.name!r} knows no task {name!r}; it knows {', '.join(near)}")
+
+
+@click.command()
+@click.argument("uuid", type=click.UUID)
+@json_option
+@pass_session
+def status(session: Session, uuid: UUID, as_json: bool) -> None:
+    """Show all that is known of one task."""
+    with session.started() as app:
+        record = app.get_blocking(uuid)
+        if record is None:
+            raise NoSuchRecord(f"there is no record of a task {uuid}")
+        print_fields(task_row(app, record), as_json)
+
+
+def moment(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """Return the Unix time of a date or time in ISO 8601, local unless it has an offset."""
+    try:
+        return None if value is None else datetime.fromisoformat(value).timestamp()
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a time like 2030-01-31T12:00") from None
+
+
+def filters(command: Any) -> Any:
+    """Add the options that choose tasks."""
+    for option in (
+        click.option(
+            "--before",
+            metavar="TIME",
+            callback=moment,
+            help="Enqueued before, e.g. 2030-01-31T12:00.",
+        ),
+        click.option("--after", metavar="TIME", callback=moment, help="Enqueued after."),
+        click.option("--name", help="The task's name."),
+        click.option("--queue", help="The task's queue."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.option(
+    "--status", multiple=True, type=click.Choice(get_args(Status)), help="May be repeated."
+)
+@filters
+@click.option("--dead", is_flag=True, help="Only those that will not be tried again.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
+@json_option
+@pass_session
+def tasks(
+    session: Session,
+    /,
+    status: tuple[Status, ...],
+    dead: bool,
+    limit: int,
+    as_json: bool,
+    **by: Any,
+) -> None:
+    """List tasks, newest first."""
+    wanted = query_of(status=status or None, dead=dead or None, **by)
+    with session.started() as app:
+        rows = (task_row(app, record) for record in records_of(app, wanted, limit))
+        columns = ("uuid", "task_name", "status", "queue", "attempt", "created_at", "error")
+        print_rows(rows, columns, as_json)
+
+
+@click.command()
+@click.argument("uuids", nargs=-1, required=True, type=click.UUID, metavar="UUID…")
+@json_option
+@pass_session
+def cancel(session: Session, uuids: tuple[UUID, ...], as_json: bool) -> None:
+    """Cancel tasks, queued or running."""
+    with session.started() as app:
+        for uuid in map(str, uuids):
+            try:
+                cancelled = app.cancel_task_blocking(uuid)
+            except UnknownTask:
+                raise NoSuchRecord(f"there is no record of a task {uuid}") from None
+            if not cancelled:
+                raise Ended(f"task {uuid} had ended before it was cancelled")
+            if as_json:
+                print_json({"uuid": uuid, "cancelled": True})
+            else:
+                click.echo(f"{uuid} cancelled")
+
+
+def query_of(
+    *, name: str | None, after: float | None, before: float | None, **fields: Any
+) -> TaskQuery:
+    """Return the query that the options of `filters` mean."""
+    return TaskQuery(task_name=name, created_after=after, created_before=before, **fields)
+
+
+def records_of(app: App, query: TaskQuery, limit: int | None = None) -> Iterator[Task]:
+    """Iterate over what a query finds, page by page. Raises `NotSupported`."""
+    left = limit
+    while left is None or left > 0:
+        size = _PAGE if left is None else min(left, _PAGE)
+        page = app.control_blocking(control.query, replace(query, limit=size))
+        yield from page.tasks
+        if page.cursor is None:
+            return
+        left = None if left is None else left - len(page.tasks)
+        query = replace(query, cursor=page.cursor)

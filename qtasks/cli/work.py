@@ -1,0 +1,90 @@
+"""The command that is a worker."""
+
+from __future__ import annotations
+
+import click
+
+from qtasks.cli.session import Session, include_option, pass_session, split
+from qtasks_core.errors import ConfigurationError
+
+_MIB = 1024 * 1024
+
+
+@click.command()
+@click.option("--queues", metavar="A,B", help="Default: those of the app's tasks.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Tasks at once in a process.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that running tasks have at a stop.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Worker processes, started again when they end. Default: this process is the worker.",
+)
+@click.option(
+    "--max-tasks", type=click.IntRange(min=1), help="Tasks after which a worker makes room."
+)
+@click.option(
+    "--max-memory",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="Resident memory at which a worker makes room.",
+)
+@click.option(
+    "--health-port",
+    type=click.IntRange(1, 65535),
+    help="Answer /live and /ready over HTTP at this port.",
+)
+@click.option(
+    "--health-host",
+    default="127.0.0.1",
+    show_default=True,
+    help="The address of that port; 0.0.0.0 in a container.",
+)
+@click.option("--reload", is_flag=True, help="Restart when a source file changes.")
+@include_option
+@pass_session
+def run(
+    session: Session,
+    queues: str | None,
+    concurrency: int,
+    grace: float,
+    processes: int | None,
+    max_tasks: int | None,
+    max_memory: int | None,
+    health_port: int | None,
+    health_host: str,
+    reload: bool,
+    include: tuple[str, ...],
+) -> None:
+    """Run tasks until SIGTERM or SIGINT; a second signal gives running tasks back at once."""
+    if reload:
+        from qtasks.cli.reload import run_reloading
+
+        run_reloading([name.partition(":")[0] for name in (session.path or "", *include) if name])
+    app = session.app(include)
+    if not app.definitions:
+        raise ConfigurationError(
+            "no task is known that a worker could run: name the app by -A module:app, "
+            "or modules with routers by --include"
+        )
+    app.run_forever(
+        queues=split(queues) or None,
+        concurrency=concurrency,
+        grace=grace,
+        processes=processes,
+        max_tasks=max_tasks,
+        max_memory=max_memory * _MIB if max_memory is not None else None,
+        health_port=health_port,
+        health_host=health_host,
+    )

@@ -1,0 +1,151 @@
+"""What an operator does with queues and records; both faces and the command line use it.
+
+These functions run on the I/O thread. `App.control` calls them there and calls them again when the
+server was out of reach, so each of them may be repeated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Iterable, Sequence
+from uuid import UUID, uuid5
+
+from qtasks.engine.client import Client
+from qtasks.engine.registry import workers_alive
+from qtasks.engine.reply import LoopReply
+from qtasks_core import (
+    DONE,
+    Outcome,
+    QueueDepth,
+    Task,
+    TaskMessage,
+    TaskPage,
+    TaskQuery,
+    WorkerInfo,
+)
+from qtasks_core.errors import NotSupported
+from qtasks_core.separate import record_of
+
+REVIVED_FROM = "revived_from"
+"""The header by which a revived task names the dead one."""
+_OF_THE_ENGINE = "qtasks-"
+"""Headers that begin so are the story of one message, and end with it."""
+_REVIVED = UUID("6d0b6f2e-5a55-4f0c-9d5e-3b6c2a5f8a10")
+_SUBMIT_TIMEOUT = 30.0
+
+
+def revived_uuid(uuid: str) -> str:
+    """Return the uuid a dead task gets when it is revived. Always the same, so that reviving it
+    twice, after a crash or by two operators, makes one task.
+    """
+    return str(uuid5(_REVIVED, uuid))
+
+
+async def query(client: Client, query: TaskQuery) -> TaskPage:
+    """List records, newest first, a page at a time. Raises `NotSupported`."""
+    return await client.storage.query(query)
+
+
+async def depths(client: Client, queues: Iterable[str]) -> dict[str, QueueDepth]:
+    """Count what is in each queue. Raises `NotSupported`."""
+    names = list(queues)
+    found = await asyncio.gather(*(client.broker.depth(name) for name in names))
+    return dict(zip(names, found, strict=True))
+
+
+async def purge(client: Client, queue: str) -> int:
+    """Drop the messages that wait in a queue; return how many, -1 where that is unknown.
+
+    Their records stay as they were. Raises `NotSupported`.
+    """
+    return await client.broker.purge(queue)
+
+
+async def workers(client: Client) -> list[WorkerInfo]:
+    """Return what the workers said of themselves lately. Raises `NotSupported`."""
+    return await workers_alive(client.storage)
+
+
+async def migrate(client: Client) -> dict[str, bool]:
+    """Create or update what each part's server must have; False: that part has nothing to migrate.
+
+    Raises `ConfigurationError` where the server was used by a newer release.
+    """
+    done = {}
+    for part in (client.broker, client.storage):
+        try:
+            await part.migrate()
+            done[type(part).__name__] = True
+        except NotSupported:
+            done[type(part).__name__] = False
+    return done
+
+
+async def revive(
+    client: Client, uuids: Sequence[str], without_result: Collection[str] = ()
+) -> list[Outcome]:
+    """Submit dead tasks again as new tasks; the `there` of an outcome is the new task's record.
+
+    `refused`: there is no such record, it is not dead, or it could never be decoded. A task that
+    was revived before is `done` and not submitted again. Tasks named in `without_result` store no
+    result.
+    """
+    records = await client.storage.get(uuids)
+    earlier = await client.storage.get([revived_uuid(uuid) for uuid in uuids])
+    outcomes: list[Outcome] = []
+    messages: list[TaskMessage] = []
+    for uuid, record, revived in zip(uuids, records, earlier, strict=True):
+        if record is None or record.dead is None:
+            outcomes.append(_not_dead(uuid, record))
+        elif record.encoding == "raw":
+            outcomes.append(Outcome("refused", f"task {uuid} was never decoded: {record.error}"))
+        elif revived is not None:
+            outcomes.append(Outcome("done", there=revived))
+        else:
+            messages.append(_again(record, record.task_name not in without_result))
+            outcomes.append(Outcome("done", there=record_of(messages[-1])))
+    if messages:
+        reply: LoopReply[Task | None] = LoopReply()
+        client.submit_all(messages, time.monotonic() + _SUBMIT_TIMEOUT, reply)
+        await reply.future
+    return outcomes
+
+
+def _again(record: Task, store_result: bool) -> TaskMessage:
+    kept = {k: v for k, v in record.headers.items() if not k.startswith(_OF_THE_ENGINE)}
+    return TaskMessage(
+        uuid=revived_uuid(record.uuid),
+        task_name=record.task_name,
+        queue=record.queue,
+        args=record.args,
+        kwargs=record.kwargs,
+        encoding=record.encoding,
+        priority=record.priority,
+        created_at=time.time(),
+        store_result=store_result,
+        retention=record.retention,
+        headers={**kept, REVIVED_FROM: record.uuid},
+    )
+
+
+async def drop(client: Client, uuids: Sequence[str]) -> list[Outcome]:
+    """Delete the records of dead tasks. `refused`: there is none, or it is not dead.
+
+    Raises `NotSupported`.
+    """
+    records = await client.storage.get(uuids)
+    dead = [record.uuid for record in records if record is not None and record.dead is not None]
+    if dead:
+        await client.storage.delete(dead)
+    return [
+        DONE if record is not None and record.dead is not None else _not_dead(uuid, record)
+        for uuid, record in zip(uuids, records, strict=True)
+    ]
+
+
+def _not_dead(uuid: str, record: Task | None) -> Outcome:
+    if record is None:
+        return Outcome("refused", f"there is no record of a task {uuid}")
+    reason = f"task {uuid} is in {record.status!r}, not dead"
+    return Outcome("refused", reason, there=record)

@@ -1,0 +1,55 @@
+"""A probe for containers: HTTP in a few lines that answers `/live` and `/ready`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from qtasks_core.errors import ConfigurationError
+
+_PATIENCE = 5.0
+"""Seconds in which a request has to arrive."""
+_LARGEST = 8192
+
+
+async def answer_probes(
+    host: str, port: int, ready: Callable[[], Awaitable[bool]]
+) -> asyncio.Server:
+    """Listen until the server is closed. Raises `ConfigurationError` where that cannot be.
+
+    `/live` is 200 as long as there is an answer at all, `/ready` 200 or 503.
+    """
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # A probe that goes away or says nothing concerns nobody.
+        with suppress(
+            OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
+        ):
+            async with asyncio.timeout(_PATIENCE):
+                request = await reader.readuntil(b"\r\n\r\n")
+                writer.write(await _response(request, ready))
+                await writer.drain()
+        writer.close()
+
+    try:
+        return await asyncio.start_server(answer, host, port, limit=_LARGEST)
+    except OSError as error:
+        raise ConfigurationError(f"the health probe cannot listen: {error}") from error
+
+
+async def _response(request: bytes, ready: Callable[[], Awaitable[bool]]) -> bytes:
+    words = request.split(b"\r\n", 1)[0].split(b" ")
+    path = words[1].split(b"?")[0] if len(words) == 3 else b""
+    if path == b"/live":
+        status, text = "200 OK", "live"
+    elif path == b"/ready":
+        fine = await ready()
+        status, text = ("200 OK", "ready") if fine else ("503 Service Unavailable", "not ready")
+    else:
+        status, text = "404 Not Found", "/live or /ready"
+    body = "" if words[0] == b"HEAD" else f"{text}\n"
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {len(text) + 1}\r\n"
+        f"Connection: close\r\n\r\n{body}"
+    ).encode()

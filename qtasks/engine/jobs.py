@@ -1,0 +1,72 @@
+"""The jobs a worker holds, and the waiting for changes among them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator
+
+from qtasks.engine.job import Job
+
+
+class Jobs:
+    """Jobs that run, wait to run alone, or ended and are not yet completed: all leased."""
+
+    def __init__(self, queues: Iterable[str]) -> None:
+        self._held: set[Job] = set()
+        self.running = dict.fromkeys(queues, 0)
+        """How many functions run, by queue."""
+        self._changed = asyncio.Event()
+        self._present = asyncio.Event()
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, job: Job) -> bool:
+        return job in self._held
+
+    @property
+    def idle(self) -> bool:
+        """Whether no function runs."""
+        return not any(self.running.values())
+
+    def hold(self, job: Job) -> None:
+        """Hold a job: its lease is kept from now on."""
+        self._held.add(job)
+        self._present.set()
+
+    def begun(self, job: Job) -> None:
+        """Count a job that is handed to the runner."""
+        self.running[job.delivery.queue] += 1
+
+    def ended(self, jobs: Iterable[Job]) -> None:
+        """Count jobs whose functions ended."""
+        for job in jobs:
+            self.running[job.delivery.queue] -= 1
+        self._changed.set()
+
+    def drop(self, job: Job) -> None:
+        """Let go of a job that is completed; `notice` tells who waits."""
+        self._held.discard(job)
+
+    def notice(self) -> None:
+        """Have everybody look again who waits in `until`."""
+        self._changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition over jobs, looked at whenever something changes."""
+        while not condition():
+            await self.change()
+
+    async def change(self) -> None:
+        """Wait for the next change."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def present(self) -> None:
+        """Wait until there is a job: what watches over jobs costs nothing without any."""
+        while not self._held:
+            self._present.clear()
+            await self._present.wait()

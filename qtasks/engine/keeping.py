@@ -1,0 +1,82 @@
+"""What a worker does for tasks that run long: it keeps their leases, says so, hears of cancels."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from qtasks.engine.job import Job
+from qtasks.engine.jobs import Jobs
+from qtasks.engine.reach import Reach
+from qtasks_core import Completion, Storage, Subscription
+
+logger = logging.getLogger("qtasks")
+
+_NOTE_AFTER = 0.1
+"""Seconds a task has to run before `process` is recorded: shorter ones only record their end."""
+_CHECK_EVERY = 10.0
+"""Seconds between looks for cancelled tasks where there is no lease to be kept."""
+
+
+class Keeper:
+    """Watches over the jobs of a worker, while there are any."""
+
+    def __init__(
+        self, jobs: Jobs, storage: Storage, reach: Reach, cancel: Callable[[list[Job]], None]
+    ) -> None:
+        self._jobs = jobs
+        self._storage = storage
+        self._reach = reach
+        self._cancel = cancel
+
+    async def keep(self, subscription: Subscription, lease: float | None) -> None:
+        """Extend the leases of all jobs, and look which of them were cancelled, for ever."""
+        while True:
+            await self._jobs.present()
+            await asyncio.sleep(_CHECK_EVERY if lease is None else lease / 3)
+            held = [job for job in self._jobs if not job.lost]
+            if held and lease is not None:
+                await self._extend(subscription, held)
+            await self.check([job for job in held if job.noted])
+
+    async def _extend(self, subscription: Subscription, held: list[Job]) -> None:
+        extend = partial(subscription.extend, [job.delivery for job in held])
+        extended = await self._reach.persist(extend) or ()
+        for job, delivery in zip(held, extended, strict=True):
+            if delivery is not None:
+                job.delivery = delivery
+            elif job in self._jobs:
+                job.lost = True
+                logger.warning(
+                    "task %s %s: the lease was lost; another worker may run it",
+                    job.message.task_name, job.message.uuid,
+                )  # fmt: skip
+
+    async def check(self, jobs: Iterable[Job]) -> None:
+        """Stop those of these jobs whose records say that they were cancelled."""
+        asked = [job for job in jobs if job in self._jobs and not job.cancelled]
+        if not asked:
+            return
+        get = partial(self._storage.get, [job.message.uuid for job in asked])
+        records = await self._reach.persist(get) or ()
+        cancelled = [
+            job
+            for job, record in zip(asked, records, strict=True)
+            if record is not None and record.status == "cancel"
+        ]
+        if cancelled:
+            self._cancel(cancelled)
+
+    async def note(self, complete: Callable[[Completion], None]) -> None:
+        """Record `process` for tasks that run long enough for somebody to look, for ever."""
+        while True:
+            await self._jobs.present()
+            await asyncio.sleep(_NOTE_AFTER)
+            before = time.time() - _NOTE_AFTER
+            for job in self._jobs:
+                if not job.noted and job.record is None and job.started <= before:
+                    job.noted = True
+                    complete(Completion(None, job.as_record("process")))

@@ -1,0 +1,49 @@
+"""When a worker has done enough: after a number of tasks, or at a size in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+
+class Limits:
+    """Looked at whenever tasks have ended, so that they cost nothing in between."""
+
+    def __init__(self, max_tasks: int | None, max_memory: int | None) -> None:
+        self._max_tasks = max_tasks
+        self._max_memory = max_memory
+        self._reached = asyncio.Event()
+        self._reason = ""
+
+    def look(self, ended: int) -> None:
+        """Compare; `ended` is how many tasks came to an end so far."""
+        if self._max_tasks is not None and ended >= self._max_tasks:
+            self._reach(f"{ended} tasks are enough")
+        elif self._max_memory is not None and (size := memory()) >= self._max_memory:
+            self._reach(f"it takes {size / 2**20:.0f} MiB of memory")
+
+    def _reach(self, reason: str) -> None:
+        if not self._reached.is_set():
+            self._reason = reason
+            self._reached.set()
+
+    def close(self) -> None:
+        """End the wait for a limit: the worker stops for another reason."""
+        self._reach("")
+
+    async def reached(self) -> str:
+        """Wait for the first limit that is reached; return which."""
+        await self._reached.wait()
+        return self._reason
+
+
+def memory() -> int:
+    """Return the bytes of memory this process occupies; where only the peak is known, that."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource  # which not every system has
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

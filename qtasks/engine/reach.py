@@ -1,0 +1,56 @@
+"""Calls that are repeated while a server is out of reach, and whether it is in reach."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from qtasks.engine.backoff import Backoff
+from qtasks_core.errors import Unavailable
+
+logger = logging.getLogger("qtasks")
+T = TypeVar("T")
+
+_FRESH = 10.0
+"""Seconds for which a failure counts. A receive that waits says nothing, but had it lost its
+server it would have failed again by then."""
+
+
+class Reach:
+    """A worker's calls to its servers."""
+
+    def __init__(self) -> None:
+        self._failed_at: float | None = None
+
+    @property
+    def fine(self) -> bool:
+        """Whether the last calls were answered."""
+        return self._failed_at is None or time.monotonic() - self._failed_at > _FRESH
+
+    async def persist(
+        self, call: Callable[[], Awaitable[T]], until: asyncio.Event | None = None
+    ) -> T | None:
+        """Repeat `call` while the server is out of reach; None when `until` is set meanwhile."""
+        backoff = Backoff()
+        while True:
+            try:
+                answer = await call()
+            except Unavailable as error:
+                self._failed_at = time.monotonic()
+                logger.warning("worker: %s; trying again", error)
+            else:
+                self._failed_at = None
+                return answer
+            pause = backoff.next()
+            if until is None:
+                await asyncio.sleep(pause)
+                continue
+            try:
+                async with asyncio.timeout(pause):
+                    await until.wait()
+                    return None
+            except TimeoutError:
+                continue

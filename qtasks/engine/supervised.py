@@ -1,0 +1,53 @@
+"""A worker process's end of the line to its supervisor.
+
+Over a pair of sockets the supervisor asks `?` and is told `r` (ready) or `n`; `r` comes unasked
+when the worker has reached its servers. That the line is cut means that the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+VARIABLE = "QTASKS_SUPERVISED_BY"
+"""Holds the number of the socket's file descriptor."""
+ASK, READY, NOT_READY = b"?", b"r", b"n"
+
+
+def is_supervised() -> bool:
+    """Say whether this process was started by a supervisor."""
+    return VARIABLE in os.environ
+
+
+class Line:
+    """The line while it is open."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    def tell(self, ready: bool) -> None:
+        """Tell whether the worker is ready."""
+        self._writer.write(READY if ready else NOT_READY)
+
+    async def answer(self, ready: Callable[[], bool]) -> None:
+        """Answer until the supervisor is gone."""
+        with suppress(ConnectionError):
+            while await self._reader.read(1):
+                self.tell(ready())
+
+    def close(self) -> None:
+        """Cut the line."""
+        self._writer.close()
+
+
+async def connect() -> Line | None:
+    """Return the line to the supervisor, None without one. What this process starts has none."""
+    descriptor = os.environ.pop(VARIABLE, None)
+    if descriptor is None:
+        return None
+    line = socket.socket(fileno=int(descriptor))
+    return Line(*await asyncio.open_unix_connection(sock=line))

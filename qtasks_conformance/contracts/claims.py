@@ -1,0 +1,108 @@
+"""Claims: one owner a key among all processes, for a time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from qtasks_conformance.contracts.base import Contract, needs
+from qtasks_conformance.rig import Rig
+from qtasks_core import Claim, Storage
+
+
+class ClaimContract(Contract):
+    """`claim` and `release`, where a storage has them."""
+
+    async def test_one_of_many_has_a_claim(self, rig: Rig) -> None:
+        """Of many who claim a key at once, in several processes, one has it."""
+        storage, here = await rig.storage(), await rig.storage()
+        needs(storage, "claim", "release")
+        other = await rig.elsewhere()
+        for at in range(10):
+            key = f"key {at}"
+            mine, near, far = await asyncio.gather(
+                storage.claim(key, "mine", 30.0),
+                here.claim(key, "near", 30.0),
+                other.claim(key, "far", 30.0),
+            )
+            assert sorted([mine is not None, near is not None, far]) == [False, False, True]
+
+    async def test_a_claim_says_what_it_is(self, rig: Rig) -> None:
+        """It has the key, the owner, and about when it is over."""
+        storage = await rig.storage()
+        needs(storage, "claim", "release")
+        claim = await storage.claim("a/ключ", "host:1 größe", 30.0)
+        assert claim is not None
+        assert (claim.key, claim.owner) == ("a/ключ", "host:1 größe")
+        assert claim.expires_at == pytest.approx(time.time() + 30.0, abs=5.0)
+
+    async def test_a_claim_is_over_after_its_time(self, rig: Rig) -> None:
+        """Nobody else has it before, and somebody else may have it then."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, "claim", "release")
+        began = time.monotonic()
+        assert await storage.claim("key", "mine", 1.0) is not None
+        held = time.monotonic()
+        assert await wait_for(other, "key", "theirs", 1.0 + rig.subject.slack) is not None
+        assert time.monotonic() - began >= 0.99
+        assert time.monotonic() - held <= 1.0 + rig.subject.slack
+        assert await storage.claim("key", "mine", 1.0) is None
+
+    async def test_the_owner_extends_a_claim(self, rig: Rig) -> None:
+        """Claiming again holds it from then on, by another client of the same owner as well."""
+        storage, same = await rig.storage(), await rig.storage()
+        needs(storage, "claim", "release")
+        assert await storage.claim("key", "mine", 1.0) is not None
+        claim = await same.claim("key", "mine", 30.0)
+        assert claim is not None
+        assert claim.expires_at > time.time() + 20.0
+        await asyncio.sleep(1.2)
+        assert await storage.claim("key", "theirs", 1.0) is None
+
+    async def test_a_released_claim_is_free(self, rig: Rig) -> None:
+        """Releasing is at once; releasing what another has by now takes nothing from it."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, "claim", "release")
+        mine = await storage.claim("key", "mine", 30.0)
+        assert mine is not None
+        await storage.release(mine)
+        assert await other.claim("key", "theirs", 30.0) is not None
+        await storage.release(mine)
+        await storage.release(Claim("no such key", "mine", 0.0))
+        assert await storage.claim("key", "mine", 30.0) is None
+
+    async def test_a_killed_owner_loses_its_claim(self, rig: Rig) -> None:
+        """What a dead process held is held until its time is over, and not longer."""
+        storage = await rig.storage()
+        needs(storage, "claim", "release")
+        other = await rig.elsewhere()
+        began = time.monotonic()
+        assert await other.claim("key", "theirs", 2.0)
+        await other.kill()
+        assert await storage.claim("key", "mine", 30.0) is None
+        assert await wait_for(storage, "key", "mine", 2.0 + rig.subject.slack) is not None
+        assert time.monotonic() - began >= 1.99
+
+    async def test_claims_stay_in_their_namespace(self, rig: Rig) -> None:
+        """The same key of another app is another claim."""
+        storage = await rig.storage()
+        needs(storage, "claim", "release")
+        other = await rig.storage(namespace="other" + rig.namespace)
+        assert await storage.claim("key", "mine", 30.0) is not None
+        theirs = await other.claim("key", "theirs", 30.0)
+        assert theirs is not None
+        await other.release(theirs)
+        assert await storage.claim("key", "theirs", 30.0) is None
+
+
+async def wait_for(storage: Storage, key: str, owner: str, within: float) -> Claim | None:
+    """Claim again and again until it is had."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        claim = await storage.claim(key, owner, 30.0)
+        if claim is not None:
+            return claim
+        await asyncio.sleep(0.02)
+    return None

@@ -1,0 +1,121 @@
+"""Commands to every worker that listens."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from qtasks_conformance.contracts.base import Contract, needs
+from qtasks_conformance.rig import Rig, new_uuid
+from qtasks_conformance.waiting import SOON
+from qtasks_core import Broker, Command
+from qtasks_core.errors import Closed
+
+HELLO = "hello"
+"""What is sent until a listener is known to listen."""
+
+
+class CommandContract(Contract):
+    """`broadcast` and `commands`, where a broker has them."""
+
+    async def test_a_command_reaches_every_listener(self, rig: Rig) -> None:
+        """All who listen hear all commands as they went, in order, the sender as well."""
+        brokers = [await rig.broker() for _ in range(2)]
+        needs(brokers[0], "broadcast", "commands")
+        ears = [await listening(rig, broker, brokers[0]) for broker in (*brokers, brokers[0])]
+        sent = [
+            Command(name="cancel", target=new_uuid()),
+            Command(name="ping"),
+            Command(name="pause", target="größe", arguments={"ключ": "a\nb", "": ""}),
+            *(Command(name="ping", target=str(at)) for at in range(20)),
+        ]
+        for command in sent:
+            await brokers[0].broadcast(command)
+        for ear in ears:
+            assert await heard(ear, len(sent)) == sent
+
+    async def test_a_command_comes_from_another_process(self, rig: Rig) -> None:
+        """Whoever has the broker's address can tell the workers what to do."""
+        broker = await rig.broker()
+        needs(broker, "broadcast", "commands")
+        ear, other = await listening(rig, broker, broker), await rig.elsewhere()
+        command = Command(name="resume", target="q")
+        await other.broadcast(command)
+        assert await heard(ear, 1) == [command]
+
+    async def test_commands_stay_in_their_namespace(self, rig: Rig) -> None:
+        """The workers of another app hear nothing."""
+        broker = await rig.broker()
+        needs(broker, "broadcast", "commands")
+        other = await rig.broker(namespace="other" + rig.namespace)
+        ear = await listening(rig, broker, broker)
+        theirs = await listening(rig, other, other)
+        await broker.broadcast(Command(name="mine"))
+        await other.broadcast(Command(name="theirs"))
+        assert await heard(ear, 1) == [Command(name="mine")]
+        assert await heard(theirs, 1) == [Command(name="theirs")]
+        await asyncio.sleep(0.2)
+        assert ear.empty()
+        assert theirs.empty()
+
+    async def test_stopping_ends_listening(self, rig: Rig) -> None:
+        """A listener that waits raises `Closed`; a cancelled one is gone, and another may come."""
+        broker, sender = await rig.broker(), await rig.broker()
+        needs(broker, "broadcast", "commands")
+        waiting = rig.background(until_the_end(broker, asyncio.Queue()))
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        commands: asyncio.Queue[Command] = asyncio.Queue()
+        waiting = rig.background(until_the_end(broker, commands))
+        await say_hello(commands, sender)
+        await broker.stop()
+        with pytest.raises(Closed):
+            async with asyncio.timeout(SOON):
+                await waiting
+
+
+async def until_the_end(broker: Broker, into: asyncio.Queue[Command]) -> None:
+    """Put what is heard into a queue."""
+    async for command in broker.commands():
+        into.put_nowait(command)
+
+
+async def listening(rig: Rig, broker: Broker, sender: Broker) -> asyncio.Queue[Command]:
+    """Start a listener, and return what it hears once it is known to listen."""
+    commands: asyncio.Queue[Command] = asyncio.Queue()
+    rig.background(until_the_end(broker, commands))
+    await say_hello(commands, sender)
+    return commands
+
+
+async def say_hello(commands: asyncio.Queue[Command], sender: Broker) -> None:
+    """Broadcast until it is heard, then leave nothing of that in the queue."""
+    async with asyncio.timeout(SOON):
+        while commands.empty():
+            await sender.broadcast(Command(name=HELLO))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    first = await commands.get()
+                    commands.put_nowait(first)
+    last = Command(name=HELLO, target=new_uuid())
+    await sender.broadcast(last)
+    async with asyncio.timeout(SOON):
+        while await commands.get() != last:
+            continue
+
+
+async def heard(commands: asyncio.Queue[Command], count: int) -> list[Command]:
+    """Return the next commands, those but for hellos to others."""
+    told: list[Command] = []
+    try:
+        async with asyncio.timeout(SOON):
+            while len(told) < count:
+                command = await commands.get()
+                if command.name != HELLO:
+                    told.append(command)
+    except TimeoutError:
+        raise AssertionError(f"only {told} was heard within {SOON} s") from None
+    return told

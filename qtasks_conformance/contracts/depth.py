@@ -1,0 +1,99 @@
+"""Counting what is in a queue, and dropping it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from qtasks_conformance.contracts.base import Contract, needs
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
+from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.waiting import SOON, assert_silent, collect
+from qtasks_core import Ack, Broker, QueueDepth, Release
+
+
+class DepthContract(Contract):
+    """`depth` and `purge`, where a broker has them."""
+
+    async def test_depth_counts_what_is_where(self, rig: Rig) -> None:
+        """Ready, delayed and in flight are told apart, as far as the transport knows."""
+        broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
+        needs(broker, "depth")
+        await expect_depth(broker, 0, 0, 0)
+        assert_done(await other.publish(rig.messages(5) + rig.messages(2, delay=60.0)))
+        await expect_depth(broker, 5, 2, 0)
+        subscription = await other.subscribe({"q": 3})
+        acked, released, held = await collect(subscription, 3)
+        await expect_depth(broker, 2, 2, 3)
+        outcomes = await subscription.settle([Ack(acked), Release(released)])
+        assert_settled(outcomes, broker.guarantees)
+        await expect_depth(broker, 3, 2, 1)
+        assert_settled(await subscription.settle([Ack(held)]), broker.guarantees)
+
+    async def test_depth_is_of_one_queue_and_namespace(self, rig: Rig) -> None:
+        """What is elsewhere is not counted."""
+        broker = await rig.broker()
+        needs(broker, "depth")
+        other = await rig.broker(namespace="other" + rig.namespace)
+        assert_done(await broker.publish(rig.messages(2, queue="elsewhere")))
+        assert_done(await other.publish(rig.messages(3)))
+        await expect_depth(broker, 0, 0, 0)
+        await expect_depth(broker, 2, 0, 0, "elsewhere")
+        await expect_depth(other, 3, 0, 0)
+
+    async def test_purge_drops_what_is_not_in_flight(self, rig: Rig) -> None:
+        """Delayed messages go too; what is held stays its holder's, and the queue is used on."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        needs(broker, "purge")
+        assert_done(await broker.publish(rig.messages(6)))
+        subscription = await broker.subscribe({"q": 2})
+        held = await collect(subscription, 2)
+        assert_done(await broker.publish(rig.messages(3, delay=1.0)))
+        assert await broker.purge("q") in (7, -1)
+        assert await broker.purge("q") in (0, -1)
+        extended = await subscription.extend(held)
+        assert None not in extended
+        mine = [delivery for delivery in extended if delivery is not None]
+        assert_settled(await subscription.settle([Ack(d) for d in mine]), broker.guarantees)
+        await assert_silent(subscription, 2.0)
+        after = rig.message()
+        assert_done(await broker.publish([after]))
+        assert uuids(await collect(subscription, 1)) == [after.uuid]
+
+    async def test_purge_spares_the_neighbours(self, rig: Rig) -> None:
+        """Other queues, and the same queue of another namespace, keep what they have."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        needs(broker, "purge")
+        other = await rig.broker(namespace="other" + rig.namespace, lease=LONG_LEASE)
+        near, far = rig.message(queue="elsewhere"), rig.message()
+        assert_done(await broker.publish([near, rig.message()]))
+        assert_done(await other.publish([far]))
+        assert await broker.purge("q") in (1, -1)
+        await assert_silent(await broker.subscribe({"q": 10}), 0.3)
+        elsewhere = await broker.subscribe({"elsewhere": 10})
+        assert uuids(await collect(elsewhere, 1, queue="elsewhere")) == [near.uuid]
+        assert uuids(await collect(await other.subscribe({"q": 10}), 1)) == [far.uuid]
+
+
+async def expect_depth(
+    broker: Broker, ready: int, delayed: int, in_flight: int, queue: str = "q"
+) -> None:
+    """Wait until a queue is that deep: a server may count a moment late."""
+    wanted, told = QueueDepth(ready, delayed, in_flight), QueueDepth()
+    try:
+        async with asyncio.timeout(SOON):
+            while (told := await broker.depth(queue)) != wanted:
+                known = [
+                    (here, there)
+                    for here, there in zip(_fields(told), _fields(wanted), strict=True)
+                    if here is not None
+                ]
+                assert known, "a broker that knows nothing of a queue does not support `depth`"
+                if all(here == there for here, there in known):
+                    return
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise AssertionError(f"{told} is not {wanted}") from None
+
+
+def _fields(depth: QueueDepth) -> tuple[int | None, int | None, int | None]:
+    return depth.ready, depth.delayed, depth.in_flight

@@ -1,0 +1,45 @@
+"""Bringing a server to what this release needs, as often and from as many places as one likes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from qtasks_conformance.contracts.base import Contract, needs
+from qtasks_conformance.contracts.delivering import assert_done, uuids
+from qtasks_conformance.rig import Rig
+from qtasks_conformance.waiting import collect
+from qtasks_core import Broker, Storage
+
+
+class BrokerMigrationContract(Contract):
+    """`migrate` of a broker, where it has it."""
+
+    async def test_migrating_a_broker_changes_nothing_that_is_there(self, rig: Rig) -> None:
+        """Before it starts, after, again, and at once from several places."""
+        await asyncio.gather(*(first_migrate(rig.subject.broker.broker()) for _ in range(3)))
+        broker = await rig.broker()
+        needs(broker, "migrate")
+        message = rig.message()
+        assert_done(await broker.publish([message]))
+        await asyncio.gather(broker.migrate(), (await rig.broker()).migrate(), broker.migrate())
+        assert uuids(await collect(await broker.subscribe({"q": 1}), 1)) == [message.uuid]
+
+
+class StorageMigrationContract(Contract):
+    """`migrate` of a storage, where it has it."""
+
+    async def test_migrating_a_storage_changes_nothing_that_is_there(self, rig: Rig) -> None:
+        """Before it starts, after, again, and at once from several places."""
+        await asyncio.gather(*(first_migrate(rig.subject.storage.storage()) for _ in range(3)))
+        storage = await rig.storage()
+        needs(storage, "migrate")
+        record = rig.record("success")
+        assert_done(await storage.save([record]))
+        await asyncio.gather(storage.migrate(), (await rig.storage()).migrate(), storage.migrate())
+        assert await storage.get([record.uuid]) == [record]
+
+
+async def first_migrate(part: Broker | Storage) -> None:
+    """Migrate with a part that was never started, where it supports that at all."""
+    if "migrate" not in part.guarantees.unsupported:
+        await part.migrate()

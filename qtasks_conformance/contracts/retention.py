@@ -1,0 +1,92 @@
+"""The end of records: deleted by hand, or when their time has passed."""
+
+from __future__ import annotations
+
+import time
+
+from msgspec.structs import replace
+
+from qtasks_conformance.contracts.base import Contract, needs
+from qtasks_conformance.contracts.delivering import assert_done
+from qtasks_conformance.rig import Rig, new_uuid
+from qtasks_core import Status, Task, TaskQuery
+
+
+class RetentionContract(Contract):
+    """`delete` and `expire`, where a storage has them."""
+
+    async def test_what_is_deleted_is_gone(self, rig: Rig) -> None:
+        """Whatever its status, for every client; it can be saved anew, even going back."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, "delete")
+        one, two, kept = rig.record("success"), rig.record("process"), rig.record("success")
+        assert_done(await storage.save([one, two, kept]))
+        assert await other.delete([one.uuid, new_uuid(), two.uuid]) == 2
+        assert await storage.get([one.uuid, two.uuid, kept.uuid]) == [None, None, kept]
+        assert await storage.delete([one.uuid]) == 0
+        assert await storage.delete([]) == 0
+        again = replace(one, status="new")
+        assert_done(await storage.save([again]))
+        assert await other.get([one.uuid]) == [again]
+
+    async def test_what_is_deleted_is_gone_from_lists_and_streams(self, rig: Rig) -> None:
+        """Nothing of it is left, and nothing of others is touched."""
+        storage = await rig.storage()
+        needs(storage, "delete", "query", "append", "read")
+        gone, kept = rig.record("error", created_at=1.0), rig.record("error", created_at=2.0)
+        assert_done(await storage.save([gone, kept]))
+        for record in (gone, kept):
+            await storage.append(record.uuid, [b"item"])
+        assert await storage.delete([gone.uuid]) == 1
+        for query in (TaskQuery(), TaskQuery(status=("error",))):
+            assert (await storage.query(query)).tasks == [kept]
+        assert await storage.read(gone.uuid, 0) == []
+        assert [item for _, item in await storage.read(kept.uuid, 0)] == [b"item"]
+
+    async def test_what_has_had_its_time_expires(self, rig: Rig) -> None:
+        """Final records go when their own retention has passed since their end; others stay."""
+        storage = await rig.storage()
+        needs(storage, "expire")
+        over = [ended(rig, status, 100.0, retention=50.0) for status in ("success", "error")]
+        over.append(ended(rig, "cancel", 0.0, retention=0.0))
+        kept = [
+            ended(rig, "success", 100.0, retention=5000.0),
+            ended(rig, "success", 100.0, retention=float("inf")),
+            ended(rig, "success", 100.0),
+            *(rig.record(s, retention=1.0, created_at=1.0) for s in ("new", "process", "retry")),
+        ]
+        assert_done(await storage.save([*over, *kept]))
+        assert await storage.expire() == len(over)
+        assert await storage.get([r.uuid for r in over]) == [None] * len(over)
+        assert await storage.get([r.uuid for r in kept]) == kept
+        assert await storage.expire() == 0
+
+    async def test_a_storage_has_a_retention_of_its_own(self, rig: Rig) -> None:
+        """It counts for records that say nothing, and not for those that do."""
+        needs(await rig.storage(), "expire")
+        storage = await rig.storage(retention=50.0)
+        over, kept = ended(rig, "success", 100.0), ended(rig, "success", 10.0)
+        longer = ended(rig, "success", 100.0, retention=5000.0)
+        assert_done(await storage.save([over, kept, longer]))
+        assert await storage.expire() == 1
+        assert await storage.get([over.uuid, kept.uuid, longer.uuid]) == [None, kept, longer]
+
+    async def test_records_expire_in_their_namespace(self, rig: Rig) -> None:
+        """Neither deleting nor expiring touches the tasks of another app."""
+        storage = await rig.storage()
+        needs(storage, "delete", "expire")
+        other = await rig.storage(namespace="other" + rig.namespace)
+        record = ended(rig, "success", 100.0, retention=1.0)
+        assert_done(await other.save([record]))
+        assert await storage.delete([record.uuid]) == 0
+        assert await storage.expire() == 0
+        assert await other.get([record.uuid]) == [record]
+        assert await other.expire() == 1
+
+
+def ended(rig: Rig, status: Status, ago: float, retention: float | None = None) -> Task:
+    """Return a final record that ended so many seconds ago."""
+    finished = time.time() - ago
+    return rig.record(
+        status, created_at=finished - 1000.0, finished_at=finished, retention=retention
+    )

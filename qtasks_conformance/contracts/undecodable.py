@@ -1,0 +1,61 @@
+"""What another program puts into a queue, and what no release can read."""
+
+from __future__ import annotations
+
+import pytest
+
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled
+from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_core import Ack, Raw, Release, Settlement, TaskMessage
+from qtasks_core.wire import encode_message
+
+FOREIGN = (
+    b"{}",
+    b"\x00\xff not a message",
+    b"\x01",
+    bytes([99]) + encode_message(TaskMessage(uuid="u", task_name="t"))[1:],
+    encode_message(TaskMessage(uuid="u", task_name="t"))[:-1],
+)
+
+
+class UndecodableContract(Contract):
+    """Invariant 6, for messages that cannot be decoded."""
+
+    async def test_what_cannot_be_decoded_is_delivered_raw(self, rig: Rig) -> None:
+        """As it came, with the reason, to be released or acknowledged like any; others go on."""
+        inject = rig.subject.inject
+        if inject is None:
+            pytest.skip("the subject does not say how other programs use the queue")
+        broker = await rig.broker(lease=LONG_LEASE)
+        subscription = await broker.subscribe({"q": 100})
+        first, last = rig.message(), rig.message()
+        assert_done(await broker.publish([first]))
+        for data in FOREIGN:
+            await inject(rig.namespace, "q", data)
+        assert_done(await broker.publish([last]))
+        deliveries = await collect(subscription, len(FOREIGN) + 2)
+        raws = [d for d in deliveries if isinstance(d.message, Raw)]
+        assert sorted(raw_of(d.message) for d in raws) == sorted(FOREIGN)
+        assert {d.queue for d in raws} == {"q"}
+        messages = [d.message for d in deliveries if isinstance(d.message, TaskMessage)]
+        assert sorted(m.uuid for m in messages) == sorted([first.uuid, last.uuid])
+        assert None not in await subscription.extend(raws)
+        released = raws[0]
+        ends: list[Settlement] = [
+            Release(released),
+            *(Ack(d) for d in deliveries if d is not released),
+        ]
+        assert_settled(await subscription.settle(ends), broker.guarantees)
+        (again,) = await collect(subscription, 1)
+        assert raw_of(again.message) == raw_of(released.message)
+        assert_settled(await subscription.settle([Ack(again)]), broker.guarantees)
+        await assert_silent(subscription, 0.5)
+
+
+def raw_of(message: TaskMessage | Raw) -> bytes:
+    """Return the bytes of what could not be decoded; it has to say why."""
+    assert isinstance(message, Raw)
+    assert message.error
+    return message.data

@@ -1,0 +1,168 @@
+"""Small shared values: set, compared and set, listed, watched."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from qtasks_conformance.commands import count_up
+from qtasks_conformance.contracts.base import Contract, needs
+from qtasks_conformance.rig import Rig
+from qtasks_conformance.waiting import SOON
+from qtasks_core import Storage
+from qtasks_core.errors import Closed
+
+VALUES = ("set", "get_value", "values")
+
+
+class ValueContract(Contract):
+    """`set`, `get_value`, `values` and `watch_value`, where a storage has them."""
+
+    async def test_a_value_comes_as_it_went(self, rig: Rig) -> None:
+        """Any bytes, empty ones too; None deletes; other clients see it at once."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, *VALUES)
+        assert await storage.get_value("a/ключ") is None
+        for value in (bytes(range(256)), b"", b"x" * 5000, None, b"again"):
+            assert await storage.set("a/ключ", value)
+            assert await other.get_value("a/ключ") == value
+        assert await storage.set("no such", None)
+        assert await other.get_value("no such") is None
+
+    async def test_a_value_is_set_if_it_is_the_expected(self, rig: Rig) -> None:
+        """`expect` compares; None expects that there is none; without it anything goes."""
+        storage = await rig.storage()
+        needs(storage, *VALUES)
+        assert not await storage.set("key", b"1", expect=b"0")
+        assert await storage.get_value("key") is None
+        assert await storage.set("key", b"1", expect=None)
+        assert not await storage.set("key", b"2", expect=None)
+        assert not await storage.set("key", b"2", expect=b"")
+        assert await storage.get_value("key") == b"1"
+        assert await storage.set("key", b"2", expect=b"1")
+        assert not await storage.set("key", None, expect=b"1")
+        assert await storage.get_value("key") == b"2"
+        assert await storage.set("key", None, expect=b"2")
+        assert await storage.get_value("key") is None
+        assert await storage.set("key", None, expect=None)
+
+    async def test_processes_count_together(self, rig: Rig) -> None:
+        """What is compared and set at once, in two processes, is never overwritten unseen."""
+        storage, here = await rig.storage(), await rig.storage()
+        needs(storage, *VALUES)
+        other = await rig.elsewhere()
+
+        async def count(mine: Storage) -> None:
+            for _ in range(20):
+                await count_up(mine, "count")
+
+        await asyncio.gather(count(storage), count(here), other.increment("count", 20))
+        assert await storage.get_value("count") == b"60"
+
+    async def test_a_value_outlives_its_process(self, rig: Rig) -> None:
+        """A registry names the dead as well, until somebody clears them away."""
+        storage = await rig.storage()
+        needs(storage, *VALUES)
+        other = await rig.elsewhere()
+        await other.set("worker/1", b"alive")
+        await other.kill()
+        assert await storage.get_value("worker/1") == b"alive"
+        assert await storage.values("worker/") == {"worker/1": b"alive"}
+
+    async def test_values_are_listed_by_prefix(self, rig: Rig) -> None:
+        """All that begin so, no pattern in it, and nothing that was deleted."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, *VALUES)
+        there = {
+            "worker/1": b"1", "worker/größe": b"2", "worker/": b"", "worker": b"4", "workers": b"5",
+            "w*": b"6", "w_rker/1": b"7", "worker/😀": b"8",
+        }  # fmt: skip
+        for key, value in there.items():
+            assert await storage.set(key, value)
+        assert await storage.set("worker/gone", b"x")
+        assert await storage.set("worker/gone", None)
+        for prefix in ("worker/", "worker", "w*", "w_", "w", "", "no such"):
+            expected = {key: value for key, value in there.items() if key.startswith(prefix)}
+            assert await other.values(prefix) == expected, prefix
+
+    async def test_a_watcher_sees_changes(self, rig: Rig) -> None:
+        """First what is there, then what other clients and processes make of it."""
+        storage, near = await rig.storage(), await rig.storage()
+        needs(storage, *VALUES, "watch_value")
+        far = await rig.elsewhere()
+        seen = watching(rig, storage, "key")
+        assert await see(seen, None) == [None]
+        assert await near.set("key", b"1")
+        assert await see(seen, b"1") == [b"1"]
+        await far.set("key", b"2")
+        assert await see(seen, b"2") == [b"2"]
+        assert await storage.set("key", None)
+        assert await see(seen, None) == [None]
+        assert await near.set("other", b"3")
+        late = watching(rig, near, "other")
+        assert await see(late, b"3") == [b"3"]
+
+    async def test_a_watcher_sees_the_last_of_many_changes(self, rig: Rig) -> None:
+        """Some may be left out, but none is seen twice, or out of order, or last instead."""
+        storage, near = await rig.storage(), await rig.storage()
+        needs(storage, *VALUES, "watch_value")
+        seen = watching(rig, storage, "key")
+        await see(seen, None)
+        for at in range(100):
+            assert await near.set("key", b"%03d" % at)
+        told = await see(seen, b"099")
+        assert told == sorted({value for value in told if value is not None})
+
+    async def test_stopping_ends_watching(self, rig: Rig) -> None:
+        """A watcher that waits raises `Closed`; a cancelled one is gone, and another may come."""
+        storage = await rig.storage()
+        needs(storage, *VALUES, "watch_value")
+        for end in ("cancel", "stop"):
+            seen: asyncio.Queue[bytes | None] = asyncio.Queue()
+            waiting = rig.background(until_the_end(storage, "key", seen))
+            await see(seen, None)
+            if end == "cancel":
+                waiting.cancel()
+                await asyncio.wait({waiting})
+        await storage.stop()
+        with pytest.raises(Closed):
+            async with asyncio.timeout(SOON):
+                await waiting
+
+    async def test_values_stay_in_their_namespace(self, rig: Rig) -> None:
+        """The same key of another app is another value, and its changes are not seen."""
+        storage = await rig.storage()
+        needs(storage, *VALUES)
+        other = await rig.storage(namespace="other" + rig.namespace)
+        assert await storage.set("key", b"mine")
+        assert await other.get_value("key") is None
+        assert await other.values("") == {}
+        assert await other.set("key", b"theirs", expect=None)
+        assert await storage.get_value("key") == b"mine"
+        assert await storage.values("") == {"key": b"mine"}
+
+
+async def until_the_end(storage: Storage, key: str, into: asyncio.Queue[bytes | None]) -> None:
+    """Put what a watcher sees into a queue."""
+    async for value in storage.watch_value(key):
+        into.put_nowait(value)
+
+
+def watching(rig: Rig, storage: Storage, key: str) -> asyncio.Queue[bytes | None]:
+    """Start a watcher and return what it sees."""
+    seen: asyncio.Queue[bytes | None] = asyncio.Queue()
+    rig.background(until_the_end(storage, key, seen))
+    return seen
+
+
+async def see(seen: asyncio.Queue[bytes | None], until: bytes | None) -> list[bytes | None]:
+    """Return what is seen, up to this value; fails when it does not come."""
+    told: list[bytes | None] = []
+    try:
+        async with asyncio.timeout(SOON):
+            while not told or told[-1] != until:
+                told.append(await seen.get())
+    except TimeoutError:
+        raise AssertionError(f"{until!r} was not seen within {SOON} s, only {told}") from None
+    return told

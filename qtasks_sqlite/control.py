@@ -1,0 +1,112 @@
+"""What is done to queues and workers from outside: counting, purging, commands."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from qtasks_core import Command, QueueDepth
+from qtasks_core.errors import WireError
+from qtasks_core.wire import decode_command, encode_command
+from qtasks_sqlite.connection import Transaction
+from qtasks_sqlite.listening import channel
+
+logger = logging.getLogger("qtasks")
+
+_PURGED = 5000
+"""Messages that one transaction drops."""
+_KEPT = 600.0
+"""Seconds that a command is kept for listeners who are slow to look."""
+
+
+def counting(namespace: int, queue: str) -> Callable[[Transaction], QueueDepth]:
+    """Return the work that counts by what a receiver would find now."""
+
+    def count(turn: Transaction) -> QueueDepth:
+        number = turn.known_queue(namespace, queue)
+        if number is None:
+            return QueueDepth(0, 0, 0)
+        these, now = "FROM qtasks_messages WHERE queue = ? AND wake_at", time.time()
+        (ready,) = turn.execute(f"SELECT count(*) {these} IS NULL", (number,)).fetchone()
+        (due,) = turn.execute(f"SELECT count(*) {these} <= ?", (number, now)).fetchone()
+        waiting, held = turn.execute(
+            f"SELECT count(*), coalesce(sum(holder != 0), 0) {these} > ?", (number, now)
+        ).fetchone()
+        return QueueDepth(ready=ready + due, delayed=waiting - held, in_flight=held)
+
+    return count
+
+
+def purging(namespace: int, queue: str) -> Callable[[Transaction], tuple[int, bool]]:
+    """Return the work that drops some of what is not in flight; says how many, and if all."""
+
+    def purge(turn: Transaction) -> tuple[int, bool]:
+        number = turn.known_queue(namespace, queue)
+        if number is None:
+            return 0, True
+        dropped = sum(
+            turn.execute(
+                "DELETE FROM qtasks_messages WHERE id IN (SELECT id FROM qtasks_messages "
+                f"WHERE queue = ? AND {which} LIMIT {_PURGED})",
+                (number, *values),
+            ).rowcount
+            for which, values in (
+                ("wake_at IS NULL", ()),
+                ("wake_at IS NOT NULL AND (holder = 0 OR wake_at <= ?)", (time.time(),)),
+            )
+        )
+        return dropped, dropped < _PURGED
+
+    return purge
+
+
+def sending(namespace: int, command: Command) -> Callable[[Transaction], None]:
+    """Return the work that writes a command down and rings who listens."""
+    data = encode_command(command)
+
+    def send(turn: Transaction) -> None:
+        now = time.time()
+        turn.execute("DELETE FROM qtasks_commands WHERE sent_at < ?", (now - _KEPT,))
+        turn.execute(
+            "INSERT INTO qtasks_commands (namespace, sent_at, data) VALUES (?, ?, ?)",
+            (namespace, now, data),
+        )
+        number = turn.known_queue(namespace, channel("commands"))
+        if number is not None:
+            turn.rung_queues.add(number)
+
+    return send
+
+
+class Heard:
+    """The looks of one listener: each finds the commands behind those of the last one."""
+
+    def __init__(self, namespace: int) -> None:
+        self._namespace = namespace
+        self._last = 0
+
+    def number(self, turn: Transaction) -> int:
+        """Return the number of the channel, and begin behind what was sent before."""
+        (last,) = turn.execute("SELECT coalesce(max(id), 0) FROM qtasks_commands").fetchone()
+        self._last = last
+        return turn.queue(self._namespace, channel("commands"))
+
+    def look(self, turn: Transaction) -> list[Command]:
+        """Return what is new, in the order in which it was sent."""
+        rows = turn.execute(
+            "SELECT id, data FROM qtasks_commands WHERE namespace = ? AND id > ? ORDER BY id",
+            (self._namespace, self._last),
+        ).fetchall()
+        commands: list[Command] = []
+        # After the commit: a transaction that fails is done again, and must find them again.
+        turn.after_commit(lambda: self._go_on_behind(rows[-1][0] if rows else self._last))
+        for _, data in rows:
+            try:
+                commands.append(decode_command(data))
+            except WireError as error:
+                logger.warning("a command was passed over: %s", error)
+        return commands
+
+    def _go_on_behind(self, number: int) -> None:
+        self._last = number

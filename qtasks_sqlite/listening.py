@@ -1,0 +1,63 @@
+"""Following what other processes write: commands, and changes of shared values."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
+
+from qtasks_core.errors import Closed
+from qtasks_sqlite.connection import Database, Transaction
+from qtasks_sqlite.doorbell import Bell
+
+T = TypeVar("T")
+
+
+def channel(name: str) -> str:
+    """Return what stands for a channel among the queues, whose numbers the doorbell knows.
+
+    No queue is called so: the name begins with a byte that no user writes.
+    """
+    return f"\0{name}"
+
+
+class Listeners:
+    """The bells of one part's iterators, so that stopping the part ends them all."""
+
+    def __init__(self) -> None:
+        self._bells: set[Bell] = set()
+
+    async def follow(
+        self,
+        database: Database,
+        number: Callable[[Transaction], int],
+        look: Callable[[Transaction], Sequence[T]],
+    ) -> AsyncIterator[T]:
+        """Yield what `look` finds new, now and whenever the channel of that number is rung.
+
+        The steps of each look are those of a listener that is about to sleep: see `doorbell`.
+        """
+        bell = Bell(database.doorbell)
+        self._bells.add(bell)
+        try:
+            channel = await database.write(number)
+            while bell in self._bells:
+                bell.sleep_for([channel])
+                found = await database.write(look)
+                if found:
+                    bell.awake()
+                    for item in found:
+                        yield item
+                else:
+                    await bell.wait()
+                    bell.awake()
+        finally:
+            self._bells.discard(bell)
+            bell.close()
+        raise Closed("the part that was listened to is stopped")
+
+    def stop(self) -> None:
+        """End all iterators."""
+        bells = list(self._bells)
+        self._bells.clear()
+        for bell in bells:
+            bell.wake()

@@ -1,0 +1,93 @@
+"""What goes wrong before a command can do its work: one clear line, no password, an exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import Command
+
+
+@pytest.mark.parametrize(
+    ("app", "message"),
+    [
+        ("nowhere:app", "qtasks: -A nowhere: ModuleNotFoundError: No module named 'nowhere'"),
+        (
+            "tests.cli.shop:nothing",
+            "qtasks: -A tests.cli.shop:nothing: that does not name an app; "
+            "write tests.cli.shop:app",
+        ),
+        (
+            "tests.cli.shop",
+            "qtasks: -A tests.cli.shop: that does not name an app; write tests.cli.shop:app",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "queues"])
+def test_a_wrong_path_of_the_app(qtasks: Command, command: str, app: str, message: str) -> None:
+    said = qtasks(command, app=app)
+    assert (said.code, said.out, said.error) == (2, "", message)
+
+
+def test_a_module_that_cannot_be_imported_is_named_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("x = 1\nx / 0\n")
+    said = Command({}, tmp_path)("queues", app="broken:app")
+    assert said.code == 2
+    where = f"{tmp_path}/broken.py:2"
+    assert said.error == f"qtasks: -A broken: ZeroDivisionError: division by zero ({where})"
+
+
+def test_the_environment_names_the_app_as_well() -> None:
+    said = Command({"QTASKS_APP": "nowhere:app"})("queues", app=None)
+    assert said.code == 2
+    assert (
+        said.error == "qtasks: QTASKS_APP nowhere: ModuleNotFoundError: No module named 'nowhere'"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hidden@127.0.0.1:1/0",
+        "postgresql://me:hidden@127.0.0.1:1/x",
+        "amqp://me:hidden@127.0.0.1:1",
+        "kafka://127.0.0.1:1",
+    ],
+)
+@pytest.mark.parametrize("arguments", [("queues",), ("call", "add", "1", "2")])
+def test_a_server_out_of_reach(url: str, arguments: tuple[str, ...]) -> None:
+    said = Command({"QTASKS_BROKER_URL": url})(*arguments)
+    assert (said.code, said.out) == (3, "")
+    assert "127.0.0.1" in said.error
+    assert "hidden" not in said.error
+
+
+def test_a_worker_without_tasks_would_put_back_all_it_gets(qtasks: Command) -> None:
+    said = qtasks("run", app=None)
+    assert (said.code, said.out) == (2, "")
+    assert said.error.startswith("qtasks: no task is known that a worker could run")
+
+
+def test_a_time_that_is_none(qtasks: Command) -> None:
+    said = qtasks("tasks", "--after", "soon")
+    assert said.code == 2
+    assert "'soon' is not a time like 2030-01-31T12:00" in said.err
+
+
+def test_a_scheme_that_nobody_serves() -> None:
+    said = Command({"QTASKS_BROKER_URL": "foo://me:hidden@host"})("queues", app=None)
+    assert said.code == 2
+    assert said.error.startswith("qtasks: no backend for foo:// is installed; there are: amqp,")
+
+
+def test_a_directory_that_is_not_there() -> None:
+    said = Command({"QTASKS_BROKER_URL": "sqlite:////nowhere/qtasks.db"})("queues", app=None)
+    assert (said.code, said.error) == (2, "qtasks: /nowhere is not a directory: create it first")
+
+
+def test_the_embedded_default_says_where_it_is(tmp_path: Path) -> None:
+    said = Command({"XDG_DATA_HOME": str(tmp_path)})("guarantees", "--json", app=None)
+    assert said.code == 0
+    assert said.json["broker"]["part"] == "SqliteBroker"
+    assert said.error.endswith(f"using the embedded default, sqlite:///{tmp_path}/qtasks/qtasks.db")

@@ -1,0 +1,116 @@
+"""Tasks that misbehave: each ends with an error that says so, and the rest of the queue goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from qtasks import SerializationError
+from qtasks.asyncio import QueueTasks
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+def nested(depth: int) -> list[object]:
+    value: list[object] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def fall(n: int) -> int:
+    return fall(n + 1)
+
+
+@pytest.mark.parametrize("as_coroutine", [False, True])
+@pytest.mark.parametrize(
+    ("what", "says", "dead"),
+    [
+        ("recursion", "RecursionError: maximum recursion depth", "no retry is configured"),
+        ("unspeakable", "Unspeakable: (its message", "no retry is configured"),
+        ("surrogate", "ValueError: no file \\udcff", "no retry is configured"),
+        ("object", "would not come back as it is", "unstorable result"),
+        ("nested", "RecursionError", "unstorable result"),
+        ("surrogate result", "surrogates not allowed", "unstorable result"),
+        ("large", "bytes, the limit is 1048576", "unstorable result"),
+    ],
+)
+async def test_its_task_fails_and_the_others_go_on(
+    app: QueueTasks, what: str, says: str, dead: str, as_coroutine: bool
+) -> None:
+    def misbehave(what: str) -> Any:
+        if what == "recursion":
+            return fall(0)
+        if what == "unspeakable":
+            raise Unspeakable
+        if what == "surrogate":
+            raise ValueError("no file \udcff")
+        return {
+            "object": object(),
+            "nested": nested(5000),
+            "surrogate result": "\udcff",
+            "large": "x" * 2_000_000,
+        }[what]
+
+    async def misbehave_async(what: str) -> Any:
+        return misbehave(what)
+
+    misbehaving = app.task("misbehave")(misbehave_async if as_coroutine else misbehave)
+
+    @app.task()
+    async def fine() -> str:
+        return "fine"
+
+    async with app.worker():
+        ended = await misbehaving.add_task(what, timeout=10)
+        assert (ended.status, ended.attempt, ended.dead) == ("error", 1, dead)
+        assert says in (ended.error or "")
+        assert (await fine.add_task(timeout=5)).returning == "fine"
+
+
+async def test_the_limit_of_a_result_is_the_apps() -> None:
+    app = QueueTasks("limited", "memory://", max_payload=100)
+
+    @app.task()
+    async def text(length: int) -> str:
+        return "x" * length
+
+    @app.task(store_result=False)
+    async def unstored(length: int) -> str:
+        return "x" * length
+
+    async with app.worker():
+        assert (await text.add_task(90, timeout=5)).status == "success"
+        assert (await text.add_task(200, timeout=5)).dead == "unstorable result"
+        assert (await unstored.add_task(200, timeout=5)).status == "success"
+
+
+async def test_a_nested_argument_that_cannot_travel_is_told(app: QueueTasks) -> None:
+    @app.task()
+    async def take(value): ...  # type: ignore[no-untyped-def]
+
+    async with app:
+        with pytest.raises(SerializationError, match="argument 'value'"):
+            await take.add_task(nested(5000))
+
+
+def test_forks_and_a_closed_stdout_do_not_stop_a_worker() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.engine.hostile"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if not line.startswith("task ")]
+    assert said == [
+        "fork_thread success parent",
+        "fork success parent",
+        "close_stdout success None",
+        "use_closed error ValueError: I/O operation on closed file.",
+        "fine success fine",
+    ]
+    assert (done.stdout, done.returncode) == ("about to close\n", 0)

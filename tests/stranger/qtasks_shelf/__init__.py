@@ -1,0 +1,23 @@
+"""A backend for QTasks: messages and records on a shelf."""
+
+from qtasks_core import Backend
+from qtasks_core.urls import take_options
+from qtasks_shelf.broker import ShelfBroker
+from qtasks_shelf.storage import ShelfStorage
+
+
+class ShelfBackend(Backend):
+    """Answers for `shelf://NAME?lease=SECONDS`."""
+
+    contract = 1
+
+    def broker(self, url: str) -> ShelfBroker:
+        rest, options = take_options(url, {"lease": float})
+        return ShelfBroker(rest.partition("://")[2], **options)
+
+    def storage(self, url: str) -> ShelfStorage:
+        rest, _ = take_options(url, {"lease": float})
+        return ShelfStorage(rest.partition("://")[2])
+
+
+__all__ = ["ShelfBackend", "ShelfBroker", "ShelfStorage"]

@@ -1,0 +1,154 @@
+"""A broker on a shelf."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from qtasks_core import (
+    DONE,
+    LOST,
+    Broker,
+    Delivery,
+    Guarantees,
+    Outcome,
+    Release,
+    Retry,
+    Settlement,
+    Subscription,
+    TaskMessage,
+)
+from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.recent import Recent
+from qtasks_core.wire import decode_message, encode_message
+from qtasks_shelf.shelf import Row, Shelf, connect
+
+
+class ShelfBroker(Broker):
+    def __init__(self, name: str = "", *, lease: float = 30.0) -> None:
+        self._name = name
+        self.lease = lease
+        self._shelf: Shelf | None = None
+        self._subscriptions: list[ShelfSubscription] = []
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return Guarantees(
+            part="ShelfBroker",
+            survives="nothing",
+            durability="messages end with the process",
+            lease=self.lease,
+            counts_deliveries=True,
+            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
+        )
+
+    async def start(self, namespace: str) -> None:
+        self._shelf = connect(self._name, namespace)
+
+    async def stop(self) -> None:
+        for subscription in self._subscriptions:
+            await subscription.close()
+        self._shelf = None
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        refuse_transaction(self, transaction)
+        shelf = self.started()
+        for message in messages:
+            shelf.put(message.queue, encode_message(message), message.delay)
+        return [DONE] * len(messages)
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        subscription = ShelfSubscription(self.started(), self.lease)
+        self._subscriptions.append(subscription)
+        return subscription
+
+    def started(self) -> Shelf:
+        if self._shelf is None:
+            raise Closed("ShelfBroker is not started")
+        return self._shelf
+
+
+class ShelfSubscription(Subscription):
+    """The fence is the row's number and that of the delivery."""
+
+    def __init__(self, shelf: Shelf, lease: float) -> None:
+        self._shelf = shelf
+        self._lease = lease
+        self._loop = asyncio.get_running_loop()
+        self._bell = asyncio.Event()
+        shelf.waiting.add(self._bell)
+        self._settled = Recent()
+        self._open = True
+
+    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        while self._open:
+            # Cleared before the look: what is put from here on rings again.
+            self._bell.clear()
+            deliveries = self._take(wanted, limit)
+            if deliveries:
+                return deliveries
+            moments = [row.wake_at for row in self._shelf.rows.values() if row.queue in wanted]
+            try:
+                async with asyncio.timeout_at(min(moments, default=None)):
+                    await self._bell.wait()
+            except TimeoutError:
+                continue
+        raise Closed("the subscription is closed")
+
+    def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        now = self._loop.time()
+        room = dict(wanted)
+        deliveries: list[Delivery] = []
+        for number, row in self._shelf.rows.items():
+            if row.wake_at > now or room.get(row.queue, 0) <= 0 or len(deliveries) >= limit:
+                continue
+            room[row.queue] -= 1
+            row.wake_at = now + self._lease
+            row.holder = next(self._shelf.numbers)
+            row.deliveries += 1
+            message = decode_message(row.data)
+            deliveries.append(Delivery(message, row.queue, (number, row.holder), row.deliveries))
+        return deliveries
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        return [self._settle(settlement) for settlement in settlements]
+
+    def _settle(self, settlement: Settlement) -> Outcome:
+        fence = settlement.delivery.fence
+        if fence in self._settled:
+            return DONE
+        row = self._mine(fence)
+        if row is None:
+            return LOST
+        self._settled.add(fence)
+        if isinstance(settlement, Release):
+            row.wake_at = row.holder = 0
+            self._shelf.ring()
+            return DONE
+        del self._shelf.rows[fence[0]]
+        if isinstance(settlement, Retry):
+            message = settlement.message
+            self._shelf.put(message.queue, encode_message(message), message.delay)
+        return DONE
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        extended: list[Delivery | None] = []
+        for delivery in deliveries:
+            row = self._mine(delivery.fence)
+            if row is not None:
+                row.wake_at = self._loop.time() + self._lease
+            extended.append(delivery if row is not None else None)
+        return extended
+
+    def _mine(self, fence: tuple[int, int]) -> Row | None:
+        number, holder = fence
+        row = self._shelf.rows.get(number)
+        held = row is not None and row.holder == holder and row.wake_at > self._loop.time()
+        return row if held else None
+
+    async def close(self) -> None:
+        self._open = False
+        self._shelf.waiting.discard(self._bell)
+        self._bell.set()

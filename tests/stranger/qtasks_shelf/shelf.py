@@ -1,0 +1,46 @@
+"""What stands for a server here: it keeps bytes, and tells who waits that something changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from itertools import count
+
+
+class Row:
+    """A message: nobody gets it before `wake_at`, which is when it is due or its lease over."""
+
+    def __init__(self, queue: str, data: bytes, wake_at: float) -> None:
+        self.queue = queue
+        self.data = data
+        self.wake_at = wake_at
+        self.holder = 0
+        self.deliveries = 0
+
+
+class Shelf:
+    """All that one namespace keeps."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Row] = {}
+        self.numbers = count(1)
+        self.waiting: set[asyncio.Event] = set()
+        self.records: dict[str, bytes] = {}
+        self.boxes: dict[str, asyncio.Queue[bytes]] = {}
+        self.watchers: defaultdict[str, set[str]] = defaultdict(set)
+
+    def put(self, queue: str, data: bytes, delay: float) -> None:
+        now = asyncio.get_running_loop().time()
+        self.rows[next(self.numbers)] = Row(queue, data, now + delay)
+        self.ring()
+
+    def ring(self) -> None:
+        for bell in self.waiting:
+            bell.set()
+
+
+_shelves: defaultdict[tuple[str, str], Shelf] = defaultdict(Shelf)
+
+
+def connect(name: str, namespace: str) -> Shelf:
+    return _shelves[name, namespace]

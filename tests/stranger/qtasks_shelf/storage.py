@@ -1,0 +1,102 @@
+"""A storage on a shelf."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from uuid import uuid4
+
+from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
+from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.records import FINAL, judge
+from qtasks_core.wire import decode_task, encode_task
+from qtasks_shelf.shelf import Shelf, connect
+
+
+class ShelfStorage(Storage):
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+        self._shelf: Shelf | None = None
+
+    @property
+    def guarantees(self) -> Guarantees:
+        return Guarantees(
+            part="ShelfStorage",
+            survives="nothing",
+            durability="records end with the process",
+            unsupported=(
+                "query", "claim", "release", "set", "get_value", "values", "watch_value",
+                "append", "read", "delete", "expire", "migrate",
+            ),
+        )  # fmt: skip
+
+    async def start(self, namespace: str) -> None:
+        self._shelf = connect(self._name, namespace)
+
+    async def stop(self) -> None:
+        self._shelf = None
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        refuse_transaction(self, transaction)
+        shelf = self.started()
+        return [self._save(shelf, task) for task in tasks]
+
+    def _save(self, shelf: Shelf, task: Task) -> Outcome:
+        data = shelf.records.get(task.uuid)
+        stored = decode_task(data) if data is not None else None
+        verdict = judge(task, stored)
+        if verdict == "refuse":
+            return Outcome("refused", "a newer record is there", stored)
+        if verdict == "accept":
+            shelf.records[task.uuid] = data = encode_task(task)
+            if task.status in FINAL:
+                for address in {task.reply_to or "", *shelf.watchers.pop(task.uuid, ())}:
+                    if address in shelf.boxes:
+                        shelf.boxes[address].put_nowait(data)
+        return DONE
+
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        found = [self.started().records.get(uuid) for uuid in uuids]
+        return [decode_task(data) if data is not None else None for data in found]
+
+    async def inbox(self) -> Inbox:
+        return ShelfInbox(self.started())
+
+    def started(self) -> Shelf:
+        if self._shelf is None:
+            raise Closed("ShelfStorage is not started")
+        return self._shelf
+
+
+class ShelfInbox(Inbox):
+    """A box under an address; the shelf never loses a connection, so nothing is read again."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+        self._address = str(uuid4())
+        self._box = shelf.boxes[self._address] = asyncio.Queue()
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def expect(self, uuids: Iterable[str]) -> None:
+        """Nothing to do: what is sent to a box stays in it."""
+
+    async def watch(self, uuids: Sequence[str]) -> None:
+        for uuid in uuids:
+            data = self._shelf.records.get(uuid)
+            if data is not None and decode_task(data).status in FINAL:
+                self._box.put_nowait(data)
+            else:
+                self._shelf.watchers[uuid].add(self._address)
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        for uuid in uuids:
+            self._shelf.watchers[uuid].discard(self._address)
+
+    async def receive(self) -> list[Task]:
+        return [decode_task(await self._box.get())]
+
+    async def close(self) -> None:
+        self._shelf.boxes.pop(self._address, None)

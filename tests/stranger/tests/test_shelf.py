@@ -1,0 +1,46 @@
+"""The contracts of QTasks, on this backend."""
+
+import pytest
+
+from qtasks_conformance import (
+    BrokerContract,
+    Least,
+    PairContract,
+    Part,
+    StorageContract,
+    Subject,
+)
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return Subject(
+        broker=Part("qtasks_shelf:ShelfBroker", {"lease": 1.0}),
+        storage=Part("qtasks_shelf:ShelfStorage"),
+        lease=1.0,
+        ends_with_process=True,
+        least_broker=Least(
+            settle_confirmed=True,
+            counts_deliveries=True,
+            lacks=("depth", "purge", "broadcast", "commands", "migrate"),
+        ),
+        least_storage=Least(
+            settle_confirmed=True,
+            lacks=(
+                "query", "claim", "release", "set", "get_value", "values", "watch_value",
+                "append", "read", "delete", "expire", "migrate",
+            ),
+        ),
+    )  # fmt: skip
+
+
+class TestShelfBroker(BrokerContract):
+    pass
+
+
+class TestShelfStorage(StorageContract):
+    pass
+
+
+class TestShelfPair(PairContract):
+    pass
