@@ -13,6 +13,7 @@ from qtasks_memory import MemoryBroker, MemoryStorage
 from tests.faces.descriptors import needs_proc
 from tests.processes import Process
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 BACKENDS = ["sqlite", "redis", "postgres", "rabbitmq", "kafka"]
 
 
@@ -23,7 +24,8 @@ BACKENDS = ["sqlite", "redis", "postgres", "rabbitmq", "kafka"]
 def test_both_sides_of_a_fork_go_on(whose: str, backend: str, environment: dict[str, str]) -> None:
     # SQLite's doorbells are rung through a socket that is connected to nobody.
     inherited = 2 if backend == "sqlite" else 1
-    with Process("-m", "tests.faces.forking", whose, environment=environment) as program:
+    quiet = ("-W", "ignore::DeprecationWarning")  # of Python 3.12 and newer, for any such fork
+    with Process(*quiet, "-m", "tests.faces.forking", whose, environment=environment) as program:
         code = program.wait(100)
         said = program.output()
         assert code == 0, said
