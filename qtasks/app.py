@@ -7,12 +7,13 @@ import traceback
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.io_thread import refuse_running_loop
-from qtasks.lifecycle import START_TIMEOUT, process_lock
+from qtasks.lifecycle import START_TIMEOUT
 from qtasks.parts import given_parts
 from qtasks.serializers import MsgpackSerializer
 from qtasks.submitting import Submitting
@@ -121,17 +122,28 @@ class App(Submitting):
 
 
 _default: App | None = None
+_default_lock = RLock()  # the module that QTASKS_APP names may ask for the app it is
 
 
 def default_app() -> App:
     """Return `QTASKS_APP=module:app`, else the process's default app, which starts by itself."""
     global _default
-    with process_lock():
+    with _default_lock:
         if _default is None:
             named = os.environ.get("QTASKS_APP")
             _default = import_app(named, "QTASKS_APP") if named else App()
             _default.starts_itself = True
         return _default
+
+
+def _renew_lock_in_child() -> None:
+    # Another thread may have held the lock at the fork, and does not exist in the child.
+    global _default_lock
+    _default_lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock_in_child)
 
 
 def import_app(path: str, named_by: str) -> App:

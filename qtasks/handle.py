@@ -104,12 +104,9 @@ class Handle(Generic[R]):
             # Without a stored result the task returned, as far as one can know, nothing.
             return self._decode(record.returning) if record.returning is not None else None  # type: ignore[return-value]
         if record.status == "error":
-            raise TaskFailed(
-                f"task {record.task_name} {record.uuid} failed: {record.error}"
-                + (f"\n\n{record.traceback}" if record.traceback else "")
-            )
+            raise TaskFailed(record)
         if record.status == "cancel":
-            raise TaskCancelled(f"task {record.task_name} {record.uuid} was cancelled")
+            raise TaskCancelled(record)
         raise TaskNotFinished(f"task {record.task_name} {record.uuid} is in {record.status!r}")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -13,24 +13,30 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from qtasks.engine.backoff import repeat
 from qtasks.engine.client import Client
-from qtasks.engine.io_thread import IOThread, io_thread, refuse_running_loop
+from qtasks.engine.io_thread import IOThread, io_thread, refuse_running_loop, running_io_thread
 from qtasks.parts import built_parts
 from qtasks_core import Broker, Guarantees, Storage
-from qtasks_core.errors import Closed
+from qtasks_core.errors import Closed, QTasksError
 
+logger = logging.getLogger("qtasks")
 P = ParamSpec("P")
 R = TypeVar("R")
 
 START_TIMEOUT = 10.0
 """Seconds in which the parts have to be reached when an app is entered."""
+_EXIT_TIMEOUT = 5.0
+"""Seconds that an exiting process waits for its default app to disconnect."""
 
 
-class _Entry:
-    """One start of an app, while it is under way and after."""
+class Life:
+    """What of an app lives on one I/O thread, and so ends in a fork's child."""
 
     def __init__(self) -> None:
-        self.task: asyncio.Task[Any] | None = None
-        self.counted = False
+        self.client: Client | None = None
+        self.entered = 0
+        self.by_itself = False
+        """One of the entries is nobody's: the app started at its first use."""
+        self.changing = asyncio.Lock()
 
 
 class Lifecycle:
@@ -40,12 +46,8 @@ class Lifecycle:
         self.name = name
         self._given = broker, storage
         self.broker, self.storage = built_parts(broker, storage)
-        self._entered = 0
-        self._client: Client | None = None
-        self._thread: IOThread | None = None
-        self._changing = asyncio.Lock()
-        self._inherited: list[object] = []
-        self._closes_itself = False
+        self._started_in: int | None = None
+        self._closes_at_exit = False
         self.starts_itself = False
         """Start at first use and close at exit: only the process's default app does."""
 
@@ -55,113 +57,94 @@ class Lifecycle:
 
     async def start(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
-        thread, entry = self._io(), _Entry()
-        try:
-            await thread.run(self._start, timeout, entry)
-        except asyncio.CancelledError:
-            thread.spawn(self._give_up, entry)
-            raise
+        await io_thread().run(self._start, timeout, undo=self._stop)
 
     async def stop(self) -> None:
         """Disconnect with the last of nested stops."""
-        await self._io().run(self._stop)
+        await io_thread().run(self._stop)
 
     def start_blocking(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts from a thread without a loop."""
-        thread, entry = self._io(), _Entry()
-        try:
-            thread.run_blocking(self._start, timeout, entry)
-        except KeyboardInterrupt:
-            thread.spawn(self._give_up, entry)
-            raise
+        io_thread().run_blocking(self._start, timeout, undo=self._stop)
 
     def stop_blocking(self) -> None:
         """Disconnect from a thread without a loop."""
-        self._io().run_blocking(self._stop)
+        io_thread().run_blocking(self._stop)
 
-    def _io(self) -> IOThread:
-        """Return the process's I/O thread; in a forked child all that was started is gone."""
-        thread = io_thread()
-        if thread is not self._thread:
-            with process_lock():
-                if thread is not self._thread:
-                    self._renew(thread)
-        return thread
+    async def _start(self, timeout: float) -> None:
+        life = self._life()
+        async with life.changing:
+            await self._connect(life, timeout)
+            life.entered += 1
 
-    def _renew(self, thread: IOThread) -> None:
-        """Begin anew on this process's I/O thread. Raises `Closed` where that cannot be."""
-        if self._client is not None:
-            if not all(isinstance(given, str) for given in self._given):
-                raise Closed(
-                    f"the app {self.name!r} was forked while it was started; give its parts as "
-                    "URLs, from which a child builds its own, or fork before the app is used"
-                )
-            # Kept for ever: even to close them would disturb the parent's connections.
-            self._inherited += (self._client, self.broker, self.storage)
-            self.broker, self.storage = built_parts(*self._given)
-        self._client, self._entered, self._changing = None, 0, asyncio.Lock()
-        self._thread = thread
+    async def _start_by_itself(self) -> None:
+        life = self._life()
+        async with life.changing:
+            await self._connect(life, START_TIMEOUT)
+            if not life.by_itself:
+                life.by_itself = True
+                life.entered += 1
+        if not self._closes_at_exit:
+            self._closes_at_exit = True
+            atexit.register(self._close_at_exit)
 
-    async def _start(self, timeout: float, entry: _Entry) -> None:
-        entry.task = asyncio.current_task()
-        async with self._changing:
-            if self._client is None:
-                client = Client(self.name, self.broker, self.storage)
-                await client.start(asyncio.get_running_loop().time() + timeout)
-                self._client = client
-            self._entered += 1
-            entry.counted = True
+    def _life(self) -> Life:
+        """Return the life of this app here, on the I/O thread."""
+        return io_thread().lives.setdefault(self, Life())
 
-    async def _give_up(self, entry: _Entry) -> None:
-        """Take back a start whose caller does not wait for it any more."""
-        if entry.counted:
-            await self._stop()
-        elif entry.task is not None:
-            entry.task.cancel()
+    async def _connect(self, life: Life, timeout: float) -> None:
+        if life.client is not None:
+            return
+        if self._started_in not in (None, os.getpid()):
+            self._build_anew()
+        client = Client(self.name, self.broker, self.storage)
+        self._started_in = os.getpid()
+        await client.start(asyncio.get_running_loop().time() + timeout)
+        life.client = client
+
+    def _build_anew(self) -> None:
+        """Replace parts that a parent has started. Raises `Closed` where that cannot be."""
+        if not all(isinstance(given, str) for given in self._given):
+            raise Closed(
+                f"the app {self.name!r} was forked while it was started; give its parts as "
+                "URLs, from which a child builds its own, or fork before the app is used"
+            )
+        self.broker, self.storage = built_parts(*self._given)
 
     async def _stop(self) -> None:
-        async with self._changing:
-            if self._entered == 0:
-                # A forked child leaves a block that its parent has entered.
-                return
-            self._entered -= 1
-            if self._entered == 0 and self._client is not None:
-                client, self._client = self._client, None
+        life = self._life()
+        async with life.changing:
+            # In a child that was forked between the two there is nothing to stop.
+            life.entered = max(0, life.entered - 1)
+            if life.entered == 0 and life.client is not None:
+                client, life.client, life.by_itself = life.client, None, False
                 await client.stop()
+                self._started_in = None
 
     @property
     def client(self) -> Client:
         """The engine's client while the app is started; it lives on the I/O thread."""
-        client = self._client_now()[1]
-        if client is None:
+        life = io_thread().lives.get(self)
+        if life is None or life.client is None:
             raise self._not_started()
-        return client
-
-    def _client_now(self) -> tuple[IOThread, Client | None]:
-        return self._io(), self._client
+        return life.client
 
     async def ready(self) -> tuple[IOThread, Client]:
         """Return the I/O thread and the client on it. Raises `Closed` when nothing is started."""
-        thread, client = self._client_now()
-        if client is None and self.starts_itself:
-            await self.start()
-            self._close_with_process()
-            thread, client = self._client_now()
-        if client is None:
-            raise self._not_started()
-        return thread, client
+        thread = io_thread()
+        life = thread.lives.get(self)
+        if (life is None or life.client is None) and self.starts_itself:
+            await thread.run(self._start_by_itself)
+        return thread, self.client
 
     def ready_blocking(self) -> tuple[IOThread, Client]:
         """Do as `ready`, from a thread without a loop."""
         refuse_running_loop()
-        thread, client = self._client_now()
-        if client is None and self.starts_itself:
-            self.start_blocking()
-            self._close_with_process()
-            thread, client = self._client_now()
-        if client is None:
-            raise self._not_started()
-        return thread, client
+        thread = io_thread()
+        life = thread.lives.get(self)
+        if (life is None or life.client is None) and self.starts_itself:
+            thread.run_blocking(self._start_by_itself)
+        return thread, self.client
 
     async def control(
         self,
@@ -196,33 +179,14 @@ class Lifecycle:
             "(or 'with app:'), or in a task that its worker runs"
         )
 
-    def _close_with_process(self) -> None:
-        with process_lock():
-            if not self._closes_itself:
-                # Before `atexit`, when threads that parts work in have been ended already.
-                register = getattr(threading, "_register_atexit", atexit.register)
-                register(self._close_at_exit)
-                self._closes_itself = True
-
     def _close_at_exit(self) -> None:
-        # Not in a child that was forked since: it has nothing to close.
-        thread, client = self._thread, self._client
-        if thread is not None and client is not None and thread.pid == os.getpid():
-            thread.run_blocking(self._stop)
-
-
-_lock = threading.RLock()
-
-
-def process_lock() -> threading.RLock:
-    """Return the lock over what this process has one of: its apps' threads, its default app."""
-    return _lock
-
-
-def _renew_lock_in_child() -> None:
-    # Another thread may have held the lock at the fork, and does not exist in the child.
-    global _lock
-    _lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_renew_lock_in_child)
+        thread = running_io_thread()  # none in a child that has not used the app
+        life = thread.lives.get(self) if thread is not None else None
+        if thread is None or life is None or life.client is None:
+            return
+        # Daemon threads that wait end with the process, which is no error of theirs.
+        thread.post(life.client.forget_all)
+        try:
+            thread.run_blocking(self._stop, timeout=_EXIT_TIMEOUT)
+        except (QTasksError, TimeoutError, OSError) as error:
+            logger.warning("the app %r was not closed at exit: %s", self.name, error or "too slow")

@@ -13,6 +13,7 @@ from uuid_utils import uuid7
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.client import Client
+from qtasks.engine.io_thread import io_thread
 from qtasks.engine.registry import workers_alive
 from qtasks.engine.reply import LoopReply, ThreadReply
 from qtasks.lifecycle import START_TIMEOUT, Lifecycle
@@ -178,11 +179,11 @@ class Submitting(Lifecycle):
             async with asyncio.timeout(timeout):
                 return await reply.future
         except TimeoutError:
-            self._io().post(client.forget, uuid, reply)
+            io_thread().post(client.forget, uuid, reply)
         except asyncio.CancelledError:
-            self._io().post(client.forget, uuid, reply)
+            io_thread().post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, *await self._io().run(_known, client, uuid))
+        raise _late(uuid, timeout, *await io_thread().run(_known, client, uuid))
 
     def _ended_blocking(
         self,
@@ -194,11 +195,11 @@ class Submitting(Lifecycle):
         try:
             return reply.result(timeout)
         except TimeoutError:
-            self._io().post(client.forget, uuid, reply)
+            io_thread().post(client.forget, uuid, reply)
         except KeyboardInterrupt:
-            self._io().post(client.forget, uuid, reply)
+            io_thread().post(client.forget, uuid, reply)
             raise
-        raise _late(uuid, timeout, *self._io().run_blocking(_known, client, uuid))
+        raise _late(uuid, timeout, *io_thread().run_blocking(_known, client, uuid))
 
 
 async def _known(client: Client, uuid: str) -> tuple[schemas.Task | None, list[str] | None]:
@@ -221,9 +222,8 @@ def _late(
     uuid: str, timeout: float | None, record: schemas.Task | None, workers: list[str] | None
 ) -> TaskTimeout:
     if record is None:
-        return TaskTimeout(
-            f"task {uuid}: no end within {timeout} s, and no record of it can be read"
-        )
+        known = f"task {uuid}: no end within {timeout} s, and no record of it can be read"
+        return TaskTimeout(known, uuid)
     begun = {
         "new": "no worker has begun it",
         "scheduled": "it is not due yet",
@@ -236,10 +236,11 @@ def _late(
         listening = f"{len(workers)} alive for that queue, {workers[0]} for one"
     else:
         listening = "no worker for that queue is alive"
-    return TaskTimeout(
+    known = (
         f"task {record.task_name} {uuid} in queue {record.queue!r}: no end within {timeout} s; "
         f"{begun.get(record.status, 'it has just ended')}; {listening}"
     )
+    return TaskTimeout(known, uuid)
 
 
 def _there(record: schemas.Task | None) -> schemas.Task:

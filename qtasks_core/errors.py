@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qtasks_core.schemas import Task
+
 
 class QTasksError(Exception):
     """The root of all errors raised by QTasks."""
@@ -72,6 +77,11 @@ class AmbiguousApp(ConfigurationError):
 class TaskTimeout(QTasksError, TimeoutError):
     """The deadline of a wait has passed; the task itself goes on."""
 
+    def __init__(self, message: str, uuid: str | None = None) -> None:
+        super().__init__(message)
+        self.uuid = uuid
+        """The task's, to ask for it later."""
+
 
 class TaskNotFinished(QTasksError):
     """The task has no result yet."""
@@ -80,9 +90,25 @@ class TaskNotFinished(QTasksError):
 class TaskFailed(QTasksError):
     """The task ended in `error`; the message ends with the remote traceback."""
 
+    def __init__(self, record: Task) -> None:
+        super().__init__(record)
+        self.record = record
+
+    def __str__(self) -> str:
+        record = self.record
+        message = f"task {record.task_name} {record.uuid} failed: {record.error}"
+        return f"{message}\n\n{record.traceback}" if record.traceback else message
+
 
 class TaskCancelled(QTasksError):
     """The task was cancelled before it could end."""
+
+    def __init__(self, record: Task) -> None:
+        super().__init__(record)
+        self.record = record
+
+    def __str__(self) -> str:
+        return f"task {self.record.task_name} {self.record.uuid} was cancelled"
 
 
 def refuse_transaction(part: object, transaction: object | None) -> None:

@@ -9,8 +9,10 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from qtasks_core.errors import (
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Synchronous: TypeAlias = Literal["normal", "full"]
+
+_Work: TypeAlias = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 PATIENCE = 5.0
 """Seconds to wait for a lock that another process holds."""
@@ -129,7 +133,11 @@ class Database:
         # Held, so that no other loop gets its id, under which this is known.
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
-        self._thread = ThreadPoolExecutor(1, f"qtasks {path.name}")
+        # Not an executor's, which takes nothing more once the main thread has ended.
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
+        Thread(target=self._serve, name=f"qtasks {path.name}", daemon=True).start()
+        self.in_turn = Lock()
+        """Held by the thread while it works: see `_close_before_fork`."""
         self._connection: sqlite3.Connection | None = None
         self._ids: dict[tuple[int, str], int] = {}
         self._waiting: list[_Job[Any]] = []
@@ -168,7 +176,7 @@ class Database:
                 jobs = [job for job in self._waiting if not job.future.done()]
                 self._waiting.clear()
                 if jobs:
-                    results = await self._loop.run_in_executor(self._thread, self._turn, jobs)
+                    results = await self._in_thread(partial(self._turn, jobs))
                     for job, result in zip(jobs, results, strict=True):
                         job.finish(result)
         finally:
@@ -182,11 +190,29 @@ class Database:
         self._closed = True
         if self._running is not None:
             await asyncio.wait({self._running})
-        await self._loop.run_in_executor(self._thread, self._disconnect)
-        self._thread.shutdown(wait=False)
+        await self._in_thread(self.disconnect)
+        self._work.put(None)
         self.doorbell.close()
 
+    def _in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        future: asyncio.Future[T] = self._loop.create_future()
+        self._work.put((work, future))
+        return future
+
     # What follows runs in the thread.
+
+    def _serve(self) -> None:
+        while (item := self._work.get()) is not None:
+            work, future = item
+            with self.in_turn:
+                try:
+                    answer = partial(_set_result, future, work())
+                except Exception as error:  # noqa: BLE001  # raised where it was asked for
+                    answer = partial(_set_exception, future, error)
+            try:
+                self._loop.call_soon_threadsafe(answer)
+            except RuntimeError:
+                return  # the loop was closed over it
 
     def _turn(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
         """Return a result or an error for each job; what only reads goes first, without a lock."""
@@ -219,7 +245,7 @@ class Database:
                 if translated is None:
                     raise
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
-                    self._disconnect()
+                    self.disconnect()
                     raise translated from error
                 if time.monotonic() > deadline:
                     raise translated from error
@@ -261,7 +287,11 @@ class Database:
             raise ConfigurationError(f"{self.path.parent} is not a directory: create it first")
         warn_of_network(self.path)
         connection: sqlite3.Connection = driver.connect(
-            self.path, timeout=0, isolation_level=None, cached_statements=512
+            self.path,
+            timeout=0,
+            isolation_level=None,
+            cached_statements=512,
+            check_same_thread=False,  # for `_close_before_fork`
         )
         try:
             (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -282,13 +312,55 @@ class Database:
             raise
         return connection
 
-    def _disconnect(self) -> None:
+    def disconnect(self) -> None:
+        """Close the file; the next turn opens it again."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
 
 
+def _set_result(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def _set_exception(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
 _databases: dict[tuple[int, int, Path, Synchronous], Database] = {}
+
+
+_closed_for_fork: list[Database] = []
+
+
+def _close_before_fork() -> None:
+    # SQLite keeps books of a process's locks, which would be wrong in a child: two processes would
+    # believe that they hold the same one. So no file is open during a fork.
+    for database in set(_databases.values()):
+        database.in_turn.acquire()
+        _closed_for_fork.append(database)
+        database.disconnect()
+
+
+def _go_on_after_fork() -> None:
+    while _closed_for_fork:
+        _closed_for_fork.pop().in_turn.release()
+
+
+def _forget_in_child() -> None:
+    # Their threads do not exist here, and their locks stay as they are.
+    _closed_for_fork.clear()
+    _databases.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_close_before_fork,
+        after_in_parent=_go_on_after_fork,
+        after_in_child=_forget_in_child,
+    )
 
 
 async def connect(path: Path, synchronous: Synchronous) -> Database:

@@ -69,6 +69,10 @@ class Process:
         self._process.kill()
         self._process.wait()
 
+    def wait(self, timeout: float = 40.0) -> int:
+        """Wait until it ends by itself; return its exit status."""
+        return self._process.wait(timeout)
+
     def terminate(self, timeout: float = 40.0) -> int:
         """Stop it with SIGTERM; return its exit status."""
         self._process.terminate()

@@ -125,6 +125,10 @@ class Client:
         if not replies and self._waiters.pop(uuid, None) is not None and self._inbox is not None:
             self._inbox.forget([uuid])
 
+    def forget_all(self) -> None:
+        """Take back all waits, so that `stop` tells nobody."""
+        self._waiters.clear()
+
     async def get(self, uuids: Sequence[str], deadline: float) -> list[Task | None]:
         """Return the newest records. Raises `Unavailable` past the deadline."""
         return await repeat(partial(self.storage.get, uuids), deadline)

@@ -7,29 +7,38 @@ acknowledgements go on while user code blocks its own loop.
 from __future__ import annotations
 
 import asyncio
-import logging
+import atexit
 import os
+import selectors
 from collections.abc import Callable, Coroutine
 from threading import Lock, Thread
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.reply import LoopReply, Reply, ThreadReply
 
-logger = logging.getLogger("qtasks")
+if TYPE_CHECKING:
+    from qtasks.lifecycle import Life, Lifecycle
+
 T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[Any, ...]]
+_Undo = Callable[[], Coroutine[Any, Any, None]]
+_END_TIMEOUT = 2.0
+"""Seconds that an exiting process gives what still runs on the I/O thread."""
 
 
 class IOThread:
     """An event loop in a daemon thread."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.pid = os.getpid()
+        self.loop, self._selector = _new_loop()
+        self.lives: WeakKeyDictionary[Lifecycle, Life] = WeakKeyDictionary()
+        """What is started on this thread, for each app; written on the I/O loop."""
         self._calls: Mailbox[_Call] = Mailbox(self.loop, _call_all)
         self._spawned: set[asyncio.Task[None]] = set()
-        Thread(target=self.loop.run_forever, name="qtasks-io", daemon=True).start()
+        self._thread = Thread(target=self.loop.run_forever, name="qtasks-io", daemon=True)
+        self._thread.start()
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
         """Call `function(*args)` on the I/O loop soon. It must not raise."""
@@ -41,9 +50,7 @@ class IOThread:
         self.post(function, *args, reply)
         return await reply.future
 
-    def ask_blocking(
-        self, function: Callable[..., object], *args: Any, timeout: float | None = None
-    ) -> Any:
+    def ask_blocking(self, function: Callable[..., object], *args: Any) -> Any:
         """Call `function(*args, reply)` on the I/O loop and block for the reply.
 
         Raises `RuntimeError` inside a running event loop, which it would block.
@@ -51,49 +58,135 @@ class IOThread:
         refuse_running_loop()
         reply: ThreadReply[Any] = ThreadReply()
         self.post(function, *args, reply)
-        return reply.result(timeout)
+        return reply.result(None)
 
-    async def run(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-        """Run a coroutine function on the I/O loop and await its end, from any loop."""
-        result: T = await self.ask(self._answer, call, args)
-        return result
+    async def run(
+        self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, undo: _Undo | None = None
+    ) -> T:
+        """Run a coroutine function on the I/O loop and await its end, from any loop.
 
-    def run_blocking(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-        """Run a coroutine function on the I/O loop and block until its end."""
-        result: T = self.ask_blocking(self._answer, call, args)
-        return result
+        An asker who is cancelled leaves it running; with `undo` it is cancelled too, or undone if
+        it had ended just then.
+        """
+        reply: LoopReply[T] = LoopReply()
+        errand = _Errand(self.spawn, call(*args), reply, undo)
+        self.post(errand.begin)
+        try:
+            return await reply.future
+        except asyncio.CancelledError:
+            self.post(errand.abandon)
+            raise
 
-    def spawn(self, call: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
-        """Run a coroutine function on the I/O loop; nobody waits for it, a failure is logged."""
-        self.post(self._answer, call, args, _Logged())
+    def run_blocking(
+        self,
+        call: Callable[..., Coroutine[Any, Any, T]],
+        *args: Any,
+        undo: _Undo | None = None,
+        timeout: float | None = None,
+    ) -> T:
+        """Run a coroutine function on the I/O loop and block until its end.
 
-    def _answer(
-        self, call: Callable[..., Coroutine[Any, Any, T]], args: tuple[Any, ...], reply: Reply[T]
-    ) -> None:
-        task = self.loop.create_task(answer(call(*args), reply))
+        Raises `TimeoutError` after `timeout` seconds. An asker who is interrupted, or whose time
+        is up, leaves it as one of `run` does.
+        """
+        refuse_running_loop()
+        reply: ThreadReply[T] = ThreadReply()
+        errand = _Errand(self.spawn, call(*args), reply, undo)
+        self.post(errand.begin)
+        try:
+            return reply.result(timeout)
+        except BaseException:
+            # Nothing happens to what has ended with the error that is raised here.
+            self.post(errand.abandon)
+            raise
+
+    def spawn(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task on the I/O loop, from there."""
+        task = self.loop.create_task(call)
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
+        return task
+
+    def end(self) -> None:
+        """Cancel what runs here and end the thread; what takes too long is left."""
+        self.post(lambda: self.spawn(self._end()))
+        self._thread.join(2 * _END_TIMEOUT)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=_END_TIMEOUT)
+        self.loop.stop()
+
+    def leave_to_parent(self) -> None:
+        """Let go of all connections, in a forked child, without a word to their servers.
+
+        Else a server would not see when the parent has closed one, and what the child does to
+        the selector they share would deafen the parent.
+        """
+        connections = list(self._selector.get_map().values())
+        _keep_for_ever([self, connections, asyncio.all_tasks(self.loop)])
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for key in connections:
+            os.dup2(nothing, key.fd, inheritable=False)
+        os.close(nothing)
+        self._selector.__init__()  # type: ignore[misc]  # a new, empty one under the same loop
 
 
-class _Logged(Reply[None]):
-    """To the log, where it is a failure."""
+class _Errand(Generic[T]):
+    """A coroutine on the I/O loop whose asker may leave before its end."""
 
-    def set(self, value: None) -> None:
-        """Have nothing to say."""
+    def __init__(
+        self,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        call: Coroutine[Any, Any, T],
+        reply: Reply[T],
+        undo: _Undo | None,
+    ) -> None:
+        self._spawn = spawn
+        self._call = call
+        self._reply = reply
+        self._undo = undo
+        self._task: asyncio.Task[None] | None = None
+        self._succeeded = False
 
-    def fail(self, error: BaseException) -> None:
-        logger.error("in the background: %s", error, exc_info=error)
+    def begin(self) -> None:
+        self._task = self._spawn(self._run())
+
+    async def _run(self) -> None:
+        try:
+            result = await self._call
+        except asyncio.CancelledError:
+            self._reply.fail(RuntimeError("the engine was stopped meanwhile"))
+            raise
+        except Exception as error:  # noqa: BLE001  # raised at the asker
+            self._reply.fail(error)
+        else:
+            self._succeeded = True
+            self._reply.set(result)
+
+    def abandon(self) -> None:
+        if self._undo is None or self._task is None:
+            return
+        if self._succeeded:
+            self._spawn(self._undo())
+        else:
+            self._task.cancel()
 
 
-async def answer(call: Coroutine[Any, Any, T], reply: Reply[T]) -> None:
-    """Await `call` and hand its result, or whatever it raises, to `reply`."""
-    try:
-        reply.set(await call)
-    except asyncio.CancelledError:
-        reply.fail(RuntimeError("the engine was stopped meanwhile"))
-        raise
-    except Exception as error:  # noqa: BLE001  # raised at the asker
-        reply.fail(error)
+def _new_loop() -> tuple[asyncio.AbstractEventLoop, selectors.BaseSelector]:
+    # A selector of our own, whatever loop the host has installed: see `leave_to_parent`.
+    selector = selectors.DefaultSelector()
+    return asyncio.SelectorEventLoop(selector), selector
+
+
+def _keep_for_ever(things: list[object]) -> None:
+    """Keep what has no thread here, even from the collection at exit, which would end its tasks."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(things))
 
 
 def _call_all(calls: list[_Call]) -> None:
@@ -119,17 +212,40 @@ _current: IOThread | None = None
 
 def io_thread() -> IOThread:
     """Return this process's I/O thread; a forked child gets its own."""
+    return _current or _begin()
+
+
+def running_io_thread() -> IOThread | None:
+    """Return this process's I/O thread if it has one."""
+    return _current
+
+
+def _begin() -> IOThread:
     global _current
     with _lock:
-        if _current is None or _current.pid != os.getpid():
+        if _current is None:
             _current = IOThread()
         return _current
 
 
-def _renew_lock_in_child() -> None:
+def _end_at_exit() -> None:
+    # An app that nobody has stopped would else be collected task by task, with complaints.
+    if _current is not None:
+        _current.end()
+
+
+# As early as this, so that it comes after all that uses the thread at exit.
+atexit.register(_end_at_exit)
+
+
+def _begin_anew_in_child() -> None:
     # Another thread may have held the lock at the fork, and does not exist in the child.
-    global _lock
+    global _current, _lock
     _lock = Lock()
+    if _current is not None:
+        _current.leave_to_parent()
+        _current = None
 
 
-os.register_at_fork(after_in_child=_renew_lock_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew_in_child)

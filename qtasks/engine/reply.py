@@ -107,13 +107,15 @@ def _open_mailbox(loop: asyncio.AbstractEventLoop) -> Mailbox[_Answer]:
         return _mailboxes.setdefault(loop, Mailbox(loop, _resolve))
 
 
-def _renew_lock_in_child() -> None:
-    # Another thread may have held the lock at the fork, and does not exist in the child.
+def _begin_anew_in_child() -> None:
+    # Another thread may have held a lock at the fork, that of a mailbox too: it is not there.
     global _lock
     _lock = Lock()
+    _mailboxes.clear()
 
 
-os.register_at_fork(after_in_child=_renew_lock_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew_in_child)
 
 
 def _resolve(answers: list[_Answer]) -> None:

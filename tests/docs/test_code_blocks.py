@@ -10,6 +10,7 @@ Each compiles, with `await` as in a coroutine. Beyond that a block is one of thr
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 import re
 import socket
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 import pytest
+from httpx import ASGITransport, AsyncClient
 
 from qtasks.asyncio import QueueTasks
 from tests.processes import ROOT, Process, until
@@ -113,6 +115,26 @@ async def run(block: Block, names: dict[str, Any]) -> None:
         await ended
 
 
+async def test_the_faces() -> None:
+    names: dict[str, Any] = {"__name__": "docs"}
+    for block in [b for b in blocks_of(ROOT / "docs" / "faces.md") if not b.file]:
+        await run(block, names)
+        if "get_sum" in block.code:
+            first = names["api"]
+    assert names["done"].returning == 3
+    async with names["shop"].worker():
+        assert await asyncio.to_thread(names["receipt"]) == "4.00"
+    async with (
+        names["app"].worker(),
+        AsyncClient(transport=ASGITransport(first), base_url="http://docs") as client,
+    ):
+        assert (await client.get("/sum", params={"x": 2, "y": 3})).json() == 5
+    api = names["api"]
+    async with api.router.lifespan_context(api) as state:
+        assert state == {"greeting": "hello"}
+        assert names["app"].client
+
+
 def test_blocking_sums(tmp_path: Path) -> None:
     (block,) = [b for b in BLOCKS if b.file == "sums.py"]
     program = tmp_path / block.file
@@ -157,7 +179,7 @@ def test_every_block_is_run_by_a_test() -> None:
         if not of_the_example(block)
         and block.page.name != "backends.md"  # tests/packaging/test_stranger.py
         and block.file not in run_here
-        and (block.file or block.page.name not in ("first-task.md", "cli.md"))
+        and (block.file or block.page.name not in ("first-task.md", "faces.md", "cli.md"))
     ]
     assert not left
 

@@ -10,7 +10,6 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from qtasks import AsyncRouter
 from qtasks.asyncio import QueueTasks
@@ -58,10 +57,10 @@ async def block(number: int, seconds: float) -> int:
 class CountingApp(QueueTasks):
     """Its composition writes down what the storage said of each final record."""
 
-    async def _start(self, timeout: float, entry: Any) -> None:
-        await super()._start(timeout, entry)
-        client = self._client
-        if client is not None and not isinstance(client.composition, Counted):
+    async def _start(self, timeout: float) -> None:
+        await super()._start(timeout)
+        client = self.client
+        if not isinstance(client.composition, Counted):
             client.composition = Counted(client.composition)
 
 

@@ -13,9 +13,10 @@ from uuid import uuid4
 
 import pytest
 
-from qtasks import AsyncRouter, TaskTimeout
+from qtasks import AsyncRouter, Closed, TaskTimeout
 from qtasks import app as app_module
 from qtasks.asyncio import QueueTasks
+from qtasks.engine.io_thread import io_thread
 from qtasks.engine.reply import _mailboxes
 from qtasks_core import Task
 from qtasks_core.errors import Unavailable
@@ -60,15 +61,17 @@ async def test_a_start_that_was_cancelled_is_taken_back(seconds: float) -> None:
     await asyncio.sleep(0.3)
     broker.seconds = 0.0
     async with app:
-        assert app._entered == 1
-    assert (app._client, app._entered) == (None, 0)
+        assert app.client
+    with pytest.raises(Closed):
+        _ = app.client
 
 
 async def test_stopping_what_was_not_started_does_nothing(app: QueueTasks) -> None:
     await app.stop()
     async with app:
-        assert app._client is not None
-    assert app._client is None
+        assert app.client
+    with pytest.raises(Closed):
+        _ = app.client
 
 
 def test_threads_and_loops_start_the_default_app_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +294,7 @@ async def test_an_inbox_that_fails_ends_the_waits_and_is_replaced() -> None:
     async with app:
         waits = [asyncio.create_task(one.add_task(timeout=20)) for _ in range(3)]
         await asyncio.sleep(0.1)
-        app._io().post(storage.fail.set)
+        io_thread().post(storage.fail.set)
         errors = await asyncio.gather(*waits, return_exceptions=True)
         assert [str(error) for error in errors] == ["garbage"] * 3
         assert len({id(error) for error in errors}) == 3, "each waiter has an error of its own"

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine, Generator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any, assert_type
 
+from fastapi import FastAPI
+from starlette.applications import Starlette
+
 import qtasks
-from qtasks import AsyncResult, AsyncRouter, BlockingTask, SyncResult, SyncRouter, Task
+from qtasks import (
+    AsyncResult,
+    AsyncRouter,
+    BlockingTask,
+    SyncResult,
+    SyncRouter,
+    Task,
+    TaskFailed,
+    TaskTimeout,
+)
 from qtasks.asyncio import QueueTasks
+from qtasks.integrations.fastapi import install_error_handlers, lifespan
 from qtasks.tasks import AsyncCall, SyncCall
 
 router = AsyncRouter()
@@ -121,3 +135,28 @@ def blocking() -> None:
     assert_type(halve(1.0), float)
     with blocking_app as entered:
         assert_type(entered, qtasks.QueueTasks)
+
+
+def over_http() -> None:
+    @asynccontextmanager
+    async def plain(api: FastAPI) -> AsyncIterator[None]:
+        yield
+
+    @asynccontextmanager
+    async def stateful(api: FastAPI) -> AsyncIterator[dict[str, int]]:
+        yield {"a": 1}
+
+    assert_type(FastAPI(lifespan=lifespan()), FastAPI)
+    install_error_handlers(FastAPI(lifespan=lifespan(app)))
+    install_error_handlers(Starlette(lifespan=lifespan(blocking_app)))
+    assert_type(FastAPI(lifespan=lifespan(app, plain)), FastAPI)
+    assert_type(FastAPI(lifespan=lifespan(app, stateful)), FastAPI)
+
+
+def failures() -> None:
+    try:
+        halve.add_task(1.0, timeout=1)
+    except TaskTimeout as late:
+        assert_type(late.uuid, str | None)
+    except TaskFailed as failed:
+        assert_type(failed.record.error, str | None)

@@ -32,6 +32,10 @@ WRONG = {
         "app.task(generate_handler=str)(add.__wrapped__)",
         "arg-type",
     ),
+    "a lifespan of something that is no app": (
+        "from qtasks.integrations.fastapi import lifespan; lifespan('app')",
+        "arg-type",
+    ),
     "a call of the wrong face": ("blocking_app.add_tasks([add.call(1, 2)])", "list-item"),
 }
 

@@ -1,0 +1,1 @@
+"""What clients may ask for: a module and a router for each subject."""

@@ -1,0 +1,1 @@
+"""QTasks inside other frameworks: a module for each, which imports it; nothing else does."""

@@ -1,0 +1,1 @@
+"""The public face in the places where people use it."""

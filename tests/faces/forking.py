@@ -1,0 +1,75 @@
+"""A program that uses QTasks, forks, and uses it on both sides: `python -m tests.faces.forking`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+
+from qtasks import QueueTasks
+from tests.faces.descriptors import sockets
+from tests.faces.sums import add_blocking, blocking
+
+
+def main() -> None:
+    explicit = "explicit" in sys.argv
+    app = QueueTasks(os.environ["QTASKS_NAME"])
+    if explicit:
+        blocking.included_by(app)
+        app.start_blocking()
+    say("before", add(1))
+    busy = threading.Thread(target=lambda: [add(n) for n in range(100)])
+    busy.start()
+    for number in range(5):
+        forked(number, app if explicit else None)
+    context = multiprocessing.get_context("fork")
+    for number in range(3):
+        process = context.Process(target=child, args=(number, app if explicit else None))
+        process.start()
+        process.join()
+        say("multiprocessing", process.exitcode)
+    say("after", add(2))
+    busy.join()
+    say("all", sum(add(n) for n in range(100)))
+    if explicit:
+        app.stop_blocking()
+        say("sockets left", sockets())
+
+
+def forked(number: int, app: QueueTasks | None) -> None:
+    pid = os.fork()
+    if pid == 0:
+        child(number, app)
+        sys.exit(0)
+    say("fork", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def child(number: int, app: QueueTasks | None) -> None:
+    # Of the parent's only the sending end of its loop's own wake-up is left.
+    say("inherited sockets", sockets())
+    if number % 2 == 0:
+        if app is not None:
+            app.start_blocking()
+        say("child", add(number) - number)
+        if number == 2:
+            grandchild = os.fork()
+            if grandchild == 0:
+                if app is not None:
+                    app.start_blocking()
+                say("grandchild", add(3))
+                sys.exit(0)
+            say("fork", os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+            say("child again", add(3))
+
+
+def add(number: int) -> int:
+    return add_blocking.add_task(number, 1, timeout=30).returning
+
+
+def say(*words: object) -> None:
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""How a process ends: without a hang or a complaint, and with all that it was told is durable."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from qtasks import QueueTasks
+from tests.faces import exiting
+from tests.processes import Process
+
+BACKENDS = ["sqlite", "redis", "postgres", "rabbitmq", "kafka"]
+COMPLAINTS = ("Traceback", "Exception ignored", "never awaited", "destroyed", "not closed")
+
+
+def ended(how: str, environment: dict[str, str], interrupt: bool = False) -> tuple[int, str]:
+    """Let a program end; return its status and what it said, within seconds."""
+    with Process("-m", "tests.faces.exiting", how, environment=environment) as program:
+        if interrupt:
+            program.wait_for("waiting")
+            program.signal(signal.SIGINT)
+        return program.wait(20), program.output()
+
+
+def noted(said: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the arguments of what was said to be durable, as another process finds them."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    uuids = re.findall(r"note (\S+)", said)
+    with QueueTasks() as app:
+        found = [app.get_task(uuid) for uuid in uuids]
+    assert uuids
+    assert None not in found
+    return [task.task_name.partition(".")[2] for task in found if task is not None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+@pytest.mark.parametrize(
+    "how", ["default", "at_exit", "other_thread", "daemon_thread", "never_stopped", "asynchronous"]
+)
+def test_a_program_ends(
+    how: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert getattr(exiting, how).__doc__
+    status, said = ended(how, environment)
+    assert status == 0, said
+    assert not [line for line in said.splitlines() if any(c in line for c in COMPLAINTS)], said
+    times = 2 if how in ("at_exit", "other_thread") else 1
+    assert len(noted(said, environment, monkeypatch)) == times
+
+
+def test_a_programs_own_error_is_the_only_one(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, said = ended("failing", environment)
+    assert (status, said.count("Traceback")) == (1, 1)
+    assert said.rstrip().endswith("ValueError: its own")
+    assert noted(said, environment, monkeypatch) == ["note"]
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "redis"], indirect=True)
+def test_ctrl_c_while_waiting(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    status, said = ended("interrupted", environment, interrupt=True)
+    assert status == -signal.SIGINT
+    assert said.count("Traceback") == 1
+    assert said.rstrip().endswith("KeyboardInterrupt")
+    assert noted(said, environment, monkeypatch) == ["never", "note"]
+
+
+def test_ctrl_c_while_starting(environment: dict[str, str]) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        status, said = ended("interrupted_starting", {**environment, "FAR_URL": url}, True)
+    assert status == 0, said
+    assert said.split() == ["waiting", "interrupted"]
+
+
+def test_an_interrupted_wait_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = QueueTasks("waits", f"sqlite:///{tmp_path}/qtasks.db")
+    never = app.task(name="never")(exiting.never.__wrapped__)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with app:
+        task = never.add_task()
+        monkeypatch.setattr("qtasks.engine.reply.Event.wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            task.wait_result()
+        monkeypatch.undo()
+        assert app.get_task(task.uuid) is not None  # what crossed before this has arrived
+        assert app.client._waiters == {}
