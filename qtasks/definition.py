@@ -15,8 +15,13 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 
 from qtasks.serializers import MsgpackSerializer
-from qtasks_core import Serializer
-from qtasks_core.errors import ConfigurationError, SerializationError, SignatureMismatch
+from qtasks_core import Executor, Serializer, TaskMessage
+from qtasks_core.errors import (
+    BadArguments,
+    ConfigurationError,
+    SerializationError,
+    SignatureMismatch,
+)
 
 logger = logging.getLogger("qtasks")
 
@@ -38,9 +43,11 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_time: float | None = None
     """Seconds one run may take; past them it fails with a `TimeoutError`, as by an exception.
 
-    A coroutine is cancelled. A thread cannot be: its run is over for the queue, while the
-    function goes on, keeps its thread until it ends, and what it returns is not used.
+    A coroutine is cancelled, a function in a process killed. A thread cannot be stopped: its run
+    is over for the queue, while the function goes on and what it returns is not used.
     """
+    executor: Executor | None = None
+    """Where it runs: None is the worker's loop for coroutine functions, a thread for others."""
     generate_handler: Callable[[Any], Any] | None = None
     """Takes each yield of a generator and returns what the result has in its place."""
 
@@ -99,6 +106,12 @@ class TaskDefinition:
         returns = _returned(function, hints, options.generate_handler)
         self._encode_result = self.serializer.encoder(returns)
         self.decode_result = self.serializer.decoder(returns)
+        self.is_async = inspect.iscoroutinefunction(self.run)
+        self.max_time = options.max_time
+        self.invoke: Callable[[TaskMessage], Any] = self._await if self.is_async else self._call
+        """Decode the arguments in a message and call the function: see `Runnable.invoke`."""
+        if options.executor is not None:
+            options.executor.accept(self)
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, bytes]:
         """Return the bytes of arguments. Raises `SignatureMismatch`, `SerializationError`."""
@@ -162,6 +175,36 @@ class TaskDefinition:
         except Exception as error:
             # A type's own checks run in here and raise what they like.
             raise SerializationError(f"{self.name}: argument {name!r}: {error}") from error
+
+    def _call(self, message: TaskMessage) -> Any:
+        args, kwargs = self._arguments(message)
+        try:
+            return self.run(*args, **kwargs)
+        except TypeError:
+            self._blame(args, kwargs)
+            raise
+
+    async def _await(self, message: TaskMessage) -> Any:
+        args, kwargs = self._arguments(message)
+        try:
+            return await self.run(*args, **kwargs)
+        except TypeError:
+            self._blame(args, kwargs)
+            raise
+
+    def _arguments(self, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
+        try:
+            return self.decode(message.args, message.kwargs)
+        except SerializationError as error:
+            raise BadArguments(str(error)) from error
+
+    def _blame(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise `BadArguments` if a call could not but fail.
+
+        Only looked at once it has: a sender that knows the function has checked it already.
+        """
+        if (mismatch := self.mismatch(args, kwargs)) is not None:
+            raise BadArguments(mismatch) from None
 
     def encode_result(self, value: Any) -> bytes:
         """Return the bytes of a result. Raises `SerializationError`."""
@@ -236,10 +279,14 @@ def _name_of(parameters: Sequence[inspect.Parameter], kind: Any) -> str | None:
 
 def default_name(function: Callable[..., Any]) -> str:
     """Return `module.qualname`; the module that runs as `__main__` goes by its importable name."""
-    module = function.__module__
-    if module == "__main__":
-        main = sys.modules["__main__"]
-        spec = getattr(main, "__spec__", None)
-        file = getattr(main, "__file__", None)
-        module = spec.name if spec else Path(file).stem if file else module
-    return f"{module}.{function.__qualname__}"
+    return f"{importable_module(function)}.{function.__qualname__}"
+
+
+def importable_module(function: Callable[..., Any]) -> str:
+    """Return the name by which a function's module is imported; `__main__` if there is none."""
+    if function.__module__ != "__main__":
+        return function.__module__
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    file = getattr(main, "__file__", None)
+    return spec.name if spec else Path(file).stem if file else "__main__"

@@ -9,6 +9,7 @@ from weakref import WeakSet
 from qtasks.app import App, default_app
 from qtasks.definition import TaskDefinition, TaskOptions
 from qtasks.tasks import AsyncTask, P, SyncTask
+from qtasks_core import Executor
 from qtasks_core.errors import AmbiguousApp
 
 R = TypeVar("R")
@@ -27,6 +28,7 @@ class Options(TypedDict, total=False):
     store_result: bool
     retention: float | None
     max_time: float | None
+    executor: Executor | None
 
 
 class AsyncDecorator(Protocol):

@@ -4,7 +4,7 @@ from qtasks_core.contracts.backend import CONTRACT_VERSION, Backend
 from qtasks_core.contracts.balancer import Balancer
 from qtasks_core.contracts.broker import Broker
 from qtasks_core.contracts.composition import Composition
-from qtasks_core.contracts.executor import Executor
+from qtasks_core.contracts.executor import Encoded, Executor, Runnable
 from qtasks_core.contracts.inbox import Inbox
 from qtasks_core.contracts.serializer import Serializer
 from qtasks_core.contracts.storage import Storage
@@ -47,6 +47,7 @@ __all__ = [
     "Completion",
     "Composition",
     "Delivery",
+    "Encoded",
     "Executor",
     "Guarantees",
     "Inbox",
@@ -55,6 +56,7 @@ __all__ = [
     "Raw",
     "Release",
     "Retry",
+    "Runnable",
     "Running",
     "Serializer",
     "Settlement",

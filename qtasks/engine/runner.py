@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import random
 import threading
-import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from types import FrameType
 from typing import Any
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.job import Job
 from qtasks.engine.mailbox import Mailbox
 from qtasks.executors import LoopExecutor, ThreadExecutor
+from qtasks.failures import line_of, storable, trace_of
 from qtasks.signals import Reject, Retry
-from qtasks_core.errors import SerializationError
+from qtasks_core import Encoded, Executor, TaskMessage
+from qtasks_core.errors import BadArguments, UnstorableResult
 
 logger = logging.getLogger("qtasks")
-
-_MAX_TEXT = 64 * 1024
-"""Characters of an error or traceback that a record keeps."""
-
-
-class _BadArguments(Exception):
-    """The arguments in a message do not fit the function it names."""
 
 
 class Runner:
     """Runs jobs on the loop it was built on, and posts them back when they ended."""
 
-    def __init__(
-        self, definitions: Mapping[str, TaskDefinition], concurrency: int, max_result: int
-    ) -> None:
+    def __init__(self, definitions: Mapping[str, TaskDefinition], max_result: int) -> None:
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         """The thread of the loop."""
-        self._executors = {True: LoopExecutor(), False: ThreadExecutor()}
-        for executor in self._executors.values():
-            executor.start(concurrency)
+        self._usual = {True: LoopExecutor(), False: ThreadExecutor()}
+        self._executors: set[Executor] = set()
         self._calls = {name: self._compile(d) for name, d in definitions.items()}
         self._definitions = definitions
         self._max_result = max_result
@@ -80,38 +69,22 @@ class Runner:
         return next((job for job, task in list(self._running.items()) if task is running), None)
 
     def stop(self) -> None:
-        """Free the executors."""
-        for executor in self._executors.values():
+        """Have the executors free what they no longer need."""
+        for executor in self._executors:
             executor.stop()
 
-    def _call_of(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
+    def _call_of(self, definition: TaskDefinition) -> Callable[[TaskMessage], Awaitable[Any]]:
         """Return the compiled call of a task; one may be declared while the worker runs."""
         call = self._calls.get(definition.name)
         if call is None:
             call = self._calls[definition.name] = self._compile(definition)
         return call
 
-    def _compile(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
-        """Return what runs one job of this task: decode, then the function in its executor."""
-        executor = self._executors[inspect.iscoroutinefunction(definition.run)]
-        function = executor.bind(definition.run)
-        if definition.options.max_time is not None:
-            function = _limited(function, definition.options.max_time)
-
-        async def call(job: Job) -> Any:
-            try:
-                args, kwargs = definition.decode(job.message.args, job.message.kwargs)
-            except SerializationError as error:
-                raise _BadArguments(str(error)) from error
-            try:
-                return await function(*args, **kwargs)
-            except TypeError:
-                # Only looked at now: a sender that knows the function has checked it already.
-                if (mismatch := definition.mismatch(args, kwargs)) is not None:
-                    raise _BadArguments(mismatch) from None
-                raise
-
-        return call
+    def _compile(self, definition: TaskDefinition) -> Callable[[TaskMessage], Awaitable[Any]]:
+        """Return what runs a message of this task: its executor decodes and calls the function."""
+        executor = definition.options.executor or self._usual[definition.is_async]
+        self._executors.add(executor)
+        return executor.bind(definition)
 
     def _start(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -120,7 +93,7 @@ class Runner:
     async def _run(self, job: Job) -> None:
         definition = self._definitions[job.message.task_name]
         try:
-            result = await self._call_of(definition)(job)
+            result = await self._call_of(definition)(job.message)
         except asyncio.CancelledError:
             # Cancelled from outside, by `give_back` or with all of its loop, it runs again.
             if not self._running[job].cancelling():
@@ -129,12 +102,17 @@ class Runner:
             after = _usual_delay(job.message.attempt) if retry.after is None else retry.after
             job.retry(after, "Retry: the function asked for another run", None)
         except Reject as reject:
-            reason = _storable(str(reject.reason))
+            reason = storable(str(reject.reason))
             self._fail(job, f"Reject: {reason}", None, reason)
-        except _BadArguments as error:
+        except BadArguments as error:
             # They will not fit at the next attempt either.
-            self._fail(job, _storable(f"bad arguments: {error}"), None, "bad arguments")
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # recorded as the task's end
+            self._fail(job, storable(f"bad arguments: {error}"), None, "bad arguments")
+        except UnstorableResult as error:
+            self._unstorable(job, str(error))
+        except GeneratorExit:
+            # The loop is gone.
+            raise
+        except BaseException as error:  # noqa: BLE001  # recorded as the task's end
             self._raised(job, definition, error)
         else:
             self._succeed(job, definition, result)
@@ -149,9 +127,10 @@ class Runner:
         returning = None
         try:
             if job.message.store_result:
-                returning = definition.encode_result(result)
+                encoded = isinstance(result, Encoded)
+                returning = result.data if encoded else definition.encode_result(result)
         except Exception as error:  # noqa: BLE001  # what a result's own methods raise
-            self._unstorable(job, _line(error))
+            self._unstorable(job, line_of(error))
         else:
             if returning is not None and len(returning) > self._max_result:
                 self._unstorable(
@@ -164,8 +143,8 @@ class Runner:
         self._fail(job, f"the result cannot be stored: {reason}", None, "unstorable result")
 
     def _raised(self, job: Job, definition: TaskDefinition, error: BaseException) -> None:
-        line = _line(error)
-        trace = _trace(error)
+        line = line_of(error)
+        trace = trace_of(error)
         if job.message.attempt <= definition.options.retry:
             delay = _usual_delay(job.message.attempt)
             logger.warning(
@@ -191,52 +170,6 @@ class Runner:
         ended, self._ended = self._ended, []
         if self._finished is not None:
             self._finished.post_all(ended)
-
-
-def _limited(
-    function: Callable[..., Awaitable[Any]], max_time: float
-) -> Callable[..., Awaitable[Any]]:
-    """Return a function that does the same for at most `max_time` seconds."""
-
-    async def run(*args: Any, **kwargs: Any) -> Any:
-        limit = asyncio.timeout(max_time)
-        try:
-            async with limit:
-                return await function(*args, **kwargs)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise TimeoutError(f"the run took longer than max_time={max_time} s") from error
-
-    return run
-
-
-def _trace(error: BaseException) -> str:
-    """Return the traceback from the task's own function on, without the engine's frames."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
-        frames = frames.tb_next
-    text = "".join(traceback.format_exception(error.with_traceback(frames)))
-    return _storable(text[-_MAX_TEXT:])
-
-
-def _line(error: BaseException) -> str:
-    """Return an exception's type and message, of which the latter may fail to come about."""
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001  # raised by the user's own `__str__`
-        message = "(its message cannot be made)"
-    return _storable(f"{type(error).__name__}: {message}")
-
-
-def _storable(text: str) -> str:
-    """Return text that can be stored: of bounded length, without lone surrogates."""
-    return text[:_MAX_TEXT].encode(errors="backslashreplace").decode()
-
-
-def _is_engine(frame: FrameType) -> bool:
-    module: str = frame.f_globals.get("__name__", "")
-    return module.startswith(("qtasks.", "concurrent.futures"))
 
 
 def _usual_delay(attempt: int) -> float:
