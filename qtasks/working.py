@@ -247,7 +247,7 @@ def _leave_threads_behind() -> None:
     deadline = time.monotonic() + 1.0
     while busy_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
-    if stuck := len(busy_threads()):
+    if stuck := busy_threads():
         logger.warning("%d functions still run in threads; the process ends without them", stuck)
         atexit._run_exitfuncs()
         logging.shutdown()

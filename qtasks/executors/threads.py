@@ -25,64 +25,78 @@ _REST = 5.0
 async def in_thread(call: Callable[[], R]) -> R:
     """Return what `call` returns in a thread. Cancelled, it ends at once and the call goes on."""
     reply: LoopReply[R] = LoopReply()
-    with _lock:
-        thread = _idle.pop() if _idle else None
-    if thread is None:
-        thread = _Thread()
-        thread.start()
-    thread.work.put((call, reply))
+    _threads.do(call, reply)
     return await reply.future
 
 
-def busy_threads() -> list[threading.Thread]:
-    """Return the threads in which something runs."""
-    with _lock:
-        return [t for t in threading.enumerate() if isinstance(t, _Thread) and t not in _idle]
+def busy_threads() -> int:
+    """Return in how many threads something runs."""
+    return _threads.busy
 
 
-class _Thread(threading.Thread):
+class _Threads:
+    """As many as there are calls at once, which take their work from one queue."""
+
     def __init__(self) -> None:
-        super().__init__(name=_NAME, daemon=True)
-        self.work: SimpleQueue[tuple[Callable[[], Any], LoopReply[Any]]] = SimpleQueue()
+        self._work: SimpleQueue[tuple[Callable[[], Any], LoopReply[Any]]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._all = 0
+        self._free = 0
+        """How many wait for work that nobody has put there yet."""
 
-    def run(self) -> None:
-        while (given := self._next()) is not None:
-            answer = _answered(*given)
-            with _lock:
-                _idle.append(self)
-            answer()
-            del given, answer  # what they hold is not to live until there is more work
+    @property
+    def busy(self) -> int:
+        return self._all - self._free
 
-    def _next(self) -> tuple[Callable[[], Any], LoopReply[Any]] | None:
+    def do(self, call: Callable[[], Any], reply: LoopReply[Any]) -> None:
+        """Have a thread make a call and answer."""
+        with self._lock:
+            is_free = self._free > 0
+            if is_free:
+                self._free -= 1
+            else:
+                self._all += 1
+        self._work.put((call, reply))
+        if not is_free:
+            threading.Thread(target=self._run, name=_NAME, daemon=True).start()
+
+    def _run(self) -> None:
+        while self._do_next():
+            pass
+
+    def _do_next(self) -> bool:
+        """Do what is next; False: there was nothing for long."""
         try:
-            return self.work.get(timeout=_REST)
+            call, reply = self._work.get(timeout=_REST)
         except Empty:
-            with _lock:
-                if self in _idle:
-                    _idle.remove(self)
-                    return None
-        # Somebody has just taken it.
-        return self.work.get()
+            with self._lock:
+                if self._free:
+                    self._free -= 1
+                    self._all -= 1
+                    return False
+            return True  # there is work to come for each that waits
+        answer = _answer(call, reply)
+        with self._lock:
+            self._free += 1
+        answer()
+        return True
 
 
-def _answered(call: Callable[[], Any], reply: LoopReply[Any]) -> Callable[[], None]:
-    """Do the work; return what tells of it."""
+def _answer(call: Callable[[], Any], reply: LoopReply[Any]) -> Callable[[], None]:
+    """Make the call; return what tells of it."""
     try:
         return partial(reply.set, call())
     except BaseException as error:  # noqa: BLE001  # raised where it is awaited
         return partial(reply.fail, error)
 
 
-_idle: list[_Thread] = []
-"""The last to rest is the first to work again, so that the others come to their end."""
-_lock = threading.Lock()
+_threads = _Threads()
 
 
 def _begin_anew_in_child() -> None:
     # None of the threads is there, and one may have held the lock at the fork.
-    global _lock
-    _lock = threading.Lock()
-    _idle.clear()
+    global _threads
+    _threads = _Threads()
 
 
 if hasattr(os, "register_at_fork"):
