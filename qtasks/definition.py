@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import wraps
 from pathlib import Path
@@ -97,6 +97,9 @@ class TaskDefinition:
             for p in self._parameters
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
+        self._keywords = {
+            p.name for p in self._parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
         self._var_positional = _name_of(self._parameters, inspect.Parameter.VAR_POSITIONAL)
         self._var_keyword = _name_of(self._parameters, inspect.Parameter.VAR_KEYWORD)
         self._decoders = {
@@ -118,15 +121,16 @@ class TaskDefinition:
         if (mismatch := self.mismatch(args, kwargs)) is not None:
             raise SignatureMismatch(mismatch)
         names = [self._name_at(at) for at in range(len(args))]
-        values = [self._prepare(name, value) for name, value in zip(names, args, strict=True)]
-        pairs = {key: self._prepare(key, value) for key, value in kwargs.items()}
+        values = [self._prepare(name, name, value) for name, value in zip(names, args, strict=True)]
+        pairs = {key: self._prepare(self._named(key), key, value) for key, value in kwargs.items()}
         try:
             return (
                 self.serializer.encode(values) if values else b"",
                 self.serializer.encode(pairs) if pairs else b"",
             )
         except SerializationError as error:
-            raise self._name_culprit(dict(zip(names, values, strict=True)) | pairs, error) from None
+            prepared = [*zip(names, values, strict=True), *pairs.items()]
+            raise self._name_culprit(prepared, error) from None
 
     def mismatch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Return why the function cannot be called like this, None where it can."""
@@ -136,15 +140,16 @@ class TaskDefinition:
             return f"{self.name}{self.signature}: {error}"
         return None
 
-    def _prepare(self, name: str, value: Any) -> Any:
-        encoder = self._encoders.get(name) or self._encoders[self._var_keyword or ""]
+    def _prepare(self, parameter: str, name: str, value: Any) -> Any:
         try:
-            return encoder(value)
+            return self._encoders[parameter](value)
         except (TypeError, ValueError, RecursionError) as error:
             raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
 
-    def _name_culprit(self, values: Mapping[str, Any], error: Exception) -> SerializationError:
-        for name, value in values.items():
+    def _name_culprit(
+        self, values: Iterable[tuple[str, Any]], error: Exception
+    ) -> SerializationError:
+        for name, value in values:
             try:
                 self.serializer.encode(value)
             except SerializationError as found:
@@ -156,22 +161,25 @@ class TaskDefinition:
             return self._positional[position]
         return self._var_positional or ""
 
+    def _named(self, keyword: str) -> str:
+        """Return the parameter that takes an argument given by keyword."""
+        return keyword if keyword in self._keywords else self._var_keyword or ""
+
     def decode(self, args: bytes, kwargs: bytes) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments in bytes, typed as annotated. Raises `SerializationError`."""
         values = [
-            self._decode(self._name_at(at), part)
+            self._decode(name := self._name_at(at), name, part)
             for at, part in enumerate(self.serializer.split(args) if args else ())
         ]
         pairs = {
-            name: self._decode(name, part)
+            name: self._decode(self._named(name), name, part)
             for name, part in (self.serializer.split_pairs(kwargs) if kwargs else {}).items()
         }
         return values, pairs
 
-    def _decode(self, name: str, data: Any) -> Any:
-        decoder = self._decoders.get(name) or self._decoders.get(self._var_keyword or "", _untyped)
+    def _decode(self, parameter: str, name: str, data: Any) -> Any:
         try:
-            return decoder(data)
+            return self._decoders.get(parameter, _untyped)(data)
         except Exception as error:
             # A type's own checks run in here and raise what they like.
             raise SerializationError(f"{self.name}: argument {name!r}: {error}") from error

@@ -109,10 +109,9 @@ class Runner:
             self._fail(job, storable(f"bad arguments: {error}"), None, "bad arguments")
         except UnstorableResult as error:
             self._unstorable(job, str(error))
-        except GeneratorExit:
-            # The loop is gone.
-            raise
-        except BaseException as error:  # noqa: BLE001  # recorded as the task's end
+        except BaseException as error:  # recorded as the task's end, but for that of the loop
+            if isinstance(error, GeneratorExit) and not self._loop.is_running():
+                raise
             self._raised(job, definition, error)
         else:
             self._succeed(job, definition, result)
