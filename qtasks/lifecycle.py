@@ -104,6 +104,7 @@ class Lifecycle:
         self._started_in = os.getpid()
         await client.start(asyncio.get_running_loop().time() + timeout)
         life.client = client
+        io_thread().held.add(client)
 
     def _build_anew(self) -> None:
         """Replace parts that a parent has started. Raises `Closed` where that cannot be."""
@@ -121,6 +122,7 @@ class Lifecycle:
             life.entered = max(0, life.entered - 1)
             if life.entered == 0 and life.client is not None:
                 client, life.client, life.by_itself = life.client, None, False
+                io_thread().held.discard(client)
                 await client.stop()
                 self._started_in = None
 

@@ -29,6 +29,8 @@ class IOThread:
 
     def __init__(self) -> None:
         self.loop, self._selector = _new_loop()
+        self.held: set[object] = set()
+        """What is started here: not collected before it is stopped, not even in a forked child."""
         self._calls: Mailbox[_Call] = Mailbox(self.loop, _call_all)
         self._spawned: set[asyncio.Task[None]] = set()
         self._thread = Thread(target=self.loop.run_forever, name="qtasks-io", daemon=True)
