@@ -26,6 +26,7 @@ from qtasks_core.errors import (
     TaskTimeout,
     Unavailable,
 )
+from qtasks_core.names import checked_name
 from qtasks_core.separate import record_of
 
 PUBLISH_TIMEOUT = 30.0
@@ -71,7 +72,7 @@ class Submitting(Lifecycle):
         message = TaskMessage(
             uuid=str(uuid7()),
             task_name=definition.name,
-            queue=queue or options.queue,
+            queue=options.queue if queue is None else checked_name(queue, "a queue"),
             args=encoded_args,
             kwargs=encoded_kwargs,
             encoding=definition.serializer.name,

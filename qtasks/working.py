@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ logger = logging.getLogger("qtasks")
 class WorkerOptions(Struct, frozen=True, kw_only=True):
     """How a worker works; `App.worker` says what each means."""
 
-    queues: Iterable[str] | None = None
+    queues: tuple[str, ...] | None = None
     concurrency: int = 100
     grace: float | None = 30.0
     balancer: Balancer | None = None

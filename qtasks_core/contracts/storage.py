@@ -15,8 +15,9 @@ from qtasks_core.schemas import Claim, Guarantees, Outcome, Task, TaskPage, Task
 class Storage(ABC):
     """Keeps the newest record of each task, and tells inboxes when one is final.
 
-    Lives on one event loop like a broker, with the same rules for `Unavailable`. The constructor of
-    one that supports `expire` takes `retention=` (seconds), for records that do not say it.
+    Lives on one event loop like a broker, with the same rules for `Unavailable`, names and forks.
+    The constructor of one that supports `expire` takes `retention=` (seconds), for records that do
+    not say it.
     """
 
     @property
