@@ -18,6 +18,7 @@ from uuid_utils import uuid7
 from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.reply import Reply, anew
+from qtasks.engine.retention import cancelled_kept_for
 from qtasks_core import Broker, Command, Composition, Inbox, Outcome, Storage, Task, TaskMessage
 from qtasks_core.errors import Closed, NotSupported, Refused, Unavailable, UnknownTask
 from qtasks_core.records import FINAL
@@ -144,7 +145,12 @@ class Client:
             # An execution of its own tells this record from a task's own end.
             execution = f"cancel/{uuid7()}"
             cancelled = replace(
-                record, status="cancel", execution=execution, finished_at=time.time(), due_at=None
+                record,
+                status="cancel",
+                execution=execution,
+                finished_at=time.time(),
+                due_at=None,
+                retention=cancelled_kept_for(record, self.storage.guarantees.retention),
             )
             save = partial(self.storage.save, [cancelled])
             outcome = (await repeat(save, deadline))[0]

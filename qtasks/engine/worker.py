@@ -28,7 +28,7 @@ from qtasks.engine.limits import Limits
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.reach import Reach
 from qtasks.engine.registry import Registration
-from qtasks.engine.retention import expire
+from qtasks.engine.retention import LEASES, expire, kept_for
 from qtasks.engine.runner import Runner
 from qtasks.engine.suspects import Suspects, acquitted, convicted, suspicious
 from qtasks.engine.watch import watch
@@ -93,6 +93,8 @@ class Worker:
         self._ending = asyncio.Event()
         self._subscription: Subscription | None = None
         storage = client.storage
+        self._retention = storage.guarantees.retention
+        self._least_retention = LEASES * (client.broker.guarantees.lease or 0.0)
         self._reach = Reach()
         self._jobs = Jobs(self._queues)
         self._keeper = Keeper(self._jobs, storage, self._reach, self._cancel)
@@ -237,6 +239,9 @@ class Worker:
     def _accept(self, delivery: Delivery, message: TaskMessage, record: Task | None) -> Job | None:
         """Return the job to run now, or end the delivery or set it aside."""
         self._count += 1
+        keep = kept_for(message.retention, self._retention, self._least_retention)
+        if keep != message.retention:
+            message = replace(message, retention=keep)
         job = Job(delivery, message, f"{self.id}/{self._count}")
         if message.task_name not in self._known:
             self._put_back(job)
