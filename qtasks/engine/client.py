@@ -183,9 +183,11 @@ class Client:
                     outcomes = await self.composition.submit(messages)
             except (Unavailable, TimeoutError) as error:
                 pause = backoff.next()
+                for submission in batch:
+                    submission.reply.trouble = str(error) or "no answer in time"
                 for late in [s for s in batch if s.deadline < clock() + pause]:
                     batch.remove(late)
-                    self._fail(late, _unconfirmed(late.message, error))
+                    self._fail(late, unconfirmed(late.message, late.reply.trouble))
                 if batch:
                     await asyncio.sleep(pause)
             except asyncio.CancelledError:
@@ -218,8 +220,10 @@ class Client:
             reason = f"task {message.uuid} for queue {message.queue!r}: {outcome.reason}"
             self._fail(submission, Refused(reason))
         elif outcome.status == "unknown":
-            self._fail(submission, _unconfirmed(message, Unavailable(outcome.reason)))
-        elif not submission.wait:
+            self._fail(submission, unconfirmed(message, outcome.reason))
+        elif submission.wait:
+            submission.reply.durable = True
+        else:
             submission.reply.set(None)
 
     def _fail(self, submission: Submission, error: BaseException) -> None:
@@ -305,8 +309,9 @@ class _Countdown(Reply[Task | None]):
         self.set(None)
 
 
-def _unconfirmed(message: TaskMessage, error: BaseException) -> Unavailable:
+def unconfirmed(message: TaskMessage, trouble: str) -> Unavailable:
+    """Return the error of a submission whose deadline has passed before its write was durable."""
     return Unavailable(
-        f"task {message.uuid} for queue {message.queue!r}: the write was not confirmed in time "
-        f"({error or type(error).__name__}); submitting the same uuid again is safe"
+        f"task {message.uuid} for queue {message.queue!r} is not known to be enqueued: the write "
+        f"was not confirmed in time ({trouble}); submitting the same uuid again is safe"
     )
