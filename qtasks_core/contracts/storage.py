@@ -46,7 +46,9 @@ class Storage(ABC):
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         """Return the newest record of each uuid, None where there is none.
 
-        Sees every save that returned before this call began, from any process.
+        Sees every save that returned before this call began, from any process. A record whose bytes
+        cannot be read hides no other: it is what `qtasks_core.records.unreadable` makes of what is
+        known beside them. In a log, which knows nothing beside them, it never was.
         """
 
     @abstractmethod
