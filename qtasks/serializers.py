@@ -11,13 +11,16 @@ from qtasks.tagging import tag, tagger, untag
 from qtasks_core import Serializer
 from qtasks_core.errors import SerializationError
 
-_SCALARS: dict[Any, tuple[type, ...]] = {
-    bool: (bool,),
-    int: (int,),
-    float: (float, int),
-    str: (str,),
-    bytes: (bytes, bytearray, memoryview),
+_SCALARS: dict[Any, Callable[[Any], Any]] = {
+    bool: bool,
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: bytes.__bytes__,
 }
+"""Each with what makes it plain: classes derived from them have no encoding."""
+_ALSO: dict[Any, tuple[type, ...]] = {float: (int,), bytes: (bytearray, memoryview)}
+"""What is encoded alike."""
 
 
 class MsgpackSerializer(Serializer):
@@ -89,16 +92,17 @@ def _as_is(value: Any) -> Any:
 
 
 def _scalar(annotation: type) -> Callable[[Any], Any]:
-    allowed = _SCALARS[annotation]
+    plain, also = _SCALARS[annotation], _ALSO.get(annotation, ())
 
     def check(value: Any) -> Any:
         if type(value) is annotation:
             return value
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            raise SerializationError(
-                f"Expected `{annotation.__name__}`, got `{type(value).__name__}`"
-            )
-        return value
+        if not isinstance(value, bool):  # which is an int, but not taken for one
+            if isinstance(value, annotation):
+                return plain(value)
+            if isinstance(value, also):
+                return value
+        raise SerializationError(f"Expected `{annotation.__name__}`, got `{type(value).__name__}`")
 
     return check
 
