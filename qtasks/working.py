@@ -80,7 +80,9 @@ class RunningWorker:
 async def working(
     app: App, options: WorkerOptions, start_timeout: float = START_TIMEOUT
 ) -> AsyncIterator[RunningWorker]:
-    """Run a worker of `app` on this loop while the block runs."""
+    """Run a worker of `app` on this loop while the block runs. Raises `ConfigurationError`."""
+    if options.concurrency < 1:
+        raise ConfigurationError(f"concurrency={options.concurrency} is below 1")
     await app.start(start_timeout)
     try:
         runner = Runner(app.definitions, app.max_payload)

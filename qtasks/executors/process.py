@@ -117,6 +117,7 @@ class _Pool:
             child = self.idle.pop()
             if child.lives():
                 return child
+            child.end(0.0)
         return Child()
 
     def close(self) -> None:
@@ -178,10 +179,13 @@ class Child:
         return self._process is None or self._process.poll() is None
 
     def ask(self, run: Run) -> Answer:
-        """Send a run and wait for the answer. Raises `ProcessDied`."""
+        """Send a run and wait for the answer. Raises `ProcessDied`, `OSError` if none can start."""
+        is_new = self._process is None
+        if is_new:
+            self._start()
         try:
-            if self._process is None:
-                self._start()
+            if is_new:
+                send(self._line, Setting(sys.path, os.environ.get("PYTHONPATH")))
             send(self._line, run)
             answer = receive(self._line, _answers)
         except OSError:
@@ -203,7 +207,6 @@ class Child:
             self._process = process
             if self._killed:
                 _kill(process)
-        send(self._line, Setting(sys.path, os.environ.get("PYTHONPATH")))
 
     def kill(self) -> None:
         """Kill it, whatever it does, with all processes it has started."""
