@@ -37,7 +37,8 @@ class Submission(Struct, frozen=True, eq=False):
     """On the monotonic clock; past it publishing is not tried again."""
     reply: Reply[Task | None]
     wait: bool
-    """Answer with the final record; else with None as soon as the write is durable."""
+    """Answer with the final record; else as soon as the write is durable, with None, or with the
+    record that is there already."""
 
 
 class Client:
@@ -182,6 +183,7 @@ class Client:
                     self._fail(late, _unconfirmed(late.message, error))
                 if batch:
                     await asyncio.sleep(pause)
+                    batch = [_anew(submission) for submission in batch]
             except asyncio.CancelledError:
                 self._fail_all(batch, Closed(f"the app {self.name!r} was stopped"))
                 raise
@@ -208,13 +210,24 @@ class Client:
 
     def _answer(self, submission: Submission, outcome: Outcome) -> None:
         message = submission.message
-        if outcome.status == "refused":
+        if outcome.there is not None:
+            self._answer_taken(submission, outcome.there)
+        elif outcome.status == "refused":
             reason = f"task {message.uuid} for queue {message.queue!r}: {outcome.reason}"
             self._fail(submission, Refused(reason))
         elif outcome.status == "unknown":
             self._fail(submission, _unconfirmed(message, Unavailable(outcome.reason)))
         elif not submission.wait:
             submission.reply.set(None)
+
+    def _answer_taken(self, submission: Submission, there: Task) -> None:
+        """Answer with what has the key, once it has ended if that is waited for."""
+        if submission.wait and there.status not in FINAL:
+            # Its end may be on its way to another client's address only.
+            self._watches.add(there.uuid)
+            return
+        self.forget(there.uuid, submission.reply)
+        submission.reply.set(there)
 
     def _fail(self, submission: Submission, error: BaseException) -> None:
         self.forget(submission.message.uuid, submission.reply)
@@ -297,6 +310,17 @@ class _Countdown(Reply[Task | None]):
     def fail(self, error: BaseException) -> None:
         self._error = self._error or error
         self.set(None)
+
+
+def _anew(submission: Submission) -> Submission:
+    """Return a submission whose first try may have been published, to be tried again.
+
+    With a key it is another publishing, so that not both are run. What has none may run twice.
+    """
+    message = submission.message
+    if not message.submission:
+        return submission
+    return replace(submission, message=replace(message, submission=str(uuid7())))
 
 
 def _unconfirmed(message: TaskMessage, error: BaseException) -> Unavailable:

@@ -17,7 +17,7 @@ from qtasks_core.errors import Closed, ConfigurationError
 STATUSES: tuple[Status, ...] = (
     "new", "scheduled", "process", "retry", "success", "error", "cancel",
 )  # fmt: skip
-FINAL = STATUSES[4:]
+FIRST, FINAL = STATUSES[:2], STATUSES[4:]
 STATES = tuple(product((1, 2), STATUSES))
 """Every (attempt, status) of two attempts."""
 
@@ -26,12 +26,13 @@ def expected(first: Task, second: Task) -> str:
     """Say what the second save is answered; the design's words, not the core's function.
 
     A final record refuses every other, whatever its attempt; among the rest (attempt, rank of
-    status) must not go back; saving again what is there (same execution) is done.
+    status) must not go back, and a first record replaces none; saving again what is there (same
+    execution) is done.
     """
     was, now = [(t.attempt, STATUSES.index(t.status)) for t in (first, second)]
     if was == now and first.execution == second.execution:
         return "done"
-    if first.status in FINAL:
+    if first.status in FINAL or second.status in FIRST:
         return "refused"
     return "done" if now >= was else "refused"
 
