@@ -324,7 +324,8 @@ def _anew(submission: Submission) -> Submission:
 
 
 def _unconfirmed(message: TaskMessage, error: BaseException) -> Unavailable:
+    again = "with the same key" if message.submission else "the same uuid"
     return Unavailable(
         f"task {message.uuid} for queue {message.queue!r}: the write was not confirmed in time "
-        f"({error or type(error).__name__}); submitting the same uuid again is safe"
+        f"({error or type(error).__name__}); submitting {again} again is safe"
     )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 import qtasks
-from qtasks import ConfigurationError, TaskFailed, TaskTimeout
+from qtasks import ConfigurationError, Refused, TaskFailed, TaskTimeout
 from qtasks.asyncio import QueueTasks
+from qtasks_core import Outcome, TaskMessage
+from qtasks_memory import MemoryBroker
 from tests.processes import Process
 
 
@@ -158,6 +160,31 @@ async def test_an_empty_key_is_refused(app: QueueTasks) -> None:
 
     with pytest.raises(ConfigurationError, match="key= is empty"):
         await add.add_task(1, 2, key="")
+
+
+async def test_a_refused_key_stays_free() -> None:
+    class Full(MemoryBroker):
+        full = True
+
+        async def publish(
+            self, messages: Sequence[TaskMessage], transaction: object | None = None
+        ) -> list[Outcome]:
+            if self.full:
+                return [Outcome("refused", "the queue is full")] * len(messages)
+            return await super().publish(messages, transaction)
+
+    broker = Full()
+    async with QueueTasks(f"key-{uuid4().hex[:8]}", broker, "memory://") as app:
+
+        @app.task()
+        async def add(x: int, y: int) -> int:
+            return x + y
+
+        with pytest.raises(Refused, match="the queue is full"):
+            await add.add_task(1, 2, key="k")
+        broker.full = False
+        async with app.worker():
+            assert (await add.add_task(1, 2, key="k", timeout=10)).returning == 3
 
 
 ENQUEUE = """
