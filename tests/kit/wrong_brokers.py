@@ -475,6 +475,19 @@ class RecordsNothingNew(Composes):
             return await self._broker.publish(messages)
 
 
+class RefusesLongNames(Broker):
+    """Its server has room for 63 characters, and it leaves that to the caller."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        outcomes = await super().publish(messages, transaction)
+        return [
+            Outcome("refused", "too long") if len(message.queue) > 63 else outcome
+            for message, outcome in zip(messages, outcomes, strict=True)
+        ]
+
+
 class RunsEveryCopy(Composes):
     """The submission is not compared."""
 
