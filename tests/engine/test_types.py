@@ -176,7 +176,9 @@ def exactly(value: Any) -> Any:
     return type(value), value
 
 
-@pytest.mark.parametrize(("annotation", "value"), CASES, ids=lambda case: str(case)[:40])
+@pytest.mark.parametrize(
+    ("annotation", "value"), CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)]
+)
 def test_it_comes_back_as_it_went(annotation: Any, value: Any) -> None:
     definition = echo_of(annotation)
     before = repr(value)
