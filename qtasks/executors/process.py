@@ -62,7 +62,7 @@ class ProcessExecutor(Executor):
             raise ConfigurationError(f"processes={processes} is below 1")
         if sys.platform == "win32":
             raise ConfigurationError("ProcessExecutor needs a POSIX system")
-        self._most = processes or len(os.sched_getaffinity(0))
+        self._most = processes or _cpus()
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = WeakKeyDictionary()
 
     def accept(self, task: Runnable) -> None:
@@ -229,6 +229,13 @@ class Child:
         except subprocess.TimeoutExpired:
             self.kill()
             return self._process.wait()
+
+
+def _cpus() -> int:
+    """Return how many CPUs this process may use, as far as the system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
