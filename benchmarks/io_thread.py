@@ -4,10 +4,10 @@
 
 The engine's client, runner and worker run here twice: as in an app, client and worker on the I/O
 thread, and all of them on the caller's loop, where nothing crosses. Rows: enqueue by 200 concurrent
-callers, process, and a round trip, with the interpreter's switch interval at its default of 5 ms and
-at 0.5 ms, which `run_forever` sets. Rates are tasks a second; `CPU` is what the process spends a
-task, all threads together, which a busy machine changes less. The best of all rounds stands in front
-of the range.
+callers, process, and a round trip, with the interpreter's switch interval at its default of 5 ms
+and at 0.5 ms, which `run_forever` sets. Rates are tasks a second, the best of all rounds before the
+range; `CPU` is what the process spends a task, all threads together, which a busy machine changes
+less.
 """
 
 from __future__ import annotations
