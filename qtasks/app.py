@@ -20,6 +20,7 @@ from qtasks.submitting import Submitting
 from qtasks.working import RunningWorker, WorkerOptions, serve, working
 from qtasks_core import Balancer, Broker, Storage, schemas
 from qtasks_core.errors import ConfigurationError, UnknownTask
+from qtasks_core.names import checked_name
 
 MAX_PAYLOAD = 1024 * 1024
 """Bytes that arguments, and a result, may take, unless the app says otherwise."""
@@ -30,7 +31,8 @@ class App(Submitting):
 
     `broker` and `storage` are parts or URLs. A broker's URL without a storage uses both halves of
     that backend. Without arguments the environment counts (`QTASKS_NAME`, `QTASKS_BROKER_URL`,
-    `QTASKS_STORAGE_URL`), else the embedded default. Raises `ConfigurationError`.
+    `QTASKS_STORAGE_URL`), else the embedded default. Apps of different names share nothing; names
+    are those of `qtasks_core.names`. Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -41,7 +43,8 @@ class App(Submitting):
         *,
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
-        name = name or os.environ.get("QTASKS_NAME") or "qtasks"
+        of = "an app" if name else "an app (QTASKS_NAME)"
+        name = checked_name(name or os.environ.get("QTASKS_NAME") or "qtasks", of)
         super().__init__(name, *given_parts(broker, storage), max_payload)
         self.definitions: dict[str, TaskDefinition] = {}
 
@@ -80,7 +83,7 @@ class App(Submitting):
         tasks finish for `grace` seconds (None: for ever) and gives the rest back.
         """
         options = WorkerOptions(
-            queues=queues, concurrency=concurrency, grace=grace, balancer=balancer
+            queues=_checked(queues), concurrency=concurrency, grace=grace, balancer=balancer
         )
         return working(self, options, start_timeout)
 
@@ -110,7 +113,7 @@ class App(Submitting):
         """
         refuse_running_loop()
         options = WorkerOptions(
-            queues=queues,
+            queues=_checked(queues),
             concurrency=concurrency,
             grace=grace,
             balancer=balancer,
@@ -119,6 +122,10 @@ class App(Submitting):
             health=(health_host, health_port) if health_port is not None else None,
         )
         serve(self, options, processes)
+
+
+def _checked(queues: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if queues is None else tuple(checked_name(queue, "a queue") for queue in queues)
 
 
 _default: App | None = None

@@ -25,6 +25,7 @@ from qtasks_core import (
     WorkerInfo,
 )
 from qtasks_core.errors import NotSupported
+from qtasks_core.names import checked_name
 from qtasks_core.separate import record_of
 
 REVIVED_FROM = "revived_from"
@@ -48,8 +49,8 @@ async def query(client: Client, query: TaskQuery) -> TaskPage:
 
 
 async def depths(client: Client, queues: Iterable[str]) -> dict[str, QueueDepth]:
-    """Count what is in each queue. Raises `NotSupported`."""
-    names = list(queues)
+    """Count what is in each queue. Raises `NotSupported`, `ConfigurationError` for a wrong name."""
+    names = [checked_name(queue, "a queue") for queue in queues]
     found = await asyncio.gather(*(client.broker.depth(name) for name in names))
     return dict(zip(names, found, strict=True))
 
@@ -57,9 +58,9 @@ async def depths(client: Client, queues: Iterable[str]) -> dict[str, QueueDepth]
 async def purge(client: Client, queue: str) -> int:
     """Drop the messages that wait in a queue; return how many, -1 where that is unknown.
 
-    Their records stay as they were. Raises `NotSupported`.
+    Their records stay as they were. Raises `NotSupported`, `ConfigurationError` for a wrong name.
     """
-    return await client.broker.purge(queue)
+    return await client.broker.purge(checked_name(queue, "a queue"))
 
 
 async def workers(client: Client) -> list[WorkerInfo]:

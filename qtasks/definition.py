@@ -17,6 +17,7 @@ import msgspec
 from qtasks.serializers import MsgpackSerializer
 from qtasks_core import Serializer
 from qtasks_core.errors import ConfigurationError, SerializationError, SignatureMismatch
+from qtasks_core.names import checked_name, checked_task_name
 
 logger = logging.getLogger("qtasks")
 
@@ -45,6 +46,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Takes each yield of a generator and returns what the result has in its place."""
 
     def __post_init__(self) -> None:
+        checked_name(self.queue, "a queue")
         if not 0 <= self.priority <= 9:
             raise ConfigurationError(f"priority={self.priority} is not between 0 and 9")
         if self.retry < 0:
@@ -64,7 +66,7 @@ class TaskDefinition:
         serializer: Serializer | None = None,
     ) -> None:
         self.function = function
-        self.name = name or default_name(function)
+        self.name = checked_task_name(name or default_name(function))
         self.run = _collecting(function, options.generate_handler)
         """What a worker calls: the function, or what makes a list of the generator it is."""
         self.options = options

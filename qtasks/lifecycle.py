@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 from qtasks.engine.backoff import repeat
 from qtasks.engine.client import Client
@@ -46,6 +47,8 @@ class Lifecycle:
         self.name = name
         self._given = broker, storage
         self.broker, self.storage = built_parts(broker, storage)
+        self._lives: WeakKeyDictionary[IOThread, Life] = WeakKeyDictionary()
+        """What is started on a process's I/O thread; written there."""
         self._started_in: int | None = None
         self._closes_at_exit = False
         self.starts_itself = False
@@ -90,7 +93,7 @@ class Lifecycle:
 
     def _life(self) -> Life:
         """Return the life of this app here, on the I/O thread."""
-        return io_thread().lives.setdefault(self, Life())
+        return self._lives.setdefault(io_thread(), Life())
 
     async def _connect(self, life: Life, timeout: float) -> None:
         if life.client is not None:
@@ -101,6 +104,7 @@ class Lifecycle:
         self._started_in = os.getpid()
         await client.start(asyncio.get_running_loop().time() + timeout)
         life.client = client
+        io_thread().held.add(client)
 
     def _build_anew(self) -> None:
         """Replace parts that a parent has started. Raises `Closed` where that cannot be."""
@@ -118,13 +122,14 @@ class Lifecycle:
             life.entered = max(0, life.entered - 1)
             if life.entered == 0 and life.client is not None:
                 client, life.client, life.by_itself = life.client, None, False
+                io_thread().held.discard(client)
                 await client.stop()
                 self._started_in = None
 
     @property
     def client(self) -> Client:
         """The engine's client while the app is started; it lives on the I/O thread."""
-        life = io_thread().lives.get(self)
+        life = self._lives.get(io_thread())
         if life is None or life.client is None:
             raise self._not_started()
         return life.client
@@ -132,7 +137,7 @@ class Lifecycle:
     async def ready(self) -> tuple[IOThread, Client]:
         """Return the I/O thread and the client on it. Raises `Closed` when nothing is started."""
         thread = io_thread()
-        life = thread.lives.get(self)
+        life = self._lives.get(thread)
         if (life is None or life.client is None) and self.starts_itself:
             await thread.run(self._start_by_itself)
         return thread, self.client
@@ -141,7 +146,7 @@ class Lifecycle:
         """Do as `ready`, from a thread without a loop."""
         refuse_running_loop()
         thread = io_thread()
-        life = thread.lives.get(self)
+        life = self._lives.get(thread)
         if (life is None or life.client is None) and self.starts_itself:
             thread.run_blocking(self._start_by_itself)
         return thread, self.client
@@ -181,7 +186,7 @@ class Lifecycle:
 
     def _close_at_exit(self) -> None:
         thread = running_io_thread()  # none in a child that has not used the app
-        life = thread.lives.get(self) if thread is not None else None
+        life = self._lives.get(thread) if thread is not None else None
         if thread is None or life is None or life.client is None:
             return
         # Daemon threads that wait end with the process, which is no error of theirs.

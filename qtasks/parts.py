@@ -41,8 +41,17 @@ def built_parts(broker: Broker | str, storage: Storage | str) -> tuple[Broker, S
 
 
 def _default_path() -> Path:
-    """Return the absolute path of the embedded default (XDG base directory specification)."""
-    base = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA")
-    directory = (Path(base) if base else Path.home() / ".local" / "share") / "qtasks"
-    directory.mkdir(parents=True, exist_ok=True)
+    """Return the absolute path of the embedded default (XDG base directory specification).
+
+    Raises `ConfigurationError` where its directory cannot be.
+    """
+    base = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA") or "~/.local/share"
+    try:
+        directory = Path(base).expanduser().absolute() / "qtasks"
+        directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # the latter where nobody is at home
+        raise ConfigurationError(
+            f"no place for the embedded default ({error}): set QTASKS_BROKER_URL, "
+            "or XDG_DATA_HOME to a directory that can be written"
+        ) from error
     return directory / "qtasks.db"

@@ -12,7 +12,7 @@ from uuid import UUID
 from uuid_utils import uuid7
 
 from qtasks.definition import TaskDefinition
-from qtasks.engine.client import Client
+from qtasks.engine.client import Client, unconfirmed
 from qtasks.engine.io_thread import io_thread
 from qtasks.engine.registry import workers_alive
 from qtasks.engine.reply import LoopReply, ThreadReply
@@ -26,6 +26,7 @@ from qtasks_core.errors import (
     TaskTimeout,
     Unavailable,
 )
+from qtasks_core.names import checked_name
 from qtasks_core.separate import record_of
 
 PUBLISH_TIMEOUT = 30.0
@@ -71,7 +72,7 @@ class Submitting(Lifecycle):
         message = TaskMessage(
             uuid=str(uuid7()),
             task_name=definition.name,
-            queue=queue or options.queue,
+            queue=options.queue if queue is None else checked_name(queue, "a queue"),
             args=encoded_args,
             kwargs=encoded_kwargs,
             encoding=definition.serializer.name,
@@ -93,13 +94,15 @@ class Submitting(Lifecycle):
     async def submit(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
         """Submit a message; with `timeout` (seconds) wait for its end, else for the write.
 
-        Raises `TaskTimeout`, `Unavailable`, `Refused`.
+        Raises `TaskTimeout` when the write was durable by then and the task had not ended,
+        `Unavailable` when it was not known to be, `Refused`.
         """
         thread, client = await self.ready()
         reply: LoopReply[schemas.Task | None] = LoopReply()
         deadline = time.monotonic() + (PUBLISH_TIMEOUT if timeout is None else timeout)
         thread.post(client.submit, message, deadline, timeout is not None, reply)
-        return await self._ended(client, message.uuid, reply, timeout) or record_of(message)
+        found = await self._ended(client, message.uuid, reply, timeout, message)
+        return found or record_of(message)
 
     def submit_blocking(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
         """Do as `submit`, from a thread without a loop."""
@@ -107,7 +110,7 @@ class Submitting(Lifecycle):
         reply: ThreadReply[schemas.Task | None] = ThreadReply()
         deadline = time.monotonic() + (PUBLISH_TIMEOUT if timeout is None else timeout)
         thread.post(client.submit, message, deadline, timeout is not None, reply)
-        found = self._ended_blocking(client, message.uuid, reply, timeout)
+        found = self._ended_blocking(client, message.uuid, reply, timeout, message)
         return found or record_of(message)
 
     async def submit_all(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
@@ -173,6 +176,7 @@ class Submitting(Lifecycle):
         uuid: str,
         reply: LoopReply[schemas.Task | None],
         timeout: float | None,
+        submitted: TaskMessage | None = None,
     ) -> schemas.Task | None:
         """Await a reply; past the timeout take the wait back and say what is known."""
         try:
@@ -183,6 +187,8 @@ class Submitting(Lifecycle):
         except asyncio.CancelledError:
             io_thread().post(client.forget, uuid, reply)
             raise
+        if submitted is not None and not reply.durable:
+            raise unconfirmed(submitted, reply.trouble)
         raise _late(uuid, timeout, *await io_thread().run(_known, client, uuid))
 
     def _ended_blocking(
@@ -191,6 +197,7 @@ class Submitting(Lifecycle):
         uuid: str,
         reply: ThreadReply[schemas.Task | None],
         timeout: float | None,
+        submitted: TaskMessage | None = None,
     ) -> schemas.Task | None:
         try:
             return reply.result(timeout)
@@ -199,6 +206,8 @@ class Submitting(Lifecycle):
         except KeyboardInterrupt:
             io_thread().post(client.forget, uuid, reply)
             raise
+        if submitted is not None and not reply.durable:
+            raise unconfirmed(submitted, reply.trouble)
         raise _late(uuid, timeout, *io_thread().run_blocking(_known, client, uuid))
 
 

@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+import traceback
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ logger = logging.getLogger("qtasks")
 class WorkerOptions(Struct, frozen=True, kw_only=True):
     """How a worker works; `App.worker` says what each means."""
 
-    queues: Iterable[str] | None = None
+    queues: tuple[str, ...] | None = None
     concurrency: int = 100
     grace: float | None = 30.0
     balancer: Balancer | None = None
@@ -51,11 +52,14 @@ class RunningWorker:
     """A worker while its block runs."""
 
     def __init__(
-        self, worker: Worker, runner: Runner, ended: asyncio.Task[None], worn: asyncio.Task[str]
+        self, worker: Worker, runner: Runner, failed: asyncio.Task[None], worn: asyncio.Task[str]
     ) -> None:
         self.id = worker.id
-        self.ended = ended
-        """Done early only if the worker failed."""
+        self.failed = failed
+        """Done when a part has failed in a way that no repeating mends: nothing more is received.
+
+        Leave the block then, which raises that error.
+        """
         self.worn = worn
         """Done when a limit is reached, with which."""
         self._worker = worker
@@ -113,13 +117,30 @@ async def _receiving(
         ", ".join(sorted(known)) or "no task",
     )
     ended = asyncio.create_task(thread.run(worker.run))
+    failed = asyncio.create_task(thread.run(worker.failed))
     worn = asyncio.create_task(thread.run(worker.limits.reached))
     try:
-        yield RunningWorker(worker, runner, ended, worn)
+        yield RunningWorker(worker, runner, failed, worn)
     finally:
+        failed.cancel()
         worn.cancel()
-        await thread.run(worker.stop, options.grace)
-        await ended
+        stopping = asyncio.create_task(thread.run(worker.stop, options.grace))
+        await _all_done({stopping, ended}, runner)
+        ended.result()
+        stopping.result()
+
+
+async def _all_done(ends: set[asyncio.Task[None]], runner: Runner) -> None:
+    """Wait for the orderly end; who is cancelled meanwhile only has it come at once."""
+    cancelled: asyncio.CancelledError | None = None
+    while not all(end.done() for end in ends):
+        try:
+            await asyncio.wait(ends)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            runner.give_back()
+    if cancelled is not None:
+        raise cancelled
 
 
 def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
@@ -137,8 +158,12 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
     # The two loops of this process hand over work many times a millisecond; with the
     # default of 5 ms each would wait for the other.
     sys.setswitchinterval(0.0005)
-    asyncio.run(Service(app, options).run())
-    _leave_threads_behind()
+    try:
+        asyncio.run(Service(app, options).run())
+    except Exception:
+        _leave_threads_behind(1)
+        raise
+    _leave_threads_behind(0)
 
 
 class Service:
@@ -176,7 +201,7 @@ class Service:
             self._worker = worker
             if self._line is not None:
                 self._line.tell(True)
-            ends: set[asyncio.Future[Any]] = {self._told, worker.ended, worker.worn}
+            ends: set[asyncio.Future[Any]] = {self._told, worker.failed, worker.worn}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._told.done():
                 reason = self._told.result()
@@ -233,7 +258,7 @@ class Service:
             self._told.set_result("its supervisor is gone")
 
 
-def _leave_threads_behind() -> None:
+def _leave_threads_behind(status: int) -> None:
     """End the process although functions still run in threads: their grace is over.
 
     The interpreter would wait for them, for ever if need be.
@@ -244,9 +269,11 @@ def _leave_threads_behind() -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
     if stuck := sum(thread.is_alive() for thread in threads):
         logger.warning("%d functions still run in threads; the process ends without them", stuck)
+        if status:
+            traceback.print_exc()
         atexit._run_exitfuncs()
         logging.shutdown()
-        os._exit(0)
+        os._exit(status)
 
 
 def describe(part: Guarantees) -> str:

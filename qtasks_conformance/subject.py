@@ -96,6 +96,10 @@ class Subject:
     """Put bytes into a queue as another program would: `await inject(namespace, queue, data)`.
 
     None: the test of messages that cannot be decoded is skipped."""
+    spoil: Callable[[str, str, bytes], Awaitable[None]] | None = None
+    """Put bytes in the place of a record's own: `await spoil(namespace, uuid, data)`.
+
+    None: the test of records that cannot be read is skipped."""
     slack: float = 4.0
     """Seconds by which a busy machine may be late."""
     least_broker: Least = Least()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from math import isinf
 from typing import Literal
 
+from qtasks_core.errors import WireError
 from qtasks_core.schemas import Status, Task
 
 RANK: dict[Status, int] = {
@@ -24,6 +25,7 @@ RANK: dict[Status, int] = {
     "error": 5,
     "cancel": 6,
 }
+_STATUS = {rank: status for status, rank in RANK.items()}
 FIRST_FINAL = 4
 RETENTION = 7 * 86_400.0
 """Seconds that a storage keeps final records where neither they nor it say otherwise."""
@@ -49,6 +51,37 @@ def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse
     if stored.status in FINAL or order < stored_order:
         return "refuse"
     return "accept"
+
+
+def unreadable(
+    uuid: str,
+    order: int,
+    execution: str,
+    error: WireError,
+    *,
+    task_name: str = "",
+    queue: str = "",
+    created_at: float = 0.0,
+    dead: bool = False,
+) -> Task:
+    """Return what stands for a record whose bytes cannot be read, of what is known beside them.
+
+    `error` says so. A `success` whose result is lost is an `error`; a rank that this release does
+    not know is final, as all high ones are.
+    """
+    status = _STATUS.get(order % 8, "error")
+    why = f"the record cannot be read: {error}"
+    return Task(
+        uuid=uuid,
+        task_name=task_name,
+        status="error" if status == "success" else status,
+        queue=queue,
+        attempt=order // 8,
+        execution=execution,
+        error=why,
+        dead=why if dead else None,
+        created_at=created_at,
+    )
 
 
 def retention_note(retention: float) -> str:

@@ -171,6 +171,8 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     """The setting behind `survives`, in the server's own words."""
     lease: float | None = None
     """Brokers only."""
+    retention: float | None = None
+    """Storages only: seconds that final records are kept which do not say so; None: for ever."""
     settle_confirmed: bool = True
     """Brokers: the server answers a settle, so its outcome is known."""
     counts_deliveries: bool = False

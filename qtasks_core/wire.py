@@ -12,6 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from qtasks_core.errors import WireError
+from qtasks_core.names import is_name
 from qtasks_core.schemas import Command, Raw, Task, TaskMessage
 
 VERSION = 1
@@ -35,9 +36,13 @@ def decode_message(data: bytes) -> TaskMessage | Raw:
     if data[:1] != _HEADER:
         return Raw(bytes(data), _wrong_version(data))
     try:
-        return _message_decoder.decode(memoryview(data)[1:])
+        message = _message_decoder.decode(memoryview(data)[1:])
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         return Raw(bytes(data), str(error))
+    if not is_name(message.queue):
+        # A retry would go there, and brokers rely on names that were checked.
+        return Raw(bytes(data), f"{message.queue[:120]!r} is no name of a queue")
+    return message
 
 
 def encode_task(task: Task) -> bytes:

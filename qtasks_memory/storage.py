@@ -31,6 +31,7 @@ class MemoryStorage(Storage):
             part="MemoryStorage",
             survives="nothing",
             durability="records end with the process",
+            retention=self._retention,
             notes=(retention_note(self._retention),),
         )
 

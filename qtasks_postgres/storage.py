@@ -11,8 +11,8 @@ from weakref import WeakSet
 from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed
-from qtasks_core.records import FINAL, judge, order_of
+from qtasks_core.errors import Closed, WireError
+from qtasks_core.records import FINAL, judge, order_of, unreadable
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_postgres.batches import batches, slices
@@ -67,6 +67,13 @@ GET = """
         LIMIT 1
     ) AS found
     WHERE found.record IS NOT NULL
+"""
+
+# What is known of a record beside its bytes.
+KNOWN = """
+    SELECT uuid, progress AS "order", execution, task_name, queue, created_at,
+        dead IS NOT NULL AS dead
+    FROM qtasks.records WHERE namespace = $1 AND uuid = ANY($2::text[])
 """
 
 # Written into the very row that a save of the task must lock, so that either the save sees the
@@ -153,9 +160,21 @@ class PostgresStorage(Storage):
         namespace = self._started()
         keys = [storable(uuid) for uuid in uuids]
         records: dict[str, Task] = {}
+        wrong: dict[str, WireError] = {}
         for some in slices(keys):
             rows = await self._database.fetch(GET, namespace, some, transaction=transaction)
-            records.update((row["uuid"], decode_task(row["record"])) for row in rows)
+            for row in rows:
+                try:
+                    records[row["uuid"]] = decode_task(row["record"])
+                except WireError as error:
+                    wrong[row["uuid"]] = error
+        if wrong:
+            rows = await self._database.fetch(
+                KNOWN, namespace, list(wrong), transaction=transaction
+            )
+            records.update(
+                (row["uuid"], unreadable(error=wrong[row["uuid"]], **row)) for row in rows
+            )
         return [records.get(key) for key in keys]
 
     def _started(self) -> str:
@@ -242,7 +261,10 @@ class PostgresInbox(Inbox):
         if payload is None:
             self._missed = True
         elif payload.startswith("="):
-            self._arrive(decode_task(b64decode(payload[1:])))
+            try:
+                self._arrive(decode_task(b64decode(payload[1:])))
+            except WireError:
+                self._missed = True  # whose it is cannot be read either: `get` knows what it asks
         else:
             self._large.append(payload[1:])
         self._bell.set()

@@ -132,9 +132,6 @@ class RabbitMQBroker(Broker):
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         names = self._started()[0]
-        for queue in queues:
-            if objection := names.objection(queue):
-                raise ConfigurationError(objection)
         subscription = RabbitMQSubscription(self, names, self._url, queues)
         await subscription.open()
         self._subscriptions.append(subscription)
@@ -142,15 +139,8 @@ class RabbitMQBroker(Broker):
 
     async def dispatch(self, parcels: Sequence[Parcel]) -> list[Outcome]:
         """Publish encoded messages: each is durable with the server, or refused."""
-        names, _ = self._started()
         outcomes = [DONE] * len(parcels)
-        sound: list[int] = []
-        for at, parcel in enumerate(parcels):
-            if objection := names.objection(parcel.queue):
-                outcomes[at] = Outcome("refused", objection)
-            else:
-                sound.append(at)
-        for chunk in _chunks(parcels, sound):
+        for chunk in _chunks(parcels):
             refused = await self._dispatch(parcels, chunk)
             if refused:
                 # A queue may have been deleted since it was declared: declare it and try again.
@@ -604,15 +594,15 @@ def _count_of(headers: Mapping[str, Any]) -> int:
     return count + int(copied) if isinstance(copied, str) and copied.isdigit() else count
 
 
-def _chunks(parcels: Sequence[Parcel], which: Iterable[int]) -> Iterator[list[int]]:
+def _chunks(parcels: Sequence[Parcel]) -> Iterator[list[int]]:
     """Split into what is written at once, by number and by size."""
     chunk: list[int] = []
     size = 0
-    for at in which:
+    for at, parcel in enumerate(parcels):
         if chunk and (len(chunk) == MOST_AT_ONCE or size > MOST_BYTES_AT_ONCE):
             yield chunk
             chunk, size = [], 0
         chunk.append(at)
-        size += len(parcels[at].body)
+        size += len(parcel.body)
     if chunk:
         yield chunk

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from qtasks_core.errors import ConfigurationError, Unavailable
 
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
 
     from qtasks_rabbitmq.channel import Channel
 
-LONGEST_EXCHANGE = 127
-LONGEST_QUEUE = 255
-"""Characters; what stands for the namespace, and escapes, count too."""
 ACCESS_REFUSED = 403
 PRECONDITION_FAILED = 406
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
@@ -27,12 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class Names:
-    """The names of one namespace. Quoted, it has no colon, so no two namespaces share a name."""
+    """The names of one namespace. It has no colon, so no two namespaces share a name."""
 
     def __init__(self, namespace: str) -> None:
-        self._prefix = f"qtasks:{_quoted(namespace)}"
-        if len(self.level(99)) > LONGEST_EXCHANGE:
-            raise ConfigurationError(f"the name {namespace[:60]}… is too long for RabbitMQ")
+        self._prefix = f"qtasks:{namespace}"
         self.due = f"{self._prefix}:due"
         """Direct exchange: what has waited long enough goes to the queue it names."""
         self.lost = f"{self._prefix}:lost"
@@ -44,22 +38,11 @@ class Names:
 
     def queue(self, name: str) -> str:
         """Return the server's name of a task queue."""
-        return f"{self._prefix}:queue:{_quoted(name)}"
-
-    def objection(self, name: str) -> str:
-        """Return why RabbitMQ cannot have a queue of this name; empty when it can."""
-        if len(self.queue(name)) <= LONGEST_QUEUE:
-            return ""
-        return f"the queue's name {name[:60]}… is too long for RabbitMQ"
+        return f"{self._prefix}:queue:{name}"
 
     def level(self, level: int) -> str:
         """Return the name of a level of the ladder, its queue's and its exchange's."""
         return f"{self._prefix}:level:{level}"
-
-
-def _quoted(name: str) -> str:
-    """Return a name in the characters that the driver lets pass, different for each name."""
-    return quote(name, safe="").replace("~", "%7E").replace("%", "@")
 
 
 async def declare(channel: Channel, methods: Sequence[Frame], queues: Sequence[str] = ()) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
 from qtasks_core.urls import redact, take_options
@@ -70,8 +70,8 @@ class Connection:
         self.server = UNKNOWN
         self._slots = asyncio.Semaphore(_MOST_CALLS)
         self.answer_within = within
-        # The braces are the hash tag of a cluster; quoting keeps namespaces from meeting.
-        self._prefix = f"qtasks:{{{quote(namespace, safe='')}}}:"
+        # The braces are the hash tag of a cluster.
+        self._prefix = f"qtasks:{{{namespace}}}:"
 
     def key(self, kind: str, name: str) -> str:
         """Return the key of something of this namespace."""

@@ -15,9 +15,10 @@ from qtasks_core.errors import (
     Closed,
     ConfigurationError,
     Unavailable,
+    WireError,
     refuse_transaction,
 )
-from qtasks_core.records import FINAL, order_of
+from qtasks_core.records import FINAL, order_of, unreadable
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_redis.connection import (
     UNKNOWN,
@@ -69,6 +70,7 @@ class RedisStorage(Storage):
             server=self._server.name,
             survives=self._server.survives,
             durability=self._server.durability,
+            retention=self._retention,
             unsupported=(
                 "query", "claim", "release", "set", "get_value", "values", "watch_value",
                 "append", "read", "delete", "expire", "migrate",
@@ -98,7 +100,10 @@ class RedisStorage(Storage):
             for task, data in zip(tasks[part], encoded[part], strict=True):
                 args += self._record(connection, task, data)
             answers = await connection.run(SAVE, keys, args)
-            outcomes += (DONE if answer == 1 else _refused(answer) for answer in answers)
+            outcomes += (
+                DONE if answer == 1 else _refused(task.uuid, answer)
+                for task, answer in zip(tasks[part], answers, strict=True)
+            )
         return outcomes
 
     def _record(self, connection: Connection, task: Task, data: bytes) -> tuple[str | bytes, ...]:
@@ -118,7 +123,10 @@ class RedisStorage(Storage):
         for start in range(0, len(uuids), _MOST_READ):
             part = uuids[start : start + _MOST_READ]
             values = await connection.read([connection.key(_RECORD, uuid) for uuid in part])
-            found += (None if value is None else _decode(value) for value in values)
+            found += (
+                None if value is None else _decode(uuid, value)
+                for uuid, value in zip(part, values, strict=True)
+            )
         return found
 
     async def inbox(self) -> Inbox:
@@ -302,7 +310,11 @@ class RedisInbox(Inbox):
         kind = reply[0]
         if kind == b"message":
             bodies = list(_bodies(reply[2]))
-            self._take([decode_task(body) for body in bodies if body[:1] != _NAMED])
+            try:
+                self._take([decode_task(body) for body in bodies if body[:1] != _NAMED])
+            except WireError:
+                # Whose it is cannot be read either; `get` knows what it asks for.
+                self._take(await self._get(list(self._waiting)))
             named = [self._connection.name_in(body[1:]) for body in bodies if body[:1] == _NAMED]
             wanted = [uuid for uuid in named if uuid in self._waiting]
             if wanted:
@@ -333,13 +345,18 @@ def _head(task: Task) -> bytes:
     return b"%010d%03d%b" % (order_of(task), len(execution), execution)
 
 
-def _decode(value: bytes) -> Task:
-    """Return the record behind its head."""
-    return decode_task(value[13 + int(value[10:13]) :])
+def _decode(uuid: str, value: bytes) -> Task:
+    """Return the record behind its head, or what the head tells of one that cannot be read."""
+    behind = 13 + int(value[10:13])
+    try:
+        return decode_task(value[behind:])
+    except WireError as error:
+        execution = value[13:behind].decode(errors="replace")
+        return unreadable(uuid, int(value[:10]), execution, error)
 
 
-def _refused(there: bytes) -> Outcome:
-    return Outcome("refused", "a newer record is there", _decode(there))
+def _refused(uuid: str, there: bytes) -> Outcome:
+    return Outcome("refused", "a newer record is there", _decode(uuid, there))
 
 
 def _bodies(data: bytes) -> Iterable[bytes]:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -283,8 +284,10 @@ class Database:
         driver = _driver()
         if driver.sqlite_version_info < _OLDEST:
             raise ServerTooOld(f"SQLite {driver.sqlite_version} is too old, 3.38 is needed")
-        if not self.path.parent.is_dir():
-            raise ConfigurationError(f"{self.path.parent} is not a directory: create it first")
+        # Where even that may not be known, SQLite says so when it opens the file.
+        with suppress(PermissionError):
+            if not self.path.parent.is_dir():
+                raise ConfigurationError(f"{self.path.parent} is not a directory: create it first")
         warn_of_network(self.path)
         connection: sqlite3.Connection = driver.connect(
             self.path,

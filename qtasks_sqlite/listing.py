@@ -9,7 +9,7 @@ from typing import Any
 from qtasks_core import Task, TaskQuery
 from qtasks_core.errors import WireError
 from qtasks_core.queries import Place
-from qtasks_core.records import RANK
+from qtasks_core.records import RANK, unreadable
 from qtasks_core.wire import decode_task
 from qtasks_sqlite import batches
 from qtasks_sqlite.connection import Transaction
@@ -19,7 +19,6 @@ _LOOKED_AT = 5000
 """Records that one transaction looks at while few of them fit."""
 _DELETED = 2000
 """Records that one transaction deletes."""
-_STATUSES = tuple(RANK)
 _COLUMNS = "uuid, created_at, ord, execution, task_name, queue, dead, data"
 _ORDER = "ORDER BY created_at DESC, uuid DESC"
 
@@ -98,19 +97,10 @@ def _task_of(row: tuple[Any, ...]) -> Task:
     try:
         return decode_task(data)
     except WireError as error:
-        why = f"the record cannot be read: {error}"
-    return Task(
-        uuid=uuid,
-        task_name=task_name,
-        # A rank that this release does not know is final, as all high ones are.
-        status=_STATUSES[min(order % 8, len(_STATUSES) - 1)],
-        queue=queue,
-        attempt=order // 8,
-        execution=execution,
-        error=why,
-        dead=why if dead else None,
-        created_at=created_at,
-    )
+        return unreadable(
+            uuid, order, execution, error,
+            task_name=task_name, queue=queue, created_at=created_at, dead=bool(dead),
+        )  # fmt: skip
 
 
 def deleting(namespace: int, uuids: Sequence[str]) -> Callable[[Transaction], int]:

@@ -81,6 +81,7 @@ class SqliteStorage(Storage):
             part="SqliteStorage",
             survives=survives,
             durability=words,
+            retention=retention,
             notes=(retention_note(retention),),
         )
 

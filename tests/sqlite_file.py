@@ -23,3 +23,19 @@ def injector(path: Path) -> Callable[[str, str, bytes], Awaitable[None]]:
         connection.close()
 
     return inject
+
+
+def spoiler(path: Path) -> Callable[[str, str, bytes], Awaitable[None]]:
+    """Return what puts bytes in the place of a record's own."""
+
+    async def spoil(namespace: str, uuid: str, data: bytes) -> None:
+        connection = sqlite3.connect(path)
+        with connection:
+            connection.execute(
+                "UPDATE qtasks_records SET data = ? WHERE uuid = ? AND namespace IN "
+                "(SELECT id FROM qtasks_namespaces WHERE name = ?)",
+                (data, uuid, namespace),
+            )
+        connection.close()
+
+    return spoil

@@ -18,6 +18,7 @@ from uuid_utils import uuid7
 from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.reply import Reply, anew
+from qtasks.engine.retention import cancelled_kept_for
 from qtasks_core import Broker, Command, Composition, Inbox, Outcome, Storage, Task, TaskMessage
 from qtasks_core.errors import Closed, NotSupported, Refused, Unavailable, UnknownTask
 from qtasks_core.records import FINAL
@@ -144,7 +145,12 @@ class Client:
             # An execution of its own tells this record from a task's own end.
             execution = f"cancel/{uuid7()}"
             cancelled = replace(
-                record, status="cancel", execution=execution, finished_at=time.time(), due_at=None
+                record,
+                status="cancel",
+                execution=execution,
+                finished_at=time.time(),
+                due_at=None,
+                retention=cancelled_kept_for(record, self.storage.guarantees.retention),
             )
             save = partial(self.storage.save, [cancelled])
             outcome = (await repeat(save, deadline))[0]
@@ -177,9 +183,11 @@ class Client:
                     outcomes = await self.composition.submit(messages)
             except (Unavailable, TimeoutError) as error:
                 pause = backoff.next()
+                for submission in batch:
+                    submission.reply.trouble = str(error) or "no answer in time"
                 for late in [s for s in batch if s.deadline < clock() + pause]:
                     batch.remove(late)
-                    self._fail(late, _unconfirmed(late.message, error))
+                    self._fail(late, unconfirmed(late.message, late.reply.trouble))
                 if batch:
                     await asyncio.sleep(pause)
             except asyncio.CancelledError:
@@ -212,8 +220,10 @@ class Client:
             reason = f"task {message.uuid} for queue {message.queue!r}: {outcome.reason}"
             self._fail(submission, Refused(reason))
         elif outcome.status == "unknown":
-            self._fail(submission, _unconfirmed(message, Unavailable(outcome.reason)))
-        elif not submission.wait:
+            self._fail(submission, unconfirmed(message, outcome.reason))
+        elif submission.wait:
+            submission.reply.durable = True
+        else:
             submission.reply.set(None)
 
     def _fail(self, submission: Submission, error: BaseException) -> None:
@@ -299,8 +309,9 @@ class _Countdown(Reply[Task | None]):
         self.set(None)
 
 
-def _unconfirmed(message: TaskMessage, error: BaseException) -> Unavailable:
+def unconfirmed(message: TaskMessage, trouble: str) -> Unavailable:
+    """Return the error of a submission whose deadline has passed before its write was durable."""
     return Unavailable(
-        f"task {message.uuid} for queue {message.queue!r}: the write was not confirmed in time "
-        f"({error or type(error).__name__}); submitting the same uuid again is safe"
+        f"task {message.uuid} for queue {message.queue!r} is not known to be enqueued: the write "
+        f"was not confirmed in time ({trouble}); submitting the same uuid again is safe"
     )

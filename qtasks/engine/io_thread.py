@@ -12,14 +12,10 @@ import os
 import selectors
 from collections.abc import Callable, Coroutine
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, Generic, TypeVar
 
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.reply import LoopReply, Reply, ThreadReply
-
-if TYPE_CHECKING:
-    from qtasks.lifecycle import Life, Lifecycle
 
 T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[Any, ...]]
@@ -33,8 +29,8 @@ class IOThread:
 
     def __init__(self) -> None:
         self.loop, self._selector = _new_loop()
-        self.lives: WeakKeyDictionary[Lifecycle, Life] = WeakKeyDictionary()
-        """What is started on this thread, for each app; written on the I/O loop."""
+        self.held: set[object] = set()
+        """What is started here: not collected before it is stopped, not even in a forked child."""
         self._calls: Mailbox[_Call] = Mailbox(self.loop, _call_all)
         self._spawned: set[asyncio.Task[None]] = set()
         self._thread = Thread(target=self.loop.run_forever, name="qtasks-io", daemon=True)

@@ -18,6 +18,11 @@ _Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
 class Reply(ABC, Generic[T]):
     """Where the answer to one question goes; whichever of `set` and `fail` comes first counts."""
 
+    durable = False
+    """Asked with a submission whose end is waited for: its write is confirmed."""
+    trouble = "no answer yet"
+    """Why it is not."""
+
     @abstractmethod
     def set(self, value: T) -> None:
         """Answer."""

@@ -1,18 +1,42 @@
-"""Records whose time has passed are deleted, by one worker at a time and rarely."""
+"""How long records are kept, and that they are deleted then, by one worker at a time and rarely.
+
+A final record is also what stops its message, should that be delivered again. So some are kept
+longer than was asked for.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
+import time
 
-from qtasks_core import Storage
+from qtasks_core import Storage, Task
 from qtasks_core.errors import NotSupported, Unavailable
 
 logger = logging.getLogger("qtasks")
 
 PERIOD = 300.0
 """Seconds from one deletion to the next, at most."""
+LEASES = 2.0
+"""A message whose end was not settled comes back within one lease, and soon finds a worker."""
+_CANCELLED = 86_400.0
+"""Seconds from when it is due that a cancelled task's message may have to wait in its queue."""
+
+
+def kept_for(asked: float | None, default: float | None, least: float) -> float | None:
+    """Return the retention to record, in seconds: what was asked for, `least` where that is less.
+
+    `default` is the storage's, which counts where nothing was asked for.
+    """
+    keep = default if asked is None else asked
+    return asked if keep is None or keep >= least else least
+
+
+def cancelled_kept_for(record: Task, default: float | None) -> float | None:
+    """Return the retention of a task that is cancelled now: its message is still in the queue."""
+    wait = max(0.0, record.due_at - time.time()) if record.due_at is not None else 0.0
+    return kept_for(record.retention, default, wait + _CANCELLED)
 
 
 async def expire(storage: Storage, worker: str) -> None:

@@ -73,19 +73,6 @@ class Suspects:
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    @staticmethod
-    def suspicious(delivery: Delivery, record: Task | None) -> bool:
-        """Say whether a delivery has to run alone, if at all."""
-        return (delivery.count or 1) >= _SUSPICIOUS or lone_runs(record) > 0
-
-    @staticmethod
-    def convicted(record: Task | None) -> str | None:
-        """Return why a message is dead; None while it may run."""
-        runs = lone_runs(record)
-        return (
-            f"poison: its worker died {runs} times running it alone" if runs >= _LONE_RUNS else None
-        )
-
     def add(self, job: Job, record: Task | None) -> None:
         """Take a suspect that waits for its lone run."""
         job.noted = True  # by its own record, just before it runs

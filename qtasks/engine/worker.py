@@ -28,7 +28,7 @@ from qtasks.engine.limits import Limits
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.reach import Reach
 from qtasks.engine.registry import Registration
-from qtasks.engine.retention import expire
+from qtasks.engine.retention import LEASES, expire, kept_for
 from qtasks.engine.runner import Runner
 from qtasks.engine.suspects import Suspects, acquitted, convicted, suspicious
 from qtasks.engine.watch import watch
@@ -38,6 +38,7 @@ from qtasks_core import (
     Command,
     Completion,
     Delivery,
+    Outcome,
     Raw,
     Release,
     Retry,
@@ -91,8 +92,12 @@ class Worker:
         self._receiving: asyncio.Timeout | None = None
         self._stopping = asyncio.Event()
         self._ending = asyncio.Event()
+        self._failing = asyncio.Event()
+        self._failure: Exception | None = None
         self._subscription: Subscription | None = None
         storage = client.storage
+        self._retention = storage.guarantees.retention
+        self._least_retention = LEASES * (client.broker.guarantees.lease or 0.0)
         self._reach = Reach()
         self._jobs = Jobs(self._queues)
         self._keeper = Keeper(self._jobs, storage, self._reach, self._cancel)
@@ -108,7 +113,34 @@ class Worker:
     # -- life ----------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Work until `stop` has ended everything."""
+        """Work until `stop` has ended everything.
+
+        Raises what a part raised that was not `Unavailable`: nothing more is received then, what
+        runs goes on, and `failed` says so at once.
+        """
+        try:
+            await self._work()
+        except Exception as error:  # noqa: BLE001  # raised below
+            self._fail(error)
+        self._failing.set()
+        if self._failure is not None:
+            raise self._failure
+
+    async def failed(self) -> None:
+        """Wait until the worker has failed, or is over."""
+        await self._failing.wait()
+
+    def _fail(self, error: Exception) -> None:
+        if self._failure is not None:
+            return
+        self._failure = error
+        logger.error("worker %s failed: %s: %s", self.id, type(error).__name__, error)
+        self._stopping.set()
+        self._failing.set()
+        self._interrupt_receive()
+        self._jobs.notice()
+
+    async def _work(self) -> None:
         subscription = await self._reach.persist(self._subscribe, self._stopping)
         if subscription is None:
             return
@@ -120,7 +152,7 @@ class Worker:
             self._ends = Gatherer(
                 partial(self._flush, subscription), _FLUSH, _FLIGHTS, group.create_task
             )
-            receiving = group.create_task(self._receive_loop(subscription))
+            receiving = group.create_task(self._vital(self._receive_loop(subscription)))
             background = [group.create_task(call) for call in self._background(subscription)]
             await self._ending.wait()
             await receiving
@@ -133,13 +165,20 @@ class Worker:
         """Return what goes on beside receiving, and costs nothing while there is no job."""
         lease = self._client.broker.guarantees.lease
         return (
-            self._keeper.keep(subscription, lease),
-            self._keeper.note(self._complete),
-            watch(self._jobs, self._runner),
+            self._vital(self._keeper.keep(subscription, lease)),
+            self._vital(self._keeper.note(self._complete)),
+            self._vital(watch(self._jobs, self._runner)),
             _beside(self._registration.keep(), "the registry of workers"),
             _beside(obey(self._client.broker, self._obey), "commands"),
             _beside(expire(self._client.storage, self.id), "deleting old records"),
         )
+
+    async def _vital(self, call: Coroutine[Any, Any, None]) -> None:
+        """Await what tasks depend on; should it fail, the worker does."""
+        try:
+            await call
+        except Exception as error:  # noqa: BLE001  # raised by `run`
+            self._fail(error)
 
     async def _last_words(self) -> None:
         self._ends.extend([*self._suspects.surrender()])
@@ -158,14 +197,15 @@ class Worker:
         self._stopping.set()
         self.limits.close()
         self._jobs.notice()
-        if self._subscription is not None:
-            await self._subscription.close()
         try:
+            if self._subscription is not None:
+                await self._subscription.close()
             async with asyncio.timeout(grace):
                 await self._jobs.until(lambda: self._jobs.idle)
         except TimeoutError:
             self._runner.give_back()
-        self._ending.set()
+        finally:
+            self._ending.set()
 
     async def _subscribe(self) -> Subscription:
         return await self._client.broker.subscribe(dict.fromkeys(self._queues, self._concurrency))
@@ -211,10 +251,13 @@ class Worker:
 
     async def _admit(self, deliveries: list[Delivery]) -> None:
         admit = partial(self._client.composition.admit, deliveries)
-        verdicts = await self._reach.persist(admit, self._stopping)
+        verdicts = None
+        try:
+            verdicts = await self._reach.persist(admit, self._stopping)
+        finally:
+            if verdicts is None:
+                self._ends.extend([Completion(Release(d), None) for d in deliveries])
         if verdicts is None:
-            for delivery in deliveries:
-                self._complete(Completion(Release(delivery), None))
             return
         jobs: list[Job] = []
         for delivery, (verdict, record) in zip(deliveries, verdicts, strict=True):
@@ -237,6 +280,9 @@ class Worker:
     def _accept(self, delivery: Delivery, message: TaskMessage, record: Task | None) -> Job | None:
         """Return the job to run now, or end the delivery or set it aside."""
         self._count += 1
+        keep = kept_for(message.retention, self._retention, self._least_retention)
+        if keep != message.retention:
+            message = replace(message, retention=keep)
         job = Job(delivery, message, f"{self.id}/{self._count}")
         if message.task_name not in self._known:
             self._put_back(job)
@@ -303,7 +349,12 @@ class Worker:
         # Asked only now: an extension may have replaced a delivery since its job ended.
         completions = [_completion(end) if isinstance(end, Job) else end for end in batch]
         complete = partial(self._client.composition.complete, subscription, completions)
-        outcomes = await self._reach.persist(complete) or ()
+        try:
+            outcomes = await self._reach.persist(complete) or ()
+        except Exception as error:  # noqa: BLE001  # raised by `run`
+            # As far as is known these are neither recorded nor settled: they run again elsewhere.
+            outcomes = [Outcome("unknown")] * len(batch)
+            self._fail(error)
         for end, outcome in zip(batch, outcomes, strict=True):
             if not isinstance(end, Job):
                 continue
@@ -342,10 +393,12 @@ class Worker:
             if command.target in (None, queue):
                 (self._paused.add if command.name == "pause" else self._paused.discard)(queue)
         logger.info("worker %s: paused queues: %s", self.id, ", ".join(self._paused) or "none")
-        if self._receiving is not None:
-            # What waits now asks for the wrong queues.
-            self._receiving.reschedule(asyncio.get_running_loop().time())
+        self._interrupt_receive()  # what waits now asks for the wrong queues
         self._jobs.notice()
+
+    def _interrupt_receive(self) -> None:
+        if self._receiving is not None:
+            self._receiving.reschedule(asyncio.get_running_loop().time())
 
 
 async def _beside(call: Coroutine[Any, Any, None], what: str) -> None:

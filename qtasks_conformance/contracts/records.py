@@ -12,7 +12,8 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import SEPARATORS, assert_done
 from qtasks_conformance.rig import Rig, new_uuid
 from qtasks_core import Status, Storage, Task
-from qtasks_core.errors import Closed, ConfigurationError
+from qtasks_core.errors import Closed
+from qtasks_core.wire import encode_task
 
 STATUSES: tuple[Status, ...] = (
     "new", "scheduled", "process", "retry", "success", "error", "cancel",
@@ -144,6 +145,30 @@ class RecordContract(Contract):
         with pytest.raises(Closed):
             await storage.get([new_uuid()])
 
+    async def test_a_record_that_cannot_be_read_hides_no_other(self, rig: Rig) -> None:
+        """It is told by its uuid, attempt and execution, final as it was, with the reason."""
+        spoil = rig.subject.spoil
+        if spoil is None:
+            pytest.skip("the subject does not say how a record is spoilt")
+        storage = await rig.storage()
+        good, bad, running = (
+            rig.record(status, attempt=2, execution="e")
+            for status in ("success", "success", "process")
+        )
+        assert_done(await storage.save([good, bad, running]))
+        for data in (b"", b"\x01\xff", bytes([9]) + encode_task(bad)[1:]):
+            await spoil(rig.namespace, bad.uuid, data)
+            await spoil(rig.namespace, running.uuid, data)
+            first, found, begun = await storage.get([good.uuid, bad.uuid, running.uuid])
+            assert first == good
+            assert found is not None
+            assert begun is not None
+            assert (found.uuid, found.attempt, found.execution) == (bad.uuid, 2, "e")
+            assert (found.status, found.returning, begun.status) == ("error", None, "process")
+            assert "cannot be read" in str(found.error)
+            (outcome,) = await storage.save([replace(bad, execution="other")])
+            assert (outcome.status, outcome.there) == ("refused", found)
+
     async def test_namespaces_never_meet(self, rig: Rig) -> None:
         """The same uuid is another record in another namespace."""
         storage = await rig.storage()
@@ -158,10 +183,4 @@ class RecordContract(Contract):
 
     async def _neighbours(self, rig: Rig) -> dict[str, Storage]:
         names = ["other" + rig.namespace, *(f"{rig.namespace}{mark}x" for mark in SEPARATORS)]
-        neighbours: dict[str, Storage] = {}
-        for name in names:
-            try:
-                neighbours[name] = await rig.storage(namespace=name)
-            except ConfigurationError:
-                assert "/" in name or ":" in name, f"{name!r} is a plain enough name"
-        return neighbours
+        return {name: await rig.storage(namespace=name) for name in names}

@@ -21,7 +21,11 @@ class Broker(ABC):
     A broker lives on one event loop, from `start` to `stop`; outside of that its methods raise
     `Closed`. They may run concurrently. Every broker's constructor takes `lease=` (seconds).
     Each raises `Unavailable` within a few seconds when the server cannot be reached, and
-    reconnects when it is called again; repeating and backing off is the engine's.
+    reconnects when it is called again; repeating and backing off is the engine's. Namespaces and
+    queues have names of `qtasks_core.names`, which the engine has checked.
+    A fork's child never touches a broker that its parent has started: it builds another, and the
+    engine has cut the connections that it inherited. What else must not cross a fork, such as the
+    locks of an open file, the part itself gives up in the child.
     """
 
     @property

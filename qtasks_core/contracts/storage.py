@@ -15,8 +15,9 @@ from qtasks_core.schemas import Claim, Guarantees, Outcome, Task, TaskPage, Task
 class Storage(ABC):
     """Keeps the newest record of each task, and tells inboxes when one is final.
 
-    Lives on one event loop like a broker, with the same rules for `Unavailable`. The constructor of
-    one that supports `expire` takes `retention=` (seconds), for records that do not say it.
+    Lives on one event loop like a broker, with the same rules for `Unavailable`, names and forks.
+    The constructor of one that supports `expire` takes `retention=` (seconds), for records that do
+    not say it.
     """
 
     @property
@@ -45,7 +46,9 @@ class Storage(ABC):
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         """Return the newest record of each uuid, None where there is none.
 
-        Sees every save that returned before this call began, from any process.
+        Sees every save that returned before this call began, from any process. A record whose bytes
+        cannot be read hides no other: it is what `qtasks_core.records.unreadable` makes of what is
+        known beside them. In a log, which knows nothing beside them, it never was.
         """
 
     @abstractmethod

@@ -86,6 +86,18 @@ def test_a_directory_that_is_not_there() -> None:
     assert (said.code, said.error) == (2, "qtasks: /nowhere is not a directory: create it first")
 
 
+@pytest.mark.parametrize("command", [("queues",), ("run", "--include", "tests.cli.shop")])
+def test_an_embedded_default_that_cannot_be(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "file").write_text("no directory")
+    said = Command({"XDG_DATA_HOME": str(tmp_path / "file")})(*command, app=None)
+    assert (said.code, said.out) == (2, "")
+    assert said.error == (
+        f"qtasks: no place for the embedded default ([Errno 20] Not a directory: "
+        f"'{tmp_path}/file/qtasks'): set QTASKS_BROKER_URL, or XDG_DATA_HOME to a directory that "
+        "can be written"
+    )
+
+
 def test_the_embedded_default_says_where_it_is(tmp_path: Path) -> None:
     said = Command({"XDG_DATA_HOME": str(tmp_path)})("guarantees", "--json", app=None)
     assert said.code == 0

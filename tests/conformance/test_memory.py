@@ -1,4 +1,7 @@
-"""The kit on the memory backend, which ends with its process and is let off the kills."""
+"""The kit on the memory backend, which ends with its process and is let off the kills.
+
+It keeps no bytes, and no other program can reach it: so nothing in it is ever undecodable.
+"""
 
 import pytest
 

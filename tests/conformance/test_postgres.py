@@ -32,11 +32,20 @@ def subject(postgres_server: Service) -> Subject:
         )  # fmt: skip
         await connection.close()
 
+    async def spoil(namespace: str, uuid: str, data: bytes) -> None:
+        connection = await asyncpg.connect(postgres_server.url)
+        await connection.execute(
+            "UPDATE qtasks.records SET record = $3 WHERE namespace = $1 AND uuid = $2",
+            namespace, uuid, data,
+        )  # fmt: skip
+        await connection.close()
+
     return Subject(
         broker=Part("qtasks_postgres:PostgresBroker", {"url": postgres_server.url, "lease": 1.0}),
         storage=Part("qtasks_postgres:PostgresStorage", {"url": postgres_server.url}),
         lease=1.0,
         inject=inject,
+        spoil=spoil,
         server=postgres_server,
         driver="asyncpg",
         least_broker=Least(

@@ -1,5 +1,6 @@
 """The kit on RabbitMQ: quorum queues, and a log storage on a stream."""
 
+import aiormq
 import pytest
 
 from qtasks_conformance import (
@@ -10,6 +11,7 @@ from qtasks_conformance import (
     StorageContract,
     Subject,
 )
+from qtasks_rabbitmq.topology import Names
 from tests.services import Service
 
 # Not built yet; what is built is taken off, or its tests would go on being skipped.
@@ -22,10 +24,17 @@ STORAGE_LACKS = (
 
 @pytest.fixture
 def subject(rabbitmq_server: Service) -> Subject:
+    async def inject(namespace: str, queue: str, data: bytes) -> None:
+        connection = await aiormq.connect(rabbitmq_server.url)
+        channel = await connection.channel()
+        await channel.basic_publish(data, routing_key=Names(namespace).queue(queue))
+        await connection.close()
+
     return Subject(
         broker=Part("qtasks_rabbitmq:RabbitMQBroker", {"url": rabbitmq_server.url, "lease": 3.0}),
         storage=Part("qtasks_rabbitmq:RabbitMQStorage", {"url": rabbitmq_server.url}),
         lease=3.0,
+        inject=inject,
         server=rabbitmq_server,
         driver="aiormq",
         least_broker=Least(survives="machine crash", counts_deliveries=True, lacks=BROKER_LACKS),

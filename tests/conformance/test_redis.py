@@ -10,7 +10,7 @@ from qtasks_conformance import (
     StorageContract,
     Subject,
 )
-from qtasks_redis import RedisBroker
+from qtasks_redis import RedisBroker, RedisStorage
 from tests.services import Service
 
 # Not built yet; what is built is taken off, or its tests would go on being skipped.
@@ -30,11 +30,22 @@ def subject(redis_server: Service) -> Subject:
         await connection.call("XADD", connection.key("stream", queue), "*", "m", data)
         await broker.stop()
 
+    async def spoil(namespace: str, uuid: str, data: bytes) -> None:
+        storage = RedisStorage(redis_server.url)
+        await storage.start(namespace)
+        connection = storage._started()
+        key = connection.key("record", uuid)
+        value = await connection.call("GET", key)
+        # What the scripts compare stays in front.
+        await connection.call("SET", key, value[: 13 + int(value[10:13])] + data)
+        await storage.stop()
+
     return Subject(
         broker=Part("qtasks_redis:RedisBroker", {"url": redis_server.url, "lease": 1.0}),
         storage=Part("qtasks_redis:RedisStorage", {"url": redis_server.url}),
         lease=1.0,
         inject=inject,
+        spoil=spoil,
         server=redis_server,
         driver="redis",
         least_broker=Least(

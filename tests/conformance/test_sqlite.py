@@ -12,7 +12,7 @@ from qtasks_conformance import (
     StorageContract,
     Subject,
 )
-from tests.sqlite_file import injector
+from tests.sqlite_file import injector, spoiler
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def subject(tmp_path: Path) -> Subject:
         storage=Part("qtasks_sqlite:SqliteStorage", {"url": url}),
         lease=1.0,
         inject=injector(tmp_path / "tasks.db"),
+        spoil=spoiler(tmp_path / "tasks.db"),
         driver="sqlite3",
         least_broker=Least(
             survives="server crash",

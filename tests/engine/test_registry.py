@@ -12,7 +12,7 @@ import pytest
 from qtasks import TaskTimeout
 from qtasks.asyncio import QueueTasks
 from qtasks.control import workers
-from qtasks.engine import registry, retention
+from qtasks.engine import registry, retention, worker
 from qtasks_core import Command
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -118,6 +118,7 @@ async def test_old_records_are_deleted_by_one_worker_at_a_time(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "PERIOD", 0.1)
+    monkeypatch.setattr(worker, "LEASES", 0.0)
 
     @app.task(retention=0.2)
     async def brief() -> None: ...

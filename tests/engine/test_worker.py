@@ -273,3 +273,40 @@ async def test_a_plain_function_that_raises_stop_iteration_fails(app: QueueTasks
         task = await first.add_task([], timeout=5)
     assert task.error is not None
     assert "StopIteration" in task.error
+
+
+@pytest.mark.parametrize("cancels", [1, 2])
+async def test_cancelling_a_stop_gives_back_at_once(app: QueueTasks, cancels: int) -> None:
+    """The first cancel begins the stop, or comes while the block stops by itself."""
+    begun, runs = asyncio.Event(), 0
+
+    @app.task()
+    async def slow() -> int:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            begun.set()
+            await asyncio.sleep(60)
+        return runs
+
+    async def work() -> None:
+        async with app.worker(grace=None):
+            await begun.wait()
+            if cancels > 1:
+                await asyncio.sleep(60)
+
+    async with app:
+        task = await slow.add_task()
+        working = asyncio.create_task(work())
+        await begun.wait()
+        for _ in range(cancels):
+            await asyncio.sleep(0.05)
+            assert not working.done()
+            working.cancel()
+        await asyncio.sleep(0)
+        working.cancel()  # one too many changes nothing
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(working, 5)
+        async with app.worker():
+            # Well before the lease, which is 1 s: it was released.
+            assert (await task.wait_result(0.7)).returning == 2

@@ -473,3 +473,16 @@ class RecordsNothingNew(Composes):
             self, messages: Sequence[TaskMessage], transaction: object | None = None
         ) -> list[Outcome]:
             return await self._broker.publish(messages)
+
+
+class RefusesLongNames(Broker):
+    """Its server has room for 63 characters, and it leaves that to the caller."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        outcomes = await super().publish(messages, transaction)
+        return [
+            Outcome("refused", "too long") if len(message.queue) > 63 else outcome
+            for message, outcome in zip(messages, outcomes, strict=True)
+        ]

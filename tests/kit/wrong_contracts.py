@@ -21,7 +21,7 @@ from qtasks_conformance import (
 from qtasks_sqlite import SqliteBroker, SqliteStorage
 from tests.kit.served import Broker, FlagServer, Storage, servers
 from tests.kit.tries import TRIES, Wrong
-from tests.sqlite_file import injector
+from tests.sqlite_file import injector, spoiler
 
 CONTRACTS = {"broker": BrokerContract, "storage": StorageContract, "pair": PairContract}
 
@@ -51,6 +51,7 @@ def subject_in_processes(wrong: Wrong | None, directory: Path) -> Subject:
         storage=Part(storage, {"url": url}),
         lease=1.0,
         inject=injector(directory / "kit.db"),
+        spoil=spoiler(directory / "kit.db"),
         slack=2.0,
     )
 

@@ -184,3 +184,24 @@ class ChokesOnForeignBytes(SqliteBroker):
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         return self.wrapped(await super().subscribe(queues))
+
+
+class ForgetsSpoiltRecords(SqliteStorage):
+    """What it cannot read was never there, so the task runs again."""
+
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        return [
+            None if task is not None and "cannot be read" in (task.error or "") else task
+            for task in await super().get(uuids)
+        ]
+
+
+class ChokesOnSpoiltRecords(SqliteStorage):
+    """One record that it cannot read, and its neighbours cannot be had either."""
+
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        tasks = await super().get(uuids)
+        for task in tasks:
+            if task is not None and "cannot be read" in (task.error or ""):
+                raise WireError(task.error)
+        return tasks

@@ -126,7 +126,7 @@ async def test_a_worker_is_replaced_at_a_size(setting: Setting) -> None:
 
 
 async def test_a_wrong_set_up_ends_the_supervisor(setting: Setting) -> None:
-    with setting.worker(processes=2, queues=7) as supervisor:
+    with setting.worker(processes=2, concurrency="many") as supervisor:
         until(lambda: not alive(supervisor.pid), 30, "its end")
         assert "before any worker was up" in supervisor.output()
 

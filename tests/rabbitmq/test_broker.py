@@ -13,7 +13,6 @@ from uuid_utils import uuid7
 from qtasks_core import Ack, Delivery, Release, Subscription, TaskMessage
 from qtasks_core.errors import ConfigurationError, Unavailable
 from qtasks_rabbitmq import RabbitMQBackend, RabbitMQBroker, delays
-from qtasks_rabbitmq.topology import Names
 from tests.services import Service
 
 
@@ -181,21 +180,6 @@ async def test_a_frozen_server_is_unreachable_and_takes_nothing(
     assert await subscription.extend(held) == held
     (outcome,) = await broker.publish([message()])
     assert outcome.status == "done"
-
-
-def test_names_never_meet() -> None:
-    texts = ["a", "A", "a b", "a:b", "a@b", "a%b", "a~b", "a@7Eb", "ä", "a/b", "a*", "a#", ""]
-    assert len({Names(text).due for text in texts}) == len(texts)
-    assert len({Names("n").queue(text) for text in texts}) == len(texts)
-
-
-async def test_a_name_that_is_too_long_is_refused(broker: RabbitMQBroker) -> None:
-    fine, refused = await broker.publish([message(), message("x" * 300)])
-    assert (fine.status, refused.status) == ("done", "refused")
-    with pytest.raises(ConfigurationError, match="too long"):
-        await broker.subscribe({"x" * 300: 1})
-    with pytest.raises(ConfigurationError, match="too long"):
-        await RabbitMQBroker().start("x" * 200)
 
 
 def test_the_lease_comes_from_the_url() -> None:

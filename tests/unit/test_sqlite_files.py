@@ -136,6 +136,21 @@ def test_a_file_that_cannot_be_written(mode: int, of_directory: int, said: str) 
         assert said in ran.stdout
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no permissions here")
+def test_a_directory_that_may_not_be_entered() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "closed" / "inner").mkdir(parents=True)
+        (Path(name) / "closed").chmod(0o000)
+        path = Path(name) / "closed" / "inner" / "tasks.db"
+        ran = subprocess.run(
+            [sys.executable, "-c", START, url(path)], stdout=subprocess.PIPE, text=True, timeout=60
+        )
+        (Path(name) / "closed").chmod(0o700)
+        assert ran.stdout == (
+            f"ConfigurationError: {path}: it cannot be opened: check path and permissions\n"
+        )
+
+
 async def test_a_full_disk_and_then_some_space(tmp_path: Path) -> None:
     """The message that found no room is an error, what was there stays, and work goes on."""
     broker = SqliteBroker(url(tmp_path / "tasks.db"))
@@ -241,7 +256,7 @@ async def test_a_record_that_cannot_be_decoded(tmp_path: Path) -> None:
         found = await storage.get(["bad", "none", "good"])
         assert found[1:] == [None, good]
         assert found[0] is not None
-        assert replace(found[0], error=None) == bad
+        assert replace(found[0], error=None) == replace(bad, status="error")
         assert "cannot be read" in str(found[0].error)
         assert (await storage.query(TaskQuery())).tasks == [found[0], good]
         (outcome,) = await storage.save([replace(bad, execution="other")])

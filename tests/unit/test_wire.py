@@ -26,12 +26,13 @@ from tests.unit.golden import vectors
 GOLDEN = Path(__file__).parent / "golden"
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", fullmatch=True)
 number = st.floats(allow_nan=False)
 messages = st.builds(
     TaskMessage,
     uuid=text,
     task_name=text,
-    queue=text,
+    queue=names,
     args=st.binary(max_size=40),
     kwargs=st.binary(max_size=40),
     encoding=text,
@@ -210,6 +211,16 @@ def test_deep_nesting_does_not_exhaust_the_stack(opening: bytes) -> None:
 )
 def test_wrong_types_are_named(fields: object) -> None:
     assert isinstance(decode_message(bytes([VERSION]) + msgspec.msgpack.encode(fields)), Raw)
+
+
+@pytest.mark.parametrize("queue", ["", "a b", "a\n", "-a", "ä", "a" * 101])
+def test_a_queue_that_is_no_name(queue: str) -> None:
+    """Brokers rely on names, and a retry goes where the message says."""
+    data = encode_message(TaskMessage(uuid="u", task_name="n", queue=queue))
+    raw = decode_message(data)
+    assert isinstance(raw, Raw)
+    assert raw.data == data
+    assert "no name of a queue" in raw.error
 
 
 def test_unknown_status() -> None:

@@ -1,0 +1,81 @@
+"""`add_task(timeout=)` at its deadline: which error it is says whether the write was confirmed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from uuid import uuid4
+
+import pytest
+
+from qtasks import SyncRouter, TaskTimeout
+from qtasks.asyncio import QueueTasks
+from qtasks_core import Outcome, TaskMessage
+from qtasks_core.errors import Unavailable
+from qtasks_memory import MemoryBroker, MemoryStorage
+
+TIMES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.3)
+"""Seconds, so that the deadline falls into calls and into the pauses between them."""
+
+
+class Gone(MemoryBroker):
+    """Its server refuses, or takes the connection and says nothing."""
+
+    def __init__(self, name: str, pause: float) -> None:
+        super().__init__(name)
+        self._pause = pause
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        await asyncio.sleep(self._pause)
+        raise Unavailable("connection refused")
+
+
+def app_on(broker: MemoryBroker, name: str) -> tuple[QueueTasks, SyncRouter]:
+    app, router = QueueTasks(name, broker, MemoryStorage(name)), SyncRouter()
+    router.included_by(app)
+    return app, router
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05, 60.0])
+async def test_a_write_that_is_not_confirmed(pause: float) -> None:
+    """Always `Unavailable`, from both faces; with what the server last said, if it spoke."""
+    name = uuid4().hex
+    app, router = app_on(Gone(name, pause), name)
+
+    @app.task()
+    async def lost() -> None: ...
+
+    @router.task()
+    def blocking() -> None: ...
+
+    async with app:
+        adding = [lost.add_task(timeout=time) for time in TIMES] + [
+            asyncio.to_thread(blocking.add_task, timeout=time) for time in TIMES
+        ]
+        async with asyncio.timeout(5):
+            errors = await asyncio.gather(*adding, return_exceptions=True)
+    assert {type(error) for error in errors} == {Unavailable}
+    assert all("is not known to be enqueued" in str(error) for error in errors)
+    said = "no answer" if pause == 60.0 else "connection refused"
+    assert said in str(errors[len(TIMES) - 1])
+
+
+async def test_a_write_that_is_confirmed() -> None:
+    """Always `TaskTimeout`, also when the deadline is a moment after the confirmation."""
+    name = uuid4().hex
+    app, router = app_on(MemoryBroker(name), name)
+
+    @app.task()
+    async def waiting() -> None: ...
+
+    @router.task()
+    def blocking() -> None: ...
+
+    async with app:
+        for time in TIMES[1:]:
+            with pytest.raises(TaskTimeout, match="no worker has begun it"):
+                await waiting.add_task(timeout=time)
+            with pytest.raises(TaskTimeout, match="no worker has begun it"):
+                await asyncio.to_thread(blocking.add_task, timeout=time)
