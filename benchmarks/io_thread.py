@@ -3,23 +3,24 @@
     python -m benchmarks.io_thread --backend memory|sqlite|redis [--tasks 20000] [--rounds 3]
 
 The engine's client, runner and worker run here twice: as in an app, client and worker on the I/O
-thread, and all of them on the caller's loop, where nothing crosses. Rows: enqueue by 200 concurrent
-callers, process, and a round trip, with the interpreter's switch interval at its default of 5 ms
-and at 0.5 ms, which `run_forever` sets. Rates are tasks a second, the best of all rounds before the
-range; `CPU` is what the process spends a task, all threads together, which a busy machine changes
-less.
+thread, and all of them on the caller's loop, where nothing crosses. Rows: enqueue by 200
+concurrent callers, process, and a round trip, alone and beside a thread that computes, with the
+interpreter's switch interval at its default of 5 ms and at 0.5 ms, which `run_forever` sets.
+Rates are tasks a second, the best of all rounds before the range; `CPU` is what the process
+spends a task, all threads together, which a busy machine changes less.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from uuid import uuid4
 
 from benchmarks.tasks import nothing, router
@@ -38,6 +39,7 @@ CALLERS = 200
 CONCURRENCY = 512
 ROUND_TRIPS = 500
 CROSSINGS = 5000
+TRIPS = ("round trip", "computing")
 
 Submit = Callable[[TaskMessage, bool], Awaitable[Task | None]]
 
@@ -118,8 +120,12 @@ async def on_one_loop(app: QueueTasks) -> AsyncIterator[tuple[Submit, Callable[.
 ARRANGEMENTS = {"one loop": on_one_loop, "I/O thread": on_the_io_thread}
 
 
-async def measure(url: str, arrangement: str, tasks: int, rows: dict[str, Row]) -> float:
-    """Add a round to the rows; return the median round trip in seconds."""
+async def measure(
+    url: str, arrangement: str, tasks: int, rows: dict[str, Row]
+) -> tuple[float, float]:
+    """Add a round to the rows; return the mean round trip in seconds, alone and beside a thread
+    that computes.
+    """
     app = QueueTasks(f"io-{uuid4().hex[:8]}", url)
     app.include_router(router)
     definition = app.definitions[nothing.name]
@@ -139,26 +145,46 @@ async def measure(url: str, arrangement: str, tasks: int, rows: dict[str, Row]) 
                 await submit(app.message(definition, (), {}), True)
         rows["process"].add(tasks, watch.wall, watch.cpu)
         async with worker():  # type: ignore[attr-defined]
-            took = []
-            for _ in range(ROUND_TRIPS):
-                begin = time.perf_counter()
+
+            async def trip() -> None:
                 await submit(app.message(definition, (), {}), True)
-                took.append(time.perf_counter() - begin)
-    return statistics.median(took)
+
+            quiet = await mean(trip, ROUND_TRIPS)
+            with computing():
+                return quiet, await mean(trip, ROUND_TRIPS)
+
+
+async def mean(call: Callable[[], Awaitable[object]], times: int) -> float:
+    """Return the mean seconds of a call: what waits for the interpreter lock does so rarely."""
+    begin = time.perf_counter()
+    for _ in range(times):
+        await call()
+    return (time.perf_counter() - begin) / times
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Have a thread beside that computes in Python all the time, as a task's function may."""
+    ended = threading.Event()
+
+    def compute() -> None:
+        while not ended.is_set():
+            sum(range(1000))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
 
 
 async def crossing() -> float:
-    """Return the median seconds to the I/O thread and back, with nothing to do there."""
+    """Return the mean seconds to the I/O thread and back, with nothing to do there."""
 
     def answer(reply: LoopReply[None]) -> None:
         reply.set(None)
 
-    thread, took = io_thread(), []
-    for _ in range(CROSSINGS):
-        begin = time.perf_counter()
-        await thread.ask(answer)
-        took.append(time.perf_counter() - begin)
-    return statistics.median(took)
+    return await mean(partial(io_thread().ask, answer), CROSSINGS)
 
 
 async def crossings_at_once() -> float:
@@ -179,7 +205,7 @@ def print_rows(backend: str, url: str, tasks: int, rounds: int) -> None:
     print(f"\n{backend}: {tasks} no-op tasks, client and worker in one process", flush=True)
     cases = [(name, interval) for interval in (0.005, 0.0005) for name in ARRANGEMENTS]
     found = {case: {"enqueue": Row(), "process": Row()} for case in cases}
-    trips: dict[tuple[str, float], list[float]] = {case: [] for case in cases}
+    trips: dict[tuple[str, float], list[tuple[float, float]]] = {case: [] for case in cases}
     for _ in range(rounds):
         for name, interval in cases:
             sys.setswitchinterval(interval)
@@ -189,8 +215,9 @@ def print_rows(backend: str, url: str, tasks: int, rounds: int) -> None:
         print(f"  {name}, switch interval {interval * 1000:g} ms")
         for label, row in rows.items():
             print(f"    {label:12}{row}")
-        best, worst = min(trips[name, interval]) * 1000, max(trips[name, interval]) * 1000
-        print(f"    {'round trip':12}{best:10.3f} ms ({best:.3f} to {worst:.3f})")
+        for label, took in zip(TRIPS, zip(*trips[name, interval], strict=True), strict=True):
+            best, worst = min(took) * 1000, max(took) * 1000
+            print(f"    {label:12}{best:10.3f} ms ({best:.3f} to {worst:.3f})")
     for interval in (0.005, 0.0005):
         sys.setswitchinterval(interval)
         alone, many = asyncio.run(crossing()), asyncio.run(crossings_at_once())

@@ -3,10 +3,10 @@
     python -m benchmarks.peers --backend redis|postgres [--tasks 10000] [--only qtasks,taskiq]
 
 A no-op task, one worker, a fresh server for each peer; a Postgres gathers its statistics before
-the worker starts, as one has them that has run for a minute. `enqueue`: by 100 concurrent callers,
-or by one where the client blocks. `process`: from the begin of the first task until the result of the one
-that was enqueued last is there, with the server otherwise idle. `round trip`: enqueue one and wait
-for its result, in the peer's own way of waiting; the median.
+the worker starts, as one has them that has run for a minute. `enqueue`: by 100 concurrent
+callers, or by one where the client blocks. `process`: from the begin of the first task until the
+result of the one that was enqueued last is there, with the server otherwise idle. `round trip`:
+enqueue one and wait for its result, in the peer's own way of waiting; the median.
 
 Run it where the peers of `benchmarks/peers/requirements.txt` are installed; one that is not is
 said so and left out.
