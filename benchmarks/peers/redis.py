@@ -120,7 +120,14 @@ class Dramatiq(Peer):
             self.handle = self.actor.send()
 
     async def last(self) -> None:
-        self.handle.get_result(block=True, timeout=600_000)
+        from dramatiq.results import ResultTimeout
+
+        while True:
+            try:
+                self.handle.get_result(block=True, timeout=2000)  # ms; the driver gives it 5 s
+                return
+            except ResultTimeout:
+                continue
 
     def work(self) -> None:
         from dramatiq import Worker
