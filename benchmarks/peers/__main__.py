@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from benchmarks.peers.peer import Peer
@@ -61,7 +61,7 @@ def main() -> None:
 
 def print_rows(peers: list[type[Peer]], backend: str, tasks: int) -> None:
     """Print a row for each peer; ratios are to the first."""
-    print(f"\n{backend}: {tasks} no-op tasks, {os.cpu_count()} cores, one run")
+    print(f"\n{backend}: {tasks} no-op tasks, {os.cpu_count()} cores, {drivers(backend)}, one run")
     print(f"  {'':22}{'enqueue':>12}{'process':>12}{'round trip':>14}  the first is … times better")
     first: dict[str, float] | None = None
     for peer in peers:
@@ -79,6 +79,13 @@ def print_rows(peers: list[type[Peer]], backend: str, tasks: int) -> None:
                   found["trip"] / first["trip"]]  # fmt: skip
         shown = "  ".join(f"{ratio:6.1f}" for ratio in ratios)
         print(f"  {label:22}{row}  {shown}  {peer.notes}", flush=True)
+
+
+def drivers(backend: str) -> str:
+    """Return the versions of the drivers that the peers share."""
+    names = {"redis": ("redis", "hiredis"), "postgres": ("asyncpg", "psycopg")}[backend]
+    installed = {dist.metadata["name"]: dist.version for dist in distributions()}
+    return ", ".join(f"{name} {installed.get(name, '-')}" for name in names)
 
 
 def run_alone(peer: type[Peer], backend: str, tasks: int) -> dict[str, float] | None:
