@@ -29,11 +29,11 @@ from pathlib import Path
 from benchmarks.peers.peer import Peer
 from benchmarks.peers.postgres import PgQueuer, Procrastinate
 from benchmarks.peers.qtasks import QTasks
-from benchmarks.peers.redis import Arq, Celery, Dramatiq, Taskiq
+from benchmarks.peers.redis import Celery, Dramatiq, Taskiq
 from tests.services import SERVICES
 
 PEERS: dict[str, tuple[type[Peer], ...]] = {
-    "redis": (QTasks, Taskiq, Arq, Dramatiq, Celery),
+    "redis": (QTasks, Taskiq, Dramatiq, Celery),
     "postgres": (QTasks, PgQueuer, Procrastinate),
 }
 ROUND_TRIPS = 30

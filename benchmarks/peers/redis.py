@@ -53,44 +53,6 @@ class Taskiq(Peer):
         asyncio.run(receive())
 
 
-class Arq(Peer):
-    """A sorted set of jobs, results in keys."""
-
-    package = "arq"
-
-    async def start(self) -> None:
-        from arq import create_pool
-        from arq.connections import RedisSettings
-
-        self.pool: Any = await create_pool(RedisSettings.from_dsn(self.url))
-        self.handle: Any = None
-
-    async def stop(self) -> None:
-        await self.pool.aclose()
-
-    async def enqueue(self, count: int) -> None:
-        await by_callers(lambda: self.pool.enqueue_job("nothing"), count - 1)
-        self.handle = await self.pool.enqueue_job("nothing")
-
-    async def last(self) -> None:
-        await self.handle.result(timeout=600)
-
-    def work(self) -> None:
-        from arq.connections import RedisSettings
-        from arq.worker import Worker, func
-
-        async def nothing(_: Any) -> None:
-            begun()
-
-        async def receive() -> None:
-            settings = RedisSettings.from_dsn(self.url)
-            functions = [func(nothing, name="nothing")]
-            worker = Worker(functions, redis_settings=settings, max_jobs=CONCURRENCY)
-            await worker.async_run()
-
-        asyncio.run(receive())
-
-
 class Dramatiq(Peer):
     """A list and a set of what is in flight, a plain function in threads."""
 
