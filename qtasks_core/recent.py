@@ -1,4 +1,4 @@
-"""Remembering what was settled lately, so that settling it again is `done` and not `lost`."""
+"""Remembering what was done lately, so that asking for it again is `done` and not done twice."""
 
 from __future__ import annotations
 
@@ -21,5 +21,13 @@ class Recent:
         if len(self._young) >= self._limit:
             self._old, self._young = self._young, set()
 
+    def discard(self, key: Hashable) -> None:
+        """Forget a key."""
+        self._young.discard(key)
+        self._old.discard(key)
+
     def __contains__(self, key: Hashable) -> bool:
         return key in self._young or key in self._old
+
+    def __bool__(self) -> bool:
+        return bool(self._young or self._old)
