@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
 from functools import wraps
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
+from qtasks.plugins.retries import Retries
 from qtasks.serializers import MsgpackSerializer
-from qtasks_core import Serializer
+from qtasks_core import Plugin, Serializer
 from qtasks_core.errors import ConfigurationError, SerializationError, SignatureMismatch
 from qtasks_core.names import checked_name, checked_task_name
 
@@ -31,8 +32,11 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     queue: str = "default"
     priority: int = 5
     """0 to 9, 9 first."""
-    retry: int = 0
-    """How many more runs after the first may follow an exception."""
+    retry: int | None = None
+    """How many more runs after the first may follow an exception: short for `Retries(retry)`.
+
+    None: as the plugins of the task, its router and its app say, without any not one.
+    """
     store_result: bool = True
     retention: float | None = None
     """Seconds to keep the record after the end."""
@@ -42,6 +46,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     A coroutine is cancelled. A thread cannot be: its run is over for the queue, while the
     function goes on, keeps its thread until it ends, and what it returns is not used.
     """
+    plugins: Sequence[Plugin] = ()
+    """Within those of the router and the app, the first outermost."""
     generate_handler: Callable[[Any], Any] | None = None
     """Takes each yield of a generator and returns what the result has in its place."""
 
@@ -49,10 +55,26 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
         checked_name(self.queue, "a queue")
         if not 0 <= self.priority <= 9:
             raise ConfigurationError(f"priority={self.priority} is not between 0 and 9")
-        if self.retry < 0:
+        if self.retry is not None and self.retry < 0:
             raise ConfigurationError(f"retry={self.retry} is below 0")
         if self.max_time is not None and self.max_time <= 0:
             raise ConfigurationError(f"max_time={self.max_time} is not above 0")
+        checked_plugins(self.plugins)
+        if self.retry is not None and any(isinstance(p, Retries) for p in self.plugins):
+            raise ConfigurationError("give retry= or a Retries plugin, not both")
+
+    def all_plugins(self) -> tuple[Plugin, ...]:
+        """Return the plugins, with that of `retry`: asked when those given leave it open."""
+        return (*(() if self.retry is None else (Retries(self.retry),)), *self.plugins)
+
+
+def checked_plugins(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
+    """Return the plugins. Raises `ConfigurationError` for what is none, a class for instance."""
+    plugins = tuple(plugins)
+    for plugin in plugins:
+        if not isinstance(plugin, Plugin):
+            raise ConfigurationError(f"{plugin!r} is not a Plugin object")
+    return plugins
 
 
 class TaskDefinition:
@@ -64,12 +86,15 @@ class TaskDefinition:
         name: str | None,
         options: TaskOptions,
         serializer: Serializer | None = None,
+        plugins: Sequence[Plugin] = (),
     ) -> None:
         self.function = function
         self.name = checked_task_name(name or default_name(function))
         self.run = _collecting(function, options.generate_handler)
         """What a worker calls: the function, or what makes a list of the generator it is."""
         self.options = options
+        self.plugins = (*plugins, *options.all_plugins())
+        """Those of its router and its own, the outermost first."""
         self.serializer = serializer or MsgpackSerializer()
         self.signature = inspect.signature(function)
         self.reserved = [p for p in self.signature.parameters if p in RESERVED]

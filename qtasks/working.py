@@ -82,7 +82,7 @@ async def working(
     """Run a worker of `app` on this loop while the block runs."""
     await app.start(start_timeout)
     try:
-        runner = Runner(app.definitions, options.concurrency, app.max_payload)
+        runner = Runner(app.definitions, options.concurrency, app.max_payload, app.plugins)
         try:
             async with _receiving(app, runner, options) as running:
                 yield running

@@ -6,18 +6,20 @@ import asyncio
 import inspect
 import logging
 import os
-import random
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.job import Job
 from qtasks.engine.mailbox import Mailbox
+from qtasks.engine.plugged import Call, decided, surrounded
 from qtasks.executors import LoopExecutor, ThreadExecutor
 from qtasks.signals import Reject, Retry
+from qtasks_core import Plugin, TaskMessage
+from qtasks_core.contracts.plugin import Decision, GiveUp
 from qtasks_core.errors import SerializationError
 
 logger = logging.getLogger("qtasks")
@@ -34,7 +36,11 @@ class Runner:
     """Runs jobs on the loop it was built on, and posts them back when they ended."""
 
     def __init__(
-        self, definitions: Mapping[str, TaskDefinition], concurrency: int, max_result: int
+        self,
+        definitions: Mapping[str, TaskDefinition],
+        concurrency: int,
+        max_result: int,
+        plugins: Sequence[Plugin] = (),
     ) -> None:
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
@@ -43,6 +49,7 @@ class Runner:
         self._executors = {True: LoopExecutor(), False: ThreadExecutor()}
         for executor in self._executors.values():
             executor.start(concurrency)
+        self._plugins = tuple(plugins)
         self._calls = {name: self._compile(d) for name, d in definitions.items()}
         self._definitions = definitions
         self._max_result = max_result
@@ -84,23 +91,23 @@ class Runner:
         for executor in self._executors.values():
             executor.stop()
 
-    def _call_of(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
+    def _call_of(self, definition: TaskDefinition) -> Call:
         """Return the compiled call of a task; one may be declared while the worker runs."""
         call = self._calls.get(definition.name)
         if call is None:
             call = self._calls[definition.name] = self._compile(definition)
         return call
 
-    def _compile(self, definition: TaskDefinition) -> Callable[[Job], Awaitable[Any]]:
-        """Return what runs one job of this task: decode, then the function in its executor."""
+    def _compile(self, definition: TaskDefinition) -> Call:
+        """Return what runs this task once: plugins, decode, then the function in its executor."""
         executor = self._executors[inspect.iscoroutinefunction(definition.run)]
         function = executor.bind(definition.run)
         if definition.options.max_time is not None:
             function = _limited(function, definition.options.max_time)
 
-        async def call(job: Job) -> Any:
+        async def call(message: TaskMessage) -> Any:
             try:
-                args, kwargs = definition.decode(job.message.args, job.message.kwargs)
+                args, kwargs = definition.decode(message.args, message.kwargs)
             except SerializationError as error:
                 raise _BadArguments(str(error)) from error
             try:
@@ -111,7 +118,11 @@ class Runner:
                     raise _BadArguments(mismatch) from None
                 raise
 
-        return call
+        return surrounded(call, self._plugins_of(definition))
+
+    def _plugins_of(self, definition: TaskDefinition) -> tuple[Plugin, ...]:
+        """Return a task's plugins, the outermost first."""
+        return (*self._plugins, *definition.plugins)
 
     def _start(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -120,14 +131,11 @@ class Runner:
     async def _run(self, job: Job) -> None:
         definition = self._definitions[job.message.task_name]
         try:
-            result = await self._call_of(definition)(job)
+            result = await self._call_of(definition)(job.message)
         except asyncio.CancelledError:
             # Cancelled from outside, by `give_back` or with all of its loop, it runs again.
             if not self._running[job].cancelling():
                 self._fail(job, "CancelledError: the function cancelled itself", None, None)
-        except Retry as retry:
-            after = _usual_delay(job.message.attempt) if retry.after is None else retry.after
-            job.retry(after, "Retry: the function asked for another run", None)
         except Reject as reject:
             reason = _storable(str(reject.reason))
             self._fail(job, f"Reject: {reason}", None, reason)
@@ -135,7 +143,7 @@ class Runner:
             # They will not fit at the next attempt either.
             self._fail(job, _storable(f"bad arguments: {error}"), None, "bad arguments")
         except (Exception, SystemExit) as error:  # noqa: BLE001  # recorded as the task's end
-            self._raised(job, definition, error)
+            await self._raised(job, definition, error)
         else:
             self._succeed(job, definition, result)
         finally:
@@ -163,19 +171,33 @@ class Runner:
     def _unstorable(self, job: Job, reason: str) -> None:
         self._fail(job, f"the result cannot be stored: {reason}", None, "unstorable result")
 
-    def _raised(self, job: Job, definition: TaskDefinition, error: BaseException) -> None:
-        line = _line(error)
-        trace = _trace(error)
-        if job.message.attempt <= definition.options.retry:
-            delay = _usual_delay(job.message.attempt)
+    async def _raised(self, job: Job, definition: TaskDefinition, error: BaseException) -> None:
+        """Do what the plugins decide. Raises `CancelledError` when it came from outside."""
+        if isinstance(error, Retry):
+            line, trace = "Retry: the function asked for another run", None
+        else:
+            line, trace = _line(error), _trace(error)
+        try:
+            decision = await decided(self._plugins_of(definition), job.message, error)
+        except (Exception, SystemExit, asyncio.CancelledError) as failure:
+            if isinstance(failure, asyncio.CancelledError) and self._running[job].cancelling():
+                raise
+            logger.exception("a plugin of task %s %s failed", definition.name, job.message.uuid)
+            both = _storable(f"{line}; then a plugin failed: {_line(failure)}")
+            self._fail(job, both, trace, "a plugin failed")
+        else:
+            self._follow(job, decision, line, trace)
+
+    def _follow(self, job: Job, decision: Decision, line: str, trace: str | None) -> None:
+        if isinstance(decision, GiveUp):
+            self._fail(job, line, trace, _storable(decision.reason))
+            return
+        if trace is not None:  # else the function asked for it, which is no failure
             logger.warning(
                 "task %s %s failed, attempt %d; again in %.1f s: %s",
-                job.message.task_name, job.message.uuid, job.message.attempt, delay, line,
+                job.message.task_name, job.message.uuid, job.message.attempt, decision.after, line,
             )  # fmt: skip
-            job.retry(delay, line, trace)
-        else:
-            tries = job.message.attempt
-            self._fail(job, line, trace, f"failed {tries} times" if tries > 1 else None)
+        job.retry(decision.after, line, trace)
 
     def _fail(self, job: Job, error: str, trace: str | None, dead: str | None) -> None:
         logger.error("task %s %s failed: %s", job.message.task_name, job.message.uuid, error)
@@ -237,8 +259,3 @@ def _storable(text: str) -> str:
 def _is_engine(frame: FrameType) -> bool:
     module: str = frame.f_globals.get("__name__", "")
     return module.startswith(("qtasks.", "concurrent.futures"))
-
-
-def _usual_delay(attempt: int) -> float:
-    """Seconds before the next attempt: 1, 2, 4 … 300 with full jitter."""
-    return random.uniform(0.0, min(300.0, 2.0 ** (attempt - 1)))
