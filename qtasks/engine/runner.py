@@ -117,6 +117,11 @@ class Runner:
                 if (mismatch := definition.mismatch(args, kwargs)) is not None:
                     raise _BadArguments(mismatch) from None
                 raise
+            finally:
+                if os.getpid() != self._pid:
+                    # The function forked. The child shares the worker's loop and must not go on in
+                    # it, nor may the plugins.
+                    os._exit(0)
 
         return surrounded(call, self._plugins_of(definition))
 
@@ -147,9 +152,6 @@ class Runner:
         else:
             self._succeed(job, definition, result)
         finally:
-            if os.getpid() != self._pid:
-                # The function forked. The child shares the worker's loop and must not go on in it.
-                os._exit(0)
             del self._running[job]
             self._hand_over(job)
 
@@ -190,7 +192,7 @@ class Runner:
 
     def _follow(self, job: Job, decision: Decision, line: str, trace: str | None) -> None:
         if isinstance(decision, GiveUp):
-            self._fail(job, line, trace, _storable(decision.reason))
+            self._fail(job, line, trace, _storable(str(decision.reason)))
             return
         if trace is not None:  # else the function asked for it, which is no failure
             logger.warning(
