@@ -32,7 +32,8 @@ class App(Submitting):
     `broker` and `storage` are parts or URLs. A broker's URL without a storage uses both halves of
     that backend. Without arguments the environment counts (`QTASKS_NAME`, `QTASKS_BROKER_URL`,
     `QTASKS_STORAGE_URL`), else the embedded default. Apps of different names share nothing; names
-    are those of `qtasks_core.names`. Raises `ConfigurationError`.
+    are those of `qtasks_core.names`. `plugins` are put around each task that its workers run, the
+    first outermost. Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -49,7 +50,6 @@ class App(Submitting):
         super().__init__(name, *given_parts(broker, storage), max_payload)
         self.definitions: dict[str, TaskDefinition] = {}
         self.plugins = checked_plugins(plugins)
-        """Put around each task of its workers, the first outermost."""
 
     def add_plugin(self, plugin: Plugin) -> None:
         """Add a plugin within those given before; workers that run already go on without it.
