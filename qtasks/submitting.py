@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid5
 
 from uuid_utils import uuid7
 
@@ -31,6 +31,7 @@ from qtasks_core.separate import record_of
 
 PUBLISH_TIMEOUT = 30.0
 """Seconds after which a write that is not confirmed is an error, where no timeout is given."""
+_KEYED = UUID("2f6d1c0e-8a43-5b7e-9c15-7d0e4b9a6f32")
 _LOOK = 1.0
 """Seconds in which what is known of a late task is looked up."""
 
@@ -55,9 +56,11 @@ class Submitting(Lifecycle):
         delay: float | None = None,
         eta: datetime | None = None,
         expires: float | None = None,
+        key: str | None = None,
     ) -> TaskMessage:
         """Return the message of a call.
 
+        With `key` its uuid is that of every call of this task, in this app, with that key.
         Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge`, `ConfigurationError`.
         """
         encoded_args, encoded_kwargs = definition.encode(args, kwargs)
@@ -67,10 +70,12 @@ class Submitting(Lifecycle):
                 f"{definition.name}: the arguments take {size} bytes, the limit is "
                 f"{self.max_payload}; pass a reference, or raise max_payload of the app"
             )
+        if key == "":
+            raise ConfigurationError("key= is empty; give None where there is no key")
         options = definition.options
         now = time.time()
         message = TaskMessage(
-            uuid=str(uuid7()),
+            uuid=str(uuid7()) if key is None else self.uuid_of(definition.name, key),
             task_name=definition.name,
             queue=options.queue if queue is None else checked_name(queue, "a queue"),
             args=encoded_args,
@@ -82,6 +87,7 @@ class Submitting(Lifecycle):
             expires_at=None if expires is None else now + expires,
             store_result=options.store_result,
             retention=options.retention,
+            submission="" if key is None else str(uuid7()),
         )
         if not 0 <= message.priority <= 9:
             raise ConfigurationError(f"priority={priority} is not between 0 and 9")
@@ -91,9 +97,14 @@ class Submitting(Lifecycle):
             )
         return message
 
+    def uuid_of(self, task_name: str, key: str) -> str:
+        """Return the uuid that a task enqueued with this `key=` has."""
+        return str(uuid5(_KEYED, "\0".join((self.name, task_name, key))))
+
     async def submit(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
         """Submit a message; with `timeout` (seconds) wait for its end, else for the write.
 
+        One with a key that is taken gives what is there, or its end.
         Raises `TaskTimeout` when the write was durable by then and the task had not ended,
         `Unavailable` when it was not known to be, `Refused`.
         """

@@ -94,15 +94,18 @@ class AsyncCall(Call[R]):
         queue: str | None = None,
         priority: int | None = None,
         expires: float | None = None,
+        key: str | None = None,
     ) -> Task[R]:
         """Enqueue. With `timeout` (seconds) return the finished task, else a `new` one.
 
-        A run that would begin more than `expires` seconds from now ends in `error` instead.
+        A run that would begin more than `expires` seconds from now ends in `error` instead. Of all
+        calls with one `key` only the first enqueues, as long as its record is kept: the others
+        return what is there, whatever their arguments.
         Raises `TaskTimeout`, `Unavailable`, `Refused`, and what `App.message` raises.
         """
         app = self.owner.find_app()
         message = self.message(
-            app, delay=delay, eta=eta, queue=queue, priority=priority, expires=expires
+            app, delay=delay, eta=eta, queue=queue, priority=priority, expires=expires, key=key
         )
         record = await app.submit(message, timeout)
         return Task(app, record, self.definition.decode_result)
@@ -120,11 +123,12 @@ class SyncCall(Call[R]):
         queue: str | None = None,
         priority: int | None = None,
         expires: float | None = None,
+        key: str | None = None,
     ) -> BlockingTask[R]:
         """Enqueue. With `timeout` (seconds) return the finished task, else a `new` one."""
         app = self.owner.find_app()
         message = self.message(
-            app, delay=delay, eta=eta, queue=queue, priority=priority, expires=expires
+            app, delay=delay, eta=eta, queue=queue, priority=priority, expires=expires, key=key
         )
         record = app.submit_blocking(message, timeout)
         return BlockingTask(app, record, self.definition.decode_result)
@@ -150,6 +154,7 @@ class AsyncTask(BaseTask[P, R, C]):
         queue: str | None = None,
         priority: int | None = None,
         expires: float | None = None,
+        key: str | None = None,
         **kwargs: Any,
     ) -> Task[R]:
         """Enqueue a call with these arguments; the options are those of `AsyncCall.add_task`."""
@@ -161,6 +166,7 @@ class AsyncTask(BaseTask[P, R, C]):
             queue=queue,
             priority=priority,
             expires=expires,
+            key=key,
         )
 
     async def map(self, arguments: Iterable[Sequence[Any]]) -> list[Task[R]]:
@@ -191,6 +197,7 @@ class SyncTask(BaseTask[P, R, C]):
         queue: str | None = None,
         priority: int | None = None,
         expires: float | None = None,
+        key: str | None = None,
         **kwargs: Any,
     ) -> BlockingTask[R]:
         """Enqueue a call with these arguments; the options are those of `SyncCall.add_task`."""
@@ -202,6 +209,7 @@ class SyncTask(BaseTask[P, R, C]):
             queue=queue,
             priority=priority,
             expires=expires,
+            key=key,
         )
 
     def map(self, arguments: Iterable[Sequence[Any]]) -> list[BlockingTask[R]]:

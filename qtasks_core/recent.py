@@ -1,4 +1,4 @@
-"""Remembering what was settled lately, so that settling it again is `done` and not `lost`."""
+"""Remembering what was done lately, so that asking for it again is `done` and not done twice."""
 
 from __future__ import annotations
 
@@ -19,5 +19,12 @@ class Recent:
         if len(self._keys) > self._limit:
             del self._keys[next(iter(self._keys))]
 
+    def discard(self, key: Hashable) -> None:
+        """Forget a key."""
+        self._keys.pop(key, None)
+
     def __contains__(self, key: Hashable) -> bool:
         return key in self._keys
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)

@@ -4,7 +4,8 @@ A storage that compares integers (SQL, Lua) keeps `order_of(task)`, `task.execut
 record itself, and repeats `judge` in its own language:
 
     repeat  = stored.execution = new.execution and stored.order = new.order     -> done
-    refused = stored.order % 8 >= FIRST_FINAL or new.order < stored.order       -> refused
+    refused = stored.order % 8 >= FIRST_FINAL or new.order < stored.order
+              or new.order % 8 < FIRST_BEGUN                                    -> refused
     else the new record replaces the stored one                                 -> done
 """
 
@@ -26,6 +27,8 @@ RANK: dict[Status, int] = {
     "cancel": 6,
 }
 _STATUS = {rank: status for status, rank in RANK.items()}
+FIRST_BEGUN = 2
+"""Ranks below it are those of first records, which never replace what is there."""
 FIRST_FINAL = 4
 RETENTION = 7 * 86_400.0
 """Seconds that a storage keeps final records where neither they nor it say otherwise."""
@@ -41,14 +44,16 @@ def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse
     """Say what a storage that holds `stored` does with a save of `new`.
 
     A final record refuses every other, whatever its attempt; among the rest the order must not
-    go back. What is there already, from the same execution, is a repeat and counts as done.
+    go back. A first record (`new`, `scheduled`) replaces none, so that of several enqueuings under
+    one uuid one has it. What is there already, from the same execution, is a repeat and counts as
+    done.
     """
     if stored is None:
         return "accept"
     order, stored_order = order_of(new), order_of(stored)
     if order == stored_order and new.execution == stored.execution:
         return "repeat"
-    if stored.status in FINAL or order < stored_order:
+    if stored.status in FINAL or order < stored_order or order % 8 < FIRST_BEGUN:
         return "refuse"
     return "accept"
 

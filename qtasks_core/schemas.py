@@ -42,13 +42,16 @@ class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     """Seconds to keep the record after its end; None: the storage's default."""
     headers: dict[str, str] = field(default_factory=dict)
     """Room for plugins: trace context, signatures, tenant."""
+    submission: str = ""
+    """Of a task with a key, whose uuid several may enqueue: the id of the one publishing that this
+    message comes from. Only messages of the publishing that the record names are run."""
 
 
 class Task(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """What a storage keeps: the newest known state of one task.
 
-    `returning` is the encoded result. `execution` is the id of one run of the function and is
-    empty before the first run: saving the same execution with the same status twice is harmless.
+    `returning` is the encoded result. `execution` is the id of one run of the function, before the
+    first run the submission: saving the same execution with the same status twice is harmless.
     """
 
     uuid: str
@@ -76,6 +79,8 @@ class Task(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     """On `scheduled` and `retry`: about when it will run (the sender's clock)."""
     retention: float | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    submission: str = ""
+    """Of a task with a key: the publishing that has the key, whose messages are run."""
 
 
 class Raw(Struct, frozen=True):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from asyncio import TaskGroup
-from collections.abc import Sequence
+from asyncio import gather
+from collections.abc import Hashable, Sequence
 
 from msgspec.structs import replace
 
@@ -12,6 +12,7 @@ from qtasks_core.contracts.broker import Broker
 from qtasks_core.contracts.composition import Composition
 from qtasks_core.contracts.storage import Storage
 from qtasks_core.contracts.subscription import Subscription
+from qtasks_core.recent import Recent
 from qtasks_core.records import FINAL
 from qtasks_core.schemas import (
     DONE,
@@ -32,38 +33,99 @@ class SeparateComposition(Composition):
     def __init__(self, broker: Broker, storage: Storage) -> None:
         self._broker = broker
         self._storage = storage
+        self._unsaved = Recent()
+        """What was published and could not be saved: submitted again, it is only saved."""
 
     async def submit(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        """Publish and save side by side: a `new` that comes late is refused, which is harmless."""
-        records = [record_of(message) for message in messages]
+        """Publish and save side by side: a `new` that comes late is refused, which is harmless.
+
+        What has a key is saved once it is published, since its record is what holds the key; of
+        what is recorded already no second message is made.
+        """
+        there = await self._there(messages)
+        if not there:
+            return await self._submit(messages, transaction)
+        fresh = [message for message in messages if message.uuid not in there]
+        outcomes = iter(await self._submit(fresh, transaction))
+        return [taken(there[m.uuid]) if m.uuid in there else next(outcomes) for m in messages]
+
+    async def _there(self, messages: Sequence[TaskMessage]) -> dict[str, Task]:
+        """Return the records that are there of messages with a key."""
+        uuids = [message.uuid for message in messages if message.submission]
+        found = await self._storage.get(uuids) if uuids else ()
+        return {record.uuid: record for record in found if record is not None}
+
+    async def _submit(
+        self, messages: Sequence[TaskMessage], transaction: object | None
+    ) -> list[Outcome]:
+        plain = [record_of(message) for message in messages if not message.submission]
+        # A half that fails does not cancel the other, of which one would not know what it did.
+        published, saved = await gather(
+            self._publish(messages, transaction), self._storage.save(plain), return_exceptions=True
+        )
+        if isinstance(published, BaseException):
+            raise published
         try:
-            async with TaskGroup() as group:
-                publishing = group.create_task(self._broker.publish(messages, transaction))
-                group.create_task(self._storage.save(records))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        outcomes = publishing.result()
-        refused = [
-            replace(
-                record,
-                status="error",
-                error=outcome.reason,
-                dead="the broker refused it",
-                finished_at=time.time(),
-            )
-            for record, outcome in zip(records, outcomes, strict=True)
-            if outcome.status == "refused"
-        ]
-        if refused:
-            await self._storage.save(refused)
+            if isinstance(saved, BaseException):
+                raise saved
+            outcomes = published
+            if len(plain) < len(messages) or published.count(DONE) < len(published):
+                outcomes = await self._record(messages, published, transaction)
+        except Exception:
+            if transaction is None:
+                self._remember(messages, published)
+            raise
+        if self._unsaved:
+            for message in messages:
+                self._unsaved.discard(_sending(message))
+        return outcomes
+
+    async def _publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None
+    ) -> list[Outcome]:
+        """Publish all but what an earlier call published and could not save."""
+        if not self._unsaved:
+            return await self._broker.publish(messages, transaction)
+        done = [_sending(message) in self._unsaved for message in messages]
+        left = [message for message, was in zip(messages, done, strict=True) if not was]
+        outcomes = iter(await self._broker.publish(left, transaction))
+        return [DONE if was else next(outcomes) for was in done]
+
+    def _remember(self, messages: Sequence[TaskMessage], published: Sequence[Outcome]) -> None:
+        for message, outcome in zip(messages, published, strict=True):
+            if outcome.status == "done":
+                self._unsaved.add(_sending(message))
+
+    async def _record(
+        self,
+        messages: Sequence[TaskMessage],
+        published: Sequence[Outcome],
+        transaction: object | None,
+    ) -> list[Outcome]:
+        """Save what depends on how publishing went, and return the outcomes of both."""
+        outcomes = list(published)
+        dead: list[Task] = []
+        keyed: list[int] = []
+        for at, (message, outcome) in enumerate(zip(messages, published, strict=True)):
+            if message.submission:
+                # Of one that was refused there is no record: it would hold the key.
+                keyed += [at] if outcome.status == "done" else []
+            elif outcome.status == "refused":
+                dead.append(_dead(message, outcome.reason))
+        if dead:
+            await self._storage.save(dead)
+        if keyed:
+            saved = await self._storage.save([record_of(messages[at]) for at in keyed], transaction)
+            for at, outcome in zip(keyed, saved, strict=True):
+                outcomes[at] = outcome
         return outcomes
 
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
         """Read the records of all deliveries at once and compare."""
-        uuids = [d.message.uuid for d in deliveries if isinstance(d.message, TaskMessage)]
-        found = iter(await self._storage.get(uuids) if uuids else ())
+        messages = [d.message for d in deliveries if isinstance(d.message, TaskMessage)]
+        found = iter(await self._records(messages) if messages else ())
         verdicts: list[tuple[Verdict, Task | None]] = []
         for delivery in deliveries:
             if isinstance(delivery.message, Raw):
@@ -72,6 +134,24 @@ class SeparateComposition(Composition):
                 record = next(found)
                 verdicts.append((verdict_of(delivery.message, record), record))
         return verdicts
+
+    async def _records(self, messages: Sequence[TaskMessage]) -> list[Task | None]:
+        """Return what is recorded, after saving the first records of what has a key and none.
+
+        Their publisher was not so far yet, or never will be; whoever saves first has the key.
+        """
+        records = await self._storage.get([message.uuid for message in messages])
+        missing = [
+            at
+            for at, (message, record) in enumerate(zip(messages, records, strict=True))
+            if record is None and message.submission
+        ]
+        if missing:
+            first = [record_of(messages[at]) for at in missing]
+            saved = await self._storage.save(first)
+            for at, record, outcome in zip(missing, first, saved, strict=True):
+                records[at] = outcome.there if outcome.status == "refused" else record
+        return records
 
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]
@@ -112,8 +192,11 @@ class SeparateComposition(Composition):
 
 
 def record_of(message: TaskMessage) -> Task:
-    """Return the first record of a message: `new`, or `scheduled` when it has a delay."""
-    return Task(
+    """Return the first record of a message: `new`, or `scheduled` when it has a delay.
+
+    Its execution is the submission, so that one publishing's is no repeat of another's.
+    """
+    record = Task(
         uuid=message.uuid,
         task_name=message.task_name,
         status="scheduled" if message.delay > 0 else "new",
@@ -129,6 +212,30 @@ def record_of(message: TaskMessage) -> Task:
         retention=message.retention,
         headers=message.headers,
     )
+    if not message.submission:
+        # Python calls with more than 15 keywords by a dict, which takes three times as long.
+        return record
+    return replace(record, execution=message.submission, submission=message.submission)
+
+
+def taken(record: Task) -> Outcome:
+    """Return the outcome of submitting what has a key that is taken by this record."""
+    return Outcome("refused", "a task with that key is there", record)
+
+
+def _dead(message: TaskMessage, reason: str) -> Task:
+    return replace(
+        record_of(message),
+        status="error",
+        error=reason,
+        dead="the broker refused it",
+        finished_at=time.time(),
+    )
+
+
+def _sending(message: TaskMessage) -> Hashable:
+    """Return what tells a message from another that does as much: the end goes where it says."""
+    return message.uuid, message.submission, message.reply_to
 
 
 def verdict_of(message: TaskMessage, record: Task | None) -> Verdict:
@@ -139,6 +246,8 @@ def verdict_of(message: TaskMessage, record: Task | None) -> Verdict:
         return "cancelled"
     if record.status in FINAL:
         return "final"
+    if message.submission and record.submission and message.submission != record.submission:
+        return "stale"
     # A `retry` record says that this attempt is over and the next message is on its way.
     ended = record.attempt if record.status == "retry" else record.attempt - 1
     return "stale" if message.attempt <= ended else "run"

@@ -39,10 +39,13 @@ SAVE = """
             status = excluded.status, task_name = excluded.task_name, queue = excluded.queue,
             created_at = excluded.created_at, dead = excluded.dead, reply_to = excluded.reply_to,
             record = excluded.record
-        WHERE stored.progress & 7 < 4
-          AND stored.progress <= excluded.progress
-          AND (stored.progress, stored.execution)
-              IS DISTINCT FROM (excluded.progress, excluded.execution)
+        WHERE stored.record IS NULL OR (
+            stored.progress & 7 < 4
+            AND stored.progress <= excluded.progress
+            AND excluded.progress & 7 >= 2
+            AND (stored.progress, stored.execution)
+                IS DISTINCT FROM (excluded.progress, excluded.execution)
+        )
         RETURNING uuid, progress, reply_to, watchers, record
     ), told AS (
         SELECT pg_notify(

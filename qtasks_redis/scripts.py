@@ -228,7 +228,7 @@ for i = 1, #KEYS do
   local order, stored = tonumber(string.sub(head, 1, 10)), tonumber(string.sub(there, 1, 10))
   if there == head then
     answers[i] = 1
-  elseif stored and (stored % 8 >= 4 or order < stored) then
+  elseif stored and (stored % 8 >= 4 or order < stored or order % 8 < 2) then
     answers[i] = redis.call('GET', key)
   else
     if keep == '' then

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qtasks_core import DONE, Completion, Outcome, Retry, Subscription, Task, TaskMessage
 from qtasks_core.errors import refuse_transaction
-from qtasks_core.separate import SeparateComposition, record_of
+from qtasks_core.separate import SeparateComposition, record_of, taken
 from qtasks_sqlite.broker import SqliteBroker, SqliteSubscription
 from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.storage import SqliteStorage
@@ -22,6 +22,8 @@ class SqliteComposition(SeparateComposition):
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
         refuse_transaction(self._broker, transaction)
+        if any(message.submission for message in messages):
+            return await self._broker.started().write(self._submitting_once(messages))
         publish = self._broker.publishing(messages)
         save = self._storage.saving([record_of(message) for message in messages])
 
@@ -31,6 +33,30 @@ class SqliteComposition(SeparateComposition):
 
         await self._broker.started().write(submit)
         return [DONE] * len(messages)
+
+    def _submitting_once(
+        self, messages: Sequence[TaskMessage]
+    ) -> Callable[[Transaction], list[Outcome]]:
+        """Return the work that submits messages, of those with a key only what is not there."""
+        look = self._storage.getting([message.uuid for message in messages if message.submission])
+
+        def submit(turn: Transaction) -> list[Outcome]:
+            there = look(turn)
+            fresh: list[tuple[TaskMessage, Task]] = []
+            outcomes: list[Outcome] = []
+            for message in messages:
+                if message.uuid in there:
+                    outcomes.append(taken(there[message.uuid]))
+                    continue
+                outcomes.append(DONE)
+                fresh.append((message, record_of(message)))
+                if message.submission:
+                    there[message.uuid] = fresh[-1][1]
+            self._broker.publishing([message for message, _ in fresh])(turn)
+            self._storage.saving([record for _, record in fresh])(turn)
+            return outcomes
+
+        return submit
 
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]

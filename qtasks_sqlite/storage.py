@@ -28,7 +28,15 @@ from qtasks_core.errors import (
     refuse_transaction,
 )
 from qtasks_core.queries import cursor_at, place_of
-from qtasks_core.records import FINAL, FIRST_FINAL, RETENTION, expiry_of, order_of, retention_note
+from qtasks_core.records import (
+    FINAL,
+    FIRST_BEGUN,
+    FIRST_FINAL,
+    RETENTION,
+    expiry_of,
+    order_of,
+    retention_note,
+)
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_sqlite import batches, listing, shared
 from qtasks_sqlite.connection import (
@@ -131,7 +139,11 @@ class SqliteStorage(Storage):
                 stored = there.get(task.uuid)
                 if stored == order:
                     continue
-                if stored and (stored[0] % 8 >= FIRST_FINAL or order[0] < stored[0]):
+                if stored and (
+                    stored[0] % 8 >= FIRST_FINAL
+                    or order[0] < stored[0]
+                    or order[0] % 8 < FIRST_BEGUN
+                ):
                     refused.append(at)
                 else:
                     there[task.uuid] = order

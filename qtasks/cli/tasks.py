@@ -46,6 +46,7 @@ class Ended(QTasksError):
 @click.option("--delay", type=click.FloatRange(min=0), help="Seconds before it may start.")
 @click.option("--queue", help="Another queue than the task's own.")
 @click.option("--priority", type=click.IntRange(0, 9), help="9 first.")
+@click.option("--key", help="Enqueue once: a later call with this key is no second task.")
 @include_option
 @json_option
 @pass_session

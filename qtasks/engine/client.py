@@ -38,7 +38,8 @@ class Submission(Struct, frozen=True, eq=False):
     """On the monotonic clock; past it publishing is not tried again."""
     reply: Reply[Task | None]
     wait: bool
-    """Answer with the final record; else with None as soon as the write is durable."""
+    """Answer with the final record; else as soon as the write is durable, with None, or with the
+    record that is there already."""
 
 
 class Client:
@@ -190,6 +191,7 @@ class Client:
                     self._fail(late, unconfirmed(late.message, late.reply.trouble))
                 if batch:
                     await asyncio.sleep(pause)
+                    batch = [_anew(submission) for submission in batch]
             except asyncio.CancelledError:
                 self._fail_all(batch, Closed(f"the app {self.name!r} was stopped"))
                 raise
@@ -216,7 +218,9 @@ class Client:
 
     def _answer(self, submission: Submission, outcome: Outcome) -> None:
         message = submission.message
-        if outcome.status == "refused":
+        if outcome.there is not None:
+            self._answer_taken(submission, outcome.there)
+        elif outcome.status == "refused":
             reason = f"task {message.uuid} for queue {message.queue!r}: {outcome.reason}"
             self._fail(submission, Refused(reason))
         elif outcome.status == "unknown":
@@ -225,6 +229,16 @@ class Client:
             submission.reply.durable = True
         else:
             submission.reply.set(None)
+
+    def _answer_taken(self, submission: Submission, there: Task) -> None:
+        """Answer with what has the key, once it has ended if that is waited for."""
+        if submission.wait and there.status not in FINAL:
+            # Its end may be on its way to another client's address only.
+            submission.reply.durable = True
+            self._watches.add(there.uuid)
+            return
+        self.forget(there.uuid, submission.reply)
+        submission.reply.set(there)
 
     def _fail(self, submission: Submission, error: BaseException) -> None:
         self.forget(submission.message.uuid, submission.reply)
@@ -309,9 +323,21 @@ class _Countdown(Reply[Task | None]):
         self.set(None)
 
 
+def _anew(submission: Submission) -> Submission:
+    """Return a submission whose first try may have been published, to be tried again.
+
+    With a key it is another publishing, so that not both are run. What has none may run twice.
+    """
+    message = submission.message
+    if not message.submission:
+        return submission
+    return replace(submission, message=replace(message, submission=str(uuid7())))
+
+
 def unconfirmed(message: TaskMessage, trouble: str) -> Unavailable:
     """Return the error of a submission whose deadline has passed before its write was durable."""
+    again = "with the same key" if message.submission else "the same uuid"
     return Unavailable(
         f"task {message.uuid} for queue {message.queue!r} is not known to be enqueued: the write "
-        f"was not confirmed in time ({trouble}); submitting the same uuid again is safe"
+        f"was not confirmed in time ({trouble}); submitting {again} again is safe"
     )

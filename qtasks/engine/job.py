@@ -17,6 +17,7 @@ from qtasks_core import (
     Task,
     TaskMessage,
 )
+from qtasks_core.separate import record_of
 
 
 class Job:
@@ -55,31 +56,19 @@ class Job:
         dead: str | None = None,
     ) -> Task:
         """Return the record of this run with the given status."""
-        message = self.message
         final = status in ("success", "error", "cancel")
-        return Task(
-            uuid=message.uuid,
-            task_name=message.task_name,
+        return replace(
+            record_of(self.message),
             status=status,
-            queue=message.queue,
-            args=message.args,
-            kwargs=message.kwargs,
-            encoding=message.encoding,
-            priority=message.priority,
-            attempt=message.attempt,
             execution=self.execution,
             returning=returning,
             error=error,
             traceback=traceback,
             dead=dead,
             worker=self.execution.partition("/")[0],
-            reply_to=message.reply_to,
-            created_at=message.created_at,
             started_at=self.started,
             finished_at=time.time() if final else None,
             due_at=time.time() + self.again.delay if self.again else None,
-            retention=message.retention,
-            headers=message.headers,
         )
 
     def retry(self, delay: float, error: str, traceback: str | None) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 for _theme in (
     "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
-    "delivering", "depth", "inboxes", "leases", "migrating", "outages", "pairs", "querying",
+    "delivering", "depth", "inboxes", "keys", "leases", "migrating", "outages", "pairs", "querying",
     "records", "retention", "streams", "undecodable", "values",
 ):  # fmt: skip
     pytest.register_assert_rewrite(f"{__name__}.{_theme}")
@@ -24,6 +24,7 @@ from qtasks_conformance.contracts.delays import DelayContract  # noqa: E402
 from qtasks_conformance.contracts.delivering import DeliveringContract  # noqa: E402
 from qtasks_conformance.contracts.depth import DepthContract  # noqa: E402
 from qtasks_conformance.contracts.inboxes import InboxContract  # noqa: E402
+from qtasks_conformance.contracts.keys import KeyContract  # noqa: E402
 from qtasks_conformance.contracts.leases import LeaseContract  # noqa: E402
 from qtasks_conformance.contracts.migrating import (  # noqa: E402
     BrokerMigrationContract,
@@ -33,7 +34,7 @@ from qtasks_conformance.contracts.outages import (  # noqa: E402
     BrokerOutageContract,
     StorageOutageContract,
 )
-from qtasks_conformance.contracts.pairs import PairContract  # noqa: E402
+from qtasks_conformance.contracts.pairs import ComposingContract  # noqa: E402
 from qtasks_conformance.contracts.querying import QueryContract  # noqa: E402
 from qtasks_conformance.contracts.records import RecordContract  # noqa: E402
 from qtasks_conformance.contracts.retention import RetentionContract  # noqa: E402
@@ -70,6 +71,10 @@ class StorageContract(
     StorageOutageContract,
 ):
     """All that a Storage must do. Needs a fixture `subject`."""
+
+
+class PairContract(ComposingContract, KeyContract):
+    """All that a broker and a storage must do together. Needs a fixture `subject`."""
 
 
 __all__ = ["BrokerContract", "PairContract", "StorageContract"]

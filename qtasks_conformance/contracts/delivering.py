@@ -29,7 +29,7 @@ class DeliveringContract(Contract):
             task_name="models.übung", args=bytes(range(256)), kwargs=b"\x00\r\n", priority=0,
             attempt=3, reply_to="client:1", created_at=1700000000.25, expires_at=4e9,
             store_result=False, retention=86400.5, encoding="json",
-            headers={"traceparent": "00-ab-01", "ключ": "значение"},
+            headers={"traceparent": "00-ab-01", "ключ": "значение"}, submission="publishing",
         )  # fmt: skip
         assert_done(await broker.publish([sent]))
         subscription = await broker.subscribe({"q": 10})

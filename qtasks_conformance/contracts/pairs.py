@@ -46,7 +46,7 @@ ADMISSIONS: tuple[tuple[int, tuple[int, Status] | None, Verdict], ...] = (
 )
 
 
-class PairContract(Contract):
+class ComposingContract(Contract):
     """Invariants 1, 2, 4 and 9, for a broker and a storage as the engine uses them."""
 
     async def test_submitted_is_published_and_recorded(self, rig: Rig) -> None:

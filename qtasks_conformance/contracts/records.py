@@ -18,7 +18,7 @@ from qtasks_core.wire import encode_task
 STATUSES: tuple[Status, ...] = (
     "new", "scheduled", "process", "retry", "success", "error", "cancel",
 )  # fmt: skip
-FINAL = STATUSES[4:]
+FIRST, FINAL = STATUSES[:2], STATUSES[4:]
 STATES = tuple(product((1, 2), STATUSES))
 """Every (attempt, status) of two attempts."""
 
@@ -27,12 +27,13 @@ def expected(first: Task, second: Task) -> str:
     """Say what the second save is answered; the design's words, not the core's function.
 
     A final record refuses every other, whatever its attempt; among the rest (attempt, rank of
-    status) must not go back; saving again what is there (same execution) is done.
+    status) must not go back, and a first record replaces none; saving again what is there (same
+    execution) is done.
     """
     was, now = [(t.attempt, STATUSES.index(t.status)) for t in (first, second)]
     if was == now and first.execution == second.execution:
         return "done"
-    if first.status in FINAL:
+    if first.status in FINAL or second.status in FIRST:
         return "refused"
     return "done" if now >= was else "refused"
 
@@ -48,7 +49,7 @@ class RecordContract(Contract):
             encoding="json", priority=9, attempt=4, execution="e1", returning=b"\xff\x00",
             error="ValueError: größer", traceback="Traceback\n  …", dead="too often",
             worker="w:1", reply_to="client", created_at=1.5, started_at=2.5, finished_at=3.25,
-            due_at=4.0, retention=0.5, headers={"ключ": "значение"},
+            due_at=4.0, retention=0.5, headers={"ключ": "значение"}, submission="publishing",
         )  # fmt: skip
         assert_done(await saver.save([record]))
         assert await reader.get([record.uuid]) == [record]
@@ -123,6 +124,31 @@ class RecordContract(Contract):
             assert winner is not None
             assert (winner.execution == "mine") == (outcome.status == "done")
             assert next(o.there for o in both if o.status == "refused") == winner
+
+    async def test_one_of_two_first_records_is_taken(self, rig: Rig) -> None:
+        """Of two first records saved at once by two processes one is taken, and stays."""
+        storage, other = await rig.storage(), await rig.elsewhere()
+        mine = [rig.record("new", execution="mine") for _ in range(25)]
+        theirs = [replace(r, status="scheduled", execution="theirs") for r in reversed(mine)]
+        answers = await asyncio.gather(storage.save(mine), other.save(*theirs))
+        there = await (await rig.storage()).get([record.uuid for record in mine])
+        for record, outcome, their_outcome in zip(
+            there, answers[0], reversed(answers[1]), strict=True
+        ):
+            assert sorted(o.status for o in (outcome, their_outcome)) == ["done", "refused"]
+            assert record is not None
+            assert (record.execution == "mine") == (outcome.status == "done")
+            assert next(o.there for o in (outcome, their_outcome) if o.there) == record
+
+    async def test_a_watched_task_is_recorded(self, rig: Rig) -> None:
+        """Who waits for a task before its first record does not stand in that record's way."""
+        storage = await rig.storage()
+        first, second = rig.record("new", execution="a"), rig.record("scheduled")
+        await (await rig.inbox(storage)).watch([first.uuid, second.uuid])
+        assert_done(await storage.save([first, second]))
+        assert await storage.get([first.uuid, second.uuid]) == [first, second]
+        (outcome,) = await storage.save([replace(first, execution="b")])
+        assert (outcome.status, outcome.there) == ("refused", first)
 
     async def test_a_final_can_be_saved_again(self, rig: Rig) -> None:
         """A save of unknown outcome is repeated by the same execution, from any client."""

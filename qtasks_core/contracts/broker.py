@@ -54,7 +54,8 @@ class Broker(ABC):
         A message becomes receivable `message.delay` seconds after the server has it, however long
         the delay. With `transaction` it becomes durable and visible at its commit; a part whose
         guarantees say that it cannot join one raises `NotSupported`. Publishing the
-        same uuid again is safe: at worst it is delivered twice.
+        same uuid again is safe: at worst it is delivered twice. A broker may drop the repeat only
+        where the `submission` is the same too.
         """
 
     @abstractmethod

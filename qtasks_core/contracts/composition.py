@@ -16,7 +16,13 @@ class Composition(ABC):
     async def submit(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        """Publish messages and record them as `new` (or `scheduled`); an outcome for each."""
+        """Publish messages and record them as `new` (or `scheduled`); an outcome for each.
+
+        Of messages with a `submission` and one uuid, whoever submits them, only those of one
+        submission are run. `refused` with `there` is the answer to all others: the task has been
+        enqueued. After an error they are submitted again under a new submission, or two copies of
+        one could run side by side.
+        """
 
     @abstractmethod
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:

@@ -38,8 +38,9 @@ class Storage(ABC):
         """Save records in order and return an outcome for each, durable when it returns.
 
         Which are taken is the order of records (`qtasks_core.records.judge`), decided atomically
-        for each record. `refused` carries what is there. A final record that is taken is pushed
-        to its `reply_to` and to every inbox that watches its uuid, after it is durable.
+        for each record: a first record never replaces another. `refused` carries what is there. A
+        final record that is taken is pushed to its `reply_to` and to every inbox that watches its
+        uuid, after it is durable.
         """
 
     @abstractmethod

@@ -63,6 +63,14 @@ def test_options_of_a_call(qtasks: Command) -> None:
     assert found["due_at"] == pytest.approx(found["created_at"] + 600)
 
 
+@pytest.mark.usefixtures("worker")
+def test_calls_with_one_key_are_one_task(qtasks: Command) -> None:
+    uuid = qtasks.ok("call", "add", "1", "2", "--key", "order 7").line
+    assert qtasks.ok("call", "add", "3", "4", "--key", "order 7", "--wait", "20").line == "3"
+    assert qtasks.ok("call", "add", "5", "6", "--key", "order 7").line == uuid
+    assert qtasks.ok("call", "add", "5", "6", "--key", "order 8").line != uuid
+
+
 def test_nobody_works_and_the_wait_is_over(qtasks: Command) -> None:
     said = qtasks("call", "add", "1", "2", "--wait", "0.2")
     assert said.code == 5

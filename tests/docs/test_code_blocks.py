@@ -103,6 +103,7 @@ async def test_the_first_task() -> None:
         for block in rest:
             await run(block, names)
         assert names["done"].returning == len("hello")
+        assert names["order"].uuid == names["again"].uuid == names["sent"].uuid
         ended = [await task.wait_result(10) for task in names["tasks"]]
         assert [task.returning for task in ended] == [2, 1]
         assert names["later"].status == "scheduled"

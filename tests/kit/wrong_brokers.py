@@ -26,7 +26,7 @@ from qtasks_core import (
 )
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.recent import Recent
-from qtasks_core.separate import SeparateComposition
+from qtasks_core.separate import SeparateComposition, record_of
 from qtasks_memory.broker import MemorySubscription
 from qtasks_memory.connection import Entry, connect
 from tests.kit.served import Broker
@@ -486,3 +486,85 @@ class RefusesLongNames(Broker):
             Outcome("refused", "too long") if len(message.queue) > 63 else outcome
             for message, outcome in zip(messages, outcomes, strict=True)
         ]
+
+
+class RunsEveryCopy(Composes):
+    """The submission is not compared."""
+
+    class composition(SeparateComposition):
+        async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
+            admitted = await super().admit(deliveries)
+            return [("run" if verdict == "stale" else verdict, r) for verdict, r in admitted]
+
+
+class AdmitsWithoutRecording(Composes):
+    """What has a key and no record runs, and leaves the key to others meanwhile."""
+
+    class composition(SeparateComposition):
+        async def _records(self, messages: Sequence[TaskMessage]) -> list[Task | None]:
+            return await self._storage.get([message.uuid for message in messages])
+
+
+class RecordsForItself(Composes):
+    """The first record that a worker saves is not that of the message."""
+
+    class composition(SeparateComposition):
+        async def _records(self, messages: Sequence[TaskMessage]) -> list[Task | None]:
+            first = [replace(record_of(message), execution="worker") for message in messages]
+            await self._storage.save(first)
+            return await super()._records(messages)
+
+
+class RecordsBeforeItPublishes(Composes):
+    """A key is held by a record whose message may never come."""
+
+    class composition(SeparateComposition):
+        async def submit(
+            self, messages: Sequence[TaskMessage], transaction: object | None = None
+        ) -> list[Outcome]:
+            saved = await self._storage.save([record_of(message) for message in messages])
+            mine = [m for m, o in zip(messages, saved, strict=True) if o.status == "done"]
+            await self._broker.publish(mine)
+            return saved
+
+
+class RecordsWithoutTheSubmission(Composes):
+    """All first records look alike."""
+
+    class composition(SeparateComposition):
+        async def _record(
+            self,
+            messages: Sequence[TaskMessage],
+            published: Sequence[Outcome],
+            transaction: object | None,
+        ) -> list[Outcome]:
+            plain = [replace(message, submission="") for message in messages]
+            return await self._storage.save([record_of(message) for message in plain])
+
+
+class PublishesAgain(Composes):
+    """It does not remember what it has published."""
+
+    class composition(SeparateComposition):
+        def _remember(self, messages: Sequence[TaskMessage], published: Sequence[Outcome]) -> None:
+            pass
+
+
+class DropsRepeats(Broker):
+    """It takes any message of a uuid that is in the queue for the same."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        known = self.__dict__.setdefault("known", set())
+        fresh = [m for m in messages if m.attempt > 1 or m.uuid not in known]
+        known.update(message.uuid for message in messages)
+        await super().publish(fresh)
+        return [DONE] * len(messages)
+
+
+class LosesTheSubmission(Broker):
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        return await super().publish([replace(m, submission="") for m in messages])

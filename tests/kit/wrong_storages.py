@@ -51,6 +51,26 @@ class TakesAnything(Storage):
         return super()._save(memory, task)
 
 
+class ReplacesFirstRecords(Storage):
+    """Of first records the last one wins, as long as the order does not go back."""
+
+    def _save(self, memory: Memory, task: Task) -> Outcome:
+        stored = memory.records.get(task.uuid)
+        if stored is not None and stored.status in ("new", "scheduled"):
+            del memory.records[task.uuid]
+        return super()._save(memory, task)
+
+
+class IsInTheWayOfFirstRecords(Storage):
+    """Who watches a task leaves a record of it."""
+
+    class inbox_class(MemoryInbox):
+        async def watch(self, uuids: Sequence[str]) -> None:
+            await super().watch(uuids)
+            for uuid in uuids:
+                self._memory.records.setdefault(uuid, Task(uuid=uuid, task_name="", status="new"))
+
+
 class RefusesRepeats(Storage):
     def _save(self, memory: Memory, task: Task) -> Outcome:
         stored = memory.records.get(task.uuid)

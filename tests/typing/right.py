@@ -101,6 +101,7 @@ async def asynchronous() -> None:
     assert_type(call, AsyncCall[str])
     assert_type(await call.add_task(timeout=5, delay=1, queue="loud", priority=1), Task[str])
     assert_type(await call.add_task(expires=9.5), Task[str])
+    assert_type(await call.add_task(key="order 7"), Task[str])
     assert_type(await add.using(app).call(1, y=2).add_task(), Task[int])
     assert_type(await add.map([(1, 2), (3, 4)]), list[Task[int]])
     assert_type(await app.add_tasks([add.call(1, 2), shout.call("a")]), list[Task[Any]])

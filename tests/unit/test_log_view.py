@@ -14,7 +14,7 @@ from qtasks_log import Entry
 from qtasks_log.view import Proposal, View
 from tests.unit.memory_log import Partition
 
-STATUSES: tuple[Status, ...] = ("process", "retry", "success")
+STATUSES: tuple[Status, ...] = ("new", "scheduled", "process", "retry", "success")
 UUID = "one uuid is enough: no two meet"
 EVERYTHING = 1_000_000
 

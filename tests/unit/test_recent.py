@@ -1,4 +1,4 @@
-"""A bounded memory of what was settled."""
+"""A bounded memory of what was done."""
 
 from __future__ import annotations
 
@@ -19,6 +19,17 @@ def test_remembers_the_newest(keys: list[int], limit: int) -> None:
             newest.remove(key)
         newest = [*newest, key][-limit:]
         assert {known for known in range(31) if known in recent} == set(newest)
+
+
+def test_what_is_discarded_is_forgotten() -> None:
+    recent = Recent()
+    assert not recent
+    recent.add("a")
+    recent.discard("b")
+    assert recent
+    recent.discard("a")
+    assert "a" not in recent
+    assert not recent
 
 
 def test_unknown_key() -> None:

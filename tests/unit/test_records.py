@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtasks_core import Status, Task
-from qtasks_core.records import FINAL, FIRST_FINAL, RANK, judge, order_of
+from qtasks_core.records import FINAL, FIRST_BEGUN, FIRST_FINAL, RANK, judge, order_of
 
 # In the order of the design: new, scheduled, process, retry, success, error, cancel.
 IN_ORDER: list[Status] = ["new", "scheduled", "process", "retry", "success", "error", "cancel"]
@@ -35,7 +35,7 @@ def oracle(new: Task, stored: Task | None) -> str:
     comes = (new.attempt, IN_ORDER.index(new.status))
     if comes == there and new.execution == stored.execution:
         return "repeat"
-    if stored.status in LAST_THREE:
+    if stored.status in LAST_THREE or new.status in IN_ORDER[:2]:
         return "refuse"
     return "refuse" if comes < there else "accept"
 
@@ -70,6 +70,15 @@ def test_any_history(saves: list[Task]) -> None:
         assert judge(stored, stored) == "repeat"
 
 
+@given(st.lists(records, max_size=12))
+def test_first_record_replaces_none(saves: list[Task]) -> None:
+    stored: Task | None = None
+    for new in saves:
+        if stored is not None and new.status in ("new", "scheduled"):
+            assert judge(new, stored) != "accept"
+        stored = new if judge(new, stored) == "accept" else stored
+
+
 @given(st.lists(records, max_size=8), st.integers(0, 7))
 def test_save_of_unknown_outcome_may_be_repeated(saves: list[Task], which: int) -> None:
     """Saving twice in a row is as saving once."""
@@ -88,6 +97,7 @@ def test_the_integer_that_databases_compare() -> None:
         assert (order_of(one) < order_of(two)) == ((a, i) < (b, j))
     for status in IN_ORDER:
         assert (order_of(record(status, 5)) % 8 >= FIRST_FINAL) == (status in LAST_THREE)
+        assert (order_of(record(status, 5)) % 8 < FIRST_BEGUN) == (status in IN_ORDER[:2])
 
 
 def test_every_status_has_a_rank() -> None:

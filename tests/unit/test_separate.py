@@ -399,7 +399,84 @@ async def test_submit_tells_of_a_half_that_is_unavailable(half: str) -> None:
     assert message("a") in world.queue
 
 
+async def test_what_was_published_is_only_saved_again() -> None:
+    """One delivery however often the save fails; and it is published again once it was saved."""
+    world = World()
+    broker, storage = FakeBroker(world), FakeStorage(world)
+    composition = SeparateComposition(broker, storage)
+    storage.fails = Unavailable("storage down")
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            await composition.submit([message("a"), message("b")])
+    other = replace(message("a"), reply_to="an inbox opened meanwhile")
+    storage.fails = None
+    assert await composition.submit([message("a"), message("c"), message("b")]) == [DONE] * 3
+    assert world.queue == [message("a"), message("b"), message("c")]
+    await composition.submit([message("a"), other])
+    assert world.queue[3:] == [message("a"), other]
+
+
+async def test_what_was_not_published_is_published_again() -> None:
+    world = World()
+    broker, storage = FakeBroker(world, refuses=frozenset("b")), FakeStorage(world)
+    composition = SeparateComposition(broker, storage)
+    storage.fails = Unavailable("storage down")
+    with pytest.raises(Unavailable):
+        await composition.submit([message("a"), message("b")])
+    storage.fails = None
+    broker.refuses = frozenset()
+    assert await composition.submit([message("a"), message("b")]) == [DONE, DONE]
+    assert world.queue == [message("a"), message("b")]
+
+
+async def test_refused_message_with_a_key_leaves_the_key_free() -> None:
+    world = World()
+    broker = FakeBroker(world, refuses=frozenset("a"))
+    composition = SeparateComposition(broker, FakeStorage(world))
+    outcomes = await composition.submit([keyed("one"), message("b")])
+    assert outcomes == [Outcome("refused", "queue full"), DONE]
+    assert set(world.records) == {"b"}
+    broker.refuses = frozenset()
+    assert await composition.submit([keyed("two")]) == [DONE]
+
+
+@pytest.mark.parametrize("effects", range(4))
+async def test_crash_while_submitting_with_a_key(effects: int) -> None:
+    """Wherever one client ends, after another has submitted the key one message is run."""
+    world = World(effects)
+    with suppress(Crash):
+        await composed(world).submit([keyed("one")])
+    world.effects = None
+    await composed(world).submit([keyed("two")])
+    deliveries = [world.deliver(each) for each in world.queue]
+    verdicts = [verdict for verdict, _ in await composed(world).admit(deliveries)]
+    assert sorted(verdicts) in (["run"], ["run", "stale"])
+
+
 # -- admit
+
+
+async def test_admit_records_what_has_a_key_and_none_in_one_save() -> None:
+    world = World()
+    copies = [keyed("one"), keyed("two"), keyed("one")]
+    deliveries = [world.deliver(each) for each in (*copies, message("plain"))]
+    first = record_of(copies[0])
+    assert await composed(world).admit(deliveries) == [
+        ("run", first), ("stale", first), ("run", first), ("run", None),
+    ]  # fmt: skip
+    assert world.records == {"a": first}
+
+
+def test_what_an_older_release_recorded_is_not_stale() -> None:
+    """It drops the submission from messages and records alike."""
+    assert verdict_of(keyed("one"), record("a", "process")) == "run"
+    recorded = replace(record("a", "process"), submission="one")
+    assert verdict_of(message("a"), recorded) == "run"
+    assert verdict_of(keyed("two"), recorded) == "stale"
+
+
+def keyed(submission: str) -> TaskMessage:
+    return replace(message("a"), submission=submission)
 
 
 def verdict(attempt: int, stored: Task | None) -> str:

@@ -26,6 +26,11 @@ MESSAGES = {
         retention=86_400.0,
         headers={"traceparent": "00-ab-cd-01", "tenant": "größe"},
     ),
+    "message_keyed": TaskMessage(
+        uuid="5f0b7c3e-6a1d-5c8e-9b42-000000000004",
+        task_name="mails.send",
+        submission="0190d2f4-7b5e-7c30-8000-00000000000d",
+    ),
 }
 TASKS = {
     "task_least": Task(uuid="0190d2f4-7b5e-7c30-8000-000000000001", task_name="add", status="new"),
@@ -58,6 +63,13 @@ TASKS = {
         error="ValueError: no address",
         traceback="Traceback (most recent call last):\nValueError: no address\n",
         dead="no retries left",
+    ),
+    "task_keyed": Task(
+        uuid="5f0b7c3e-6a1d-5c8e-9b42-000000000004",
+        task_name="mails.send",
+        status="new",
+        execution="0190d2f4-7b5e-7c30-8000-00000000000d",
+        submission="0190d2f4-7b5e-7c30-8000-00000000000d",
     ),
 }
 COMMANDS = {

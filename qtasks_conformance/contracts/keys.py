@@ -1,0 +1,228 @@
+"""Tasks with a key: however often and by whomever one is submitted, it is run once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+import pytest
+from msgspec.structs import replace
+
+from qtasks_conformance.commands import message_of
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled
+from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
+from qtasks_conformance.waiting import assert_silent, collect, persist
+from qtasks_core import (
+    Ack,
+    Broker,
+    Completion,
+    Composition,
+    Delivery,
+    Outcome,
+    Retry,
+    Status,
+    Storage,
+    Subscription,
+    Task,
+    TaskMessage,
+)
+from qtasks_core.errors import Unavailable
+from qtasks_core.separate import record_of
+
+QUIET = 1.0
+"""Seconds without a delivery after which none is under way: what comes later finds a final record
+and is not run."""
+
+
+class KeyContract(Contract):
+    """One uuid, several submissions: the record says whose messages are run."""
+
+    async def test_a_key_is_taken_by_the_first(self, rig: Rig) -> None:
+        """The others are told what is there, and leave nothing in the queue that is run."""
+        broker, storage, composition = await self._pair(rig)
+        first, second, third = self._copies(rig, 3)
+        assert_done(await composition.submit([first]))
+        (outcome,) = await composition.submit([second])
+        assert (outcome.status, outcome.there) == ("refused", record_of(first))
+        assert await self._ran(broker, composition) == [first]
+        (record,) = await storage.get([first.uuid])
+        assert record is not None
+        assert (record.status, record.submission) == ("success", first.submission)
+        (outcome,) = await composition.submit([third])
+        assert (outcome.status, outcome.there) == ("refused", record)
+
+    async def test_each_of_a_batch_has_its_own_answer(self, rig: Rig) -> None:
+        """What is taken, what is new and what has no key may come together."""
+        broker, _, composition = await self._pair(rig)
+        taken, again = self._copies(rig, 2)
+        assert_done(await composition.submit([taken]))
+        new, twin = self._copies(rig, 2)
+        plain = rig.message()
+        outcomes = await composition.submit([plain, again, new, twin])
+        assert [o.status for o in outcomes] == ["done", "refused", "done", "refused"]
+        assert [o.there for o in outcomes] == [None, record_of(taken), None, record_of(new)]
+        ran = await self._ran(broker, composition)
+        assert {m.submission for m in ran} == {plain.submission, taken.submission, new.submission}
+        assert len(ran) == 3
+
+    @pytest.mark.parametrize("written", ["written", "not written"])
+    async def test_a_key_holds_when_publishing_was_in_doubt(self, rig: Rig, written: str) -> None:
+        """Publishing fails with or without having published: submitted again, it is run once."""
+        broker, storage, composition = await self._pair(rig)
+        publish = broker.publish
+
+        async def fail(
+            messages: Sequence[TaskMessage], transaction: object | None = None
+        ) -> list[Outcome]:
+            if written == "written":
+                await publish(messages, transaction)
+            raise Unavailable("the answer was lost")
+
+        first, second = self._copies(rig, 2)
+        setattr(broker, "publish", fail)  # noqa: B010 a method is replaced
+        with suppress(Unavailable):  # which it is not where one step does both
+            await composition.submit([first])
+        setattr(broker, "publish", publish)  # noqa: B010
+        await composition.submit([second])
+        (ran,) = await self._ran(broker, composition)
+        (record,) = await storage.get([first.uuid])
+        assert record is not None
+        assert (record.status, record.submission) == ("success", ran.submission)
+
+    @pytest.mark.parametrize("begun", ["begun", "queued"])
+    async def test_a_key_outlives_a_client_that_dies(self, rig: Rig, begun: str) -> None:
+        """Killed between publishing and recording, and submitted again by another: run once."""
+        broker, _, composition = await self._pair(rig)
+        first, second = self._copies(rig, 2)
+        assert_done(await broker.publish([first]))
+        subscription = await broker.subscribe({"q": 10})
+        if begun == "queued":
+            await composition.submit([second])
+            assert len(await self._ran(broker, composition, subscription)) == 1
+            return
+        (delivery,) = await collect(subscription, 1)
+        ((verdict, record),) = await composition.admit([delivery])
+        assert (verdict, record) == ("run", record_of(first))
+        (outcome,) = await composition.submit([second])
+        assert (outcome.status, outcome.there) == ("refused", record_of(first))
+        await complete(composition, subscription, [delivery])
+        await assert_silent(subscription, QUIET)
+
+    async def test_of_two_unrecorded_copies_one_is_run(self, rig: Rig) -> None:
+        """Two clients died between publishing and recording; both messages come together."""
+        broker, _, composition = await self._pair(rig)
+        assert_done(await broker.publish(self._copies(rig, 2)))
+        assert len(await self._ran(broker, composition)) == 1
+
+    async def test_a_late_record_is_that_of_the_publishing_that_runs(self, rig: Rig) -> None:
+        """A worker may be faster than the client that records what it has published."""
+        broker, storage, composition = await self._pair(rig)
+        message = self._copies(rig, 1)[0]
+        assert_done(await broker.publish([message]))
+        subscription = await broker.subscribe({"q": 10})
+        (delivery,) = await collect(subscription, 1)
+        assert [verdict for verdict, _ in await composition.admit([delivery])] == ["run"]
+        assert_done(await storage.save([record_of(message)]))
+        await complete(composition, subscription, [delivery])
+
+    async def test_many_submit_one_key_at_once(self, rig: Rig) -> None:
+        """Of 50 submissions by two processes one is taken, which is run, and the only one."""
+        broker, _, composition = await self._pair(rig)
+        other = await rig.elsewhere()
+        copies = self._copies(rig, 50)
+        mine, theirs = copies[:25], copies[25:]
+        answers = await asyncio.gather(
+            other.submit(*theirs), *(composition.submit([message]) for message in mine)
+        )
+        outcomes = [outcome for answer in answers for outcome in answer]
+        submitted = [*theirs, *mine]
+        (winner,) = [m for m, o in zip(submitted, outcomes, strict=True) if o.status == "done"]
+        assert [o.there for o in outcomes if o.there is not None] == [record_of(winner)] * 49
+        assert await self._ran(broker, composition) == [winner]
+
+    async def test_a_retry_keeps_the_key(self, rig: Rig) -> None:
+        """The next attempt is run, and a copy of another submission is not."""
+        broker, _, composition = await self._pair(rig)
+        first, second = self._copies(rig, 2)
+        assert_done(await composition.submit([first]))
+        subscription = await broker.subscribe({"q": 10})
+        (delivery,) = await collect(subscription, 1)
+        again = replace(first, attempt=2)
+        retry = Completion(Retry(delivery, again), ended(first, "retry"))
+        assert_settled(await composition.complete(subscription, [retry]), broker.guarantees)
+        assert_done(await broker.publish([replace(second, attempt=2)]))
+        assert await self._ran(broker, composition, subscription) == [again]
+
+    @pytest.mark.parametrize("submission", ["", "publishing"], ids=["plain", "keyed"])
+    async def test_what_was_published_is_not_published_again(
+        self, rig: Rig, submission: str
+    ) -> None:
+        """Where only the record could not be saved, submitting again only saves it."""
+        broker, storage, composition = await self._pair(rig)
+        save, left = storage.save, 2
+
+        async def fail(tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise Unavailable("the storage is down")
+            return await save(tasks, transaction)
+
+        setattr(storage, "save", fail)  # noqa: B010 a method is replaced
+        message = rig.message(submission=submission)
+        assert_done(await persist(lambda: composition.submit([message])))
+        assert len(await received(await broker.subscribe({"q": 10}))) == 1
+        assert await storage.get([message.uuid]) == [record_of(message)]
+
+    async def _pair(self, rig: Rig) -> tuple[Broker, Storage, Composition]:
+        broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
+        return broker, storage, broker.compose(storage)
+
+    @staticmethod
+    def _copies(rig: Rig, count: int) -> list[TaskMessage]:
+        """Return messages of one task, each of another submission."""
+        uuid = new_uuid()
+        return [rig.message(uuid=uuid, submission=new_uuid()) for _ in range(count)]
+
+    @staticmethod
+    async def _ran(
+        broker: Broker, composition: Composition, subscription: Subscription | None = None
+    ) -> list[TaskMessage]:
+        """Run what is in the queue side by side, as far as it is admitted, and end it."""
+        subscription = subscription or await broker.subscribe({"q": 100})
+        deliveries = await received(subscription)
+        verdicts = [verdict for verdict, _ in await composition.admit(deliveries)]
+        run = [d for d, verdict in zip(deliveries, verdicts, strict=True) if verdict == "run"]
+        dropped = [Completion(Ack(d), None) for d in deliveries if d not in run]
+        await composition.complete(subscription, dropped)
+        await complete(composition, subscription, run)
+        return [message_of(delivery) for delivery in run]
+
+
+async def received(subscription: Subscription) -> list[Delivery]:
+    """Return all that can be received, at least one."""
+    deliveries = await collect(subscription, 1)
+    while True:
+        try:
+            async with asyncio.timeout(QUIET):
+                deliveries += await persist(lambda: subscription.receive({"q": 100}, 100))
+        except TimeoutError:
+            return deliveries
+
+
+async def complete(
+    composition: Composition, subscription: Subscription, deliveries: Sequence[Delivery]
+) -> None:
+    """End the runs of deliveries in success."""
+    ends = [
+        Completion(Ack(delivery), ended(message_of(delivery), "success")) for delivery in deliveries
+    ]
+    outcomes = await composition.complete(subscription, ends)
+    assert [outcome.status for outcome in outcomes] == ["done"] * len(ends)
+
+
+def ended(message: TaskMessage, status: Status) -> Task:
+    """Return the record of a run."""
+    return replace(record_of(message), status=status, execution="a run")
