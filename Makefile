@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format format-check types imports bench clean
+.PHONY: help demo test test-full lint format format-check types imports bench peers clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +40,11 @@ imports: $(ENVIRONMENT) ## who may import whom
 
 bench: $(ENVIRONMENT) ## throughput of BACKEND (sqlite), beside its bare driver
 	$(RUN) -m benchmarks.throughput --backend $(BACKEND)
+
+peers: ## rates beside other task queues on BACKEND, redis or postgres
+	test -d .venv/peers || $(PYTHON) -m venv .venv/peers
+	.venv/peers/bin/pip install --quiet --requirement benchmarks/peers/requirements.txt '.[all]'
+	.venv/peers/bin/python -m benchmarks.peers --backend $(BACKEND)
 
 clean: ## forget the environment
 	rm -rf .venv

@@ -6,25 +6,28 @@ from collections.abc import Hashable
 
 
 class Recent:
-    """A set of the newest `limit` keys."""
+    """A set of the newest `limit` keys at the least, and of twice as many at the most."""
 
     def __init__(self, limit: int = 20_000) -> None:
         self._limit = limit
-        self._keys: dict[Hashable, None] = {}
+        # Two generations: dropping the oldest key of one dict alone would look for it, each time,
+        # past the places of all that were dropped before.
+        self._young: set[Hashable] = set()
+        self._old: set[Hashable] = set()
 
     def add(self, key: Hashable) -> None:
-        """Remember a key, at the cost of the oldest when the set is full."""
-        self._keys.pop(key, None)
-        self._keys[key] = None
-        if len(self._keys) > self._limit:
-            del self._keys[next(iter(self._keys))]
+        """Remember a key; what is older than `limit` others may be forgotten."""
+        self._young.add(key)
+        if len(self._young) >= self._limit:
+            self._old, self._young = self._young, set()
 
     def discard(self, key: Hashable) -> None:
         """Forget a key."""
-        self._keys.pop(key, None)
+        self._young.discard(key)
+        self._old.discard(key)
 
     def __contains__(self, key: Hashable) -> bool:
-        return key in self._keys
+        return key in self._young or key in self._old
 
     def __bool__(self) -> bool:
-        return bool(self._keys)
+        return bool(self._young or self._old)

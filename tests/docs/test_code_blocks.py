@@ -5,6 +5,8 @@ Each compiles, with `await` as in a coroutine. Beyond that a block is one of thr
 - its first line is a comment that names one of the example's files: it is that file;
 - its first line is a comment that names another file: it is a program of its own, run as it says;
 - else it goes on where the block before it on its page ended: a page's blocks run as one coroutine.
+
+Another library's code, for comparison, stands in a block called `py`, which only compiles.
 """
 
 from __future__ import annotations
@@ -45,20 +47,21 @@ class Block(NamedTuple):
         return compile(code, self.page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
-def blocks_of(page: Path) -> list[Block]:
+def blocks_of(page: Path, language: str = "python") -> list[Block]:
     text = page.read_text()
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [Block(page, text[: match.start()].count("\n") + 1, match[1]) for match in found]
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+OF_OTHERS = [block for page in PAGES for block in blocks_of(page, "py")]
 
 
 def name_of(block: Block) -> str:
     return f"{block.page.name}:{block.line}"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=name_of)
+@pytest.mark.parametrize("block", [*BLOCKS, *OF_OTHERS], ids=name_of)
 def test_it_compiles(block: Block) -> None:
     assert block.compiled()
 
@@ -136,6 +139,48 @@ async def test_the_faces() -> None:
         assert names["app"].client
 
 
+async def test_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "docs"}
+    for block in blocks_of(ROOT / "docs" / "choosing.md"):
+        await run(block, names)
+    told = [[type(part).__name__ for part in (app.broker, app.storage)]
+            for app in (names["both"], names["pair"], names["parts"])]  # fmt: skip
+    assert told == [["SqliteBroker", "SqliteStorage"], *[["SqliteBroker", "MemoryStorage"]] * 2]
+
+
+async def test_delivery() -> None:
+    app = QueueTasks("docs-delivery", "memory://")
+
+    @app.task()
+    async def remind(text: str) -> None:
+        raise AssertionError("an hour too early")
+
+    names: dict[str, Any] = {"remind": remind, "__name__": "docs"}
+    async with app.worker():
+        for block in blocks_of(ROOT / "docs" / "delivery.md"):
+            await run(block, names)
+        assert names["later"].status == "scheduled"
+
+
+async def test_coming_from_celery(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page's QTasks half; `fetch`, `shrink` and `store` are its reader's."""
+    monkeypatch.setenv("QTASKS_BROKER_URL", "memory://docs-celery")
+    declared, used = blocks_of(ROOT / "docs" / "celery.md")
+    names: dict[str, Any] = {
+        "fetch": lambda picture: f"picture {picture}",
+        "shrink": lambda picture, width: f"{picture}, {width} wide",
+        "store": lambda picture: picture,
+        "__name__": "docs",
+    }
+    await run(declared, names)
+    async with names["app"].worker():
+        await asyncio.to_thread(eval, used.compiled(), names)
+    assert capsys.readouterr().out == "picture 17, 200 wide\n"
+
+
 def test_blocking_sums(tmp_path: Path) -> None:
     (block,) = [b for b in BLOCKS if b.file == "sums.py"]
     program = tmp_path / block.file
@@ -171,6 +216,11 @@ def answers(url: str) -> bool:
         return False
 
 
+RUN_AS_PAGES = (
+    "first-task.md", "choosing.md", "delivery.md", "faces.md", "celery.md", "cli.md",
+)  # fmt: skip
+
+
 def test_every_block_is_run_by_a_test() -> None:
     """A new block needs a test here or of its page, or to be a file of the example."""
     run_here = {"sums.py", "divisions.py", "serve.py"}
@@ -179,9 +229,9 @@ def test_every_block_is_run_by_a_test() -> None:
         for block in BLOCKS
         if not of_the_example(block)
         and block.page.name != "backends.md"  # tests/packaging/test_stranger.py
-        and block.file not in run_here
-        and (block.file or block.page.name not in ("first-task.md", "faces.md", "cli.md"))
         and block.page.name != "retries.md"  # test_retries_page.py
+        and block.file not in run_here
+        and (block.file or block.page.name not in RUN_AS_PAGES)
     ]
     assert not left
 
@@ -190,5 +240,15 @@ def test_every_block_is_run_by_a_test() -> None:
     "page", [*PAGES, EXAMPLE.parent / "README.md"], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_its_links_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text())
+    assert [link for link, _ in links if not (page.parent / link).exists()] == []
+    for link, anchor in links:
+        if anchor:
+            target = page.parent / link if link else page
+            assert anchor.removeprefix("#") in anchors_of(target), f"{link}{anchor}"
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the names that a page's headings are linked by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -211,10 +211,15 @@ async def test_the_first_that_decides_wins(app: QueueTasks) -> None:
     async def rejects() -> None:
         raise Reject("never")
 
+    @app.task(plugins=[Deciding(GiveUp(cast(str, ValueError("a reason of another type"))))])
+    async def wrongly() -> None:
+        raise ValueError("no")
+
     app.add_plugin(Named("out", seen, Again(0)))
     async with app.worker():
         assert (await fails.add_task(timeout=20)).dead == "not today \\udcff"
         assert (await rejects.add_task(timeout=20)).dead == "never"
+        assert (await wrongly.add_task(timeout=20)).dead == "a reason of another type"
     assert [word for word in seen if "?" in word] == ["in?ValueError"]
 
 

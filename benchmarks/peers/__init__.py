@@ -1,0 +1,1 @@
+"""QTasks beside other task queues, each as its documentation has it used. See `__main__`."""

@@ -1,0 +1,168 @@
+"""Rates of QTasks and of other task queues on one server, in one run.
+
+    python -m benchmarks.peers --backend redis|postgres [--tasks 10000] [--only qtasks,taskiq]
+
+A no-op task, one worker, a fresh server for each peer; a Postgres gathers its statistics before
+the worker starts, as one has them that has run for a minute. `enqueue`: by 100 concurrent
+callers, or by one where the client blocks. `process`: from the begin of the first task until the
+result of the one that was enqueued last is there, with the server otherwise idle. `round trip`:
+enqueue one and wait for its result, in the peer's own way of waiting; the median.
+
+Run it where the peers of `benchmarks/peers/requirements.txt` are installed; one that is not is
+said so and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+
+from benchmarks.peers.peer import Peer
+from benchmarks.peers.postgres import PgQueuer, Procrastinate
+from benchmarks.peers.qtasks import QTasks
+from benchmarks.peers.redis import Celery, Dramatiq, Taskiq
+from tests.services import SERVICES
+
+PEERS: dict[str, tuple[type[Peer], ...]] = {
+    "redis": (QTasks, Taskiq, Dramatiq, Celery),
+    "postgres": (QTasks, PgQueuer, Procrastinate),
+}
+ROUND_TRIPS = 30
+WORKER_LOG = "worker.log"
+"""In the working directory of a client, which is temporary."""
+
+
+def main() -> None:
+    """Measure the peers of one backend, each in processes of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--backend", default="redis", choices=PEERS)
+    parser.add_argument("--tasks", type=int, default=10_000)
+    parser.add_argument("--only", default="", help="names, with commas between")
+    parser.add_argument("--be", nargs=3, metavar=("ROLE", "PEER", "URL"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.be:
+        role, name, url = options.be
+        peer = next(p for p in PEERS[options.backend] if p.package == name)(url)
+        peer.work() if role == "worker" else asyncio.run(measure(peer, options))
+        return
+    only = options.only.split(",") if options.only else None
+    peers = [p for p in PEERS[options.backend] if only is None or p.package in only]
+    print_rows(peers, options.backend, options.tasks)
+
+
+def print_rows(peers: list[type[Peer]], backend: str, tasks: int) -> None:
+    """Print a row for each peer; ratios are to the first."""
+    print(f"\n{backend}: {tasks} no-op tasks, {os.cpu_count()} cores, {drivers(backend)}, one run")
+    print(f"  {'':22}{'enqueue':>12}{'process':>12}{'round trip':>14}  the first is … times better")
+    first: dict[str, float] | None = None
+    for peer in peers:
+        try:
+            label = f"{peer.package} {version(peer.package)}"
+        except PackageNotFoundError:
+            print(f"  {peer.package:22}is not installed")
+            continue
+        found = run_alone(peer, backend, tasks)
+        if found is None:
+            continue
+        first = first or found
+        row = f"{found['enqueue']:10,.0f}/s{found['process']:10,.0f}/s{found['trip']:11.1f} ms"
+        ratios = [first["enqueue"] / found["enqueue"], first["process"] / found["process"],
+                  found["trip"] / first["trip"]]  # fmt: skip
+        shown = "  ".join(f"{ratio:6.1f}" for ratio in ratios)
+        print(f"  {label:22}{row}  {shown}  {peer.notes}", flush=True)
+
+
+def drivers(backend: str) -> str:
+    """Return the versions of the drivers that the peers share."""
+    names = {"redis": ("redis", "hiredis"), "postgres": ("asyncpg", "psycopg")}[backend]
+    installed = {dist.metadata["name"]: dist.version for dist in distributions()}
+    return ", ".join(f"{name} {installed.get(name, '-')}" for name in names)
+
+
+def run_alone(peer: type[Peer], backend: str, tasks: int) -> dict[str, float] | None:
+    """Start a server, measure one peer in a process of its own, and end the server.
+
+    A peer that fails is said so, with what its worker said, and None returned.
+    """
+    service = SERVICES[backend]()
+    url = service.start()
+    try:
+        with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
+            environment = {**os.environ, "PEERS_BEGAN": f"{directory}/began"}
+            client = subprocess.run(
+                [*command(backend, "client", peer.package, url), "--tasks", str(tasks)],
+                env=environment,
+                check=False,
+                stdout=subprocess.PIPE,
+                cwd=directory,
+            )
+            if client.returncode:
+                print(f"  {peer.package} failed; its worker said:", flush=True)
+                print(Path(directory, WORKER_LOG).read_text(), file=sys.stderr)
+                return None
+        found: dict[str, float] = json.loads(client.stdout.splitlines()[-1])
+        return found
+    finally:
+        service.stop()
+
+
+def command(backend: str, *role: str) -> list[str]:
+    """Return the command of a process that is a client or a worker."""
+    return [sys.executable, "-m", "benchmarks.peers", "--backend", backend, "--be", *role]
+
+
+async def measure(peer: Peer, options: argparse.Namespace) -> None:
+    """Be the client: enqueue, start a worker, wait for the end, print the rates."""
+    await peer.start()
+    begin = time.perf_counter()
+    await peer.enqueue(options.tasks)
+    took = time.perf_counter() - begin
+    if options.backend == "postgres":
+        await analyze(peer.url)
+    with open(WORKER_LOG, "w") as log:  # noqa: ASYNC230
+        worker = subprocess.Popen(  # noqa: ASYNC220  # measured, not awaited
+            command(options.backend, "worker", peer.package, peer.url), stdout=log, stderr=log
+        )
+    try:
+        await peer.last()
+        ended = time.time()
+        began = float(Path(os.environ["PEERS_BEGAN"]).read_text())  # noqa: ASYNC240
+        trips = [await round_trip(peer) for _ in range(ROUND_TRIPS)]
+    finally:
+        worker.terminate()
+        worker.wait(30)
+    await peer.stop()
+    found = {"enqueue": options.tasks / took, "process": options.tasks / (ended - began)}
+    print(json.dumps({**found, "trip": statistics.median(trips) * 1000}))
+
+
+async def analyze(url: str) -> None:
+    """Let the server know how many rows there are now, else it plans for none."""
+    import asyncpg
+
+    connection = await asyncpg.connect(url)
+    await connection.execute("ANALYZE")
+    await connection.close()
+
+
+async def round_trip(peer: Peer) -> float:
+    """Return the seconds from enqueuing one task to its result."""
+    begin = time.perf_counter()
+    await peer.enqueue(1)
+    await peer.last()
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    # The processes must find this package wherever the command is run.
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent.parent)
+    main()

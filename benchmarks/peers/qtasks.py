@@ -1,0 +1,41 @@
+"""QTasks among its peers: the same on every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.peers.peer import CONCURRENCY, Peer, begun, by_callers
+from qtasks.asyncio import QueueTasks
+
+
+class QTasks(Peer):
+    """One URL is the broker and the storage."""
+
+    package = "qtasks"
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.app = QueueTasks("peers", url)
+
+        @self.app.task(name="nothing")
+        async def nothing() -> None:
+            begun()
+
+        self.nothing = nothing
+        self.handle: Any = None
+
+    async def start(self) -> None:
+        await self.app.start()
+
+    async def stop(self) -> None:
+        await self.app.stop()
+
+    async def enqueue(self, count: int) -> None:
+        await by_callers(self.nothing.add_task, count - 1)
+        self.handle = await self.nothing.add_task()
+
+    async def last(self) -> None:
+        await self.handle.wait_result(timeout=600)
+
+    def work(self) -> None:
+        self.app.run_forever(concurrency=CONCURRENCY)

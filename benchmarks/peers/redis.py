@@ -1,0 +1,130 @@
+"""The peers that use Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+from benchmarks.peers.peer import CONCURRENCY, Peer, begun, by_callers
+
+
+class Taskiq(Peer):
+    """Streams with acknowledgements, results in keys."""
+
+    package = "taskiq"
+
+    def __init__(self, url: str) -> None:
+        from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
+
+        super().__init__(url)
+        results: Any = RedisAsyncResultBackend(url)
+        self.broker = RedisStreamBroker(url).with_result_backend(results)
+
+        @self.broker.task(task_name="nothing")
+        async def nothing() -> None:
+            begun()
+
+        self.nothing = nothing
+        self.handle: Any = None
+
+    async def start(self) -> None:
+        await self.broker.startup()
+
+    async def stop(self) -> None:
+        await self.broker.shutdown()
+
+    async def enqueue(self, count: int) -> None:
+        await by_callers(self.nothing.kiq, count - 1)
+        self.handle = await self.nothing.kiq()
+
+    async def last(self) -> None:
+        await self.handle.wait_result(timeout=600)
+
+    def work(self) -> None:
+        from taskiq.api import run_receiver_task
+
+        async def receive() -> None:
+            await self.broker.startup()
+            await run_receiver_task(self.broker, max_async_tasks=CONCURRENCY)
+
+        self.broker.is_worker_process = True
+        asyncio.run(receive())
+
+
+class Dramatiq(Peer):
+    """A list and a set of what is in flight, a plain function in threads."""
+
+    package = "dramatiq"
+    notes = "blocking client; 8 threads, its default"
+
+    def __init__(self, url: str) -> None:
+        import dramatiq
+        from dramatiq.brokers.redis import RedisBroker
+        from dramatiq.results import Results
+        from dramatiq.results.backends import RedisBackend
+
+        super().__init__(url)
+        self.broker = RedisBroker(url=url)
+        self.broker.add_middleware(Results(backend=RedisBackend(url=url), store_results=True))
+        dramatiq.set_broker(self.broker)
+
+        def nothing() -> int:
+            begun()
+            return 0  # None would not be stored
+
+        self.actor: Any = dramatiq.actor(nothing, broker=self.broker)
+        self.handle: Any = None
+
+    async def enqueue(self, count: int) -> None:
+        for _ in range(count):
+            self.handle = self.actor.send()
+
+    async def last(self) -> None:
+        from dramatiq.results import ResultTimeout
+
+        while True:
+            try:
+                self.handle.get_result(block=True, timeout=2000)  # ms; the driver gives it 5 s
+                return
+            except ResultTimeout:
+                continue
+
+    def work(self) -> None:
+        from dramatiq import Worker
+
+        Worker(self.broker).start()
+        signal.pause()
+
+
+class Celery(Peer):
+    """A list, results in keys, a plain function in a pool of processes."""
+
+    package = "celery"
+    notes = "blocking client; a pool of as many processes as cores; acks_late"
+
+    def __init__(self, url: str) -> None:
+        from celery import Celery as App
+
+        super().__init__(url)
+        self.app = App("peers", broker=url, backend=url)
+        self.app.conf.update(task_acks_late=True, broker_connection_retry_on_startup=True)
+
+        @self.app.task(name="nothing")
+        def nothing() -> None:
+            begun()
+
+        self.nothing: Any = nothing
+        self.handle: Any = None
+
+    async def enqueue(self, count: int) -> None:
+        for _ in range(count):
+            self.handle = self.nothing.delay()
+
+    async def last(self) -> None:
+        self.handle.get(timeout=600)
+
+    def work(self) -> None:
+        cores = str(os.cpu_count())
+        self.app.worker_main(["worker", "--loglevel", "ERROR", "--concurrency", cores])

@@ -1,0 +1,141 @@
+"""Where the time of one task goes: a sampling profile by thread, by step and by layer.
+
+    python -m benchmarks.profile --backend memory|sqlite|redis|... [--tasks 60000]
+
+One process enqueues no-op tasks with `map` and works them off; `py-spy` (`pip install py-spy`)
+looks 500 times a second at what its threads do. A sample belongs to the step whose function of the
+engine is on its stack, and to the layer that its innermost known frame is in. Native code (msgspec,
+SQLite, a driver's parser) counts for what has called it. A thread that sleeps does not count; one
+that was woken and waits for a core or for the interpreter lock does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.tasks import nothing, router, work_off
+from qtasks.asyncio import QueueTasks
+from tests.services import SERVICES
+
+NAME = "profile"
+CONCURRENCY = 512
+STEPS = {
+    "enqueue: encode the call": ("AsyncTask.map", "App.add_tasks", "QueueTasks.add_tasks"),
+    "enqueue: submit a batch": ("Client._submit", "Client.submit_all"),
+    "run: decode, call, encode": ("Runner._run", "Runner._start", "Runner._post"),
+    "end: complete a batch": ("Worker._flush", "Worker._ended"),
+    "begin: admit a batch": ("Worker._admit",),
+    "begin: receive a batch": ("Worker._receive_loop",),
+}
+"""The functions of the engine that stand for a step, the innermost steps first."""
+LAYERS = (
+    ("waking loops, waiting to run", r"selectors\.py"),
+    ("wire format, records", r"qtasks_core/"),
+    ("arguments, results", r"qtasks/(serializers|definition|tasks|submitting|handle)\.py"),
+    ("crossing", r"qtasks/engine/(mailbox|reply|io_thread)\.py"),
+    ("engine", r"qtasks/"),
+    ("backend", r"qtasks_\w+/"),
+    ("the benchmark", r"benchmarks/"),
+    ("asyncio", r"asyncio/"),
+    ("driver", r"redis/|asyncpg/|aiormq/|aio_pika/|aiokafka/|pamqp/"),
+)
+
+Samples = Mapping[str, Counter[str]]
+
+
+def main() -> None:
+    """Profile one backend."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--backend", default="memory", choices=["memory", "sqlite", *SERVICES])
+    parser.add_argument("--tasks", type=int, default=60_000)
+    parser.add_argument("--target", metavar="URL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.target:
+        sys.setswitchinterval(0.0005)
+        asyncio.run(live(options.target, options.tasks))
+        return
+    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
+        if options.backend not in SERVICES:
+            place = f"/{directory}/bench.db" if options.backend == "sqlite" else "bench"
+            profile(options.backend, f"{options.backend}://{place}", options.tasks, directory)
+            return
+        service = SERVICES[options.backend]()
+        try:
+            profile(options.backend, service.start(), options.tasks, directory)
+        finally:
+            service.stop()
+
+
+async def live(url: str, tasks: int) -> None:
+    """Be what is profiled: enqueue, then work off."""
+    app = QueueTasks(NAME, url)
+    app.include_router(router)
+    async with app:
+        await nothing.map([()] * tasks)
+        await work_off(app, tasks, CONCURRENCY)
+
+
+def profile(backend: str, url: str, tasks: int, directory: str) -> None:
+    """Run the target under py-spy and print what it has seen."""
+    stacks = Path(directory, "stacks")
+    target = [sys.executable, "-m", "benchmarks.profile", "--target", url, "--tasks", str(tasks)]
+    spy = ["py-spy", "record", "--rate", "500", "--threads", "--format", "raw", "--output"]
+    try:
+        subprocess.run([*spy, str(stacks), "--", *target], check=True, stdout=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise SystemExit("py-spy is not installed: pip install py-spy") from None
+    by: dict[str, Counter[str]] = {"thread": Counter(), "step": Counter(), "layer": Counter()}
+    for line in stacks.read_text().splitlines():
+        stack, _, count = line.rpartition(" ")
+        thread, *frames = stack.split(";")
+        step, layer = step_of(frames), layer_of(frames)
+        if step == layer == "other":
+            continue  # the interpreter's start and imports
+        by["thread"][re.sub(r"thread \(\d+\): |[-_]\d+$", "", thread)] += int(count)
+        by["step"][step] += int(count)
+        by["layer"][layer] += int(count)
+    print_shares(backend, tasks, by)
+
+
+def step_of(frames: list[str]) -> str:
+    """Return the step that the innermost known function belongs to."""
+    for frame in reversed(frames):
+        for step, functions in STEPS.items():
+            if frame.partition(" ")[0].removesuffix(".<locals>.<listcomp>") in functions:
+                return step
+    return "other"
+
+
+def layer_of(frames: list[str]) -> str:
+    """Return the layer of the innermost frame that is in any."""
+    if frames and "._write_to_self " in frames[-1]:
+        return LAYERS[0][0]
+    for frame in reversed(frames):
+        for layer, files in LAYERS:
+            if re.search(rf"\((?:.*/)?(?:{files})", frame):
+                return layer
+    return "other"
+
+
+def print_shares(backend: str, tasks: int, by: Samples) -> None:
+    """Print shares of all samples, the largest first."""
+    print(f"\n{backend}: {tasks} no-op tasks, enqueued and worked off in one process")
+    for kind, counts in by.items():
+        total = sum(counts.values())
+        print(f"  by {kind}, {total} samples")
+        for name, count in counts.most_common():
+            print(f"    {name:32}{count / total:7.1%}")
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    main()
