@@ -11,14 +11,14 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
-from qtasks.definition import TaskDefinition
+from qtasks.definition import TaskDefinition, checked_plugins
 from qtasks.engine.io_thread import refuse_running_loop
 from qtasks.lifecycle import START_TIMEOUT
 from qtasks.parts import given_parts
 from qtasks.serializers import MsgpackSerializer
 from qtasks.submitting import Submitting
 from qtasks.working import RunningWorker, WorkerOptions, serve, working
-from qtasks_core import Balancer, Broker, Storage, schemas
+from qtasks_core import Balancer, Broker, Plugin, Storage, schemas
 from qtasks_core.errors import ConfigurationError, UnknownTask
 from qtasks_core.names import checked_name
 
@@ -32,7 +32,8 @@ class App(Submitting):
     `broker` and `storage` are parts or URLs. A broker's URL without a storage uses both halves of
     that backend. Without arguments the environment counts (`QTASKS_NAME`, `QTASKS_BROKER_URL`,
     `QTASKS_STORAGE_URL`), else the embedded default. Apps of different names share nothing; names
-    are those of `qtasks_core.names`. Raises `ConfigurationError`.
+    are those of `qtasks_core.names`. `plugins` are put around each task that its workers run, the
+    first outermost. Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -42,11 +43,20 @@ class App(Submitting):
         storage: Storage | str | None = None,
         *,
         max_payload: int = MAX_PAYLOAD,
+        plugins: Iterable[Plugin] = (),
     ) -> None:
         of = "an app" if name else "an app (QTASKS_NAME)"
         name = checked_name(name or os.environ.get("QTASKS_NAME") or "qtasks", of)
         super().__init__(name, *given_parts(broker, storage), max_payload)
         self.definitions: dict[str, TaskDefinition] = {}
+        self.plugins = checked_plugins(plugins)
+
+    def add_plugin(self, plugin: Plugin) -> None:
+        """Add a plugin within those given before; workers that run already go on without it.
+
+        Raises `ConfigurationError` for what is no plugin.
+        """
+        self.plugins = (*self.plugins, *checked_plugins([plugin]))
 
     def register(self, definition: TaskDefinition) -> None:
         """Make a task known. Raises `ConfigurationError` when its name is taken."""

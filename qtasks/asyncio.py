@@ -10,7 +10,7 @@ from qtasks.app import MAX_PAYLOAD, App, default_app
 from qtasks.handle import Task
 from qtasks.routers import AsyncRouter, Router
 from qtasks.tasks import AsyncCall
-from qtasks_core import Broker, Storage
+from qtasks_core import Broker, Plugin, Storage
 
 __all__ = ["AsyncResult", "QueueTasks"]
 
@@ -27,8 +27,9 @@ class QueueTasks(App):
         storage: Storage | str | None = None,
         *,
         max_payload: int = MAX_PAYLOAD,
+        plugins: Iterable[Plugin] = (),
     ) -> None:
-        super().__init__(name, broker, storage, max_payload=max_payload)
+        super().__init__(name, broker, storage, max_payload=max_payload, plugins=plugins)
         own = AsyncRouter()
         own.included_by(self)
         self.task = own.task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
@@ -14,8 +15,9 @@ from typing import Any, get_args, get_type_hints
 
 import msgspec
 
+from qtasks.plugins.retries import Retries
 from qtasks.serializers import MsgpackSerializer
-from qtasks_core import Executor, Serializer, TaskMessage
+from qtasks_core import Executor, Plugin, Serializer, TaskMessage
 from qtasks_core.errors import (
     BadArguments,
     ConfigurationError,
@@ -36,8 +38,11 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     queue: str = "default"
     priority: int = 5
     """0 to 9, 9 first."""
-    retry: int = 0
-    """How many more runs after the first may follow an exception."""
+    retry: int | None = None
+    """How many more runs after the first may follow an exception: short for `Retries(retry)`.
+
+    None: as the plugins of the task, its router and its app say, without any not one.
+    """
     store_result: bool = True
     retention: float | None = None
     """Seconds to keep the record after the end."""
@@ -49,6 +54,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
     executor: Executor | None = None
     """Where it runs: None is the worker's loop for coroutine functions, a thread for others."""
+    plugins: Sequence[Plugin] = ()
+    """Within those of the router and the app, the first outermost."""
     generate_handler: Callable[[Any], Any] | None = None
     """Takes each yield of a generator and returns what the result has in its place."""
 
@@ -56,10 +63,26 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
         checked_name(self.queue, "a queue")
         if not 0 <= self.priority <= 9:
             raise ConfigurationError(f"priority={self.priority} is not between 0 and 9")
-        if self.retry < 0:
+        if self.retry is not None and self.retry < 0:
             raise ConfigurationError(f"retry={self.retry} is below 0")
         if self.max_time is not None and self.max_time <= 0:
             raise ConfigurationError(f"max_time={self.max_time} is not above 0")
+        checked_plugins(self.plugins)
+        if self.retry is not None and any(isinstance(p, Retries) for p in self.plugins):
+            raise ConfigurationError("give retry= or a Retries plugin, not both")
+
+    def all_plugins(self) -> tuple[Plugin, ...]:
+        """Return the plugins, with that of `retry`: asked when those given leave it open."""
+        return (*(() if self.retry is None else (Retries(self.retry),)), *self.plugins)
+
+
+def checked_plugins(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
+    """Return the plugins. Raises `ConfigurationError` for what is none, a class for instance."""
+    plugins = tuple(plugins)
+    for plugin in plugins:
+        if not isinstance(plugin, Plugin):
+            raise ConfigurationError(f"{plugin!r} is not a Plugin object")
+    return plugins
 
 
 class TaskDefinition:
@@ -71,12 +94,15 @@ class TaskDefinition:
         name: str | None,
         options: TaskOptions,
         serializer: Serializer | None = None,
+        plugins: Sequence[Plugin] = (),
     ) -> None:
         self.function = function
         self.name = checked_task_name(name or default_name(function))
         self.run = _collecting(function, options.generate_handler)
         """What a worker calls: the function, or what makes a list of the generator it is."""
         self.options = options
+        self.plugins = (*plugins, *options.all_plugins())
+        """Those of its router and its own, the outermost first."""
         self.serializer = serializer or MsgpackSerializer()
         self.signature = inspect.signature(function)
         self.reserved = [p for p in self.signature.parameters if p in RESERVED]
@@ -188,19 +214,25 @@ class TaskDefinition:
 
     def _call(self, message: TaskMessage) -> Any:
         args, kwargs = self._arguments(message)
+        pid = os.getpid()
         try:
             return self.run(*args, **kwargs)
         except TypeError:
             self._blame(args, kwargs)
             raise
+        finally:
+            _end_fork(pid)
 
     async def _await(self, message: TaskMessage) -> Any:
         args, kwargs = self._arguments(message)
+        pid = os.getpid()
         try:
             return await self.run(*args, **kwargs)
         except TypeError:
             self._blame(args, kwargs)
             raise
+        finally:
+            _end_fork(pid)
 
     def _arguments(self, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
         try:
@@ -219,6 +251,15 @@ class TaskDefinition:
     def encode_result(self, value: Any) -> bytes:
         """Return the bytes of a result. Raises `SerializationError`."""
         return self.serializer.encode(self._encode_result(value))
+
+
+def _end_fork(pid: int) -> None:
+    """End a process that a function forked and came back in.
+
+    Only the function's own goes on with what follows: records, plugins, a loop that both share.
+    """
+    if os.getpid() != pid:
+        os._exit(0)
 
 
 _untyped = MsgpackSerializer().decoder(Any)

@@ -18,6 +18,8 @@ class RemoteError(Exception):
 
     line = ""
     trace = ""
+    retry_after: float | None = None
+    """The seconds to wait for which it asked, as exceptions of some clients do."""
 
     def __str__(self) -> str:
         return self.line
@@ -27,7 +29,8 @@ def remote_error(kinds: Iterable[tuple[str, str]], line: str, trace: str) -> Rem
     """Return a `RemoteError` that is of the first of these classes known in this process too.
 
     A class is a pair of its module and its qualified name. So it is told apart by `isinstance` as
-    the exception itself would be; of that it has the text, and no attributes.
+    the exception itself would be; of that it has the text, and no attribute
+    but `retry_after`.
     """
     error = next(filter(None, (_of_kind(*kind) for kind in kinds)), None) or RemoteError()
     error.line, error.trace = line, trace

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from typing import Any, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 from weakref import WeakSet
 
 from qtasks.app import App, default_app
-from qtasks.definition import TaskDefinition, TaskOptions
+from qtasks.definition import TaskDefinition, TaskOptions, checked_plugins
 from qtasks.tasks import AsyncTask, P, SyncTask
-from qtasks_core import Executor
+from qtasks_core import Executor, Plugin
 from qtasks_core.errors import AmbiguousApp
 
 R = TypeVar("R")
@@ -24,11 +32,12 @@ class Options(TypedDict, total=False):
 
     queue: str
     priority: int
-    retry: int
+    retry: int | None
     store_result: bool
     retention: float | None
     max_time: float | None
     executor: Executor | None
+    plugins: Sequence[Plugin]
 
 
 class AsyncDecorator(Protocol):
@@ -118,9 +127,14 @@ class Inclusions:
 
 
 class Router:
-    """Definitions, and the apps that included them."""
+    """Definitions, and the apps that included them.
 
-    def __init__(self) -> None:
+    `plugins` are put around each task, within those of the app, the first outermost.
+    Raises `ConfigurationError` for what is no plugin.
+    """
+
+    def __init__(self, *, plugins: Iterable[Plugin] = ()) -> None:
+        self.plugins = checked_plugins(plugins)
         self.definitions: list[TaskDefinition] = []
         self._inclusions = Inclusions()
 
@@ -134,7 +148,7 @@ class Router:
         self, function: Callable[..., Any], name: str | None, options: TaskOptions
     ) -> TaskDefinition:
         """Add a task to this router and to the apps that included it already."""
-        definition = TaskDefinition(function, name, options)
+        definition = TaskDefinition(function, name, options, plugins=self.plugins)
         self.definitions.append(definition)
         for app in self._inclusions:
             app.register(definition)

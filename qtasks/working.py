@@ -85,7 +85,7 @@ async def working(
         raise ConfigurationError(f"concurrency={options.concurrency} is below 1")
     await app.start(start_timeout)
     try:
-        runner = Runner(app.definitions, app.max_payload)
+        runner = Runner(app.definitions, app.max_payload, app.plugins)
         try:
             async with _receiving(app, runner, options) as running:
                 yield running

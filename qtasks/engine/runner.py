@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import random
 import threading
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qtasks.definition import TaskDefinition
 from qtasks.engine.job import Job
 from qtasks.engine.mailbox import Mailbox
+from qtasks.engine.plugged import Call, decided, surrounded
 from qtasks.executors import LoopExecutor, ThreadExecutor
 from qtasks.failures import line_of, storable, trace_of
 from qtasks.signals import Reject, Retry
-from qtasks_core import Encoded, Executor, TaskMessage
+from qtasks_core import Encoded, Executor, Plugin
+from qtasks_core.contracts.plugin import Decision, GiveUp
 from qtasks_core.errors import BadArguments, UnstorableResult
 
 logger = logging.getLogger("qtasks")
@@ -25,13 +26,19 @@ logger = logging.getLogger("qtasks")
 class Runner:
     """Runs jobs on the loop it was built on, and posts them back when they ended."""
 
-    def __init__(self, definitions: Mapping[str, TaskDefinition], max_result: int) -> None:
+    def __init__(
+        self,
+        definitions: Mapping[str, TaskDefinition],
+        max_result: int,
+        plugins: Sequence[Plugin] = (),
+    ) -> None:
         self._pid = os.getpid()
         self._loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         """The thread of the loop."""
         self._usual = {True: LoopExecutor(), False: ThreadExecutor()}
         self._executors: set[Executor] = set()
+        self._plugins = tuple(plugins)
         self._calls = {name: self._compile(d) for name, d in definitions.items()}
         self._definitions = definitions
         self._max_result = max_result
@@ -73,18 +80,22 @@ class Runner:
         for executor in self._executors:
             executor.stop()
 
-    def _call_of(self, definition: TaskDefinition) -> Callable[[TaskMessage], Awaitable[Any]]:
+    def _call_of(self, definition: TaskDefinition) -> Call:
         """Return the compiled call of a task; one may be declared while the worker runs."""
         call = self._calls.get(definition.name)
         if call is None:
             call = self._calls[definition.name] = self._compile(definition)
         return call
 
-    def _compile(self, definition: TaskDefinition) -> Callable[[TaskMessage], Awaitable[Any]]:
-        """Return what runs a message of this task: its executor decodes and calls the function."""
+    def _compile(self, definition: TaskDefinition) -> Call:
+        """Return what runs this task once: plugins, then its executor, which decodes and calls."""
         executor = definition.options.executor or self._usual[definition.is_async]
         self._executors.add(executor)
-        return executor.bind(definition)
+        return surrounded(executor.bind(definition), self._plugins_of(definition))
+
+    def _plugins_of(self, definition: TaskDefinition) -> tuple[Plugin, ...]:
+        """Return a task's plugins, the outermost first."""
+        return (*self._plugins, *definition.plugins)
 
     def _start(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -94,13 +105,10 @@ class Runner:
         definition = self._definitions[job.message.task_name]
         try:
             result = await self._call_of(definition)(job.message)
-        except asyncio.CancelledError:
-            # Cancelled from outside, by `give_back` or with all of its loop, it runs again.
-            if not self._running[job].cancelling():
+        except asyncio.CancelledError as error:
+            # From outside, by `give_back` or with all of its loop: it runs again.
+            if not self._is_from_outside(job, error):
                 self._fail(job, "CancelledError: the function cancelled itself", None, None)
-        except Retry as retry:
-            after = _usual_delay(job.message.attempt) if retry.after is None else retry.after
-            job.retry(after, "Retry: the function asked for another run", None)
         except Reject as reject:
             reason = storable(str(reject.reason))
             self._fail(job, f"Reject: {reason}", None, reason)
@@ -110,15 +118,12 @@ class Runner:
         except UnstorableResult as error:
             self._unstorable(job, str(error))
         except BaseException as error:  # recorded as the task's end, but for that of the loop
-            if isinstance(error, GeneratorExit) and not self._loop.is_running():
+            if self._is_from_outside(job, error):
                 raise
-            self._raised(job, definition, error)
+            await self._raised(job, definition, error)
         else:
             self._succeed(job, definition, result)
         finally:
-            if os.getpid() != self._pid:
-                # The function forked. The child shares the worker's loop and must not go on in it.
-                os._exit(0)
             del self._running[job]
             self._hand_over(job)
 
@@ -141,19 +146,39 @@ class Runner:
     def _unstorable(self, job: Job, reason: str) -> None:
         self._fail(job, f"the result cannot be stored: {reason}", None, "unstorable result")
 
-    def _raised(self, job: Job, definition: TaskDefinition, error: BaseException) -> None:
-        line = line_of(error)
-        trace = trace_of(error)
-        if job.message.attempt <= definition.options.retry:
-            delay = _usual_delay(job.message.attempt)
+    async def _raised(self, job: Job, definition: TaskDefinition, error: BaseException) -> None:
+        """Do what the plugins decide. Raises `CancelledError` when it came from outside."""
+        if isinstance(error, Retry):
+            line, trace = "Retry: the function asked for another run", None
+        else:
+            line, trace = line_of(error), trace_of(error)
+        try:
+            decision = await decided(self._plugins_of(definition), job.message, error)
+        except BaseException as failure:
+            if self._is_from_outside(job, failure):
+                raise
+            logger.exception("a plugin of task %s %s failed", definition.name, job.message.uuid)
+            both = storable(f"{line}; then a plugin failed: {line_of(failure)}")
+            self._fail(job, both, trace, "a plugin failed")
+        else:
+            self._follow(job, decision, line, trace)
+
+    def _is_from_outside(self, job: Job, error: BaseException) -> bool:
+        """Say whether a run ends by being cancelled, or with its loop, and not by its own doing."""
+        if isinstance(error, asyncio.CancelledError):
+            return self._running[job].cancelling() > 0
+        return isinstance(error, GeneratorExit) and not self._loop.is_running()
+
+    def _follow(self, job: Job, decision: Decision, line: str, trace: str | None) -> None:
+        if isinstance(decision, GiveUp):
+            self._fail(job, line, trace, storable(str(decision.reason)))
+            return
+        if trace is not None:  # else the function asked for it, which is no failure
             logger.warning(
                 "task %s %s failed, attempt %d; again in %.1f s: %s",
-                job.message.task_name, job.message.uuid, job.message.attempt, delay, line,
+                job.message.task_name, job.message.uuid, job.message.attempt, decision.after, line,
             )  # fmt: skip
-            job.retry(delay, line, trace)
-        else:
-            tries = job.message.attempt
-            self._fail(job, line, trace, f"failed {tries} times" if tries > 1 else None)
+        job.retry(decision.after, line, trace)
 
     def _fail(self, job: Job, error: str, trace: str | None, dead: str | None) -> None:
         logger.error("task %s %s failed: %s", job.message.task_name, job.message.uuid, error)
@@ -169,8 +194,3 @@ class Runner:
         ended, self._ended = self._ended, []
         if self._finished is not None:
             self._finished.post_all(ended)
-
-
-def _usual_delay(attempt: int) -> float:
-    """Seconds before the next attempt: 1, 2, 4 … 300 with full jitter."""
-    return random.uniform(0.0, min(300.0, 2.0 ** (attempt - 1)))

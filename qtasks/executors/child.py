@@ -77,7 +77,6 @@ class Child:
 
     def __init__(self, line: socket.socket) -> None:
         self._line = line
-        self._pid = os.getpid()
         self._runs: SimpleQueue[Run | None] = SimpleQueue()
         self._busy = threading.Event()
         self._tasks: dict[tuple[Place, str], TaskDefinition] = {}
@@ -120,11 +119,7 @@ class Child:
             return NotCallable(storable(str(error)))
         except BaseException as error:  # noqa: BLE001  # told to the worker
             mro = [Place(kind.__module__, kind.__qualname__) for kind in type(error).__mro__]
-            return Raised(mro, line_of(error), trace_of(error))
-        finally:
-            if os.getpid() != self._pid:
-                # The function forked, and only one of the two goes on.
-                os._exit(0)
+            return Raised(mro, line_of(error), trace_of(error), _asked(error))
 
     def _definition(self, run: Run) -> TaskDefinition:
         key = (run.place, run.name)
@@ -132,6 +127,11 @@ class Child:
             module = import_module(run.place.module)
             self._tasks[key] = definition_at(module, run.place, run.name)
         return self._tasks[key]
+
+
+def _asked(error: BaseException) -> float | None:
+    asked = getattr(error, "retry_after", None)
+    return asked if isinstance(asked, int | float) else None
 
 
 def _returned(definition: TaskDefinition, result: object, wanted: bool) -> Answer:

@@ -49,6 +49,7 @@ class Raised(msgspec.Struct, tag=True, frozen=True):
     """The exception's class and those it derives from, in their order."""
     line: str
     trace: str
+    retry_after: float | None
 
 
 class AskedForRetry(msgspec.Struct, tag=True, frozen=True):

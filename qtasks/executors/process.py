@@ -149,9 +149,11 @@ def _result(answer: Answer) -> Encoded:
     match answer:
         case Returned(result):
             return Encoded(result)
-        case Raised(kinds, line, trace):
+        case Raised(kinds, line, trace, retry_after):
             names = [(kind.module, kind.qualname) for kind in kinds]
-            raise remote_error(names, line, trace)
+            error = remote_error(names, line, trace)
+            error.retry_after = retry_after
+            raise error
         case AskedForRetry(after):
             raise Retry(after)
         case Rejected(reason):

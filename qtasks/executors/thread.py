@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from functools import partial
@@ -31,7 +30,7 @@ class ThreadExecutor(Executor):
 
     def bind(self, task: Runnable) -> Callable[[TaskMessage], Awaitable[Any]]:
         """Return a coroutine function that awaits the function in a thread."""
-        call = partial(_call, task.invoke, os.getpid())
+        call = partial(_call, task.invoke)
 
         async def run(message: TaskMessage) -> Any:
             return await in_thread(partial(copy_context().run, call, message))
@@ -42,13 +41,9 @@ class ThreadExecutor(Executor):
         """Have nothing to free: threads without work end by themselves."""
 
 
-def _call(invoke: Callable[[TaskMessage], Any], pid: int, message: TaskMessage) -> Any:
+def _call(invoke: Callable[[TaskMessage], Any], message: TaskMessage) -> Any:
     try:
         return invoke(message)
     except (StopIteration, GeneratorExit) as error:
         # A future cannot hold the one; the other means to a coroutine that its loop is gone.
         raise RuntimeError(f"the function raised {error!r}") from error
-    finally:
-        if os.getpid() != pid:
-            # The function forked; of the worker, the child has nothing but this thread.
-            os._exit(0)

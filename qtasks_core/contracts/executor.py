@@ -30,7 +30,8 @@ class Runnable(Protocol):
     def invoke(self, message: TaskMessage, /) -> Any:
         """Decode the arguments and call the function, here and now; of an async one, to be awaited.
 
-        Raises `BadArguments`, and what the function raises.
+        Raises `BadArguments`, and what the function raises. A process that the function forks
+        and comes back in ends here.
         """
 
 

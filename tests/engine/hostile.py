@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from typing import Any
 
 from qtasks.asyncio import QueueTasks
+from qtasks.plugins import Plugin, Proceed, Run
 
 app = QueueTasks("hostile", "memory://?lease=1")
 
@@ -19,7 +21,17 @@ def fork_thread() -> str:
     return "parent" if child else "child"
 
 
-@app.task()
+class Tells(Plugin):
+    """Says that a run is over: in a worker, never in a child that a function forked."""
+
+    async def around_execute(self, run: Run, proceed: Proceed) -> Any:
+        try:
+            return await proceed(run)
+        finally:
+            sys.stderr.write("over\n")
+
+
+@app.task(plugins=[Tells()])
 async def fork() -> str:
     child = os.fork()
     if child:

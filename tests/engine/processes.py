@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from qtasks import AsyncRouter, Reject, Retry
-from qtasks.executors import ProcessExecutor
+from qtasks.executors import ProcessDied, ProcessExecutor
+from qtasks.plugins import Backoff, Retries
 
 cpu = ProcessExecutor(2)
 router = AsyncRouter()
@@ -81,6 +82,18 @@ nested = router.task("nested", executor=cpu)(Nested.inner)
 @router.task(executor=cpu)
 def refuse() -> None:
     raise Refusal(7, "not today")
+
+
+at_once = Backoff(1, first=0)
+
+
+@router.task(executor=cpu, plugins=[Retries(0, on={Refusal: at_once, ProcessDied: at_once})])
+def fail(how: str) -> None:
+    if how == "refuse":
+        raise Refusal(7, "not today")
+    if how == "die":
+        os._exit(1)
+    raise ValueError(how)
 
 
 @router.task(executor=cpu)

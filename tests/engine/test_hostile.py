@@ -127,6 +127,7 @@ def test_forks_and_a_closed_stdout_do_not_stop_a_worker() -> None:
     said = [line for line in done.stderr.splitlines() if not line.startswith("task ")]
     assert said == [
         "fork_thread success parent",
+        "over",
         "fork success parent",
         "close_stdout success None",
         "use_closed error ValueError: I/O operation on closed file.",

@@ -170,6 +170,13 @@ async def test_death_is_retried_as_an_exception_is(app: QueueTasks, tmp_path: Pa
     assert (task.returning, task.attempt) == ("alive", 2)
 
 
+async def test_plugins_tell_exceptions_apart(app: QueueTasks) -> None:
+    async with app.worker():
+        for how, attempts in (("refuse", 2), ("die", 2), ("other", 1)):
+            task = await processes.fail.using(app).add_task(how, timeout=20)
+            assert (task.status, task.attempt) == ("error", attempts)
+
+
 def test_what_cannot_run_there_is_refused_at_registration(app: QueueTasks) -> None:
     async def coroutine() -> None: ...
 

@@ -22,9 +22,10 @@ from qtasks import (
 )
 from qtasks.asyncio import QueueTasks
 from qtasks.integrations.fastapi import install_error_handlers, lifespan
+from qtasks.plugins import Plugin, Retries
 from qtasks.tasks import AsyncCall, SyncCall
 
-router = AsyncRouter()
+router = AsyncRouter(plugins=[Retries(5)])
 app = QueueTasks(broker="memory://")
 blocking_router = SyncRouter()
 blocking_app = qtasks.QueueTasks(broker="memory://")
@@ -65,7 +66,7 @@ async def ticks(n: int) -> AsyncIterator[int]:
         yield tick
 
 
-@app.task(retry=1, max_time=2.5)
+@app.task(retry=1, max_time=2.5, plugins=[Plugin()])
 def letters(text: str) -> Generator[str, None, None]:
     yield from text
 

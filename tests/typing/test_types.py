@@ -28,6 +28,10 @@ WRONG = {
     "a result taken for another type": ("text: str = halve.add_task(1.0).returning", "assignment"),
     "an awaited blocking task": ("async def f() -> None: await halve.add_task(1.0)", "misc"),
     "an option of a task that does not exist": ("app.task(speed=3)", "call-overload"),
+    "a class in the place of a plugin": (
+        "from qtasks.plugins import Retries; app.add_plugin(Retries)",
+        "arg-type",
+    ),
     "a handler of what does not yield": (
         "app.task(generate_handler=str)(add.__wrapped__)",
         "arg-type",
