@@ -9,6 +9,8 @@ from functools import reduce
 from types import FrameType
 from typing import Any
 
+from qtasks.signals import Reject
+
 _MAX_TEXT = 64 * 1024
 """Characters of an error or traceback that a record keeps."""
 
@@ -30,7 +32,7 @@ def remote_error(kinds: Iterable[tuple[str, str]], line: str, trace: str) -> Rem
 
     A class is a pair of its module and its qualified name. So it is told apart by `isinstance` as
     the exception itself would be; of that it has the text, and no attribute
-    but `retry_after`.
+    but `retry_after`. Nothing is imported for it.
     """
     error = next(filter(None, (_of_kind(*kind) for kind in kinds)), None) or RemoteError()
     error.line, error.trace = line, trace
@@ -39,13 +41,16 @@ def remote_error(kinds: Iterable[tuple[str, str]], line: str, trace: str) -> Rem
 
 def _of_kind(module: str, qualname: str) -> RemoteError | None:
     try:
-        kind: Any = reduce(getattr, qualname.split("."), sys.modules[module])
+        # Not by `getattr`: a module may import at that.
+        kind: Any = reduce(
+            lambda where, name: vars(where)[name], qualname.split("."), sys.modules[module]
+        )
         if not issubclass(kind, Exception):
             return None
         both = type(kind.__name__, (RemoteError, kind), {"__module__": module})
         error: RemoteError = kind.__new__(both)  # its `__init__` may want what is not known
-    except (KeyError, AttributeError, TypeError):
-        return None  # not imported here, or it cannot be made without arguments
+    except Exception:  # noqa: BLE001  # not imported here, or what a class raises that is derived from
+        return None
     return error
 
 
@@ -67,8 +72,19 @@ def trace_of(error: BaseException) -> str:
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
         frames = frames.tb_next
-    text = "".join(traceback.format_exception(error.with_traceback(frames)))
+    try:
+        text = "".join(traceback.format_exception(error.with_traceback(frames)))
+    except Exception as failure:  # noqa: BLE001  # what attributes of another type lead to
+        text = f"(its traceback cannot be made: {type(failure).__name__})"
     return storable(text[-_MAX_TEXT:])
+
+
+def reason_of(reject: Reject) -> str:
+    """Return why a task is not to be tried again; what was given may be no text."""
+    try:
+        return storable(str(reject.reason))
+    except Exception:  # noqa: BLE001  # raised by its own `__str__`
+        return "(its reason cannot be made)"
 
 
 def storable(text: str) -> str:

@@ -14,7 +14,7 @@ from qtasks.engine.job import Job
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.plugged import Call, decided, surrounded
 from qtasks.executors import LoopExecutor, ThreadExecutor
-from qtasks.failures import line_of, storable, trace_of
+from qtasks.failures import line_of, reason_of, storable, trace_of
 from qtasks.signals import Reject, Retry
 from qtasks_core import Encoded, Executor, Plugin
 from qtasks_core.contracts.plugin import Decision, GiveUp
@@ -110,7 +110,7 @@ class Runner:
             if not self._is_from_outside(job, error):
                 self._fail(job, "CancelledError: the function cancelled itself", None, None)
         except Reject as reject:
-            reason = storable(str(reject.reason))
+            reason = reason_of(reject)
             self._fail(job, f"Reject: {reason}", None, reason)
         except BadArguments as error:
             # They will not fit at the next attempt either.

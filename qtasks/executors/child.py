@@ -30,7 +30,7 @@ from qtasks.executors.frames import (
     send,
 )
 from qtasks.executors.places import definition_at
-from qtasks.failures import line_of, storable, trace_of
+from qtasks.failures import line_of, reason_of, storable, trace_of
 from qtasks.signals import Reject, Retry
 from qtasks_core.errors import BadArguments
 
@@ -114,7 +114,7 @@ class Child:
         except Retry as retry:
             return AskedForRetry(retry.after)
         except Reject as reject:
-            return Rejected(storable(str(reject.reason)))
+            return Rejected(reason_of(reject))
         except BadArguments as error:
             return NotCallable(storable(str(error)))
         except BaseException as error:  # noqa: BLE001  # told to the worker

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qtasks import SerializationError
+from qtasks import Reject, SerializationError
 from qtasks.asyncio import QueueTasks
 
 
@@ -22,10 +22,16 @@ RAISED = {
     "generator exit": GeneratorExit(),
     "cancelled": asyncio.CancelledError(),
     "base": Base("of no usual kind"),
+    "odd syntax": SyntaxError("odd", ("file", 1, "x", "text")),
 }
 
 
 class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class Wordless:
     def __str__(self) -> str:
         raise ValueError("no words")
 
@@ -51,6 +57,8 @@ def fall(n: int) -> int:
         ("cancelled", "CancelledError: the function cancelled itself", "no retry is configured"),
         ("base", "Base: of no usual kind", "no retry is configured"),
         ("unspeakable", "Unspeakable: (its message", "no retry is configured"),
+        ("odd syntax", "SyntaxError: odd", "no retry is configured"),
+        ("rejected", "Reject: (its reason cannot be made)", "(its reason cannot be made)"),
         ("surrogate", "ValueError: no file \\udcff", "no retry is configured"),
         ("object", "would not come back as it is", "unstorable result"),
         ("nested", "RecursionError", "unstorable result"),
@@ -68,6 +76,8 @@ async def test_its_task_fails_and_the_others_go_on(
             return fall(0)
         if what == "unspeakable":
             raise Unspeakable
+        if what == "rejected":
+            raise Reject(Wordless())  # type: ignore[arg-type]
         if what == "surrogate":
             raise ValueError("no file \udcff")
         return {
