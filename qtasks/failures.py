@@ -6,7 +6,7 @@ import sys
 import traceback
 from collections.abc import Iterable
 from functools import reduce
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from qtasks.signals import Reject
@@ -66,10 +66,13 @@ def line_of(error: BaseException) -> str:
 
 
 def trace_of(error: BaseException) -> str:
-    """Return the traceback from the task's own function on, without the engine's frames."""
+    """Return the traceback from the task's own function on, without what is around its call.
+
+    Of what a plugin raised, from the plugin on.
+    """
     if isinstance(error, RemoteError):
         return error.trace
-    frames = error.__traceback__
+    frames = _within_plugins(error.__traceback__)
     while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
         frames = frames.tb_next
     try:
@@ -92,6 +95,20 @@ def storable(text: str) -> str:
     return text[:_MAX_TEXT].encode(errors="backslashreplace").decode()
 
 
+def _within_plugins(frames: TracebackType | None) -> TracebackType | None:
+    """Return the frames from the last on that composes plugins; all where there is none."""
+    found = at = frames
+    while at is not None:
+        if _module_of(at.tb_frame) == "qtasks.engine.plugged":
+            found = at
+        at = at.tb_next
+    return found
+
+
 def _is_engine(frame: FrameType) -> bool:
+    return _module_of(frame).startswith("qtasks.")
+
+
+def _module_of(frame: FrameType) -> str:
     module: str = frame.f_globals.get("__name__", "")
-    return module.startswith("qtasks.")
+    return module
