@@ -11,7 +11,7 @@ from contextlib import aclosing, closing
 from functools import wraps
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -27,6 +27,8 @@ from qtasks_core.errors import (
 from qtasks_core.names import checked_name, checked_task_name
 
 logger = logging.getLogger("qtasks")
+
+_Codec = TypeVar("_Codec")
 
 RESERVED = ("timeout", "delay", "eta", "key", "queue", "priority", "expires")
 """Option names of `add_task`: a parameter of this name is only reachable through `call`."""
@@ -96,6 +98,9 @@ class TaskDefinition:
         serializer: Serializer | None = None,
         plugins: Sequence[Plugin] = (),
     ) -> None:
+        if not callable(function) or not hasattr(function, "__qualname__"):
+            # A partial, for instance: it has neither a name nor hints.
+            raise ConfigurationError(f"{function!r} is no function; write one that calls it")
         self.function = function
         self.name = checked_task_name(name or default_name(function))
         self.run = _collecting(function, options.generate_handler)
@@ -114,10 +119,12 @@ class TaskDefinition:
                 ", ".join(self.reserved),
             )
         hints = _hints(function)
+        bounded = _hints(function, include_extras=True)
+        """With the bounds in an `Annotated`, which the worker checks."""
         self._parameters = list(self.signature.parameters.values())
         self._annotations = {p.name: hints.get(p.name, Any) for p in self._parameters}
         self._encoders = {
-            name: self.serializer.encoder(annotation)
+            name: self._codec(name, self.serializer.encoder, annotation)
             for name, annotation in self._annotations.items()
         }
         self._positional = [
@@ -131,18 +138,24 @@ class TaskDefinition:
         self._var_positional = _name_of(self._parameters, inspect.Parameter.VAR_POSITIONAL)
         self._var_keyword = _name_of(self._parameters, inspect.Parameter.VAR_KEYWORD)
         self._decoders = {
-            name: self.serializer.decoder(annotation)
-            for name, annotation in self._annotations.items()
+            name: self._codec(name, self.serializer.decoder, bounded.get(name, Any))
+            for name in self._annotations
         }
         returns = _returned(function, hints, options.generate_handler)
-        self._encode_result = self.serializer.encoder(returns)
-        self.decode_result = self.serializer.decoder(returns)
+        self._encode_result = self._codec("return", self.serializer.encoder, returns)
+        self.decode_result = self._codec("return", self.serializer.decoder, returns)
         self.is_async = inspect.iscoroutinefunction(self.run)
         self.max_time = options.max_time
         self.invoke: Callable[[TaskMessage], Any] = self._await if self.is_async else self._call
         """Decode the arguments in a message and call the function: see `Runnable.invoke`."""
         if options.executor is not None:
             options.executor.accept(self)
+
+    def _codec(self, name: str, make: Callable[[Any], _Codec], annotation: Any) -> _Codec:
+        try:
+            return make(annotation)
+        except SerializationError as error:
+            raise ConfigurationError(f"task {self.name}: annotation of {name!r}: {error}") from None
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, bytes]:
         """Return the bytes of arguments. Raises `SignatureMismatch`, `SerializationError`."""
@@ -265,16 +278,19 @@ def _end_fork(pid: int) -> None:
 _untyped = MsgpackSerializer().decoder(Any)
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def _hints(function: Callable[..., Any], include_extras: bool = False) -> dict[str, Any]:
     try:
-        return get_type_hints(function)
-    except NameError as error:
-        logger.warning(
-            "task %s: annotation not found at run time (%s); its values travel untyped",
-            default_name(function),
-            error,
-        )
+        return get_type_hints(function, include_extras=include_extras)
+    except (NameError, AttributeError) as error:
+        if not include_extras:
+            logger.warning(
+                "task %s: annotation not found at run time (%s); all its values travel untyped",
+                default_name(function),
+                error,
+            )
         return {}
+    except (TypeError, SyntaxError) as error:
+        raise ConfigurationError(f"task {default_name(function)}: an annotation: {error}") from None
 
 
 def _collecting(

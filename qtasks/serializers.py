@@ -27,7 +27,8 @@ class MsgpackSerializer(Serializer):
     """The default. Values without an annotation carry tags for what MessagePack cannot tell apart.
 
     With an annotation msgspec encodes and decodes by it: dataclasses, Structs, TypedDict, unions,
-    enums and the standard library's types; pydantic models go through their own validation.
+    enums and the standard library's types. Pydantic models (2.11 or later) go through their own
+    JSON and validation. Of a datetime with a zone it is the moment that arrives, in UTC.
     """
 
     name = "msgpack"
@@ -36,12 +37,16 @@ class MsgpackSerializer(Serializer):
         """Return what makes a value of this annotation ready for `encode`.
 
         It refuses what a plain scalar annotation does not allow; of others, decoding does.
+        Raises `SerializationError` for a type that has no encoding.
         """
         if annotation is Any or annotation is object:
             return tag
         if annotation in _SCALARS:
             return _scalar(annotation)
-        return tagger(annotation) or _as_is
+        try:
+            return tagger(annotation) or _as_is
+        except TypeError as error:
+            raise SerializationError(f"{annotation!r} has no encoding: {error}") from error
 
     def encode(self, prepared: Any) -> bytes:
         """Return the bytes of prepared values. Raises `SerializationError`."""
@@ -54,18 +59,21 @@ class MsgpackSerializer(Serializer):
         """Return the encoded items of an encoded list. Raises `SerializationError`."""
         try:
             return _items.decode(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise SerializationError(str(error)) from error
 
     def split_pairs(self, data: bytes) -> dict[str, Any]:
         """Return the encoded values of an encoded dict. Raises `SerializationError`."""
         try:
             return _pairs.decode(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise SerializationError(str(error)) from error
 
     def decoder(self, annotation: Any) -> Callable[[Any], Any]:
-        """Return a function from bytes to a value of this type, compiled now."""
+        """Return a function from bytes to a value of this type, compiled now.
+
+        Raises `SerializationError` for a type that has no encoding.
+        """
         if annotation is Any or annotation is object:
             return _decode_untyped
         try:
@@ -76,7 +84,7 @@ class MsgpackSerializer(Serializer):
         def decode(data: Any) -> Any:
             try:
                 return typed.decode(data)
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, RecursionError):
                 # A sender that does not know the annotations tags what a typed decoder wants bare.
                 value = _decode_untyped(data)
             try:
@@ -110,7 +118,7 @@ def _scalar(annotation: type) -> Callable[[Any], Any]:
 def _to_plain(value: Any) -> Any:
     """Encode what msgspec does not know: pydantic models."""
     if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", round_trip=True)
     raise TypeError(f"a {type(value).__qualname__} has no encoding")
 
 
@@ -119,14 +127,16 @@ def from_plain(annotation: type, value: Any) -> Any:
     if annotation is object:
         return value
     if hasattr(annotation, "model_validate"):
-        return annotation.model_validate(value)
+        return annotation.model_validate(value, by_alias=True, by_name=True)
     raise TypeError(f"{annotation!r} has no decoding")
 
 
 def _decode_untyped(data: Any) -> Any:
     try:
         return _untyped.decode(data)
-    except (msgspec.MsgspecError, ValueError, ArithmeticError, RecursionError) as error:
+    except (
+        msgspec.MsgspecError, TypeError, ValueError, ArithmeticError, RecursionError
+    ) as error:  # fmt: skip
         raise SerializationError(str(error)) from error
 
 

@@ -64,7 +64,8 @@ def tag(value: Any) -> Any:
         return {_plain_key(key): tag(item) for key, item in value.items()}
     if kind in _SEQUENCES:
         return Ext(_SEQUENCES[kind], _encoder.encode([tag(item) for item in value]))
-    if kind in _TEXTS and not _loses_zone(value):
+    if kind in _TEXTS:
+        _refuse_loss(value)
         code, to_text = _TEXTS[kind]
         return Ext(code, to_text(value).encode())
     raise SerializationError(
@@ -73,8 +74,15 @@ def tag(value: Any) -> Any:
     )
 
 
-def _loses_zone(value: Any) -> bool:
-    return getattr(value, "tzinfo", None) is not None and type(value.tzinfo) is not timezone
+def _refuse_loss(value: Any) -> None:
+    zone = getattr(value, "tzinfo", None)
+    if zone is not None and type(zone) is not timezone:
+        raise SerializationError(
+            f"a {type(value).__name__} in {zone} would come back without the rules of its zone; "
+            "pass it in UTC, and the name of the zone beside it"
+        )
+    if getattr(value, "fold", 0):
+        raise SerializationError(f"a {type(value).__name__} with fold=1 would come back without it")
 
 
 def _plain_key(key: Any) -> Any:
@@ -110,13 +118,19 @@ def tagger(annotation: Any) -> _Tagger | None:
 
 
 def _is_open(kind: inspect.Type, seen: set[int]) -> bool:
-    """Say whether there is an `Any` in a type. `seen`: those it is in the middle of."""
+    """Say whether a type leaves a part open. `seen`: those it is in the middle of."""
     if id(kind) in seen:
         return False
     seen.add(id(kind))
-    if isinstance(kind, inspect.AnyType):
+    if _is_any(kind):
         return True
     return any(_is_open(part, seen) for part in _parts(kind))
+
+
+def _is_any(kind: inspect.Type) -> bool:
+    if isinstance(kind, inspect.CustomType):
+        return kind.cls is object
+    return isinstance(kind, inspect.AnyType)
 
 
 def _parts(kind: inspect.Type) -> list[inspect.Type]:
@@ -161,9 +175,9 @@ class _Compiler:
         return made
 
     def _make(self, kind: inspect.Type) -> _Tagger:
+        if _is_any(kind):
+            return tag
         match kind:
-            case inspect.AnyType():
-                return tag
             case inspect.UnionType():
                 return self._union(kind)
             case inspect.DictType():
@@ -181,7 +195,7 @@ class _Compiler:
         return self._items(item)
 
     def _union(self, kind: inspect.UnionType) -> _Tagger:
-        if any(isinstance(part, inspect.AnyType) for part in kind.types):
+        if any(map(_is_any, kind.types)):
             return tag
         taggers = [made for part in kind.types if (made := self.tagger(part))]
 
@@ -192,7 +206,7 @@ class _Compiler:
         return tag_union
 
     def _dict(self, kind: inspect.DictType) -> _Tagger:
-        of_key = _plain_key if isinstance(kind.key_type, inspect.AnyType) else _as_is
+        of_key = _plain_key if _is_any(kind.key_type) else _as_is
         of_value = self.tagger(kind.value_type) or _as_is
 
         def tag_dict(value: Any) -> Any:

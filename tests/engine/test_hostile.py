@@ -22,7 +22,7 @@ RAISED = {
     "generator exit": GeneratorExit(),
     "cancelled": asyncio.CancelledError(),
     "base": Base("of no usual kind"),
-    "odd syntax": SyntaxError("odd", ("file", 1, "x", "text")),
+    "odd syntax": SyntaxError("odd", ("file", 1, "x", "text")),  # type: ignore[arg-type]
 }
 
 

@@ -7,14 +7,26 @@ from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum, IntEnum
-from typing import Any, Generic, Literal, NamedTuple, NewType, TypedDict, TypeVar
+from functools import partial
+from typing import (
+    Annotated,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    NewType,
+    NoReturn,
+    TypedDict,
+    TypeVar,
+)
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import msgspec
 import pydantic
 import pytest
 
-from qtasks import SerializationError
+from qtasks import ConfigurationError, SerializationError
 from qtasks.asyncio import QueueTasks
 from qtasks.definition import TaskDefinition, TaskOptions
 from qtasks_core import TaskMessage
@@ -24,6 +36,13 @@ T = TypeVar("T")
 UserId = NewType("UserId", int)
 UID = UUID("12345678-1234-5678-1234-567812345678")
 WHEN = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
+
+
+ZONED = datetime(2024, 2, 29, 12, 30, tzinfo=ZoneInfo("Europe/Berlin"))
+
+
+class Text(str):
+    pass
 
 
 class Color(Enum):
@@ -83,12 +102,25 @@ class Money(pydantic.BaseModel):
     tags: set[str] = set()
 
 
+class Named(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    width: int = pydantic.Field(alias="w")
+    height: int = pydantic.Field(validation_alias="h", serialization_alias="H")
+
+    @pydantic.computed_field  # type: ignore[prop-decorator]
+    @property
+    def area(self) -> int:
+        return self.width * self.height
+
+
 class Order(pydantic.BaseModel):
     id: UUID
     lines: list[Money]
 
 
 ORDER = Order(id=UID, lines=[Money(amount=Decimal("1.10"), tags={"a"})])
+NAMED = Named.model_validate({"w": 1, "h": 2})
 MIXED = {"t": (1, 2), "s": {1}, "u": UID, "d": Decimal("1.0"), "w": WHEN, "big": 1 << 70}
 
 CASES: list[tuple[Any, Any]] = [
@@ -104,6 +136,10 @@ CASES: list[tuple[Any, Any]] = [
     (dict, MIXED),
     (dict[str, Any], MIXED),
     (dict[str, object], {"t": [1, "2"]}),
+    (dict[str, object], MIXED),
+    (list[object] | None, [(1, UID)]),
+    (object | None, (1,)),
+    (dict[object, object], {1: (2,)}),
     (dict[str, list[Any]], {"a": [(1, UID)]}),
     (list, [(1, 2), UID]),
     (list[Any] | None, [(1,)]),
@@ -149,6 +185,8 @@ CASES: list[tuple[Any, Any]] = [
     (Order, ORDER),
     (list[Order], [ORDER]),
     (dict[str, Money], {"a": ORDER.lines[0]}),
+    (Named, NAMED),
+    (list[Named], [NAMED]),
     (Money | None, None),
     (Money | None, ORDER.lines[0]),
 ]
@@ -209,6 +247,13 @@ def test_it_comes_back_as_it_went(annotation: Any, value: Any) -> None:
         (Open, Open({"p": Point(1)}), "argument 'value': a .*Point would not come back"),
         (dict, {(1, 2): 3}, "argument 'value': a tuple cannot be a key"),
         (Point, object(), "argument 'value': .*object"),
+        (Any, ZONED, "argument 'value': a datetime in Europe/Berlin would come back without"),
+        (Any, ZONED.timetz(), "argument 'value': a time in Europe/Berlin would come back without"),
+        (Any, datetime(2024, 10, 27, 2, fold=1), "argument 'value': a datetime with fold=1 would"),
+        (Any, Level.LOW, "argument 'value': a .*Level would not come back"),
+        (Any, Text("x"), "argument 'value': a .*Text would not come back"),
+        (list[object], [Point(1)], "argument 'value': a .*Point would not come back as it is"),
+        (Any, [10**5000], "argument 'value': Exceeds the limit"),
     ],
 )
 def test_it_is_refused_where_it_is_sent(annotation: Any, value: Any, says: str) -> None:
@@ -230,6 +275,8 @@ def test_it_is_refused_where_it_is_sent(annotation: Any, value: Any, says: str) 
         (Cat | Dog, {"type": "Cow"}, "argument 'value': Invalid value 'Cow'"),
         (Money, {"amount": "1", "currency": "GBP"}, "argument 'value': 1 validation error"),
         (dict[str, Money], {"a": {}}, "argument 'value': 1 validation error"),
+        (Annotated[int, msgspec.Meta(gt=0)], 0, "argument 'value': Expected `int` >= 1"),
+        (list[Annotated[str, msgspec.Meta(max_length=1)]], ["ab"], "argument 'value': Expected"),
         (int | None, "1", r"argument 'value': Expected `int \| null`, got `str`"),
     ],
 )
@@ -238,6 +285,78 @@ def test_the_worker_refuses_what_another_sender_sent(
 ) -> None:
     with pytest.raises(BadArguments, match=says):
         echo_of(annotation).invoke(sent(echo_of(Any), value))
+
+
+def test_a_moment_with_an_annotation_arrives_in_utc() -> None:
+    taken = echo_of(datetime).invoke(sent(echo_of(datetime), ZONED))
+    assert (taken, taken.tzinfo) == (ZONED, UTC)
+
+
+DEEP = b"\x91" * 100_000 + b"\x90"
+SET = b"\xc7\x03\x02\x91\x91\x01"
+"""An extension: a set whose item is a list."""
+
+
+@pytest.mark.parametrize("annotation", [Any, int, list[Any], dict[str, list[int]]])
+@pytest.mark.parametrize("args", [DEEP, b"\x91" + SET], ids=["deep", "unhashable"])
+def test_bytes_that_nobody_here_has_sent(annotation: Any, args: bytes) -> None:
+    definition = echo_of(annotation)
+    with pytest.raises(BadArguments):
+        definition.invoke(TaskMessage(uuid="1", task_name="echo", args=args))
+    named = b"\x81\xa5value" + args[1:]
+    with pytest.raises(BadArguments):
+        definition.invoke(TaskMessage(uuid="1", task_name="echo", kwargs=named))
+    with pytest.raises(SerializationError):
+        definition.decode_result(args[1:])
+
+
+@pytest.mark.parametrize("annotation", [str | bytes, Money | int, NoReturn, "list[", "1 + ''"])
+@pytest.mark.parametrize("where", ["value", "return"])
+def test_an_annotation_without_an_encoding_is_told(annotation: Any, where: str) -> None:
+    def echo(value):  # type: ignore[no-untyped-def]
+        return value
+
+    echo.__annotations__ = {where: annotation}
+    with pytest.raises(
+        ConfigurationError, match=r"task (echo|.*test_types.*echo): an(notation of)? "
+    ):
+        TaskDefinition(echo, "echo", TaskOptions())
+
+
+class Caller:
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize("what", [partial(print, 1), Caller(), 3, property()])
+@pytest.mark.parametrize("name", [None, "named"])
+def test_what_is_no_function_is_told(app: QueueTasks, what: Any, name: str | None) -> None:
+    with pytest.raises(ConfigurationError, match="is no function"):
+        app.task(name)(what)
+
+
+async def test_methods(app: QueueTasks) -> None:
+    class Shop:
+        def __init__(self, factor: int) -> None:
+            self.factor = factor
+
+        def price(self, of: int) -> int:
+            return of * self.factor
+
+        @classmethod
+        async def owner(cls) -> str:
+            return cls.__name__
+
+        @staticmethod
+        def size(self: int, /, cls: int = 2) -> int:
+            return self * cls
+
+    price = app.task()(Shop(3).price)
+    owner = app.task()(Shop.owner)
+    size = app.task()(Shop.size)
+    async with app.worker():
+        assert (await price.add_task(2, timeout=5)).returning == 6
+        assert (await owner.add_task(timeout=5)).returning == "Shop"
+        assert (await size.add_task(2, cls=5, timeout=5)).returning == 10
 
 
 def test_scalars_of_a_kind_go_through() -> None:

@@ -53,7 +53,7 @@ def test_of_a_class_that_cannot_be_had_it_is_of_the_next() -> None:
 def test_nothing_is_imported_to_tell_of_an_exception() -> None:
     lazy = ModuleType("lazy")
     asked: list[str] = []
-    lazy.__getattr__ = asked.append  # type: ignore[method-assign, assignment]
+    lazy.__getattr__ = asked.append  # type: ignore[method-assign]
     with patch.dict(sys.modules, lazy=lazy):
         error = remote_error([("lazy", "Error"), ("lazy.deeper", "Error")], "l", "t")
     assert (type(error), asked) == (RemoteError, [])
@@ -64,6 +64,6 @@ def test_a_class_that_refuses_to_be_derived_from() -> None:
 
 
 def test_an_exception_whose_traceback_cannot_be_made() -> None:
-    odd = SyntaxError("no", ("file", 1, "x", "text"))
+    odd = SyntaxError("no", ("file", 1, "x", "text"))  # type: ignore[arg-type]
     assert trace_of(odd) == "(its traceback cannot be made: TypeError)"
     assert line_of(odd).startswith("SyntaxError: no")
