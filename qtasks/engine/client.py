@@ -17,6 +17,7 @@ from uuid_utils import uuid7
 
 from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.gatherer import Gatherer
+from qtasks.engine.outage import Outage
 from qtasks.engine.reply import Reply, anew
 from qtasks.engine.retention import cancelled_kept_for
 from qtasks_core import Broker, Command, Composition, Inbox, Outcome, Storage, Task, TaskMessage
@@ -51,6 +52,7 @@ class Client:
         self.storage = storage
         self.composition: Composition = broker.compose(storage)
         self._inbox: Inbox | None = None
+        self._outage = Outage("waiting for results")
         self._listening: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
         self._waiters: dict[str, list[Reply[Task | None]]] = {}
@@ -66,12 +68,13 @@ class Client:
             raise
 
     async def _start_parts(self, deadline: float) -> None:
-        backoff = Backoff()
+        backoff, outage = Backoff(), Outage()
         while True:
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self.broker.start(self.name))
                     group.create_task(self.storage.start(self.name))
+                outage.over()
                 return
             except BaseExceptionGroup as errors:
                 error = errors.exceptions[0]
@@ -79,7 +82,7 @@ class Client:
                 late = asyncio.get_running_loop().time() + pause > deadline
                 if late or not isinstance(error, Unavailable):
                     raise error from None
-                logger.warning("%s; trying again", error)
+                outage.failed(error)
                 await asyncio.sleep(pause)
 
     async def stop(self) -> None:
@@ -261,9 +264,10 @@ class Client:
                 await inbox.watch(waiting)
                 # Those that were taken back meanwhile.
                 inbox.forget([uuid for uuid in waiting if uuid not in self._waiters])
+                self._outage.over()
                 return
             except Unavailable as error:
-                logger.warning("waiting for results: %s; trying again", error)
+                self._outage.failed(error)
                 await asyncio.sleep(backoff.next())
             except Exception as error:  # noqa: BLE001  # raised at each caller
                 self._fail_waits(waiting, error)
@@ -287,7 +291,7 @@ class Client:
             try:
                 tasks = await inbox.receive()
             except Unavailable as error:
-                logger.warning("waiting for results: %s; trying again", error)
+                self._outage.failed(error)
                 await asyncio.sleep(backoff.next())
                 continue
             except Exception as error:  # raised at each caller
@@ -297,6 +301,7 @@ class Client:
                 await inbox.close()
                 return
             backoff.reset()
+            self._outage.over()
             for task in tasks:
                 for reply in self._waiters.pop(task.uuid, ()):
                     reply.set(task)
