@@ -70,8 +70,10 @@ class Submitting(Lifecycle):
                 f"{definition.name}: the arguments take {size} bytes, the limit is "
                 f"{self.max_payload}; pass a reference, or raise max_payload of the app"
             )
-        if key == "":
-            raise ConfigurationError("key= is empty; give None where there is no key")
+        if key is not None and not (key and isinstance(key, str)):
+            raise ConfigurationError(
+                f"key={key!r} is no text, or empty: write it like key='order 7', or leave it out"
+            )
         options = definition.options
         now = time.time()
         message = TaskMessage(
