@@ -147,7 +147,11 @@ class Runner:
         except _BadArguments as error:
             # They will not fit at the next attempt either.
             self._fail(job, _storable(f"bad arguments: {error}"), None, "bad arguments")
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # recorded as the task's end
+        except (KeyboardInterrupt, GeneratorExit):
+            raise  # the end of the process, or of the loop
+        except BaseException as error:  # noqa: BLE001  # recorded as the task's end
+            # What an exception derives from is the function's choice. Given back, it would run
+            # again at once, for ever.
             await self._raised(job, definition, error)
         else:
             self._succeed(job, definition, result)
