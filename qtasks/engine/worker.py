@@ -228,7 +228,7 @@ class Worker:
 
     async def _receive_loop(self, subscription: Subscription) -> None:
         while not self._stopping.is_set():
-            if self._suspects:
+            if self._suspects.due:
                 await self._suspects.run_next(self._stopping)
                 continue
             free = self._free()
@@ -241,6 +241,8 @@ class Worker:
                 async with asyncio.timeout(None) as self._receiving:
                     deliveries = await self._reach.persist(receive, self._stopping)
             except TimeoutError:
+                if self._receiving is not None and not self._receiving.expired():
+                    raise  # a part's own, which would be repeated without a pause
                 continue
             except Closed:
                 return
@@ -404,6 +406,8 @@ class Worker:
                     outcome.reason,
                 )
         self._jobs.notice()
+        if self._suspects.due:
+            self._interrupt_receive()
         self.limits.look(self._ended_count)
 
     # -- commands ------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from threading import Event
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 
 from qtasks.asyncio import QueueTasks
 from qtasks.engine import keeping
-from qtasks_core import Task
+from qtasks_core import Delivery, Subscription, Task
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -103,3 +103,22 @@ async def test_what_was_received_keeps_its_lease_until_it_can_be_admitted(
         for task in tasks:
             await task.wait_result(5)
     assert sorted(runs) == [1, 2]
+
+
+async def test_a_timeout_that_a_part_raises_is_an_error_of_its_own() -> None:
+    """Taken for the worker's own it was repeated without a pause, and nobody told."""
+
+    class Timing(MemoryBroker):
+        async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+            subscription = await super().subscribe(queues)
+
+            async def receive(wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+                raise TimeoutError("of the driver")
+
+            subscription.receive = receive  # type: ignore[method-assign]
+            return subscription
+
+    app = QueueTasks("timing", Timing("timing"), MemoryStorage("timing"))
+    with pytest.raises(TimeoutError, match="of the driver"):
+        async with app.worker() as worker:
+            await asyncio.wait_for(asyncio.shield(worker.failed), 5)
