@@ -100,7 +100,7 @@ async def on_one_loop(app: QueueTasks) -> AsyncIterator[tuple[Submit, Callable[.
 
     @asynccontextmanager
     async def worker() -> AsyncIterator[None]:
-        runner = Runner(app.definitions, CONCURRENCY, app.max_payload)
+        runner = Runner(app.definitions, app.max_payload)
         known = app.definitions.keys()
         worker = Worker(
             client, runner, known, ["default"], CONCURRENCY, Greedy(), Limits(None, None)

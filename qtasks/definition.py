@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
@@ -16,8 +17,13 @@ import msgspec
 
 from qtasks.plugins.retries import Retries
 from qtasks.serializers import MsgpackSerializer
-from qtasks_core import Plugin, Serializer
-from qtasks_core.errors import ConfigurationError, SerializationError, SignatureMismatch
+from qtasks_core import Executor, Plugin, Serializer, TaskMessage
+from qtasks_core.errors import (
+    BadArguments,
+    ConfigurationError,
+    SerializationError,
+    SignatureMismatch,
+)
 from qtasks_core.names import checked_name, checked_task_name
 
 logger = logging.getLogger("qtasks")
@@ -43,9 +49,11 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_time: float | None = None
     """Seconds one run may take; past them it fails with a `TimeoutError`, as by an exception.
 
-    A coroutine is cancelled. A thread cannot be: its run is over for the queue, while the
-    function goes on, keeps its thread until it ends, and what it returns is not used.
+    A coroutine is cancelled, a function in a process killed. A thread cannot be stopped: its run
+    is over for the queue, while the function goes on and what it returns is not used.
     """
+    executor: Executor | None = None
+    """Where it runs: None is the worker's loop for coroutine functions, a thread for others."""
     plugins: Sequence[Plugin] = ()
     """Within those of the router and the app, the first outermost."""
     generate_handler: Callable[[Any], Any] | None = None
@@ -117,6 +125,9 @@ class TaskDefinition:
             for p in self._parameters
             if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
+        self._keywords = {
+            p.name for p in self._parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
         self._var_positional = _name_of(self._parameters, inspect.Parameter.VAR_POSITIONAL)
         self._var_keyword = _name_of(self._parameters, inspect.Parameter.VAR_KEYWORD)
         self._decoders = {
@@ -126,21 +137,28 @@ class TaskDefinition:
         returns = _returned(function, hints, options.generate_handler)
         self._encode_result = self.serializer.encoder(returns)
         self.decode_result = self.serializer.decoder(returns)
+        self.is_async = inspect.iscoroutinefunction(self.run)
+        self.max_time = options.max_time
+        self.invoke: Callable[[TaskMessage], Any] = self._await if self.is_async else self._call
+        """Decode the arguments in a message and call the function: see `Runnable.invoke`."""
+        if options.executor is not None:
+            options.executor.accept(self)
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, bytes]:
         """Return the bytes of arguments. Raises `SignatureMismatch`, `SerializationError`."""
         if (mismatch := self.mismatch(args, kwargs)) is not None:
             raise SignatureMismatch(mismatch)
         names = [self._name_at(at) for at in range(len(args))]
-        values = [self._prepare(name, value) for name, value in zip(names, args, strict=True)]
-        pairs = {key: self._prepare(key, value) for key, value in kwargs.items()}
+        values = [self._prepare(name, name, value) for name, value in zip(names, args, strict=True)]
+        pairs = {key: self._prepare(self._named(key), key, value) for key, value in kwargs.items()}
         try:
             return (
                 self.serializer.encode(values) if values else b"",
                 self.serializer.encode(pairs) if pairs else b"",
             )
         except SerializationError as error:
-            raise self._name_culprit(dict(zip(names, values, strict=True)) | pairs, error) from None
+            prepared = [*zip(names, values, strict=True), *pairs.items()]
+            raise self._name_culprit(prepared, error) from None
 
     def mismatch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         """Return why the function cannot be called like this, None where it can."""
@@ -150,15 +168,16 @@ class TaskDefinition:
             return f"{self.name}{self.signature}: {error}"
         return None
 
-    def _prepare(self, name: str, value: Any) -> Any:
-        encoder = self._encoders.get(name) or self._encoders[self._var_keyword or ""]
+    def _prepare(self, parameter: str, name: str, value: Any) -> Any:
         try:
-            return encoder(value)
+            return self._encoders[parameter](value)
         except (TypeError, ValueError, RecursionError) as error:
             raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
 
-    def _name_culprit(self, values: Mapping[str, Any], error: Exception) -> SerializationError:
-        for name, value in values.items():
+    def _name_culprit(
+        self, values: Iterable[tuple[str, Any]], error: Exception
+    ) -> SerializationError:
+        for name, value in values:
             try:
                 self.serializer.encode(value)
             except SerializationError as found:
@@ -170,29 +189,77 @@ class TaskDefinition:
             return self._positional[position]
         return self._var_positional or ""
 
+    def _named(self, keyword: str) -> str:
+        """Return the parameter that takes an argument given by keyword."""
+        return keyword if keyword in self._keywords else self._var_keyword or ""
+
     def decode(self, args: bytes, kwargs: bytes) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments in bytes, typed as annotated. Raises `SerializationError`."""
         values = [
-            self._decode(self._name_at(at), part)
+            self._decode(name := self._name_at(at), name, part)
             for at, part in enumerate(self.serializer.split(args) if args else ())
         ]
         pairs = {
-            name: self._decode(name, part)
+            name: self._decode(self._named(name), name, part)
             for name, part in (self.serializer.split_pairs(kwargs) if kwargs else {}).items()
         }
         return values, pairs
 
-    def _decode(self, name: str, data: Any) -> Any:
-        decoder = self._decoders.get(name) or self._decoders.get(self._var_keyword or "", _untyped)
+    def _decode(self, parameter: str, name: str, data: Any) -> Any:
         try:
-            return decoder(data)
+            return self._decoders.get(parameter, _untyped)(data)
         except Exception as error:
             # A type's own checks run in here and raise what they like.
             raise SerializationError(f"{self.name}: argument {name!r}: {error}") from error
 
+    def _call(self, message: TaskMessage) -> Any:
+        args, kwargs = self._arguments(message)
+        pid = os.getpid()
+        try:
+            return self.run(*args, **kwargs)
+        except TypeError:
+            self._blame(args, kwargs)
+            raise
+        finally:
+            _end_fork(pid)
+
+    async def _await(self, message: TaskMessage) -> Any:
+        args, kwargs = self._arguments(message)
+        pid = os.getpid()
+        try:
+            return await self.run(*args, **kwargs)
+        except TypeError:
+            self._blame(args, kwargs)
+            raise
+        finally:
+            _end_fork(pid)
+
+    def _arguments(self, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
+        try:
+            return self.decode(message.args, message.kwargs)
+        except SerializationError as error:
+            raise BadArguments(str(error)) from error
+
+    def _blame(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise `BadArguments` if a call could not but fail.
+
+        Only looked at once it has: a sender that knows the function has checked it already.
+        """
+        if (mismatch := self.mismatch(args, kwargs)) is not None:
+            raise BadArguments(mismatch) from None
+
     def encode_result(self, value: Any) -> bytes:
         """Return the bytes of a result. Raises `SerializationError`."""
         return self.serializer.encode(self._encode_result(value))
+
+
+def _end_fork(pid: int) -> None:
+    """End a process that a function forked and came back in.
+
+    Only the function's own goes on with what follows: records, plugins, a loop that both share.
+    """
+    if os.getpid() != pid:
+        os._exit(0)
 
 
 _untyped = MsgpackSerializer().decoder(Any)
@@ -263,10 +330,14 @@ def _name_of(parameters: Sequence[inspect.Parameter], kind: Any) -> str | None:
 
 def default_name(function: Callable[..., Any]) -> str:
     """Return `module.qualname`; the module that runs as `__main__` goes by its importable name."""
-    module = function.__module__
-    if module == "__main__":
-        main = sys.modules["__main__"]
-        spec = getattr(main, "__spec__", None)
-        file = getattr(main, "__file__", None)
-        module = spec.name if spec else Path(file).stem if file else module
-    return f"{module}.{function.__qualname__}"
+    return f"{importable_module(function)}.{function.__qualname__}"
+
+
+def importable_module(function: Callable[..., Any]) -> str:
+    """Return the name by which a function's module is imported; `__main__` if there is none."""
+    if function.__module__ != "__main__":
+        return function.__module__
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    file = getattr(main, "__file__", None)
+    return spec.name if spec else Path(file).stem if file else "__main__"

@@ -17,7 +17,7 @@ from weakref import WeakSet
 from qtasks.app import App, default_app
 from qtasks.definition import TaskDefinition, TaskOptions, checked_plugins
 from qtasks.tasks import AsyncTask, P, SyncTask
-from qtasks_core import Plugin
+from qtasks_core import Executor, Plugin
 from qtasks_core.errors import AmbiguousApp
 
 R = TypeVar("R")
@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     store_result: bool
     retention: float | None
     max_time: float | None
+    executor: Executor | None
     plugins: Sequence[Plugin]
 
 

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import AsyncIterator
@@ -26,9 +25,11 @@ from qtasks.engine.limits import Limits
 from qtasks.engine.runner import Runner
 from qtasks.engine.supervisor import Supervisor
 from qtasks.engine.worker import Worker
-from qtasks.executors import THREAD_NAME
+from qtasks.executors.child import is_child
+from qtasks.executors.threads import busy_threads
 from qtasks.lifecycle import START_TIMEOUT
 from qtasks_core import Balancer, Guarantees
+from qtasks_core.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from qtasks.app import App
@@ -79,10 +80,12 @@ class RunningWorker:
 async def working(
     app: App, options: WorkerOptions, start_timeout: float = START_TIMEOUT
 ) -> AsyncIterator[RunningWorker]:
-    """Run a worker of `app` on this loop while the block runs."""
+    """Run a worker of `app` on this loop while the block runs. Raises `ConfigurationError`."""
+    if options.concurrency < 1:
+        raise ConfigurationError(f"concurrency={options.concurrency} is below 1")
     await app.start(start_timeout)
     try:
-        runner = Runner(app.definitions, options.concurrency, app.max_payload, app.plugins)
+        runner = Runner(app.definitions, app.max_payload, app.plugins)
         try:
             async with _receiving(app, runner, options) as running:
                 yield running
@@ -145,6 +148,11 @@ async def _all_done(ends: set[asyncio.Task[None]], runner: Runner) -> None:
 
 def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
     """Be a worker process until SIGTERM or SIGINT, or the supervisor of several."""
+    if is_child():
+        raise ConfigurationError(
+            "a worker would start in a child process that imports this module for its functions; "
+            'start it under: if __name__ == "__main__":'
+        )
     if not logging.getLogger().handlers:
         # Drivers are only heard when something is wrong.
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -261,13 +269,12 @@ class Service:
 def _leave_threads_behind(status: int) -> None:
     """End the process although functions still run in threads: their grace is over.
 
-    The interpreter would wait for them, for ever if need be.
+    An interpreter that is finalized under running threads may not survive it.
     """
     deadline = time.monotonic() + 1.0
-    threads = [t for t in threading.enumerate() if t.name.startswith(THREAD_NAME)]
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    if stuck := sum(thread.is_alive() for thread in threads):
+    while busy_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if stuck := busy_threads():
         logger.warning("%d functions still run in threads; the process ends without them", stuck)
         if status:
             traceback.print_exc()

@@ -4,7 +4,7 @@ from qtasks_core.contracts.backend import CONTRACT_VERSION, Backend
 from qtasks_core.contracts.balancer import Balancer
 from qtasks_core.contracts.broker import Broker
 from qtasks_core.contracts.composition import Composition
-from qtasks_core.contracts.executor import Executor
+from qtasks_core.contracts.executor import Encoded, Executor, Runnable
 from qtasks_core.contracts.inbox import Inbox
 from qtasks_core.contracts.plugin import Plugin
 from qtasks_core.contracts.serializer import Serializer
@@ -48,6 +48,7 @@ __all__ = [
     "Completion",
     "Composition",
     "Delivery",
+    "Encoded",
     "Executor",
     "Guarantees",
     "Inbox",
@@ -57,6 +58,7 @@ __all__ = [
     "Raw",
     "Release",
     "Retry",
+    "Runnable",
     "Running",
     "Serializer",
     "Settlement",

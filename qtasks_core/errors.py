@@ -62,6 +62,14 @@ class SignatureMismatch(QTasksError, TypeError):
     """The arguments of a call do not fit the task's signature."""
 
 
+class BadArguments(QTasksError):
+    """The arguments in a message do not fit the function it names, and never will."""
+
+
+class UnstorableResult(QTasksError):
+    """What a function returned has no encoding."""
+
+
 class PayloadTooLarge(QTasksError, ValueError):
     """A message is over the size limit."""
 

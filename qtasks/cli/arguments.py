@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from qtasks.definition import TaskDefinition
+from qtasks.serializers import from_plain
 from qtasks_core.errors import SerializationError, SignatureMismatch
 
 _KEYWORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
@@ -59,12 +60,6 @@ def _read(definition: TaskDefinition, name: str, text: str, kind: Any) -> Any:
             f"{where}: {text} is not JSON; a text is written in quotes, '\"like this\"'"
         ) from None
     try:
-        return msgspec.convert(value, kind, dec_hook=_from_plain) if kind is not Any else value
+        return msgspec.convert(value, kind, dec_hook=from_plain) if kind is not Any else value
     except (TypeError, ValueError) as error:
         raise SerializationError(f"{where}: {error}") from None
-
-
-def _from_plain(kind: type, value: Any) -> Any:
-    if hasattr(kind, "model_validate"):
-        return kind.model_validate(value)
-    raise TypeError(f"{kind!r} cannot be read from JSON")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures.thread  # noqa: F401  # for drivers: too late once the main thread ended
 import os
 import selectors
 from collections.abc import Callable, Coroutine

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import threading
-import traceback
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qtasks.definition import TaskDefinition
@@ -17,19 +14,13 @@ from qtasks.engine.job import Job
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.plugged import Call, decided, surrounded
 from qtasks.executors import LoopExecutor, ThreadExecutor
+from qtasks.failures import line_of, storable, trace_of
 from qtasks.signals import Reject, Retry
-from qtasks_core import Plugin, TaskMessage
+from qtasks_core import Encoded, Executor, Plugin
 from qtasks_core.contracts.plugin import Decision, GiveUp
-from qtasks_core.errors import SerializationError
+from qtasks_core.errors import BadArguments, UnstorableResult
 
 logger = logging.getLogger("qtasks")
-
-_MAX_TEXT = 64 * 1024
-"""Characters of an error or traceback that a record keeps."""
-
-
-class _BadArguments(Exception):
-    """The arguments in a message do not fit the function it names."""
 
 
 class Runner:
@@ -38,7 +29,6 @@ class Runner:
     def __init__(
         self,
         definitions: Mapping[str, TaskDefinition],
-        concurrency: int,
         max_result: int,
         plugins: Sequence[Plugin] = (),
     ) -> None:
@@ -46,9 +36,8 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         """The thread of the loop."""
-        self._executors = {True: LoopExecutor(), False: ThreadExecutor()}
-        for executor in self._executors.values():
-            executor.start(concurrency)
+        self._usual = {True: LoopExecutor(), False: ThreadExecutor()}
+        self._executors: set[Executor] = set()
         self._plugins = tuple(plugins)
         self._calls = {name: self._compile(d) for name, d in definitions.items()}
         self._definitions = definitions
@@ -87,8 +76,8 @@ class Runner:
         return next((job for job, task in list(self._running.items()) if task is running), None)
 
     def stop(self) -> None:
-        """Free the executors."""
-        for executor in self._executors.values():
+        """Have the executors free what they no longer need."""
+        for executor in self._executors:
             executor.stop()
 
     def _call_of(self, definition: TaskDefinition) -> Call:
@@ -99,31 +88,10 @@ class Runner:
         return call
 
     def _compile(self, definition: TaskDefinition) -> Call:
-        """Return what runs this task once: plugins, decode, then the function in its executor."""
-        executor = self._executors[inspect.iscoroutinefunction(definition.run)]
-        function = executor.bind(definition.run)
-        if definition.options.max_time is not None:
-            function = _limited(function, definition.options.max_time)
-
-        async def call(message: TaskMessage) -> Any:
-            try:
-                args, kwargs = definition.decode(message.args, message.kwargs)
-            except SerializationError as error:
-                raise _BadArguments(str(error)) from error
-            try:
-                return await function(*args, **kwargs)
-            except TypeError:
-                # Only looked at now: a sender that knows the function has checked it already.
-                if (mismatch := definition.mismatch(args, kwargs)) is not None:
-                    raise _BadArguments(mismatch) from None
-                raise
-            finally:
-                if os.getpid() != self._pid:
-                    # The function forked. The child shares the worker's loop and must not go on in
-                    # it, nor may the plugins.
-                    os._exit(0)
-
-        return surrounded(call, self._plugins_of(definition))
+        """Return what runs this task once: plugins, then its executor, which decodes and calls."""
+        executor = definition.options.executor or self._usual[definition.is_async]
+        self._executors.add(executor)
+        return surrounded(executor.bind(definition), self._plugins_of(definition))
 
     def _plugins_of(self, definition: TaskDefinition) -> tuple[Plugin, ...]:
         """Return a task's plugins, the outermost first."""
@@ -137,21 +105,21 @@ class Runner:
         definition = self._definitions[job.message.task_name]
         try:
             result = await self._call_of(definition)(job.message)
-        except asyncio.CancelledError:
-            # Cancelled from outside, by `give_back` or with all of its loop, it runs again.
-            if not self._running[job].cancelling():
+        except asyncio.CancelledError as error:
+            # From outside, by `give_back` or with all of its loop: it runs again.
+            if not self._is_from_outside(job, error):
                 self._fail(job, "CancelledError: the function cancelled itself", None, None)
         except Reject as reject:
-            reason = _storable(str(reject.reason))
+            reason = storable(str(reject.reason))
             self._fail(job, f"Reject: {reason}", None, reason)
-        except _BadArguments as error:
+        except BadArguments as error:
             # They will not fit at the next attempt either.
-            self._fail(job, _storable(f"bad arguments: {error}"), None, "bad arguments")
-        except (KeyboardInterrupt, GeneratorExit):
-            raise  # the end of the process, or of the loop
-        except BaseException as error:  # noqa: BLE001  # recorded as the task's end
-            # What an exception derives from is the function's choice. Given back, it would run
-            # again at once, for ever.
+            self._fail(job, storable(f"bad arguments: {error}"), None, "bad arguments")
+        except UnstorableResult as error:
+            self._unstorable(job, str(error))
+        except BaseException as error:  # recorded as the task's end, but for that of the loop
+            if self._is_from_outside(job, error):
+                raise
             await self._raised(job, definition, error)
         else:
             self._succeed(job, definition, result)
@@ -163,9 +131,10 @@ class Runner:
         returning = None
         try:
             if job.message.store_result:
-                returning = definition.encode_result(result)
+                encoded = isinstance(result, Encoded)
+                returning = result.data if encoded else definition.encode_result(result)
         except Exception as error:  # noqa: BLE001  # what a result's own methods raise
-            self._unstorable(job, _line(error))
+            self._unstorable(job, line_of(error))
         else:
             if returning is not None and len(returning) > self._max_result:
                 self._unstorable(
@@ -182,21 +151,27 @@ class Runner:
         if isinstance(error, Retry):
             line, trace = "Retry: the function asked for another run", None
         else:
-            line, trace = _line(error), _trace(error)
+            line, trace = line_of(error), trace_of(error)
         try:
             decision = await decided(self._plugins_of(definition), job.message, error)
-        except (Exception, SystemExit, asyncio.CancelledError) as failure:
-            if isinstance(failure, asyncio.CancelledError) and self._running[job].cancelling():
+        except BaseException as failure:
+            if self._is_from_outside(job, failure):
                 raise
             logger.exception("a plugin of task %s %s failed", definition.name, job.message.uuid)
-            both = _storable(f"{line}; then a plugin failed: {_line(failure)}")
+            both = storable(f"{line}; then a plugin failed: {line_of(failure)}")
             self._fail(job, both, trace, "a plugin failed")
         else:
             self._follow(job, decision, line, trace)
 
+    def _is_from_outside(self, job: Job, error: BaseException) -> bool:
+        """Say whether a run ends by being cancelled, or with its loop, and not by its own doing."""
+        if isinstance(error, asyncio.CancelledError):
+            return self._running[job].cancelling() > 0
+        return isinstance(error, GeneratorExit) and not self._loop.is_running()
+
     def _follow(self, job: Job, decision: Decision, line: str, trace: str | None) -> None:
         if isinstance(decision, GiveUp):
-            self._fail(job, line, trace, _storable(str(decision.reason)))
+            self._fail(job, line, trace, storable(str(decision.reason)))
             return
         if trace is not None:  # else the function asked for it, which is no failure
             logger.warning(
@@ -219,49 +194,3 @@ class Runner:
         ended, self._ended = self._ended, []
         if self._finished is not None:
             self._finished.post_all(ended)
-
-
-def _limited(
-    function: Callable[..., Awaitable[Any]], max_time: float
-) -> Callable[..., Awaitable[Any]]:
-    """Return a function that does the same for at most `max_time` seconds."""
-
-    async def run(*args: Any, **kwargs: Any) -> Any:
-        limit = asyncio.timeout(max_time)
-        try:
-            async with limit:
-                return await function(*args, **kwargs)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise TimeoutError(f"the run took longer than max_time={max_time} s") from error
-
-    return run
-
-
-def _trace(error: BaseException) -> str:
-    """Return the traceback from the task's own function on, without the engine's frames."""
-    frames = error.__traceback__
-    while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
-        frames = frames.tb_next
-    text = "".join(traceback.format_exception(error.with_traceback(frames)))
-    return _storable(text[-_MAX_TEXT:])
-
-
-def _line(error: BaseException) -> str:
-    """Return an exception's type and message, of which the latter may fail to come about."""
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001  # raised by the user's own `__str__`
-        message = "(its message cannot be made)"
-    return _storable(f"{type(error).__name__}: {message}")
-
-
-def _storable(text: str) -> str:
-    """Return text that can be stored: of bounded length, without lone surrogates."""
-    return text[:_MAX_TEXT].encode(errors="backslashreplace").decode()
-
-
-def _is_engine(frame: FrameType) -> bool:
-    module: str = frame.f_globals.get("__name__", "")
-    return module.startswith(("qtasks.", "concurrent.futures"))

@@ -207,6 +207,28 @@ def test_serving(tmp_path: Path) -> None:
         assert supervisor.terminate() == 0
 
 
+def test_functions_in_processes(tmp_path: Path) -> None:
+    (block,) = [b for b in BLOCKS if b.file == "primes.py"]
+    program = tmp_path / block.file
+    program.write_text(block.code)
+    environment = {"XDG_DATA_HOME": str(tmp_path)}
+    with (
+        Process(str(program), "work", environment=environment) as worker,
+        Process(str(program), environment=environment) as client,
+    ):
+        client.wait_for("[2, 3, 5, 7, 11, 13, 17, 19]\n")
+        assert worker.terminate() == 0
+
+
+async def test_an_executor_of_ones_own() -> None:
+    names: dict[str, Any] = {"__name__": "docs"}
+    (block,) = [b for b in blocks_of(ROOT / "docs" / "worker.md") if not b.file]
+    await run(block, names)
+    async with names["app"].worker():
+        task = await asyncio.to_thread(names["print_label"].add_task, "x", timeout=10)
+    assert task.returning == "[x]"
+
+
 def answers(url: str) -> bool:
     """Say whether there is a good answer."""
     try:
@@ -217,13 +239,13 @@ def answers(url: str) -> bool:
 
 
 RUN_AS_PAGES = (
-    "first-task.md", "choosing.md", "delivery.md", "faces.md", "celery.md", "cli.md",
+    "first-task.md", "choosing.md", "delivery.md", "faces.md", "celery.md", "cli.md", "worker.md",
 )  # fmt: skip
 
 
 def test_every_block_is_run_by_a_test() -> None:
     """A new block needs a test here or of its page, or to be a file of the example."""
-    run_here = {"sums.py", "divisions.py", "serve.py"}
+    run_here = {"sums.py", "divisions.py", "serve.py", "primes.py"}
     left = [
         name_of(block)
         for block in BLOCKS

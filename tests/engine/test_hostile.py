@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +11,18 @@ import pytest
 
 from qtasks import SerializationError
 from qtasks.asyncio import QueueTasks
+
+
+class Base(BaseException):
+    """Which `except Exception` does not catch."""
+
+
+RAISED = {
+    "interrupt": KeyboardInterrupt(),
+    "generator exit": GeneratorExit(),
+    "cancelled": asyncio.CancelledError(),
+    "base": Base("of no usual kind"),
+}
 
 
 class Unspeakable(Exception):
@@ -33,6 +46,10 @@ def fall(n: int) -> int:
     ("what", "says", "dead"),
     [
         ("recursion", "RecursionError: maximum recursion depth", "no retry is configured"),
+        ("interrupt", "KeyboardInterrupt: ", "no retry is configured"),
+        ("generator exit", "GeneratorExit", "no retry is configured"),
+        ("cancelled", "CancelledError: the function cancelled itself", "no retry is configured"),
+        ("base", "Base: of no usual kind", "no retry is configured"),
         ("unspeakable", "Unspeakable: (its message", "no retry is configured"),
         ("surrogate", "ValueError: no file \\udcff", "no retry is configured"),
         ("object", "would not come back as it is", "unstorable result"),
@@ -45,6 +62,8 @@ async def test_its_task_fails_and_the_others_go_on(
     app: QueueTasks, what: str, says: str, dead: str, as_coroutine: bool
 ) -> None:
     def misbehave(what: str) -> Any:
+        if what in RAISED:
+            raise RAISED[what]
         if what == "recursion":
             return fall(0)
         if what == "unspeakable":

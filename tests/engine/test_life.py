@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 
-from qtasks import AsyncRouter, Closed, TaskTimeout
+from qtasks import AsyncRouter, Closed, ConfigurationError, TaskTimeout
 from qtasks import app as app_module
 from qtasks.asyncio import QueueTasks
 from qtasks.engine.io_thread import io_thread
@@ -362,3 +362,9 @@ async def test_two_apps_in_one_process() -> None:
         tasks = [await name_of.using(app).add_task(app.name, timeout=5) for app in (first, second)]
         assert [task.returning for task in tasks] == [first.name, second.name]
         assert await first.get_task(tasks[1].uuid) is None
+
+
+async def test_a_worker_that_could_run_nothing_is_refused(app: QueueTasks) -> None:
+    with pytest.raises(ConfigurationError, match="concurrency=0 is below 1"):
+        async with app.worker(concurrency=0):
+            pytest.fail("it started")

@@ -307,6 +307,37 @@ async def test_what_is_raised_around_a_run_is_its_failure(app: QueueTasks) -> No
         assert (await rejected.add_task(timeout=20)).dead == "not this one"
 
 
+async def test_a_traceback_begins_where_the_error_is_of_interest(app: QueueTasks) -> None:
+    """At the function, whatever is around it; at the plugin, when it is the plugin that raised."""
+
+    class Strict(Plugin):
+        async def around_execute(self, run: Run, proceed: Proceed) -> Any:
+            if await proceed(run) is None:
+                raise ValueError("no result")
+
+    @app.task("raises")
+    async def raises() -> None:
+        raise ValueError("no")
+
+    @app.task("threaded")
+    def threaded() -> None:
+        raise ValueError("no")
+
+    @app.task("empty")
+    async def empty() -> None: ...
+
+    app.add_plugin(Timing())
+    app.add_plugin(Strict())
+    async with app.worker():
+        for task, begins_in in ((raises, "raises"), (threaded, "threaded")):
+            trace = (await task.add_task(timeout=20)).traceback or ""
+            assert trace.splitlines()[1].endswith(f"in {begins_in}")
+        trace = (await empty.add_task(timeout=20)).traceback or ""
+    assert [line.rpartition(" in ")[2] for line in trace.splitlines() if " in " in line] == [
+        "around_execute", "around_execute",
+    ]  # fmt: skip
+
+
 async def test_a_run_that_waits_for_a_decision_is_given_back(app: QueueTasks) -> None:
     asked = asyncio.Event()
 

@@ -1,0 +1,75 @@
+"""What a worker costs that has nothing to do.
+
+    python -m benchmarks.idle --backend sqlite [--seconds 60]
+
+One worker process works off 1,000 tasks, so that everything in it has begun; then its CPU time is
+read before and after a while without work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.tasks import nothing, router
+from qtasks.asyncio import QueueTasks
+from tests.services import SERVICES
+
+NAME = "idle"
+
+
+def cpu_time(pid: int) -> float:
+    """Return the seconds of CPU that all threads of a process have taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(url: str, backend: str, seconds: float, pid: int) -> None:
+    """Print the row."""
+    app = QueueTasks(NAME, url)
+    app.include_router(router)
+    async with app:
+        tasks = await nothing.using(app).map([()] * 1000)
+        await asyncio.gather(*(task.wait_result() for task in tasks))
+    await asyncio.sleep(2.0)
+    before = cpu_time(pid)
+    await asyncio.sleep(seconds)
+    used = cpu_time(pid) - before
+    print(f"{backend}: an idle worker took {used:.2f} s in {seconds:g} s, {used / seconds:.3%}")
+
+
+def main() -> None:
+    """Start a worker and measure it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--backend", default="sqlite", choices=["sqlite", *SERVICES])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
+        if options.backend == "sqlite":
+            watch(f"sqlite:///{directory}/bench.db", "sqlite", options.seconds)
+            return
+        service = SERVICES[options.backend]()
+        try:
+            watch(service.start(), options.backend, options.seconds)
+        finally:
+            service.stop()
+
+
+def watch(url: str, backend: str, seconds: float) -> None:
+    """Measure one worker on these parts."""
+    command = [sys.executable, "-m", "benchmarks.tasks", url, NAME, "100", "0"]
+    with subprocess.Popen(command) as worker:
+        try:
+            asyncio.run(measure(url, backend, seconds, worker.pid))
+        finally:
+            worker.terminate()
+
+
+if __name__ == "__main__":
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    main()

@@ -1,0 +1,109 @@
+"""What a worker and its child processes say to each other, over a pair of sockets."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import TypeAlias, TypeVar
+
+import msgspec
+
+from qtasks_core import TaskMessage
+
+T = TypeVar("T")
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a process finds a function that it has not seen."""
+
+    module: str
+    qualname: str
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """To the child, at first: how it imports what the worker imports."""
+
+    path: list[str]
+    python_path: str | None
+    """`PYTHONPATH` as the worker has it."""
+
+
+class Run(msgspec.Struct, frozen=True):
+    """To the child: import the function, and where there is a message, run that."""
+
+    place: Place
+    name: str
+    message: TaskMessage | None
+
+
+class Returned(msgspec.Struct, tag=True, frozen=True):
+    """It went well. The result is encoded, and empty where none is wanted."""
+
+    result: bytes
+
+
+class Raised(msgspec.Struct, tag=True, frozen=True):
+    """The function raised."""
+
+    kinds: list[Place]
+    """The exception's class and those it derives from, in their order."""
+    line: str
+    trace: str
+    retry_after: float | None
+
+
+class AskedForRetry(msgspec.Struct, tag=True, frozen=True):
+    """The function raised `Retry`."""
+
+    after: float | None
+
+
+class Rejected(msgspec.Struct, tag=True, frozen=True):
+    """The function raised `Reject`."""
+
+    reason: str
+
+
+class NotCallable(msgspec.Struct, tag=True, frozen=True):
+    """The arguments do not fit the function."""
+
+    reason: str
+
+
+class NotStorable(msgspec.Struct, tag=True, frozen=True):
+    """The result has no encoding."""
+
+    reason: str
+
+
+Answer: TypeAlias = Returned | Raised | AskedForRetry | Rejected | NotCallable | NotStorable
+
+_LENGTH = struct.Struct("!Q")
+_CHUNK = 1 << 20
+_encoder = msgspec.msgpack.Encoder()
+
+
+def send(line: socket.socket, frame: msgspec.Struct) -> None:
+    """Send a frame. Raises `OSError` when the other end is gone."""
+    body = _encoder.encode(frame)
+    line.sendall(_LENGTH.pack(len(body)) + body)
+
+
+def receive(line: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
+    """Wait for a frame; None when the other end is gone."""
+    try:
+        head = _read(line, _LENGTH.size)
+        body = head and _read(line, _LENGTH.unpack(head)[0])
+    except ConnectionError:
+        return None
+    return decoder.decode(body) if body else None
+
+
+def _read(line: socket.socket, size: int) -> bytes | None:
+    data = bytearray()
+    while len(data) < size:
+        part = line.recv(min(size - len(data), _CHUNK))
+        if not part:
+            return None
+        data += part
+    return bytes(data)

@@ -1,0 +1,259 @@
+"""Tags for what MessagePack cannot tell apart, where no annotation says what a value is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from functools import reduce
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import msgspec
+from msgspec import inspect, structs
+from msgspec.msgpack import Ext
+
+from qtasks_core.errors import SerializationError
+
+_PLAIN = frozenset({type(None), bool, float, str, bytes})
+
+# Extension codes are part of the wire format: never reuse one.
+_TUPLE, _SET, _FROZENSET, _UUID, _DECIMAL, _DATETIME, _DATE, _TIME, _TIMEDELTA, _INT, _COMPLEX = (
+    range(1, 12)
+)
+_SEQUENCES: dict[type, int] = {tuple: _TUPLE, set: _SET, frozenset: _FROZENSET}
+_TEXTS: dict[type, tuple[int, Callable[[Any], str]]] = {
+    UUID: (_UUID, str),
+    Decimal: (_DECIMAL, str),
+    datetime: (_DATETIME, datetime.isoformat),
+    date: (_DATE, date.isoformat),
+    time: (_TIME, time.isoformat),
+    timedelta: (_TIMEDELTA, lambda d: f"{d.days} {d.seconds} {d.microseconds}"),
+    complex: (_COMPLEX, repr),
+}
+
+
+def _timedelta(text: str) -> timedelta:
+    days, seconds, microseconds = map(int, text.split())
+    return timedelta(days, seconds, microseconds)
+
+
+_FROM_TEXT: dict[int, Callable[[str], Any]] = {
+    _UUID: UUID,
+    _DECIMAL: Decimal,
+    _DATETIME: datetime.fromisoformat,
+    _DATE: date.fromisoformat,
+    _TIME: time.fromisoformat,
+    _TIMEDELTA: _timedelta,
+    _INT: int,
+    _COMPLEX: complex,
+}
+
+
+def tag(value: Any) -> Any:
+    """Return the value with tags in it. Raises `SerializationError` for what cannot travel."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is int:
+        return value if -(1 << 63) <= value < 1 << 64 else Ext(_INT, str(value).encode())
+    if kind is list:
+        return [tag(item) for item in value]
+    if kind is dict:
+        return {_plain_key(key): tag(item) for key, item in value.items()}
+    if kind in _SEQUENCES:
+        return Ext(_SEQUENCES[kind], _encoder.encode([tag(item) for item in value]))
+    if kind in _TEXTS and not _loses_zone(value):
+        code, to_text = _TEXTS[kind]
+        return Ext(code, to_text(value).encode())
+    raise SerializationError(
+        f"a {kind.__module__}.{kind.__qualname__} would not come back as it is; "
+        "annotate the parameter with its type, or pass plain data"
+    )
+
+
+def _loses_zone(value: Any) -> bool:
+    return getattr(value, "tzinfo", None) is not None and type(value.tzinfo) is not timezone
+
+
+def _plain_key(key: Any) -> Any:
+    if type(key) in (str, int, float, bool, bytes, type(None)):
+        return key
+    raise SerializationError(f"a {type(key).__qualname__} cannot be a key of a dict")
+
+
+def untag(code: int, data: memoryview) -> Any:
+    if code in _FROM_TEXT:
+        return _FROM_TEXT[code](bytes(data).decode())
+    if code == _TUPLE:
+        return tuple(_decoder.decode(data))
+    if code == _SET:
+        return set(_decoder.decode(data))
+    if code == _FROZENSET:
+        return frozenset(_decoder.decode(data))
+    raise ValueError(f"unknown extension {code}")
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(ext_hook=untag)
+_Tagger: TypeAlias = Callable[[Any], Any]
+
+
+def tagger(annotation: Any) -> _Tagger | None:
+    """Return what tags those parts of a value that this annotation leaves open; None: it has none.
+
+    What is returned does not change the value, and passes on what does not fit.
+    """
+    kind = inspect.type_info(annotation)
+    return _Compiler().tagger(kind) if _is_open(kind, set()) else None
+
+
+def _is_open(kind: inspect.Type, seen: set[int]) -> bool:
+    """Say whether there is an `Any` in a type. `seen`: those it is in the middle of."""
+    if id(kind) in seen:
+        return False
+    seen.add(id(kind))
+    if isinstance(kind, inspect.AnyType):
+        return True
+    return any(_is_open(part, seen) for part in _parts(kind))
+
+
+def _parts(kind: inspect.Type) -> list[inspect.Type]:
+    match kind:
+        case (
+            inspect.StructType()
+            | inspect.DataclassType()
+            | inspect.TypedDictType()
+            | inspect.NamedTupleType()
+        ):
+            return [field.type for field in kind.fields]
+        case (
+            inspect.ListType()
+            | inspect.SetType()
+            | inspect.FrozenSetType()
+            | inspect.VarTupleType()
+        ):
+            return [kind.item_type]
+        case inspect.TupleType():
+            return list(kind.item_types)
+        case inspect.DictType():
+            return [kind.key_type, kind.value_type]
+        case inspect.UnionType():
+            return list(kind.types)
+    return []
+
+
+class _Compiler:
+    """Makes taggers of open types; a type that contains itself leads back to its own."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, _Tagger | None] = {}
+
+    def tagger(self, kind: inspect.Type) -> _Tagger | None:
+        """Return the tagger of a type, None where nothing is open."""
+        if not _is_open(kind, set()):
+            return None
+        if id(kind) in self._made:
+            return lambda value: (self._made[id(kind)] or _as_is)(value)
+        self._made[id(kind)] = None
+        made = self._made[id(kind)] = self._make(kind)
+        return made
+
+    def _make(self, kind: inspect.Type) -> _Tagger:
+        match kind:
+            case inspect.AnyType():
+                return tag
+            case inspect.UnionType():
+                return self._union(kind)
+            case inspect.DictType():
+                return self._dict(kind)
+            case inspect.TupleType():
+                return self._tuple(kind)
+            case (
+                inspect.StructType()
+                | inspect.DataclassType()
+                | inspect.TypedDictType()
+                | inspect.NamedTupleType()
+            ):
+                return self._fields(kind)
+        (item,) = _parts(kind)
+        return self._items(item)
+
+    def _union(self, kind: inspect.UnionType) -> _Tagger:
+        if any(isinstance(part, inspect.AnyType) for part in kind.types):
+            return tag
+        taggers = [made for part in kind.types if (made := self.tagger(part))]
+
+        def tag_union(value: Any) -> Any:
+            # Each passes on what is not its own.
+            return reduce(lambda tagged, tagger: tagger(tagged), taggers, value)
+
+        return tag_union
+
+    def _dict(self, kind: inspect.DictType) -> _Tagger:
+        of_key = _plain_key if isinstance(kind.key_type, inspect.AnyType) else _as_is
+        of_value = self.tagger(kind.value_type) or _as_is
+
+        def tag_dict(value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                return value
+            return {of_key(key): of_value(item) for key, item in value.items()}
+
+        return tag_dict
+
+    def _tuple(self, kind: inspect.TupleType) -> _Tagger:
+        taggers = [self.tagger(part) or _as_is for part in kind.item_types]
+
+        def tag_tuple(value: Any) -> Any:
+            if not isinstance(value, tuple | list) or len(value) != len(taggers):
+                return value
+            return [tagger(item) for tagger, item in zip(taggers, value, strict=True)]
+
+        return tag_tuple
+
+    def _items(self, item: inspect.Type) -> _Tagger:
+        of_item = self.tagger(item) or _as_is
+
+        def tag_items(value: Any) -> Any:
+            if not isinstance(value, list | tuple | set | frozenset):
+                return value
+            return [of_item(item) for item in value]
+
+        return tag_items
+
+    def _fields(
+        self,
+        kind: inspect.StructType
+        | inspect.DataclassType
+        | inspect.TypedDictType
+        | inspect.NamedTupleType,
+    ) -> _Tagger:
+        cls = getattr(kind.cls, "__origin__", kind.cls)
+        own = dict if isinstance(kind, inspect.TypedDictType) else cls
+        taggers = {f.name: made for f in kind.fields if (made := self.tagger(f.type))}
+
+        def tag_fields(value: Any) -> Any:
+            if not isinstance(value, own):
+                return value
+            if isinstance(value, dict):
+                return value | {k: made(value[k]) for k, made in taggers.items() if k in value}
+            tagged = {name: made(getattr(value, name)) for name, made in taggers.items()}
+            return _with(value, tagged)
+
+        return tag_fields
+
+
+def _with(value: Any, fields: Mapping[str, Any]) -> Any:
+    """Return a copy with other fields, unchecked: it is only encoded."""
+    if isinstance(value, tuple):
+        return value._replace(**fields)  # type: ignore[attr-defined]
+    other = copy.copy(value)
+    put = structs.force_setattr if isinstance(other, msgspec.Struct) else object.__setattr__
+    for name, field in fields.items():
+        put(other, name, field)
+    return other
+
+
+def _as_is(value: Any) -> Any:
+    return value

@@ -1,0 +1,192 @@
+"""Functions for test_processes.py, where another process can import them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from qtasks import AsyncRouter, Reject, Retry
+from qtasks.executors import ProcessDied, ProcessExecutor
+from qtasks.plugins import Backoff, Retries
+
+cpu = ProcessExecutor(2)
+router = AsyncRouter()
+
+
+@dataclass
+class Box:
+    width: int
+    price: Decimal
+
+
+class Refusal(Exception):
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@router.task(executor=cpu)
+def pid() -> int:
+    return os.getpid()
+
+
+@router.task(executor=cpu)
+def widen(box: Box, by: int = 1) -> Box:
+    return Box(box.width + by, box.price)
+
+
+@router.task(executor=cpu)
+def echo(value):  # type: ignore[no-untyped-def]
+    return value
+
+
+@router.task(executor=cpu)
+def odds(up_to: int) -> Iterator[int]:
+    yield from range(1, up_to, 2)
+
+
+def _double(item: int) -> int:
+    return 2 * item
+
+
+@router.task(executor=cpu, generate_handler=_double)
+def doubled(up_to: int) -> Iterator[int]:
+    yield from range(up_to)
+
+
+def bare(text: str) -> str:
+    return text.upper()
+
+
+shout = router.task("shout", executor=cpu)(bare)
+
+
+class Nested:
+    @staticmethod
+    def inner() -> str:
+        return "inner"
+
+
+nested = router.task("nested", executor=cpu)(Nested.inner)
+
+
+@router.task(executor=cpu)
+def refuse() -> None:
+    raise Refusal(7, "not today")
+
+
+at_once = Backoff(1, first=0)
+
+
+@router.task(executor=cpu, plugins=[Retries(0, on={Refusal: at_once, ProcessDied: at_once})])
+def fail(how: str) -> None:
+    if how == "refuse":
+        raise Refusal(7, "not today")
+    if how == "die":
+        os._exit(1)
+    raise ValueError(how)
+
+
+@router.task(executor=cpu)
+def ask_again(file: str) -> str:
+    if not Path(file).exists():
+        Path(file).touch()
+        raise Retry(after=0)
+    return "second"
+
+
+@router.task(executor=cpu, retry=3)
+def reject() -> None:
+    raise Reject("no use")
+
+
+@router.task(executor=cpu)
+def misbehave(how: str) -> Any:
+    match how:
+        case "exit":
+            os._exit(3)
+        case "sys.exit":
+            sys.exit(3)
+        case "interrupt":
+            raise KeyboardInterrupt
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "memory":
+            limit = 512 * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            return len(bytearray(limit))
+        case "recursion":
+            return misbehave(how)
+        case "object":
+            return object()
+        case "large":
+            return "x" * 2_000_000
+        case "close everything":
+            os.closerange(0, 256)
+    return "well"
+
+
+@router.task(executor=cpu)
+def fork() -> str:
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+    return "parent" if child else "child"
+
+
+@router.task(executor=cpu)
+def fork_and_die() -> None:
+    if os.fork():
+        os._exit(3)
+    time.sleep(60)
+
+
+@router.task(executor=cpu)
+def close_stdout() -> None:
+    sys.stdout.close()
+    os.close(1)
+
+
+@router.task(executor=cpu, max_time=0.3)
+def stuck(file: str) -> None:
+    """Write down who is to be killed: this process, and one that it started."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    note(file, os.getpid(), other.pid)
+    time.sleep(60)
+
+
+@router.task(executor=cpu)
+def sleep(file: str, seconds: float = 60) -> int:
+    note(file, os.getpid())
+    time.sleep(seconds)
+    return os.getpid()
+
+
+@router.task(executor=cpu, retry=1)
+def die_once(file: str) -> str:
+    if not Path(file).exists():
+        Path(file).touch()
+        os._exit(1)
+    return "alive"
+
+
+@router.task(executor=cpu, max_time=0.4)
+def brief() -> None:
+    time.sleep(0.2)
+
+
+def note(file: str, *pids: int) -> None:
+    """Write a file in one step."""
+    Path(f"{file}.part").write_text(" ".join(map(str, pids)))
+    Path(f"{file}.part").rename(file)

@@ -1,0 +1,281 @@
+"""Arguments and results come back as they went, by annotation or by tag, or are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from enum import Enum, IntEnum
+from typing import Any, Generic, Literal, NamedTuple, NewType, TypedDict, TypeVar
+from uuid import UUID
+
+import msgspec
+import pydantic
+import pytest
+
+from qtasks import SerializationError
+from qtasks.asyncio import QueueTasks
+from qtasks.definition import TaskDefinition, TaskOptions
+from qtasks_core import TaskMessage
+from qtasks_core.errors import BadArguments
+
+T = TypeVar("T")
+UserId = NewType("UserId", int)
+UID = UUID("12345678-1234-5678-1234-567812345678")
+WHEN = datetime(2024, 2, 29, 12, 30, tzinfo=UTC)
+
+
+class Color(Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Level(IntEnum):
+    LOW = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+    y: float = 0.0
+
+
+@dataclass
+class Page(Generic[T]):
+    items: list[T]
+    total: int = 0
+
+
+@dataclass
+class Open:
+    payload: dict[str, Any]
+    extra: Any = None
+    children: list[Open] = field(default_factory=list)
+
+
+class Frozen(msgspec.Struct, frozen=True, rename="camel"):
+    the_payload: Any
+    at: datetime | None = None
+
+
+class Cat(msgspec.Struct, tag=True):
+    lives: int
+
+
+class Dog(msgspec.Struct, tag=True):
+    name: str
+
+
+class Row(TypedDict, total=False):
+    id: int
+    data: Any
+
+
+class Pair(NamedTuple):
+    left: int
+    right: Any
+
+
+class Money(pydantic.BaseModel):
+    amount: Decimal
+    currency: Literal["EUR", "USD"] = "EUR"
+    tags: set[str] = set()
+
+
+class Order(pydantic.BaseModel):
+    id: UUID
+    lines: list[Money]
+
+
+ORDER = Order(id=UID, lines=[Money(amount=Decimal("1.10"), tags={"a"})])
+MIXED = {"t": (1, 2), "s": {1}, "u": UID, "d": Decimal("1.0"), "w": WHEN, "big": 1 << 70}
+
+CASES: list[tuple[Any, Any]] = [
+    (int, 3),
+    (int, -(1 << 63)),
+    (float, 2),
+    (str, "ü\0"),
+    (bytes, b"\xff"),
+    (bool, True),
+    (None, None),
+    (Any, MIXED),
+    (object, MIXED),
+    (dict, MIXED),
+    (dict[str, Any], MIXED),
+    (dict[str, object], {"t": [1, "2"]}),
+    (dict[str, list[Any]], {"a": [(1, UID)]}),
+    (list, [(1, 2), UID]),
+    (list[Any] | None, [(1,)]),
+    (list[Any] | None, None),
+    (dict[str, Any] | list[Any] | int, {"t": (1,)}),
+    (dict[str, Any] | list[Any] | int, [{1}]),
+    (dict[str, Any] | list[Any] | int, 5),
+    (tuple, ((1,), UID)),
+    (tuple[int, Any], (1, (2, WHEN))),
+    (tuple[Any, ...], (1, (2,))),
+    (tuple[int, str], (1, "a")),
+    (set[Any], {(1, 2), "x"}),
+    (set[UUID], {UID}),
+    (frozenset[int], frozenset({1, 2})),
+    (Sequence[int], [1, 2]),
+    (UUID, UID),
+    (Decimal, Decimal("1.10")),
+    (datetime, WHEN),
+    (datetime, datetime(2024, 1, 1)),
+    (date, date(2024, 1, 1)),
+    (timedelta, timedelta(days=1, microseconds=3)),
+    (Color, Color.BLUE),
+    (Level, Level.LOW),
+    (dict[Color, int], {Color.RED: 1}),
+    (Literal["a", 1], 1),
+    (UserId, UserId(7)),
+    (int | str, "x"),
+    (int | None, None),
+    (Point, Point(1, 2.5)),
+    (list[Point], [Point(1), Point(2)]),
+    (dict[str, Point], {"a": Point(1)}),
+    (Page[Point], Page([Point(1)], 1)),
+    (Page[Any], Page([(1,), UID])),
+    (Open, Open(dict(MIXED), (1,), [Open({"t": (2,)})])),
+    (list[Open], [Open({}, {1})]),
+    (Frozen, Frozen((1, UID), WHEN)),
+    (Cat | Dog, Dog("Rex")),
+    (list[Cat | Dog], [Cat(9), Dog("Rex")]),
+    (Row, {"id": 1, "data": (1, 2)}),
+    (Row, {"id": 1}),
+    (Pair, Pair(1, (2,))),
+    (Money, ORDER.lines[0]),
+    (Order, ORDER),
+    (list[Order], [ORDER]),
+    (dict[str, Money], {"a": ORDER.lines[0]}),
+    (Money | None, None),
+    (Money | None, ORDER.lines[0]),
+]
+
+
+def echo_of(annotation: Any) -> TaskDefinition:
+    def echo(value):  # type: ignore[no-untyped-def]
+        return value
+
+    echo.__annotations__ = {"value": annotation, "return": annotation}
+    return TaskDefinition(echo, "echo", TaskOptions())
+
+
+def sent(definition: TaskDefinition, *args: Any, **kwargs: Any) -> TaskMessage:
+    encoded, by_name = definition.encode(args, kwargs)
+    return TaskMessage(uuid="1", task_name="echo", args=encoded, kwargs=by_name)
+
+
+def exactly(value: Any) -> Any:
+    """Return what tells apart what is equal and of another type, in depth."""
+    if isinstance(value, dict):
+        return type(value), {key: exactly(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value), [exactly(item) for item in value]
+    return type(value), value
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"), CASES, ids=[f"{n}-{case[0]}" for n, case in enumerate(CASES)]
+)
+def test_it_comes_back_as_it_went(annotation: Any, value: Any) -> None:
+    definition = echo_of(annotation)
+    before = repr(value)
+    for message in (sent(definition, value), sent(definition, value=value)):
+        taken = definition.invoke(message)
+        returned = definition.decode_result(definition.encode_result(taken))
+        for there in (taken, returned):
+            assert there == value
+            if annotation is not float:
+                assert exactly(there) == exactly(value)
+    assert repr(value) == before, "encoding leaves it alone"
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "says"),
+    [
+        (int, "3", "argument 'value': Expected `int`, got `str`"),
+        (int, 1.0, "argument 'value': Expected `int`, got `float`"),
+        (int, True, "argument 'value': Expected `int`, got `bool`"),
+        (int, None, "argument 'value': Expected `int`, got `NoneType`"),
+        (float, "1", "argument 'value': Expected `float`, got `str`"),
+        (str, UID, "argument 'value': Expected `str`, got `UUID`"),
+        (str, b"x", "argument 'value': Expected `str`, got `bytes`"),
+        (bytes, "x", "argument 'value': Expected `bytes`, got `str`"),
+        (bool, 1, "argument 'value': Expected `bool`, got `int`"),
+        (Any, Point(1), "argument 'value': a .*Point would not come back as it is"),
+        (dict[str, Any], {"p": [Point(1)]}, "argument 'value': a .*Point would not come back"),
+        (Open, Open({"p": Point(1)}), "argument 'value': a .*Point would not come back"),
+        (dict, {(1, 2): 3}, "argument 'value': a tuple cannot be a key"),
+        (Point, object(), "argument 'value': .*object"),
+    ],
+)
+def test_it_is_refused_where_it_is_sent(annotation: Any, value: Any, says: str) -> None:
+    definition = echo_of(annotation)
+    with pytest.raises(SerializationError, match=says):
+        sent(definition, value)
+    with pytest.raises(SerializationError, match=says):
+        sent(definition, value=value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "says"),
+    [
+        (Point, {"x": "one"}, r"argument 'value': Expected `int`, got `str` - at `\$.x`"),
+        (list[Point], [{"x": 1}, {}], r"argument 'value': Object missing required field `x`"),
+        (Color, "green", "argument 'value': Invalid enum value 'green'"),
+        (Literal["a"], "b", "argument 'value': Invalid enum value 'b'"),
+        (UUID, "no", "argument 'value': Invalid UUID"),
+        (Cat | Dog, {"type": "Cow"}, "argument 'value': Invalid value 'Cow'"),
+        (Money, {"amount": "1", "currency": "GBP"}, "argument 'value': 1 validation error"),
+        (dict[str, Money], {"a": {}}, "argument 'value': 1 validation error"),
+        (int | None, "1", r"argument 'value': Expected `int \| null`, got `str`"),
+    ],
+)
+def test_the_worker_refuses_what_another_sender_sent(
+    annotation: Any, value: Any, says: str
+) -> None:
+    with pytest.raises(BadArguments, match=says):
+        echo_of(annotation).invoke(sent(echo_of(Any), value))
+
+
+def test_scalars_of_a_kind_go_through() -> None:
+    class Name(str):
+        pass
+
+    assert echo_of(str).invoke(sent(echo_of(str), Name("x"))) == "x"
+    assert echo_of(int).invoke(sent(echo_of(int), Level.LOW)) == 1
+    assert echo_of(bytes).invoke(sent(echo_of(bytes), bytearray(b"x"))) == b"x"
+
+
+def test_each_argument_has_the_codec_of_its_own_parameter() -> None:
+    def function(a: int, /, *args: Point, b: UUID, **others: Any) -> Any:
+        return a, args, b, others
+
+    definition = TaskDefinition(function, "function", TaskOptions())
+    # The names of what cannot be given by keyword are free for `others`.
+    given = {"b": UID, "args": (1, 2), "a": {3}, "others": Decimal(1)}
+    a, points, b, others = definition.invoke(sent(definition, 1, Point(1), Point(2), **given))
+    assert (a, points, b) == (1, (Point(1), Point(2)), UID)
+    assert others == {"args": (1, 2), "a": {3}, "others": Decimal(1)}
+    with pytest.raises(SerializationError, match=r"argument 'args': a .*object"):
+        sent(definition, 1, b=UID, args=object())
+
+
+async def test_through_a_queue(app: QueueTasks) -> None:
+    @app.task()
+    async def total(orders: list[Order], by: dict[str, Any]) -> Page[Money]:
+        assert by == {"since": (2024, 1)}
+        return Page([line for order in orders for line in order.lines], len(orders))
+
+    @app.task()
+    async def wrong() -> int:
+        return "three"  # type: ignore[return-value]
+
+    async with app.worker():
+        done = await total.add_task([ORDER], {"since": (2024, 1)}, timeout=10)
+        assert done.returning == Page(ORDER.lines, 1)
+        ended = await wrong.add_task(timeout=10)
+        assert ended.dead == "unstorable result"
+        assert "Expected `int`, got `str`" in (ended.error or "")
