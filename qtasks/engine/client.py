@@ -91,14 +91,21 @@ class Client:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait({self._listening})
-        if self._inbox is not None:
-            await self._inbox.close()
-        self._fail_waits(list(self._waiters), closed)
-        await self._stop_parts()
+        try:
+            if self._inbox is not None:
+                await self._inbox.close()
+        finally:
+            try:
+                await self._stop_parts()
+            finally:
+                # Last, and whatever failed: what came in meanwhile would else wait for ever.
+                self._fail_waits(list(self._waiters), closed)
 
     async def _stop_parts(self) -> None:
-        await self.broker.stop()
-        await self.storage.stop()
+        try:
+            await self.broker.stop()
+        finally:
+            await self.storage.stop()
 
     def submit(
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]

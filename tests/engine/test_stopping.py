@@ -12,7 +12,7 @@ import pytest
 from qtasks.asyncio import QueueTasks
 from qtasks.engine import worker as worker_module
 from qtasks_core import Subscription, Task
-from qtasks_core.errors import Unavailable
+from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
 
 
@@ -106,3 +106,41 @@ async def test_a_function_that_outlives_its_worker_ends_unheard(
             await ended.wait()
             await asyncio.sleep(0.1)
         assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
+
+
+async def test_a_part_that_cannot_stop_leaves_no_wait_and_no_other_part() -> None:
+    class Stuck(MemoryBroker):
+        async def stop(self) -> None:
+            await super().stop()
+            raise Unavailable("the server is away")
+
+    storage = MemoryStorage("stuck")
+    app = QueueTasks("stuck", Stuck("stuck"), storage)
+
+    @app.task()
+    async def never() -> None: ...
+
+    await app.start()
+    task = await never.add_task()
+    waiting = asyncio.create_task(task.wait_result(5))
+    await asyncio.sleep(0.05)
+    with pytest.raises(Unavailable):
+        await app.stop()
+    with pytest.raises(Closed):
+        await waiting
+    with pytest.raises(Closed):
+        await storage.get([task.uuid])
+
+
+@pytest.mark.parametrize("delay", [float("inf"), float("nan")])
+async def test_a_delay_that_is_no_number_of_seconds_is_refused(
+    app: QueueTasks, delay: float
+) -> None:
+    """Else nan ran at once, and a server's complaint failed all that was enqueued beside it."""
+
+    @app.task()
+    async def never() -> None: ...
+
+    async with app:
+        with pytest.raises(ConfigurationError, match="delay="):
+            await never.add_task(delay=delay)
