@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -278,4 +279,6 @@ def _delay(delay: float | None, eta: datetime | None, now: float) -> float:
         if eta.tzinfo is None:
             raise ConfigurationError("eta= needs a time zone, e.g. datetime.now(UTC)")
         return max(0.0, eta.timestamp() - now)
+    if delay is not None and not math.isfinite(delay):
+        raise ConfigurationError(f"delay={delay} is not a number of seconds")
     return max(0.0, delay or 0.0)

@@ -56,8 +56,10 @@ class Client:
         self._listening: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
         self._waiters: dict[str, list[Reply[Task | None]]] = {}
-        self._submissions: Gatherer[Submission] = Gatherer(self._submit, _BATCH, _FLIGHTS)
-        self._watches: Gatherer[str] = Gatherer(self._watch, _BATCH, 1)
+        self._submissions: Gatherer[Submission] = Gatherer(
+            self._submit, _BATCH, _FLIGHTS, _bytes_of
+        )
+        self._watches: Gatherer[str] = Gatherer(self._watch, _BATCH, 1, len)
 
     async def start(self, deadline: float) -> None:
         """Connect both parts. Raises `Unavailable` when that has not worked by the deadline."""
@@ -94,14 +96,21 @@ class Client:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait({self._listening})
-        if self._inbox is not None:
-            await self._inbox.close()
-        self._fail_waits(list(self._waiters), closed)
-        await self._stop_parts()
+        try:
+            if self._inbox is not None:
+                await self._inbox.close()
+        finally:
+            try:
+                await self._stop_parts()
+            finally:
+                # Last, and whatever failed: what came in meanwhile would else wait for ever.
+                self._fail_waits(list(self._waiters), closed)
 
     async def _stop_parts(self) -> None:
-        await self.broker.stop()
-        await self.storage.stop()
+        try:
+            await self.broker.stop()
+        finally:
+            await self.storage.stop()
 
     def submit(
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
@@ -305,6 +314,10 @@ class Client:
             for task in tasks:
                 for reply in self._waiters.pop(task.uuid, ()):
                     reply.set(task)
+
+
+def _bytes_of(submission: Submission) -> int:
+    return len(submission.message.args) + len(submission.message.kwargs)
 
 
 class _Countdown(Reply[Task | None]):
