@@ -133,6 +133,7 @@ class Client:
 
     def forget(self, uuid: str, reply: Reply[Task | None]) -> None:
         """Take back a wait: nobody wants the answer any more."""
+        reply.wanted = False
         replies = self._waiters.get(uuid, [])
         if reply in replies:
             replies.remove(reply)
@@ -217,7 +218,7 @@ class Client:
 
     async def _addressed(self, batch: list[Submission]) -> list[TaskMessage]:
         """Return the messages; those whose end is waited for bear this client's address."""
-        waited = [s for s in batch if s.wait]
+        waited = [s for s in batch if s.wait and s.reply.wanted]
         if not waited:
             return [s.message for s in batch]
         inbox = await self._open_inbox()

@@ -16,9 +16,10 @@ _BYTES = 8 * 1024 * 1024
 class Gatherer(Generic[T]):
     """Gathers items and flushes them in batches of at most `size`, `flights` of them at a time.
 
-    `weigh` returns the bytes of an item; a batch of several is no heavier than 8 MiB. While the allowed flushes are under way, further items gather for the next one, so batches
-    grow with the load. `flush` answers for each of its items and does not raise, unless `spawn`
-    is a task group's, which then fails.
+    `weigh` returns the bytes of an item; a batch of several is no heavier than 8 MiB. While the
+    allowed flushes are under way, further items gather for the next one, so batches grow with the
+    load. `flush` answers for each of its items and does not raise, unless `spawn` is a task
+    group's, which then fails.
     """
 
     def __init__(
