@@ -180,6 +180,11 @@ def import_named(name: str, named_by: str) -> ModuleType:
     try:
         return import_module(name)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise ConfigurationError(
+                f"{named_by} {name}: there is no module {error.name!r} on Python's path; "
+                "write it as for an import, package.module, in the folder above it"
+            ) from error
         # Whatever the module raises belongs in the one line, with the place where it did.
         last = traceback.extract_tb(error.__traceback__)[-1]
         inside = (

@@ -36,11 +36,14 @@ _REVIVED = UUID("6d0b6f2e-5a55-4f0c-9d5e-3b6c2a5f8a10")
 _SUBMIT_TIMEOUT = 30.0
 
 
-def revived_uuid(uuid: str) -> str:
+def revived_uuid(uuid: str, submission: str = "") -> str:
     """Return the uuid a dead task gets when it is revived. Always the same, so that reviving it
     twice, after a crash or by two operators, makes one task.
+
+    The uuid of a task with a key may die again in a later life: `submission`, the record's, tells
+    which one it is.
     """
-    return str(uuid5(_REVIVED, uuid))
+    return str(uuid5(_REVIVED, f"{uuid}/{submission}" if submission else uuid))
 
 
 async def query(client: Client, query: TaskQuery) -> TaskPage:
@@ -93,7 +96,9 @@ async def revive(
     result.
     """
     records = await client.storage.get(uuids)
-    earlier = await client.storage.get([revived_uuid(uuid) for uuid in uuids])
+    earlier = await client.storage.get(
+        [revived_uuid(u, r.submission if r else "") for u, r in zip(uuids, records, strict=True)]
+    )
     outcomes: list[Outcome] = []
     messages: list[TaskMessage] = []
     for uuid, record, revived in zip(uuids, records, earlier, strict=True):
@@ -116,7 +121,7 @@ async def revive(
 def _again(record: Task, store_result: bool) -> TaskMessage:
     kept = {k: v for k, v in record.headers.items() if not k.startswith(_OF_THE_ENGINE)}
     return TaskMessage(
-        uuid=revived_uuid(record.uuid),
+        uuid=revived_uuid(record.uuid, record.submission),
         task_name=record.task_name,
         queue=record.queue,
         args=record.args,

@@ -11,7 +11,7 @@ from contextlib import aclosing, closing
 from functools import wraps
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Never, NoReturn, get_args, get_type_hints
 
 import msgspec
 
@@ -27,8 +27,6 @@ from qtasks_core.errors import (
 from qtasks_core.names import checked_name, checked_task_name
 
 logger = logging.getLogger("qtasks")
-
-_Codec = TypeVar("_Codec")
 
 RESERVED = ("timeout", "delay", "eta", "key", "queue", "priority", "expires")
 """Option names of `add_task`: a parameter of this name is only reachable through `call`."""
@@ -122,11 +120,14 @@ class TaskDefinition:
         bounded = _hints(function, include_extras=True)
         """With the bounds in an `Annotated`, which the worker checks."""
         self._parameters = list(self.signature.parameters.values())
-        self._annotations = {p.name: hints.get(p.name, Any) for p in self._parameters}
-        self._encoders = {
-            name: self._codec(name, self.serializer.encoder, annotation)
-            for name, annotation in self._annotations.items()
+        codecs = {
+            p.name: self._codec(
+                f"parameter {p.name!r}", hints.get(p.name, Any), bounded.get(p.name, Any)
+            )
+            for p in self._parameters
         }
+        self._encoders = {name: encoder for name, (encoder, _) in codecs.items()}
+        self._decoders = {name: decoder for name, (_, decoder) in codecs.items()}
         self._positional = [
             p.name
             for p in self._parameters
@@ -137,13 +138,11 @@ class TaskDefinition:
         }
         self._var_positional = _name_of(self._parameters, inspect.Parameter.VAR_POSITIONAL)
         self._var_keyword = _name_of(self._parameters, inspect.Parameter.VAR_KEYWORD)
-        self._decoders = {
-            name: self._codec(name, self.serializer.decoder, bounded.get(name, Any))
-            for name in self._annotations
-        }
         returns = _returned(function, hints, options.generate_handler)
-        self._encode_result = self._codec("return", self.serializer.encoder, returns)
-        self.decode_result = self._codec("return", self.serializer.decoder, returns)
+        self._encode_result, self.decode_result = self._codec(
+            "the result", returns, _returned(function, bounded, options.generate_handler)
+        )
+        self._checks_result = returns is not Any
         self.is_async = inspect.iscoroutinefunction(self.run)
         self.max_time = options.max_time
         self.invoke: Callable[[TaskMessage], Any] = self._await if self.is_async else self._call
@@ -151,11 +150,13 @@ class TaskDefinition:
         if options.executor is not None:
             options.executor.accept(self)
 
-    def _codec(self, name: str, make: Callable[[Any], _Codec], annotation: Any) -> _Codec:
+    def _codec(
+        self, whose: str, annotation: Any, bounded: Any
+    ) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
         try:
-            return make(annotation)
+            return self.serializer.encoder(annotation), self.serializer.decoder(bounded)
         except SerializationError as error:
-            raise ConfigurationError(f"task {self.name}: annotation of {name!r}: {error}") from None
+            raise ConfigurationError(f"task {self.name}: {whose}: {error}") from error
 
     def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, bytes]:
         """Return the bytes of arguments. Raises `SignatureMismatch`, `SerializationError`."""
@@ -262,8 +263,15 @@ class TaskDefinition:
             raise BadArguments(mismatch) from None
 
     def encode_result(self, value: Any) -> bytes:
-        """Return the bytes of a result. Raises `SerializationError`."""
-        return self.serializer.encode(self._encode_result(value))
+        """Return the bytes of a result.
+
+        Raises `SerializationError`, or what the result's type raises, for one that does not fit
+        its annotation: as a success it would be one that nobody can read.
+        """
+        data = self.serializer.encode(self._encode_result(value))
+        if self._checks_result:
+            self.decode_result(data)
+        return data
 
 
 def _end_fork(pid: int) -> None:
@@ -330,6 +338,8 @@ def _returned(
 ) -> Any:
     """Return the type of the result: of a generator, the list of what each yield becomes."""
     returns = hints.get("return", Any)
+    if returns in (NoReturn, Never):
+        return Any
     if not (inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)):
         return returns
     if handler is not None:

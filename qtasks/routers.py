@@ -18,7 +18,7 @@ from qtasks.app import App, default_app
 from qtasks.definition import TaskDefinition, TaskOptions, checked_plugins
 from qtasks.tasks import AsyncTask, P, SyncTask
 from qtasks_core import Executor, Plugin
-from qtasks_core.errors import AmbiguousApp
+from qtasks_core.errors import AmbiguousApp, ConfigurationError
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -155,6 +155,13 @@ class Router:
         return definition
 
 
+def _refuse_bare(name: object) -> None:
+    # Without parentheses the function would be the name, and the task would be lost in silence.
+    if callable(name):
+        called = getattr(name, "__qualname__", "the task")
+        raise ConfigurationError(f"{called}: the decorator needs its parentheses: @….task()")
+
+
 class AsyncRouter(Router):
     """Declares tasks for async code; `include_router` brings them into an app."""
 
@@ -184,6 +191,7 @@ class AsyncRouter(Router):
         **options: Unpack[Options],
     ) -> AsyncDecorator | AsyncGeneratorDecorator[Any]:
         """Declare a task. Options are those of `TaskOptions`; the name is `module.qualname`."""
+        _refuse_bare(name)
         chosen = TaskOptions(generate_handler=generate_handler, **options)
 
         def decorate(function: Callable[..., Any]) -> AsyncTask[..., Any, Any]:
@@ -221,6 +229,7 @@ class SyncRouter(Router):
         **options: Unpack[Options],
     ) -> SyncDecorator | SyncGeneratorDecorator[Any]:
         """Declare a task. Options are those of `TaskOptions`; the name is `module.qualname`."""
+        _refuse_bare(name)
         chosen = TaskOptions(generate_handler=generate_handler, **options)
 
         def decorate(function: Callable[..., Any]) -> SyncTask[..., Any, Any]:

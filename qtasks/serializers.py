@@ -37,7 +37,7 @@ class MsgpackSerializer(Serializer):
         """Return what makes a value of this annotation ready for `encode`.
 
         It refuses what a plain scalar annotation does not allow; of others, decoding does.
-        Raises `SerializationError` for a type that has no encoding.
+        Raises `SerializationError` for an annotation that no value can be decoded by.
         """
         if annotation is Any or annotation is object:
             return tag
@@ -118,17 +118,23 @@ def _scalar(annotation: type) -> Callable[[Any], Any]:
 def _to_plain(value: Any) -> Any:
     """Encode what msgspec does not know: pydantic models."""
     if hasattr(value, "model_dump"):
+        # What is computed from the other fields would not be taken as a field again.
         return value.model_dump(mode="json", round_trip=True)
     raise TypeError(f"a {type(value).__qualname__} has no encoding")
 
 
-def from_plain(annotation: type, value: Any) -> Any:
+def from_plain(annotation: Any, value: Any) -> Any:
     """Decode what msgspec does not know: pydantic models, and `object` within other types."""
     if annotation is object:
         return value
-    if hasattr(annotation, "model_validate"):
-        return annotation.model_validate(value, by_alias=True, by_name=True)
-    raise TypeError(f"{annotation!r} has no decoding")
+    if not hasattr(annotation, "model_validate"):
+        raise TypeError(f"{annotation!r} has no decoding")
+    try:
+        # By name, as it was encoded; by the aliases too, as other senders may write it.
+        return annotation.model_validate(value, by_name=True)
+    except ValueError:
+        # Strict models take the text of a UUID or a date from JSON only.
+        return annotation.model_validate_json(msgspec.json.encode(value), by_name=True)
 
 
 def _decode_untyped(data: Any) -> Any:

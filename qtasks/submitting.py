@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -70,8 +71,10 @@ class Submitting(Lifecycle):
                 f"{definition.name}: the arguments take {size} bytes, the limit is "
                 f"{self.max_payload}; pass a reference, or raise max_payload of the app"
             )
-        if key == "":
-            raise ConfigurationError("key= is empty; give None where there is no key")
+        if key is not None and not (key and isinstance(key, str)):
+            raise ConfigurationError(
+                f"key={key!r} is no text, or empty: write it like key='order 7', or leave it out"
+            )
         options = definition.options
         now = time.time()
         message = TaskMessage(
@@ -276,4 +279,6 @@ def _delay(delay: float | None, eta: datetime | None, now: float) -> float:
         if eta.tzinfo is None:
             raise ConfigurationError("eta= needs a time zone, e.g. datetime.now(UTC)")
         return max(0.0, eta.timestamp() - now)
+    if delay is not None and not math.isfinite(delay):
+        raise ConfigurationError(f"delay={delay} is not a number of seconds")
     return max(0.0, delay or 0.0)

@@ -70,7 +70,7 @@ def tag(value: Any) -> Any:
         return Ext(code, to_text(value).encode())
     raise SerializationError(
         f"a {kind.__module__}.{kind.__qualname__} would not come back as it is; "
-        "annotate the parameter with its type, or pass plain data"
+        "annotate it with its type, or use plain data"
     )
 
 

@@ -119,6 +119,12 @@ async def _receiving(
         options.concurrency,
         ", ".join(sorted(known)) or "no task",
     )
+    if not known:
+        logger.warning(
+            "the app %r has no tasks, so each that comes is put back, and dead in the end: "
+            "include_router(…) brings a router's tasks into the app",
+            app.name,
+        )
     ended = asyncio.create_task(thread.run(worker.run))
     failed = asyncio.create_task(thread.run(worker.failed))
     worn = asyncio.create_task(thread.run(worker.limits.reached))

@@ -38,13 +38,22 @@ class Root(click.Group):
     """The outermost command."""
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command. An error of ours is one line and an exit code; others are bugs."""
+        """Run the command. An error of ours is one line and an exit code; others are bugs.
+
+        Where other programs have `-A` behind the command, too, ours says where it stands.
+        """
         try:
             return super().invoke(ctx)
         except QTasksError as error:
             line = (str(error) or type(error).__name__).splitlines()[0]
             click.echo(f"qtasks: {line}", err=True)
             ctx.exit(code_of(error))
+        except click.NoSuchOption as error:
+            if error.option_name not in ("-A", "--app") or error.ctx is None:
+                raise
+            command = error.ctx.command_path.removeprefix("qtasks ")
+            hint = f"{error.option_name} stands before the command: qtasks -A MODULE:APP {command}"
+            raise click.UsageError(hint, error.ctx) from error
 
 
 @click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})

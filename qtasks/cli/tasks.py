@@ -87,8 +87,12 @@ def known(app: App, name: str) -> TaskDefinition:
         raise UnknownTask(f"no task {name!r}: say where tasks are by -A module:app or --include")
     if name in app.definitions:
         return app.definitions[name]
-    near = get_close_matches(name, app.definitions, n=1) or sorted(app.definitions)[:3]
-    raise UnknownTask(f"the app {app.name!r} knows no task {name!r}; it knows {', '.join(near)}")
+    # A task is called by its whole name, `module.function`; people remember the function.
+    near = [one for one in app.definitions if one.rpartition(".")[2] == name]
+    near = near or get_close_matches(name, app.definitions, n=1) or sorted(app.definitions)
+    more = f" and {len(near) - 3} more" if len(near) > 3 else ""
+    known = ", ".join(near[:3]) + more
+    raise UnknownTask(f"the app {app.name!r} knows no task {name!r}; it knows {known}")
 
 
 @click.command()

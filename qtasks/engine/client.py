@@ -17,6 +17,7 @@ from uuid_utils import uuid7
 
 from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.gatherer import Gatherer
+from qtasks.engine.outage import Outage
 from qtasks.engine.reply import Reply, anew
 from qtasks.engine.retention import cancelled_kept_for
 from qtasks_core import Broker, Command, Composition, Inbox, Outcome, Storage, Task, TaskMessage
@@ -51,11 +52,14 @@ class Client:
         self.storage = storage
         self.composition: Composition = broker.compose(storage)
         self._inbox: Inbox | None = None
+        self._outage = Outage("waiting for results")
         self._listening: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
         self._waiters: dict[str, list[Reply[Task | None]]] = {}
-        self._submissions: Gatherer[Submission] = Gatherer(self._submit, _BATCH, _FLIGHTS)
-        self._watches: Gatherer[str] = Gatherer(self._watch, _BATCH, 1)
+        self._submissions: Gatherer[Submission] = Gatherer(
+            self._submit, _BATCH, _FLIGHTS, _bytes_of
+        )
+        self._watches: Gatherer[str] = Gatherer(self._watch, _BATCH, 1, len)
 
     async def start(self, deadline: float) -> None:
         """Connect both parts. Raises `Unavailable` when that has not worked by the deadline."""
@@ -66,12 +70,13 @@ class Client:
             raise
 
     async def _start_parts(self, deadline: float) -> None:
-        backoff = Backoff()
+        backoff, outage = Backoff(), Outage()
         while True:
             try:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self.broker.start(self.name))
                     group.create_task(self.storage.start(self.name))
+                outage.over()
                 return
             except BaseExceptionGroup as errors:
                 error = errors.exceptions[0]
@@ -79,7 +84,7 @@ class Client:
                 late = asyncio.get_running_loop().time() + pause > deadline
                 if late or not isinstance(error, Unavailable):
                     raise error from None
-                logger.warning("%s; trying again", error)
+                outage.failed(error)
                 await asyncio.sleep(pause)
 
     async def stop(self) -> None:
@@ -91,14 +96,21 @@ class Client:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait({self._listening})
-        if self._inbox is not None:
-            await self._inbox.close()
-        self._fail_waits(list(self._waiters), closed)
-        await self._stop_parts()
+        try:
+            if self._inbox is not None:
+                await self._inbox.close()
+        finally:
+            try:
+                await self._stop_parts()
+            finally:
+                # Last, and whatever failed: what came in meanwhile would else wait for ever.
+                self._fail_waits(list(self._waiters), closed)
 
     async def _stop_parts(self) -> None:
-        await self.broker.stop()
-        await self.storage.stop()
+        try:
+            await self.broker.stop()
+        finally:
+            await self.storage.stop()
 
     def submit(
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
@@ -121,6 +133,7 @@ class Client:
 
     def forget(self, uuid: str, reply: Reply[Task | None]) -> None:
         """Take back a wait: nobody wants the answer any more."""
+        reply.wanted = False
         replies = self._waiters.get(uuid, [])
         if reply in replies:
             replies.remove(reply)
@@ -205,7 +218,7 @@ class Client:
 
     async def _addressed(self, batch: list[Submission]) -> list[TaskMessage]:
         """Return the messages; those whose end is waited for bear this client's address."""
-        waited = [s for s in batch if s.wait]
+        waited = [s for s in batch if s.wait and s.reply.wanted]
         if not waited:
             return [s.message for s in batch]
         inbox = await self._open_inbox()
@@ -261,9 +274,10 @@ class Client:
                 await inbox.watch(waiting)
                 # Those that were taken back meanwhile.
                 inbox.forget([uuid for uuid in waiting if uuid not in self._waiters])
+                self._outage.over()
                 return
             except Unavailable as error:
-                logger.warning("waiting for results: %s; trying again", error)
+                self._outage.failed(error)
                 await asyncio.sleep(backoff.next())
             except Exception as error:  # noqa: BLE001  # raised at each caller
                 self._fail_waits(waiting, error)
@@ -287,7 +301,7 @@ class Client:
             try:
                 tasks = await inbox.receive()
             except Unavailable as error:
-                logger.warning("waiting for results: %s; trying again", error)
+                self._outage.failed(error)
                 await asyncio.sleep(backoff.next())
                 continue
             except Exception as error:  # raised at each caller
@@ -297,9 +311,14 @@ class Client:
                 await inbox.close()
                 return
             backoff.reset()
+            self._outage.over()
             for task in tasks:
                 for reply in self._waiters.pop(task.uuid, ()):
                     reply.set(task)
+
+
+def _bytes_of(submission: Submission) -> int:
+    return len(submission.message.args) + len(submission.message.kwargs)
 
 
 class _Countdown(Reply[Task | None]):

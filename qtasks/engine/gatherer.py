@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+_BYTES = 8 * 1024 * 1024
+"""Most bytes in one batch: what is larger keeps a server busy for longer than callers wait."""
 
 
 class Gatherer(Generic[T]):
     """Gathers items and flushes them in batches of at most `size`, `flights` of them at a time.
 
-    While the allowed flushes are under way, further items gather for the next one, so batches
-    grow with the load. `flush` answers for each of its items and does not raise, unless `spawn`
-    is a task group's, which then fails.
+    `weigh` returns the bytes of an item; a batch of several is no heavier than 8 MiB. While the
+    allowed flushes are under way, further items gather for the next one, so batches grow with the
+    load. `flush` answers for each of its items and does not raise, unless `spawn` is a task
+    group's, which then fails.
     """
 
     def __init__(
@@ -22,11 +27,13 @@ class Gatherer(Generic[T]):
         flush: Callable[[list[T]], Coroutine[Any, Any, None]],
         size: int,
         flights: int,
+        weigh: Callable[[T], int],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] | None = None,
     ) -> None:
         self._flush = flush
         self._size = size
         self._flights = flights
+        self._weigh = weigh
         self._items: list[T] = []
         self._under_way: set[asyncio.Task[None]] = set()
         self._scheduled = False
@@ -51,10 +58,18 @@ class Gatherer(Generic[T]):
     def _launch(self) -> None:
         self._scheduled = False
         while self._items and len(self._under_way) < self._flights:
-            batch, self._items = self._items[: self._size], self._items[self._size :]
-            task = self._spawn(self._flush(batch))
+            task = self._spawn(self._flush(self._take()))
             self._under_way.add(task)
             task.add_done_callback(self._landed)
+
+    def _take(self) -> list[T]:
+        """Take the items of one batch, at least one."""
+        batch = self._items[: self._size]
+        if sum(map(self._weigh, batch)) > _BYTES:
+            heaps = accumulate(map(self._weigh, batch))
+            batch = batch[: max(1, sum(1 for heap in heaps if heap <= _BYTES))]
+        self._items = self._items[len(batch) :]
+        return batch
 
     def _landed(self, task: asyncio.Task[None]) -> None:
         self._under_way.discard(task)

@@ -24,8 +24,8 @@ class Job:
     """What a worker holds: a delivery, the message in it, and what became of the run."""
 
     __slots__ = (
-        "again", "cancelled", "delivery", "execution", "lone_runs", "lost", "message", "noted",
-        "record", "started",
+        "again", "begun", "cancelled", "delivery", "execution", "lone_runs", "lost", "message",
+        "noted", "record", "started",
     )  # fmt: skip
 
     def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
@@ -33,6 +33,8 @@ class Job:
         self.message = message
         self.execution = execution
         self.started = time.time()
+        self.begun = False
+        """It was handed to the runner."""
         self.noted = False
         """`process` was recorded."""
         self.lost = False

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 from qtasks.engine.job import Job
 
 
 class Jobs:
-    """Jobs that run, wait to run alone, or ended and are not yet completed: all leased."""
+    """Jobs that are looked up, run, wait to run alone or to be completed: all leased."""
 
     def __init__(self, queues: Iterable[str]) -> None:
         self._held: set[Job] = set()
@@ -39,6 +40,8 @@ class Jobs:
 
     def begun(self, job: Job) -> None:
         """Count a job that is handed to the runner."""
+        job.begun = True
+        job.started = time.time()
         self.running[job.delivery.queue] += 1
 
     def ended(self, jobs: Iterable[Job]) -> None:

@@ -18,7 +18,7 @@ logger = logging.getLogger("qtasks")
 _NOTE_AFTER = 0.1
 """Seconds a task has to run before `process` is recorded: shorter ones only record their end."""
 _CHECK_EVERY = 10.0
-"""Seconds between looks for cancelled tasks where there is no lease to be kept."""
+"""Seconds between looks for cancelled tasks where there is no lease to tell how often."""
 
 
 class Keeper:
@@ -33,14 +33,22 @@ class Keeper:
         self._cancel = cancel
 
     async def keep(self, subscription: Subscription, lease: float | None) -> None:
-        """Extend the leases of all jobs, and look which of them were cancelled, for ever."""
+        """Extend the leases of all jobs, for ever; return where there are none to be kept."""
+        while lease is not None:
+            await self._jobs.present()
+            await asyncio.sleep(lease / 3)
+            if held := [job for job in self._jobs if not job.lost]:
+                await self._extend(subscription, held)
+
+    async def look(self, lease: float | None) -> None:
+        """Look which jobs were cancelled, for ever.
+
+        Apart from the leases, which a storage that is out of reach must not cost.
+        """
         while True:
             await self._jobs.present()
             await asyncio.sleep(_CHECK_EVERY if lease is None else lease / 3)
-            held = [job for job in self._jobs if not job.lost]
-            if held and lease is not None:
-                await self._extend(subscription, held)
-            await self.check([job for job in held if job.noted])
+            await self.check([job for job in self._jobs if job.noted and not job.lost])
 
     async def _extend(self, subscription: Subscription, held: list[Job]) -> None:
         extend = partial(subscription.extend, [job.delivery for job in held])
@@ -77,6 +85,6 @@ class Keeper:
             await asyncio.sleep(_NOTE_AFTER)
             before = time.time() - _NOTE_AFTER
             for job in self._jobs:
-                if not job.noted and job.record is None and job.started <= before:
+                if job.begun and not job.noted and job.record is None and job.started <= before:
                     job.noted = True
                     complete(Completion(None, job.as_record("process")))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from qtasks.engine.backoff import Backoff
+from qtasks.engine.outage import Outage
 from qtasks_core.errors import Unavailable
 
-logger = logging.getLogger("qtasks")
 T = TypeVar("T")
 
 _FRESH = 10.0
@@ -24,6 +23,7 @@ class Reach:
 
     def __init__(self) -> None:
         self._failed_at: float | None = None
+        self._outage = Outage("worker")
 
     @property
     def fine(self) -> bool:
@@ -35,14 +35,18 @@ class Reach:
     ) -> T | None:
         """Repeat `call` while the server is out of reach; None when `until` is set meanwhile."""
         backoff = Backoff()
+        failed = False
         while True:
             try:
                 answer = await call()
             except Unavailable as error:
                 self._failed_at = time.monotonic()
-                logger.warning("worker: %s; trying again", error)
+                failed = True
+                self._outage.failed(error)
             else:
                 self._failed_at = None
+                if failed:  # else another part may be the one that is out of reach
+                    self._outage.over()
                 return answer
             pause = backoff.next()
             if until is None:

@@ -78,7 +78,8 @@ class Registration:
             await self._leave()
 
     async def _write(self) -> None:
-        running = sorted(self._jobs, key=lambda job: job.started)[:_NAMED]
+        begun = [job for job in self._jobs if job.begun]
+        running = sorted(begun, key=lambda job: job.started)[:_NAMED]
         info = replace(
             self._info,
             seen_at=time.time(),

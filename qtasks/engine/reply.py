@@ -22,6 +22,8 @@ class Reply(ABC, Generic[T]):
     """Asked with a submission whose end is waited for: its write is confirmed."""
     trouble = "no answer yet"
     """Why it is not."""
+    wanted = True
+    """False: whoever asked has left."""
 
     @abstractmethod
     def set(self, value: T) -> None:

@@ -69,9 +69,12 @@ class Suspects:
         self._run = run
         self._end = end
         self._waiting: deque[tuple[Job, int]] = deque()
+        self._last: Job | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
+    @property
+    def due(self) -> bool:
+        """Whether one waits, and the last has ended: while that goes on, others run beside it."""
+        return bool(self._waiting) and (self._last is None or self._last not in self._jobs)
 
     def add(self, job: Job, record: Task | None) -> None:
         """Take a suspect that waits for its lone run."""
@@ -85,6 +88,10 @@ class Suspects:
         if stopping.is_set():
             return
         job, runs = self._waiting[0]
+        if job.lost:
+            self._waiting.popleft()
+            self._end(job)
+            return
         job.started = time.time()
         logger.warning(
             "task %s %s was delivered often and never ended; it runs alone (%d)",
@@ -101,6 +108,10 @@ class Suspects:
             self._end(job)
             return
         job.lone_runs = runs + 1
+        if stopping.is_set():
+            self._end(job)
+            return
+        self._last = job
         self._run([job])
         try:
             async with asyncio.timeout(_ALONE):

@@ -44,9 +44,9 @@ from qtasks_core import (
     Retry,
     Subscription,
     Task,
-    TaskMessage,
+    Verdict,
 )
-from qtasks_core.errors import Closed
+from qtasks_core.errors import Closed, Unavailable
 
 logger = logging.getLogger("qtasks")
 _End = Job | Completion
@@ -92,6 +92,8 @@ class Worker:
         self._receiving: asyncio.Timeout | None = None
         self._stopping = asyncio.Event()
         self._ending = asyncio.Event()
+        self._over = False
+        """What ends from now on is not recorded: it was left to run again."""
         self._failing = asyncio.Event()
         self._failure: Exception | None = None
         self._subscription: Subscription | None = None
@@ -145,27 +147,29 @@ class Worker:
         if subscription is None:
             return
         if self._stopping.is_set():
-            await subscription.close()
+            await self._close(subscription)
             return
         self._subscription = subscription
         async with asyncio.TaskGroup() as group:
             self._ends = Gatherer(
-                partial(self._flush, subscription), _FLUSH, _FLIGHTS, group.create_task
+                partial(self._flush, subscription), _FLUSH, _FLIGHTS, _bytes_of, group.create_task
             )
             receiving = group.create_task(self._vital(self._receive_loop(subscription)))
             background = [group.create_task(call) for call in self._background(subscription)]
             await self._ending.wait()
             await receiving
             await self._last_words()
-            await self._ends.close()
+            self._over = True
             for task in background:
                 task.cancel()
+            await self._ends.close()
 
     def _background(self, subscription: Subscription) -> Iterable[Coroutine[Any, Any, None]]:
         """Return what goes on beside receiving, and costs nothing while there is no job."""
         lease = self._client.broker.guarantees.lease
         return (
             self._vital(self._keeper.keep(subscription, lease)),
+            self._vital(self._keeper.look(lease)),
             self._vital(self._keeper.note(self._complete)),
             self._vital(watch(self._jobs, self._runner)),
             _beside(self._registration.keep(), "the registry of workers"),
@@ -199,13 +203,23 @@ class Worker:
         self._jobs.notice()
         try:
             if self._subscription is not None:
-                await self._subscription.close()
+                await self._close(self._subscription)
             async with asyncio.timeout(grace):
                 await self._jobs.until(lambda: self._jobs.idle)
         except TimeoutError:
             self._runner.give_back()
         finally:
             self._ending.set()
+
+    async def _close(self, subscription: Subscription) -> None:
+        """Receive nothing more; what runs has its grace even if the server is out of reach."""
+        try:
+            await subscription.close()
+        except Unavailable as error:
+            logger.warning("closing the subscription: %s", error)
+        except Exception as error:  # noqa: BLE001  # raised by `run`
+            self._fail(error)
+        self._interrupt_receive()
 
     async def _subscribe(self) -> Subscription:
         return await self._client.broker.subscribe(dict.fromkeys(self._queues, self._concurrency))
@@ -214,7 +228,7 @@ class Worker:
 
     async def _receive_loop(self, subscription: Subscription) -> None:
         while not self._stopping.is_set():
-            if self._suspects:
+            if self._suspects.due:
                 await self._suspects.run_next(self._stopping)
                 continue
             free = self._free()
@@ -227,6 +241,8 @@ class Worker:
                 async with asyncio.timeout(None) as self._receiving:
                     deliveries = await self._reach.persist(receive, self._stopping)
             except TimeoutError:
+                if self._receiving is not None and not self._receiving.expired():
+                    raise  # a part's own, which would be repeated without a pause
                 continue
             except Closed:
                 return
@@ -250,54 +266,69 @@ class Worker:
         return wanted
 
     async def _admit(self, deliveries: list[Delivery]) -> None:
-        admit = partial(self._client.composition.admit, deliveries)
+        """Run what has to run. The leases are kept already while the storage is asked."""
+        jobs = [job for delivery in deliveries if (job := self._job(delivery)) is not None]
+        if not jobs:
+            return
+        for job in jobs:
+            self._jobs.hold(job)
+        admit = partial(self._client.composition.admit, [job.delivery for job in jobs])
         verdicts = None
         try:
             verdicts = await self._reach.persist(admit, self._stopping)
         finally:
-            if verdicts is None:
-                self._ends.extend([Completion(Release(d), None) for d in deliveries])
-        if verdicts is None:
+            # What began after the stop would be given no time to end.
+            refused = verdicts is None or self._stopping.is_set()
+            if refused:
+                self._ends.extend([*jobs])
+        if verdicts is None or refused:
             return
-        jobs: list[Job] = []
-        for delivery, (verdict, record) in zip(deliveries, verdicts, strict=True):
-            message = delivery.message
-            if isinstance(message, Raw):
-                self._bury_raw(delivery, message)
-            elif verdict != "run":
-                self._complete(Completion(Ack(delivery), None))
-            elif (job := self._accept(delivery, message, record)) is not None:
-                jobs.append(job)
-        for job in jobs:
-            self._jobs.hold(job)
-        self._run(jobs)
+        accepted = [
+            job
+            for job, (verdict, record) in zip(jobs, verdicts, strict=True)
+            if self._accept(job, verdict, record)
+        ]
+        self._run(accepted)
+
+    def _job(self, delivery: Delivery) -> Job | None:
+        """Return the job of a delivery; what cannot be decoded is buried."""
+        message = delivery.message
+        if isinstance(message, Raw):
+            self._bury_raw(delivery, message)
+            return None
+        self._count += 1
+        return Job(delivery, message, f"{self.id}/{self._count}")
 
     def _run(self, jobs: list[Job]) -> None:
         for job in jobs:
             self._jobs.begun(job)
         self._runner.inbox.post_all(jobs)
 
-    def _accept(self, delivery: Delivery, message: TaskMessage, record: Task | None) -> Job | None:
-        """Return the job to run now, or end the delivery or set it aside."""
-        self._count += 1
+    def _accept(self, job: Job, verdict: Verdict, record: Task | None) -> bool:
+        """Say whether a job runs now, or end it or set it aside."""
+        message = job.message
+        if verdict != "run":
+            self._finish(job, Completion(Ack(job.delivery), None))
+            return False
         keep = kept_for(message.retention, self._retention, self._least_retention)
         if keep != message.retention:
-            message = replace(message, retention=keep)
-        job = Job(delivery, message, f"{self.id}/{self._count}")
-        if message.task_name not in self._known:
+            message = job.message = replace(message, retention=keep)
+        if job.lost:
+            self._finish(job, Completion(None, None))
+        elif message.task_name not in self._known:
             self._put_back(job)
         elif message.expires_at is not None and message.expires_at < time.time():
             job.end("error", error="expired before it could start", dead="expired")
-            self._complete(job.completion())
-        elif not suspicious(delivery, record):
-            return job
+            self._finish(job, job.completion())
+        elif not suspicious(job.delivery, record):
+            return True
         elif (reason := convicted(record)) is not None:
             logger.error("task %s %s is dead: %s", message.task_name, message.uuid, reason)
             job.end("error", error="its workers kept dying", dead=reason)
-            self._complete(job.completion())
+            self._finish(job, job.completion())
         else:
             self._suspects.add(job, record)
-        return None
+        return False
 
     def _put_back(self, job: Job) -> None:
         """Retry a task that this worker does not know later, at last end it."""
@@ -305,13 +336,13 @@ class Worker:
         tries = int(message.headers.get(_UNKNOWN, "0")) + 1
         if tries > _UNKNOWN_TRIES:
             job.end("error", error=f"no worker knows {message.task_name!r}", dead="unknown task")
-            self._complete(job.completion())
+            self._finish(job, job.completion())
             return
         if tries == 1:
             logger.warning("unknown task %s %s; put back", message.task_name, message.uuid)
         headers = {**message.headers, _UNKNOWN: str(tries)}
         again = replace(message, headers=headers, delay=_UNKNOWN_DELAY)
-        self._complete(Completion(Retry(job.delivery, again), None))
+        self._finish(job, Completion(Retry(job.delivery, again), None))
 
     def _bury_raw(self, delivery: Delivery, raw: Raw) -> None:
         """Keep what cannot be decoded as a dead record of its own."""
@@ -334,12 +365,19 @@ class Worker:
 
     def _ended(self, jobs: list[Job]) -> None:
         """Take jobs whose functions ended; called once for all that ended meanwhile."""
+        if self._over:
+            return
         self._jobs.ended(jobs)
         self._ends.extend(list(jobs))
 
     def _end(self, job: Job) -> None:
         """Complete a job that did not run."""
         self._ends.add(job)
+
+    def _finish(self, job: Job, completion: Completion) -> None:
+        """Complete a job that did not run, in its own way."""
+        self._jobs.drop(job)
+        self._complete(completion)
 
     def _complete(self, completion: Completion) -> None:
         """Complete what never became a job, or record a word in between."""
@@ -368,6 +406,8 @@ class Worker:
                     outcome.reason,
                 )
         self._jobs.notice()
+        if self._suspects.due:
+            self._interrupt_receive()
         self.limits.look(self._ended_count)
 
     # -- commands ------------------------------------------------------------------------
@@ -407,6 +447,13 @@ async def _beside(call: Coroutine[Any, Any, None], what: str) -> None:
         await call
     except Exception as error:  # said, and nothing that a task would have to end for
         logger.error("%s failed, and rests until the next start: %s", what, error, exc_info=error)
+
+
+def _bytes_of(end: _End) -> int:
+    record = end.record if isinstance(end, Job) else end.task
+    if record is None:
+        return 0
+    return len(record.args) + len(record.kwargs) + len(record.returning or b"")
 
 
 def _completion(job: Job) -> Completion:

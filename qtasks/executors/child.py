@@ -53,7 +53,8 @@ def main() -> None:
         # Not ignored: that would be inherited by what functions start.
         signal.signal(number, _let_the_worker_decide)
     line = socket.socket(fileno=int(sys.argv[1]))
-    # What a function forks must not hold the line open when this process is dead.
+    # What a function starts must not hold the line open when this process is dead.
+    line.set_inheritable(False)
     os.register_at_fork(after_in_child=line.close)
     if (setting := receive(line, _settings)) is not None:
         _adopt(setting)
@@ -100,7 +101,9 @@ class Child:
             self._busy.set()
             self._runs.put(run)
         if self._busy.is_set():
-            # The worker is dead, and its task will run elsewhere.
+            # The worker is dead, and its task will run elsewhere: not beside what it started here.
+            with suppress(ProcessLookupError):  # it has left its group
+                os.killpg(os.getpid(), signal.SIGKILL)
             os._exit(1)
         self._runs.put(None)
 

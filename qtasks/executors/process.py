@@ -192,6 +192,11 @@ class Child:
             answer = receive(self._line, _answers)
         except OSError:
             answer = None
+        except msgspec.DecodeError:
+            # The function wrote into the line.
+            self.kill()
+            self.end(_LAST_WORDS)
+            raise ProcessDied("its process answered what is no answer") from None
         if answer is None:
             raise ProcessDied(f"its process died ({_words(self.end(_LAST_WORDS))})")
         return answer

@@ -51,3 +51,8 @@ async def sleep(seconds: float) -> int:
 @router.task(name="apart")
 async def apart(x: int) -> int:
     return -x
+
+
+@app.task()
+async def nap() -> None:
+    await asyncio.sleep(0)

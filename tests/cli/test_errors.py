@@ -8,11 +8,21 @@ import pytest
 
 from tests.cli.command import Command
 
+NO_MODULE = (
+    "there is no module %r on Python's path; "
+    "write it as for an import, package.module, in the folder above it"
+)
+
 
 @pytest.mark.parametrize(
     ("app", "message"),
     [
-        ("nowhere:app", "qtasks: -A nowhere: ModuleNotFoundError: No module named 'nowhere'"),
+        ("nowhere:app", f"qtasks: -A nowhere: {NO_MODULE % 'nowhere'}"),
+        ("tests/cli/shop.py:app", f"qtasks: -A tests/cli/shop.py: {NO_MODULE % 'tests/cli/shop'}"),
+        (
+            "tests.cli.nowhere:app",
+            f"qtasks: -A tests.cli.nowhere: {NO_MODULE % 'tests.cli.nowhere'}",
+        ),
         (
             "tests.cli.shop:nothing",
             "qtasks: -A tests.cli.shop:nothing: that does not name an app; "
@@ -41,9 +51,24 @@ def test_a_module_that_cannot_be_imported_is_named_with_the_line(tmp_path: Path)
 def test_the_environment_names_the_app_as_well() -> None:
     said = Command({"QTASKS_APP": "nowhere:app"})("queues", app=None)
     assert said.code == 2
-    assert (
-        said.error == "qtasks: QTASKS_APP nowhere: ModuleNotFoundError: No module named 'nowhere'"
+    assert said.error == f"qtasks: QTASKS_APP nowhere: {NO_MODULE % 'nowhere'}"
+
+
+def test_a_module_that_lacks_another_is_not_taken_for_a_wrong_path(tmp_path: Path) -> None:
+    (tmp_path / "lacking.py").write_text("import nowhere\n")
+    said = Command({}, tmp_path)("queues", app="lacking:app")
+    assert said.error == (
+        "qtasks: -A lacking: ModuleNotFoundError: No module named 'nowhere' "
+        f"({tmp_path}/lacking.py:1)"
     )
+
+
+@pytest.mark.parametrize("command", [("run",), ("dead", "list")])
+def test_the_app_behind_the_command(qtasks: Command, command: tuple[str, ...]) -> None:
+    said = qtasks(*command, "-A", "tests.cli.shop:app", app=None)
+    assert said.code == 2
+    right = f"qtasks -A MODULE:APP {' '.join(command)}"
+    assert said.err.splitlines()[-1] == f"Error: -A stands before the command: {right}"
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def test_nobody_works_and_the_wait_is_over(qtasks: Command) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nope",), "the app 'qtasks' knows no task 'nope'; it knows add, divide, fail_while"),
+        (("nope",), "the app 'qtasks' knows no task 'nope'; it knows add, divide, fail_while and "),
+        (("nap", "1"), "knows no task 'nap'; it knows tests.cli.shop.nap"),
         (("divde", "1"), "the app 'qtasks' knows no task 'divde'; it knows divide"),
         (("add", "1"), "add(x: 'int', y: 'int') -> 'int': missing a required argument: 'y'"),
         (("add", "1", "2", "z=3"), "got an unexpected keyword argument 'z'"),

@@ -16,7 +16,9 @@ import asyncio
 import inspect
 import re
 import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.request import urlopen
 
@@ -139,6 +141,19 @@ async def test_the_faces() -> None:
         assert names["app"].client
 
 
+async def test_what_may_be_passed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = ModuleType("docs")
+    monkeypatch.setitem(sys.modules, "docs", page)  # where a dataclass looks for its types
+    for block in blocks_of(ROOT / "docs" / "types.md"):
+        await run(block, vars(page))
+    refused, dead, error = capsys.readouterr().out.splitlines()
+    assert "argument 'note': a docs.Line would not come back as it is" in refused
+    assert dead == "bad arguments"
+    assert error.endswith("argument 'lines': Expected `int`, got `str` - at `$[0].pieces`")
+
+
 async def test_choosing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "docs"}
@@ -240,6 +255,7 @@ def answers(url: str) -> bool:
 
 RUN_AS_PAGES = (
     "first-task.md", "choosing.md", "delivery.md", "faces.md", "celery.md", "cli.md", "worker.md",
+    "types.md",
 )  # fmt: skip
 
 

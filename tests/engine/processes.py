@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -150,6 +152,24 @@ def fork_and_die() -> None:
     if os.fork():
         os._exit(3)
     time.sleep(60)
+
+
+@router.task(executor=cpu)
+def die_beside_what_it_started(file: str) -> None:
+    """Die; what it started has every descriptor that it may inherit, and goes on."""
+    # Not by subprocess, which closes descriptors by default.
+    os.system(f"sleep 60 >/dev/null 2>&1 & echo $! >{file}.part; mv {file}.part {file}")
+    os._exit(3)
+
+
+@router.task(executor=cpu)
+def babble() -> int:
+    """Write what is no answer into the line to the worker."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as line:
+            line.sendall((3).to_bytes(8) + b"abc")
+    time.sleep(60)
+    return os.getpid()
 
 
 @router.task(executor=cpu)

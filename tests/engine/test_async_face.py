@@ -181,6 +181,23 @@ async def test_bad_input_is_told_before_anything_is_sent(app: QueueTasks) -> Non
             await two.add_task(1, priority=10)
 
 
+async def test_a_parameter_named_as_an_option_is_told_of_and_call_reaches_it(
+    app: QueueTasks, caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.task("wait")
+    async def wait(timeout: str, key: str = "") -> str:
+        return timeout + key
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "task wait: parameters timeout, key are options of add_task; pass them through "
+        ".call(…).add_task()"
+    ]
+    async with app.worker():
+        with pytest.raises(SignatureMismatch, match="missing a required argument: 'timeout'"):
+            await wait.add_task(timeout=5)
+        assert (await wait.call(timeout="1", key="2").add_task(timeout=5)).returning == "12"
+
+
 async def test_what_has_no_annotation_comes_back_as_it_was(app: QueueTasks) -> None:
     from decimal import Decimal
     from uuid import UUID, uuid4

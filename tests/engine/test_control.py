@@ -48,6 +48,27 @@ async def test_a_dead_task_is_revived_once_however_often_it_is_asked() -> None:
         assert runs == [7, 7]
 
 
+async def test_a_key_that_dies_a_second_time_is_revived_a_second_time() -> None:
+    app = QueueTasks("control-key", "memory://")
+    runs: list[int] = []
+
+    @app.task()
+    async def fail_by_turns() -> None:
+        runs.append(1)
+        if len(runs) % 2:
+            raise RuntimeError("not yet")
+
+    async with app.worker():
+        for life in (1, 2):
+            dead = await fail_by_turns.add_task(key="k", timeout=10)
+            assert dead.status == "error"
+            (outcome,) = await app.control(control.revive, [dead.uuid])
+            assert outcome.there is not None
+            assert (await app.wait(outcome.there.uuid, 10)).status == "success"
+            assert len(runs) == 2 * life
+            await app.control(control.drop, [dead.uuid])
+
+
 async def test_a_batch_has_an_outcome_for_each() -> None:
     app = QueueTasks("control-batch", "memory://")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from uuid import uuid4
 
@@ -10,7 +11,8 @@ import pytest
 
 from qtasks import SyncRouter, TaskTimeout
 from qtasks.asyncio import QueueTasks
-from qtasks_core import Outcome, TaskMessage
+from qtasks.engine.reply import LoopReply
+from qtasks_core import Outcome, TaskMessage, schemas
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -79,3 +81,26 @@ async def test_a_write_that_is_confirmed() -> None:
                 await waiting.add_task(timeout=time)
             with pytest.raises(TaskTimeout, match="no worker has begun it"):
                 await asyncio.to_thread(blocking.add_task, timeout=time)
+
+
+async def test_a_caller_who_left_before_the_write_leaves_no_wait_behind() -> None:
+    name = uuid4().hex
+    app = QueueTasks(name, MemoryBroker(name), MemoryStorage(name))
+
+    @app.task()
+    async def never_run() -> None: ...
+
+    async with app:
+        thread, client = await app.ready()
+        message = never_run.call().message(app)
+        reply: LoopReply[schemas.Task | None] = LoopReply()
+
+        def ask_and_leave() -> None:
+            client.submit(message, time.monotonic() + 10, True, reply)
+            client.forget(message.uuid, reply)
+
+        thread.post(ask_and_leave)
+        async with asyncio.timeout(5):
+            while await app.get_task(message.uuid) is None:  # noqa: ASYNC110  # in memory
+                await asyncio.sleep(0.01)
+        assert client._waiters == {}

@@ -144,3 +144,26 @@ def test_forks_and_a_closed_stdout_do_not_stop_a_worker() -> None:
         "fine success fine",
     ]
     assert (done.stdout, done.returncode) == ("about to close\n", 0)
+
+
+async def test_an_exception_beyond_exception_fails_its_task(app: QueueTasks) -> None:
+    """Given back it would come again at once, for ever."""
+    runs: list[int] = []
+
+    class Unusual(BaseException):
+        pass
+
+    @app.task()
+    async def unusual() -> None:
+        runs.append(1)
+        raise Unusual("hello")
+
+    @app.task()
+    def in_a_thread() -> None:
+        runs.append(2)
+        raise Unusual("there")
+
+    async with app.worker():
+        assert "Unusual: hello" in ((await unusual.add_task(timeout=5)).error or "")
+        assert "Unusual: there" in ((await in_a_thread.add_task(timeout=5)).error or "")
+    assert runs == [1, 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -153,13 +154,14 @@ async def test_the_blocking_face_and_retries(tmp_path: Path) -> None:
     assert ran == [1, 1]
 
 
-async def test_an_empty_key_is_refused(app: QueueTasks) -> None:
+@pytest.mark.parametrize("key", ["", 7])
+async def test_a_key_that_is_no_text_is_refused(app: QueueTasks, key: Any) -> None:
     @app.task()
     async def add(x: int, y: int) -> int:
         return x + y
 
-    with pytest.raises(ConfigurationError, match="key= is empty"):
-        await add.add_task(1, 2, key="")
+    with pytest.raises(ConfigurationError, match=rf"key={key!r} is no text, or empty"):
+        await add.add_task(1, 2, key=key)
 
 
 async def test_a_refused_key_stays_free() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from qtasks import AsyncRouter, control
+from qtasks import AsyncRouter, SyncRouter, control
 from qtasks.asyncio import QueueTasks
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.names import checked_name, checked_task_name
@@ -73,3 +74,11 @@ def test_the_command_line(arguments: tuple[str, ...]) -> None:
     said = Command({"QTASKS_BROKER_URL": "memory://"})(*arguments)
     assert said.code == 2
     assert said.error.startswith("qtasks: 'b/c' cannot be the name of a queue: ")
+
+
+@pytest.mark.parametrize("face", [AsyncRouter, SyncRouter])
+def test_a_decorator_without_its_parentheses(face: Any) -> None:
+    def forgotten() -> None: ...
+
+    with pytest.raises(ConfigurationError, match=r"forgotten: .* its parentheses: @….task\(\)"):
+        face().task(forgotten)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import signal
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,39 @@ async def test_forks_and_a_closed_stdout(app: QueueTasks) -> None:
         assert died.error == "ProcessDied: its process died (exit status 3)"
         assert (await processes.close_stdout.using(app).add_task(timeout=20)).status == "success"
         assert (await processes.pid.using(app).add_task(timeout=20)).status == "success"
+
+
+async def test_its_death_is_noticed_beside_what_it_started(app: QueueTasks, tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    died = processes.die_beside_what_it_started.using(app)
+    try:
+        async with app.worker():
+            task = await died.add_task(str(file), timeout=20)
+            assert task.error == "ProcessDied: its process died (exit status 3)"
+    finally:
+        for pid in written(file):
+            os.kill(pid, signal.SIGKILL)
+
+
+async def test_one_that_does_not_answer_to_the_point_is_killed_and_leaves_nothing(
+    app: QueueTasks,
+) -> None:
+    def held() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    gc.disable()
+    try:
+        async with app.worker(concurrency=1):
+            babble = processes.babble.using(app)
+            await babble.add_task(timeout=20)
+            before = held()
+            for _ in range(3):
+                task = await babble.add_task(timeout=20)
+                assert task.error == "ProcessDied: its process answered what is no answer"
+            assert held() <= before
+            assert (await processes.pid.using(app).add_task(timeout=20)).status == "success"
+    finally:
+        gc.enable()
 
 
 async def test_past_its_time_it_is_killed_with_what_it_started(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from threading import Event
 
 import pytest
 from msgspec.structs import replace
@@ -159,3 +160,99 @@ async def test_a_suspect_that_is_cancelled_while_it_waits_does_not_run(app: Queu
         await first.wait_result(5)
         assert (await second.wait_result(5)).status == "cancel"
     assert runs == [1]
+
+
+async def test_a_long_suspect_does_not_hold_up_the_others_though_another_waits(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suspects, "_ALONE", 0.1)
+    go_on = asyncio.Event()
+    running: set[int] = set()
+
+    @app.task(name="suspect")
+    async def suspect(number: int) -> list[int]:
+        running.add(number)
+        await go_on.wait()
+        running.remove(number)
+        return sorted(running)
+
+    @app.task(name="innocent")
+    async def innocent() -> None: ...
+
+    async with app, app.worker(grace=1):
+        accused = await suspect.map([(1,), (2,), (3,)])
+        await asyncio.sleep(0.05)
+        assert (await innocent.add_task(timeout=5)).status == "success"
+        assert running == {1}
+        go_on.set()
+        ends = [await task.wait_result(5) for task in accused]
+    assert [end.returning for end in ends] == [[], [], []]
+
+
+async def test_a_suspect_whose_lease_was_lost_while_it_waited_is_left_to_who_has_it() -> None:
+    lost = Event()
+
+    class Losing(Counting):
+        """Loses the lease of what waits."""
+
+        async def subscribe(self, queues):  # type: ignore[no-untyped-def]
+            subscription = await super().subscribe(queues)  # type: ignore[no-untyped-call]
+            extend = subscription.extend
+
+            async def extend_first(deliveries):  # type: ignore[no-untyped-def]
+                kept = await extend(deliveries)
+                if len(deliveries) == 1:
+                    return kept
+                lost.set()
+                first = [b"\x01" in d.message.args for d in deliveries]
+                return [d if is_first else None for d, is_first in zip(kept, first, strict=True)]
+
+            subscription.extend = extend_first
+            return subscription
+
+    app = QueueTasks("losing", Losing("losing", lease=0.6), MemoryStorage("losing"))
+    go_on = asyncio.Event()
+    runs: list[int] = []
+
+    @app.task(name="suspect")
+    async def suspect(number: int) -> None:
+        runs.append(number)
+        await go_on.wait()
+
+    async with app, app.worker(grace=1):
+        first, _ = await suspect.map([(1,), (2,)])
+        assert await asyncio.to_thread(lost.wait, 5)
+        await asyncio.sleep(0.05)
+        go_on.set()
+        await first.wait_result(5)
+        await asyncio.sleep(0.05)
+        assert runs == [1]
+
+
+async def test_a_suspect_whose_turn_comes_with_the_stop_is_given_back_uncounted() -> None:
+    saving, let = Event(), Event()
+
+    class Slow(MemoryStorage):
+        async def save(self, tasks, transaction=None):  # type: ignore[no-untyped-def]
+            if suspects.lone_runs(tasks[0]) == 1:
+                saving.set()
+                while not let.is_set():  # noqa: ASYNC110  # set by another loop's thread
+                    await asyncio.sleep(0.01)
+            return await super().save(tasks, transaction)
+
+    app = QueueTasks("turn", Counting("turn"), Slow("turn"))
+    runs: list[int] = []
+
+    @app.task(name="suspect")
+    async def suspect() -> None:
+        runs.append(1)
+
+    async with app:
+        task = await suspect.add_task()
+        async with app.worker():
+            assert await asyncio.to_thread(saving.wait, 5)
+            asyncio.get_running_loop().call_later(0.1, let.set)
+        assert runs == []
+        assert suspects.lone_runs(await app.get(task.uuid)) == 0
+        depth = await app.client.broker.depth("default")
+        assert (depth.ready, depth.in_flight) == (1, 0)

@@ -310,3 +310,13 @@ async def test_cancelling_a_stop_gives_back_at_once(app: QueueTasks, cancels: in
         async with app.worker():
             # Well before the lease, which is 1 s: it was released.
             assert (await task.wait_result(0.7)).returning == 2
+
+
+async def test_a_worker_without_tasks_says_what_was_forgotten(
+    app: QueueTasks, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with app.worker():
+        pass
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "has no tasks" in warning
+    assert "include_router" in warning

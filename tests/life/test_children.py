@@ -19,15 +19,19 @@ SCRIPT = ROOT / "tests" / "life" / "crunching.py"
 
 
 @pytest.fixture
-async def crunch(tmp_path: Path) -> AsyncIterator[AsyncTask[..., int, int]]:
+async def app(tmp_path: Path) -> AsyncIterator[QueueTasks]:
     app = QueueTasks("crunching", f"sqlite:///{tmp_path}/tasks.db?lease=2")
+    async with app:
+        yield app
 
+
+@pytest.fixture
+def crunch(app: QueueTasks) -> AsyncTask[..., int, int]:
     @app.task("crunching.crunch")
     def crunch(file: str, seconds: float) -> int:
         raise AssertionError("the worker runs it")
 
-    async with app:
-        yield crunch
+    return crunch
 
 
 def worker(tmp_path: Path) -> Process:
@@ -56,6 +60,24 @@ async def test_children_of_a_worker_that_is_killed_notice(
         (busy,) = await asyncio.to_thread(written, tmp_path / "busy")
         process.kill()
         await asyncio.to_thread(until, lambda: gone(busy) and gone(idle), 10, "their end")
+
+
+async def test_what_they_started_for_a_worker_that_is_killed_ends_too(
+    app: QueueTasks, tmp_path: Path
+) -> None:
+    @app.task("crunching.crunch_elsewhere")
+    def crunch_elsewhere(file: str) -> None:
+        raise AssertionError("the worker runs it")
+
+    with worker(tmp_path) as process:
+        await crunch_elsewhere.add_task(str(tmp_path / "pids"))
+        pids = await asyncio.to_thread(written, tmp_path / "pids")
+        process.kill()
+        try:
+            await asyncio.to_thread(until, lambda: all(map(gone, pids)), 10, "their end")
+        finally:
+            for pid in filter(lambda pid: not gone(pid), pids):
+                os.kill(pid, signal.SIGKILL)
 
 
 async def test_signals_to_all_processes_leave_running_functions_alone(

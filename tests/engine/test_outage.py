@@ -1,0 +1,62 @@
+"""The log of an outage: one line at its begin and one at its end, not one an attempt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from qtasks.engine.outage import Outage
+from qtasks.engine.reach import Reach
+from qtasks_core.errors import Unavailable
+
+
+def failing(times: int) -> Callable[[], Awaitable[str]]:
+    left = [Unavailable("redis://here: refused")] * times
+
+    async def call() -> str:
+        if left:
+            raise left.pop()
+        return "answer"
+
+    return call
+
+
+async def test_a_worker_says_once_that_a_server_is_gone_and_once_that_it_is_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reach = Reach()
+    assert await reach.persist(failing(3)) == "answer"
+    assert await reach.persist(failing(0)) == "answer"
+    assert caplog.messages == [
+        "worker: redis://here: refused; trying again",
+        "worker: the server answers again",
+    ]
+
+
+async def test_another_server_that_answers_does_not_end_the_outage(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reach = Reach()
+    reach._outage.failed(Unavailable("postgresql://there: refused"))
+    await reach.persist(failing(0))
+    assert caplog.messages == ["worker: postgresql://there: refused; trying again"]
+
+
+def test_each_trouble_is_told_and_told_again_while_it_lasts(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.WARNING)
+    clock = 1000.0
+    monkeypatch.setattr("qtasks.engine.outage.time.monotonic", lambda: clock)
+    trouble = Outage()
+    for _ in range(130):  # once a second
+        trouble.failed(Unavailable("refused"))
+        trouble.failed(Unavailable("reset"))
+        clock += 1
+    assert caplog.messages == ["refused; trying again", "reset; trying again"] * 3
+    trouble.over()
+    trouble.over()
+    trouble.failed(Unavailable("refused"))
+    assert caplog.messages[6:] == ["the server answers again", "refused; trying again"]
