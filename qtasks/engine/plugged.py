@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from qtasks.plugins.retries import Backoff
-from qtasks_core import TaskMessage
+from qtasks_core import Encoded, TaskMessage
 from qtasks_core.contracts.plugin import Again, Decision, GiveUp, Plugin, Proceed, Run
 
 Call = Callable[[TaskMessage], Awaitable[Any]]
@@ -15,14 +15,20 @@ _NO_RETRY = Backoff(0)
 """What decides where no plugin did; a function may still ask for another run itself."""
 
 
-def surrounded(call: Call, plugins: Sequence[Plugin]) -> Call:
-    """Return the call within the plugins, the first outermost; as it is where none has a hook."""
+def surrounded(call: Call, plugins: Sequence[Plugin], decode: Callable[[bytes], Any]) -> Call:
+    """Return the call within the plugins, the first outermost; as it is where none has a hook.
+
+    What comes encoded from elsewhere is decoded for the hooks; None, where none is kept.
+    """
     hooked = [p for p in plugins if type(p).around_execute is not Plugin.around_execute]
     if not hooked:
         return call
 
     async def innermost(run: Run) -> Any:
-        return await call(run.message)
+        result = await call(run.message)
+        if isinstance(result, Encoded):
+            return decode(result.data) if result.data else None
+        return result
 
     proceed: Proceed = innermost
     for plugin in reversed(hooked):

@@ -91,7 +91,8 @@ class Runner:
         """Return what runs this task once: plugins, then its executor, which decodes and calls."""
         executor = definition.options.executor or self._usual[definition.is_async]
         self._executors.add(executor)
-        return surrounded(executor.bind(definition), self._plugins_of(definition))
+        plugins = self._plugins_of(definition)
+        return surrounded(executor.bind(definition), plugins, definition.decode_result)
 
     def _plugins_of(self, definition: TaskDefinition) -> tuple[Plugin, ...]:
         """Return a task's plugins, the outermost first."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import suppress
 from importlib import import_module
 from queue import SimpleQueue
@@ -16,6 +17,7 @@ import msgspec
 
 from qtasks.definition import TaskDefinition
 from qtasks.executors.frames import (
+    LARGEST,
     Answer,
     AskedForRetry,
     NotCallable,
@@ -33,6 +35,9 @@ from qtasks.executors.places import definition_at
 from qtasks.failures import line_of, reason_of, storable, trace_of
 from qtasks.signals import Reject, Retry
 from qtasks_core.errors import BadArguments
+
+_LAST_WORDS = 1.0
+"""Seconds an end in order may take, beside threads that functions have left behind."""
 
 _here = False
 
@@ -97,15 +102,17 @@ class Child:
                 return
 
     def _listen(self) -> None:
-        while (run := receive(self._line, _runs)) is not None:
-            self._busy.set()
-            self._runs.put(run)
-        if self._busy.is_set():
-            # The worker is dead, and its task will run elsewhere: not beside what it started here.
-            with suppress(ProcessLookupError):  # it has left its group
-                os.killpg(os.getpid(), signal.SIGKILL)
-            os._exit(1)
-        self._runs.put(None)
+        with suppress(MemoryError, OSError):  # no more can be heard: as good as cut
+            while (run := receive(self._line, _runs)) is not None:
+                self._busy.set()
+                self._runs.put(run)
+        if not self._busy.is_set():
+            self._runs.put(None)
+            time.sleep(_LAST_WORDS)
+        # The worker is dead, and its task will run elsewhere: not beside what it started here.
+        with suppress(ProcessLookupError):  # it has left its group
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os._exit(1)
 
     def _answer(self, run: Run) -> Answer:
         try:
@@ -121,7 +128,7 @@ class Child:
         except BadArguments as error:
             return NotCallable(storable(str(error)))
         except BaseException as error:  # noqa: BLE001  # told to the worker
-            mro = [Place(kind.__module__, kind.__qualname__) for kind in type(error).__mro__]
+            mro = [Place(str(kind.__module__), kind.__qualname__) for kind in type(error).__mro__]
             return Raised(mro, line_of(error), trace_of(error), _asked(error))
 
     def _definition(self, run: Run) -> TaskDefinition:
@@ -134,11 +141,19 @@ class Child:
 
 def _asked(error: BaseException) -> float | None:
     asked = getattr(error, "retry_after", None)
-    return asked if isinstance(asked, int | float) else None
+    try:
+        return float(asked) if isinstance(asked, int | float) else None
+    except OverflowError:
+        return None
 
 
 def _returned(definition: TaskDefinition, result: object, wanted: bool) -> Answer:
     try:
-        return Returned(definition.encode_result(result) if wanted else b"")
+        data = definition.encode_result(result) if wanted else b""
     except Exception as error:  # noqa: BLE001  # what a result's own methods raise
         return NotStorable(line_of(error))
+    if len(data) > LARGEST:
+        return NotStorable(
+            f"it takes {len(data)} bytes, and {LARGEST} are the most that come from a child process"
+        )
+    return Returned(data)

@@ -79,6 +79,8 @@ class NotStorable(msgspec.Struct, tag=True, frozen=True):
 Answer: TypeAlias = Returned | Raised | AskedForRetry | Rejected | NotCallable | NotStorable
 
 _LENGTH = struct.Struct("!Q")
+LARGEST = 64 * 2**20
+"""Bytes a result from a child may take: the worker that reads it runs other tasks too."""
 _CHUNK = 1 << 20
 _encoder = msgspec.msgpack.Encoder()
 
@@ -89,21 +91,30 @@ def send(line: socket.socket, frame: msgspec.Struct) -> None:
     line.sendall(_LENGTH.pack(len(body)) + body)
 
 
-def receive(line: socket.socket, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
-    """Wait for a frame; None when the other end is gone."""
+def receive(
+    line: socket.socket, decoder: msgspec.msgpack.Decoder[T], most: int | None = None
+) -> T | None:
+    """Wait for a frame; None when the other end is gone.
+
+    Raises `DecodeError` for what is no frame, or one of more than `most` bytes.
+    """
     try:
-        head = _read(line, _LENGTH.size)
-        body = head and _read(line, _LENGTH.unpack(head)[0])
+        if (head := _read(line, _LENGTH.size)) is None:
+            return None
+        (size,) = _LENGTH.unpack(head)
+        if most is not None and size > most:
+            raise msgspec.DecodeError(f"a frame of {size} bytes")
+        body = _read(line, size)
     except ConnectionError:
         return None
     return decoder.decode(body) if body else None
 
 
-def _read(line: socket.socket, size: int) -> bytes | None:
+def _read(line: socket.socket, size: int) -> bytearray | None:
     data = bytearray()
     while len(data) < size:
         part = line.recv(min(size - len(data), _CHUNK))
         if not part:
             return None
         data += part
-    return bytes(data)
+    return data

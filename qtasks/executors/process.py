@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import msgspec
 
 from qtasks.executors.frames import (
+    LARGEST,
     Answer,
     AskedForRetry,
     NotCallable,
@@ -42,6 +43,8 @@ from qtasks_core.errors import BadArguments, ConfigurationError, UnstorableResul
 
 _LAST_WORDS = 1.0
 """Seconds in which children without work have to end when they are asked to."""
+_BESIDE = 2**20
+"""Bytes of an answer beside its result, and more than the texts of an error take."""
 
 
 class ProcessDied(Exception):
@@ -189,7 +192,7 @@ class Child:
             if is_new:
                 send(self._line, Setting(sys.path, os.environ.get("PYTHONPATH")))
             send(self._line, run)
-            answer = receive(self._line, _answers)
+            answer = receive(self._line, _answers, LARGEST + _BESIDE)
         except OSError:
             answer = None
         except msgspec.DecodeError:

@@ -57,7 +57,8 @@ class Plugin:
     async def around_execute(self, run: Run, proceed: Proceed) -> Any:
         """Return the result of the run, which `await proceed(run)` brings about.
 
-        A result that comes from another process is `Encoded`.
+        A result that comes from another process has been decoded by its annotation; it is None
+        where the task keeps none.
 
         What is raised here, or passed on from there, is the failure of the run. The arguments are
         decoded within, from the message of the run that is proceeded with.

@@ -18,6 +18,7 @@ from typing import Any
 
 from qtasks import AsyncRouter, Reject, Retry
 from qtasks.executors import ProcessDied, ProcessExecutor
+from qtasks.executors.frames import LARGEST
 from qtasks.plugins import Backoff, Retries
 
 cpu = ProcessExecutor(2)
@@ -34,6 +35,15 @@ class Refusal(Exception):
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
         self.code = code
+
+
+class Float(float):
+    """As other libraries have them."""
+
+
+class Busy(Exception):
+    __module__ = None  # type: ignore[assignment]
+    retry_after = Float(2.5)
 
 
 @router.task(executor=cpu)
@@ -134,6 +144,16 @@ def misbehave(how: str) -> Any:
             return object()
         case "large":
             return "x" * 2_000_000
+        case "huge":
+            return bytes(LARGEST + 1)
+        case "endless":
+            # The begin of an answer that never ends, as far as the worker is told.
+            for number in map(int, os.listdir("/proc/self/fd")):
+                with suppress(OSError), socket.socket(fileno=os.dup(number)) as line:
+                    line.sendall((1 << 40).to_bytes(8))
+            time.sleep(60)
+        case "odd retry_after":
+            raise Busy
         case "close everything":
             os.closerange(0, 256)
     return "well"
@@ -204,6 +224,24 @@ def die_once(file: str) -> str:
 @router.task(executor=cpu, max_time=0.4)
 def brief() -> None:
     time.sleep(0.2)
+
+
+@router.task(executor=cpu)
+def deafen() -> int:
+    """Leave so little memory that the next arguments do not fit."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 16 * 2**20,) * 2)
+    return os.getpid()
+
+
+@router.task(executor=cpu)
+def numbers(up_to: int) -> set[int]:
+    return set(range(up_to))
+
+
+@router.task(executor=cpu, store_result=False)
+def unstored() -> int:
+    return 1
 
 
 def note(file: str, *pids: int) -> None:

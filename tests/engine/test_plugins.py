@@ -27,6 +27,7 @@ from qtasks.plugins import (
     Retries,
     Run,
 )
+from tests.engine import processes
 
 SOON = Backoff(3, first=0)
 
@@ -84,6 +85,18 @@ class Replacing(Plugin):
 
     async def around_execute(self, run: Run, proceed: Proceed) -> Any:
         return self.result
+
+
+class Seeing(Plugin):
+    """Keeps the results, and adds to those that are sets."""
+
+    def __init__(self) -> None:
+        self.results: list[Any] = []
+
+    async def around_execute(self, run: Run, proceed: Proceed) -> Any:
+        result = await proceed(run)
+        self.results.append(result)
+        return result | {100} if isinstance(result, set) else result
 
 
 class Deciding(Plugin):
@@ -463,3 +476,14 @@ def test_what_is_no_plugin_is_refused() -> None:
         app.task(retry=3, plugins=[Retries(5)])
     with pytest.raises(ConfigurationError, match="retry=-1"):
         app.task(retry=-1)
+
+
+async def test_a_result_from_another_process_is_seen_as_any_other(app: QueueTasks) -> None:
+    seeing = Seeing()
+    app.include_router(processes.router)
+    app.add_plugin(seeing)
+    async with app.worker():
+        task = await processes.numbers.using(app).add_task(2, timeout=20)
+        await processes.unstored.using(app).add_task(timeout=20)
+    assert task.returning == {0, 1, 100}
+    assert seeing.results == [{0, 1}, None], "what is not kept does not come here"

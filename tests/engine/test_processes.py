@@ -108,6 +108,12 @@ async def app_sends_wrong_arguments(app: QueueTasks) -> Any:
         ("recursion", "RecursionError: maximum recursion depth"),
         ("object", "the result cannot be stored: SerializationError: a builtins.object would not"),
         ("large", "bytes, the limit is 1048576"),
+        (
+            "huge",
+            "the result cannot be stored: it takes 67108870 bytes, and 67108864 are the most that",
+        ),
+        ("endless", "ProcessDied: its process answered what is no answer"),
+        ("odd retry_after", "Busy: "),
     ],
 )
 async def test_only_the_task_that_misbehaves_fails(app: QueueTasks, how: str, says: str) -> None:
@@ -129,6 +135,25 @@ async def test_forks_and_a_closed_stdout(app: QueueTasks) -> None:
         assert died.error == "ProcessDied: its process died (exit status 3)"
         assert (await processes.close_stdout.using(app).add_task(timeout=20)).status == "success"
         assert (await processes.pid.using(app).add_task(timeout=20)).status == "success"
+
+
+async def test_one_that_cannot_hear_any_more_is_dead(app: QueueTasks) -> None:
+    app = QueueTasks(app.name, "memory://", max_payload=1 << 27)
+    app.include_router(processes.router)
+    async with app.worker(concurrency=1):
+        child = (await processes.deafen.using(app).add_task(timeout=20)).returning
+        task = await processes.echo.using(app).add_task(bytes(1 << 26), timeout=20)
+        assert (task.error or "").startswith("ProcessDied: its process died (")
+        assert (await processes.pid.using(app).add_task(timeout=20)).returning != child
+
+
+async def test_arguments_and_results_that_no_socket_holds_at_once(app: QueueTasks) -> None:
+    app = QueueTasks(app.name, "memory://", max_payload=1 << 25)
+    app.include_router(processes.router)
+    async with app.worker():
+        tasks = await processes.echo.using(app).map([(bytes([n]) * 10_000_000,) for n in range(3)])
+        for n, task in enumerate(tasks):
+            assert (await task.wait_result(30)).returning == bytes([n]) * 10_000_000
 
 
 async def test_its_death_is_noticed_beside_what_it_started(app: QueueTasks, tmp_path: Path) -> None:

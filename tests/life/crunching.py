@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def crunch_elsewhere(file: str) -> None:
     Path(f"{file}.part").write_text(f"{os.getpid()} {other.pid}")
     Path(f"{file}.part").rename(file)
     other.wait()
+
+
+@app.task(executor=ProcessExecutor(2))
+def leave_a_thread() -> int:
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    return os.getpid()
 
 
 if __name__ == "__main__":

@@ -80,6 +80,23 @@ async def test_what_they_started_for_a_worker_that_is_killed_ends_too(
                 os.kill(pid, signal.SIGKILL)
 
 
+async def test_an_idle_child_ends_though_a_thread_goes_on_in_it(
+    app: QueueTasks, tmp_path: Path
+) -> None:
+    @app.task("crunching.leave_a_thread")
+    def leave_a_thread() -> int:
+        raise AssertionError("the worker runs it")
+
+    with worker(tmp_path) as process:
+        child = (await leave_a_thread.add_task(timeout=30)).returning
+        process.kill()
+        try:
+            await asyncio.to_thread(until, lambda: gone(child), 10, "its end")
+        finally:
+            if not gone(child):
+                os.kill(child, signal.SIGKILL)
+
+
 async def test_signals_to_all_processes_leave_running_functions_alone(
     crunch: AsyncTask[..., int, int], tmp_path: Path
 ) -> None:
