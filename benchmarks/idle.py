@@ -13,12 +13,11 @@ import asyncio
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from benchmarks.served import BACKENDS, served
 from benchmarks.tasks import nothing, router
 from qtasks.asyncio import QueueTasks
-from tests.services import SERVICES
 
 NAME = "idle"
 
@@ -46,18 +45,11 @@ async def measure(url: str, backend: str, seconds: float, pid: int) -> None:
 def main() -> None:
     """Start a worker and measure it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--backend", default="sqlite", choices=["sqlite", *SERVICES])
+    parser.add_argument("--backend", default="sqlite", choices=BACKENDS[1:])
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
-        if options.backend == "sqlite":
-            watch(f"sqlite:///{directory}/bench.db", "sqlite", options.seconds)
-            return
-        service = SERVICES[options.backend]()
-        try:
-            watch(service.start(), options.backend, options.seconds)
-        finally:
-            service.stop()
+    with served(options.backend) as url:
+        watch(url, options.backend, options.seconds)
 
 
 def watch(url: str, backend: str, seconds: float) -> None:

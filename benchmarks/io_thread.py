@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -23,6 +22,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from uuid import uuid4
 
+from benchmarks.served import BACKENDS, served
 from benchmarks.tasks import nothing, router
 from qtasks.asyncio import QueueTasks
 from qtasks.balancers import Greedy
@@ -33,7 +33,6 @@ from qtasks.engine.reply import LoopReply
 from qtasks.engine.runner import Runner
 from qtasks.engine.worker import Worker
 from qtasks_core import Task, TaskMessage
-from tests.services import SERVICES
 
 CALLERS = 200
 CONCURRENCY = 512
@@ -230,22 +229,12 @@ def print_rows(backend: str, url: str, tasks: int, rounds: int) -> None:
 def main() -> None:
     """Measure one backend."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--backend", default="memory", choices=["memory", "sqlite", *SERVICES])
+    parser.add_argument("--backend", default="memory", choices=BACKENDS)
     parser.add_argument("--tasks", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
-        if options.backend not in SERVICES:
-            place = f"/{directory}/bench.db" if options.backend == "sqlite" else "bench"
-            print_rows(
-                options.backend, f"{options.backend}://{place}", options.tasks, options.rounds
-            )
-            return
-        service = SERVICES[options.backend]()
-        try:
-            print_rows(options.backend, service.start(), options.tasks, options.rounds)
-        finally:
-            service.stop()
+    with served(options.backend) as url:
+        print_rows(options.backend, url, options.tasks, options.rounds)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import asyncio
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from benchmarks.served import served
 from benchmarks.tasks import nothing, router
 from qtasks.asyncio import QueueTasks
 
@@ -67,8 +67,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=200_000)
     options = parser.parse_args()
     sys.setswitchinterval(0.0005)
-    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
-        url = f"sqlite:///{directory}/bench.db"
+    with served("sqlite") as url:
         command = [sys.executable, "-m", "benchmarks.tasks", url, NAME, "100", "0"]
         with subprocess.Popen(command) as worker:
             try:

@@ -17,14 +17,14 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from benchmarks.served import BACKENDS, served
 from benchmarks.tasks import nothing, router, work_off
 from qtasks.asyncio import QueueTasks
-from tests.services import SERVICES
 
 NAME = "profile"
 CONCURRENCY = 512
@@ -55,7 +55,7 @@ Samples = Mapping[str, Counter[str]]
 def main() -> None:
     """Profile one backend."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--backend", default="memory", choices=["memory", "sqlite", *SERVICES])
+    parser.add_argument("--backend", default="memory", choices=BACKENDS)
     parser.add_argument("--tasks", type=int, default=60_000)
     parser.add_argument("--target", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -63,16 +63,8 @@ def main() -> None:
         sys.setswitchinterval(0.0005)
         asyncio.run(live(options.target, options.tasks))
         return
-    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
-        if options.backend not in SERVICES:
-            place = f"/{directory}/bench.db" if options.backend == "sqlite" else "bench"
-            profile(options.backend, f"{options.backend}://{place}", options.tasks, directory)
-            return
-        service = SERVICES[options.backend]()
-        try:
-            profile(options.backend, service.start(), options.tasks, directory)
-        finally:
-            service.stop()
+    with served(options.backend) as url, TemporaryDirectory(prefix="qtasks-bench-") as directory:
+        profile(options.backend, url, options.tasks, directory)
 
 
 async def live(url: str, tasks: int) -> None:

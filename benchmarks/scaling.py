@@ -13,15 +13,14 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from uuid import uuid4
 
+from benchmarks.served import BACKENDS, served
 from qtasks import AsyncRouter
 from qtasks.asyncio import QueueTasks
 from qtasks.control import workers
-from tests.services import SERVICES
 
 SECONDS = 0.01
 CONCURRENCY = 10
@@ -79,22 +78,15 @@ def work(arguments: str) -> None:
 def main() -> None:
     """Measure one backend and print a row for each number of processes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--backend", default="sqlite", choices=["sqlite", *SERVICES])
+    parser.add_argument("--backend", default="sqlite", choices=BACKENDS[1:])
     parser.add_argument("--tasks", type=int, default=3000, help="for each process")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options.worker)
         return
-    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
-        if options.backend == "sqlite":
-            print_rows(f"sqlite:///{directory}/bench.db", "sqlite", options.tasks)
-            return
-        service = SERVICES[options.backend]()
-        try:
-            print_rows(service.start(), options.backend, options.tasks)
-        finally:
-            service.stop()
+    with served(options.backend) as url:
+        print_rows(url, options.backend, options.tasks)
 
 
 def print_rows(url: str, backend: str, tasks: int) -> None:

@@ -16,19 +16,18 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from importlib import import_module
 from pathlib import Path
 from uuid import uuid4
 
-from benchmarks.tasks import nothing, router
+from benchmarks.served import BACKENDS, served
+from benchmarks.tasks import nothing, router, work_off
 from benchmarks.waits import Waits
 from qtasks.asyncio import QueueTasks
 from qtasks_core import Ack, Completion, Task, TaskMessage
 from qtasks_core.lookup import resolve_broker, resolve_storage
-from tests.services import SERVICES
 
 CALLERS = 200
 ROUND_TRIPS = 1000
@@ -41,22 +40,12 @@ Rates = dict[str, float]
 def main() -> None:
     """Measure one backend and print the rows."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--backend", required=True, choices=["memory", "sqlite", *SERVICES])
+    parser.add_argument("--backend", required=True, choices=BACKENDS)
     parser.add_argument("--tasks", type=int, default=20_000)
     parser.add_argument("--concurrency", type=int, default=512, help="of the worker")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
-        if options.backend in SERVICES:
-            service = SERVICES[options.backend]()
-            url = service.start()
-            try:
-                measure(options.backend, url, options.tasks, options.concurrency)
-            finally:
-                service.stop()
-        else:
-            place = f"/{directory}/bench.db" if options.backend == "sqlite" else "bench"
-            url = f"{options.backend}://{place}"
-            measure(options.backend, url, options.tasks, options.concurrency)
+    with served(options.backend) as url:
+        measure(options.backend, url, options.tasks, options.concurrency)
 
 
 def measure(backend: str, url: str, tasks: int, concurrency: int) -> None:
@@ -152,8 +141,6 @@ def process(url: str, name: str, count: int, concurrency: int) -> float:
 
 async def process_here(app: QueueTasks, count: int, concurrency: int) -> float:
     """Do as `process` in this process: what is in memory cannot be worked off in another."""
-    from benchmarks.tasks import work_off
-
     return await work_off(app, count, concurrency)
 
 
