@@ -181,6 +181,7 @@ class Connection:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             metadata_max_age_ms=10_000,  # A topic that grows is noticed within this.
+            consumer_timeout_ms=2000,  # The fetcher also wakes up when there is something to do.
             **settings,
         )
         return consumer
