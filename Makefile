@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BACKEND ?= sqlite
 PYTEST_ARGS ?=
-# Four processes, though there are fewer cores: most tests wait for servers and leases.
-PARALLEL := -n 4 --dist loadgroup
+# Six processes, though there are fewer cores: most tests wait for servers and leases.
+PARALLEL := -n 6
 
 RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject

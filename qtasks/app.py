@@ -19,7 +19,7 @@ from qtasks.serializers import MsgpackSerializer
 from qtasks.submitting import Submitting
 from qtasks.working import RunningWorker, WorkerOptions, serve, working
 from qtasks_core import Balancer, Broker, Plugin, Storage, schemas
-from qtasks_core.errors import ConfigurationError, UnknownTask
+from qtasks_core.errors import ConfigurationError, QTasksError, UnknownTask
 from qtasks_core.names import checked_name
 
 MAX_PAYLOAD = 1024 * 1024
@@ -177,20 +177,34 @@ def import_app(path: str, named_by: str) -> App:
 
 def import_named(name: str, named_by: str) -> ModuleType:
     """Import a module that a user named. Raises `ConfigurationError`, beginning `named_by`."""
+    if not name or name.startswith("."):
+        hint = "write it as for an import, package.module"
+        raise ConfigurationError(f"{named_by} {name!r}: that names no module; {hint}")
     try:
         return import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise ConfigurationError(
                 f"{named_by} {name}: there is no module {error.name!r} on Python's path; "
                 "write it as for an import, package.module, in the folder above it"
             ) from error
         # Whatever the module raises belongs in the one line, with the place where it did.
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        inside = (
-            ""
-            if isinstance(error, ImportError) and "importlib" in last.filename
-            else (f" ({last.filename}:{last.lineno})")
-        )
-        message = f"{named_by} {name}: {type(error).__name__}: {error}{inside}"
+        message = f"{named_by} {name}: {_told(error)}{_place_of(error)}"
         raise ConfigurationError(message) from error
+
+
+def _told(error: BaseException) -> str:
+    """Return what an import raised; our own messages are clear without their class."""
+    if isinstance(error, QTasksError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _place_of(error: BaseException) -> str:
+    """Return where a module raised an error; of our own, where it called us."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if isinstance(error, QTasksError):
+        frames = [frame for frame in frames if frame.name == "<module>"] or frames
+    last = frames[-1]
+    # The import itself has failed, and says where in its message.
+    return "" if "importlib" in last.filename else f" ({last.filename}:{last.lineno})"

@@ -8,8 +8,16 @@ from qtasks_core import Balancer
 
 
 class Greedy(Balancer):
-    """Asks every queue for all free slots: whatever is there first is taken."""
+    """Asks every queue for all free slots, and each time another one first.
+
+    A broker takes what is there in that order, so a queue does not wait for the backlog of another.
+    """
+
+    def __init__(self) -> None:
+        self._turn = 0
 
     def wanted(self, free: int, running: Mapping[str, int]) -> dict[str, int]:
         """Return `free` for each queue."""
-        return dict.fromkeys(running, free)
+        self._turn = (self._turn + 1) % len(running)
+        queues = list(running)
+        return dict.fromkeys(queues[self._turn :] + queues[: self._turn], free)

@@ -7,11 +7,19 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from functools import wraps
 from pathlib import Path
-from types import GenericAlias
-from typing import Any, Never, NoReturn, get_args, get_type_hints
+from types import AsyncGeneratorType, CoroutineType, GeneratorType, GenericAlias
+from typing import (
+    Any,
+    Never,
+    NoReturn,
+    ParamSpecArgs,
+    ParamSpecKwargs,
+    get_args,
+    get_type_hints,
+)
 
 import msgspec
 
@@ -23,8 +31,10 @@ from qtasks_core.errors import (
     ConfigurationError,
     SerializationError,
     SignatureMismatch,
+    UnstorableResult,
 )
 from qtasks_core.names import checked_name, checked_task_name
+from qtasks_core.schemas import LONGEST
 
 logger = logging.getLogger("qtasks")
 
@@ -61,12 +71,22 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         checked_name(self.queue, "a queue")
-        if not 0 <= self.priority <= 9:
-            raise ConfigurationError(f"priority={self.priority} is not between 0 and 9")
+        if self.priority not in range(10):
+            raise ConfigurationError(
+                f"priority={self.priority!r} is no whole number between 0 and 9"
+            )
         if self.retry is not None and self.retry < 0:
             raise ConfigurationError(f"retry={self.retry} is below 0")
-        if self.max_time is not None and self.max_time <= 0:
+        if self.retention is not None and not 0 <= self.retention <= LONGEST:
+            raise ConfigurationError(
+                f"retention={self.retention} is not a number of seconds from 0 to {LONGEST:.0e}"
+            )
+        if self.max_time is not None and not self.max_time > 0:
             raise ConfigurationError(f"max_time={self.max_time} is not above 0")
+        if not isinstance(self.executor, Executor | None):
+            raise ConfigurationError(f"{self.executor!r} is not an Executor object")
+        if self.generate_handler is not None and not callable(self.generate_handler):
+            raise ConfigurationError(f"generate_handler={self.generate_handler!r} is no function")
         checked_plugins(self.plugins)
         if self.retry is not None and any(isinstance(p, Retries) for p in self.plugins):
             raise ConfigurationError("give retry= or a Retries plugin, not both")
@@ -96,10 +116,8 @@ class TaskDefinition:
         serializer: Serializer | None = None,
         plugins: Sequence[Plugin] = (),
     ) -> None:
-        if not callable(function) or not hasattr(function, "__qualname__"):
-            # A partial, for instance: it has neither a name nor hints.
-            raise ConfigurationError(f"{function!r} is no function; write one that calls it")
         self.function = function
+        self.signature = _signature(function)
         self.name = checked_task_name(name or default_name(function))
         self.run = _collecting(function, options.generate_handler)
         """What a worker calls: the function, or what makes a list of the generator it is."""
@@ -107,7 +125,6 @@ class TaskDefinition:
         self.plugins = (*plugins, *options.all_plugins())
         """Those of its router and its own, the outermost first."""
         self.serializer = serializer or MsgpackSerializer()
-        self.signature = inspect.signature(function)
         self.reserved = [p for p in self.signature.parameters if p in RESERVED]
         if self.reserved:
             logger.warning(
@@ -230,7 +247,7 @@ class TaskDefinition:
         args, kwargs = self._arguments(message)
         pid = os.getpid()
         try:
-            return self.run(*args, **kwargs)
+            return _ran(self.run(*args, **kwargs))
         except TypeError:
             self._blame(args, kwargs)
             raise
@@ -241,7 +258,7 @@ class TaskDefinition:
         args, kwargs = self._arguments(message)
         pid = os.getpid()
         try:
-            return await self.run(*args, **kwargs)
+            return _ran(await self.run(*args, **kwargs))
         except TypeError:
             self._blame(args, kwargs)
             raise
@@ -249,6 +266,11 @@ class TaskDefinition:
             _end_fork(pid)
 
     def _arguments(self, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
+        if message.encoding != self.serializer.name:  # what other bytes say by chance is no value
+            raise BadArguments(
+                f"{self.name}: the arguments are encoded as {message.encoding!r}, "
+                f"and this worker reads {self.serializer.name!r}"
+            )
         try:
             return self.decode(message.args, message.kwargs)
         except SerializationError as error:
@@ -274,21 +296,51 @@ class TaskDefinition:
         return data
 
 
+def _ran(result: Any) -> Any:
+    """Return a result; raise for one that nobody has run, even where no result is wanted.
+
+    A function behind a decorator that is not async, or an await that was forgotten: as a success
+    it would be one of a task that did nothing.
+    """
+    if type(result) in (CoroutineType, GeneratorType, AsyncGeneratorType):
+        if not isinstance(result, AsyncGeneratorType):
+            result.close()  # else a coroutine complains of it wherever it is collected
+        raise UnstorableResult(
+            f"nobody has run the {type(result).__name__} that it is; the task's function itself, "
+            "as it is registered, has to be async or a generator, and to await what it calls"
+        )
+    return result
+
+
 def _end_fork(pid: int) -> None:
-    """End a process that a function forked and came back in.
+    """End a process that a function forked and came back in, with the status of its way out.
 
     Only the function's own goes on with what follows: records, plugins, a loop that both share.
     """
     if os.getpid() != pid:
-        os._exit(0)
+        error = sys.exc_info()[1]
+        status = error.code or 0 if isinstance(error, SystemExit) else int(error is not None)
+        os._exit(status if isinstance(status, int) else 1)
 
 
 _untyped = MsgpackSerializer().decoder(Any)
 
 
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    # A partial has no name and no hints; of what is built in some has no signature.
+    named = all(hasattr(function, name) for name in ("__module__", "__qualname__"))
+    if named and not isinstance(function, staticmethod):
+        with suppress(TypeError, ValueError):
+            return inspect.signature(function)
+    raise ConfigurationError(f"{function!r} is no function; write one that calls it")
+
+
 def _hints(function: Callable[..., Any], include_extras: bool = False) -> dict[str, Any]:
     try:
-        return get_type_hints(function, include_extras=include_extras)
+        hints = get_type_hints(function, include_extras=include_extras)
+        # Those of a decorator's inner function say nothing of what comes.
+        silent = (ParamSpecArgs, ParamSpecKwargs)
+        return {name: hint for name, hint in hints.items() if not isinstance(hint, silent)}
     except (NameError, AttributeError) as error:
         if not include_extras:
             logger.warning(

@@ -13,6 +13,7 @@ from qtasks.signals import Reject
 
 _MAX_TEXT = 64 * 1024
 """Characters of an error or traceback that a record keeps."""
+_MAX_LOGGED = 1000
 
 
 class RemoteError(Exception):
@@ -65,6 +66,12 @@ def line_of(error: BaseException) -> str:
     return storable(f"{type(error).__name__}: {message}")
 
 
+def logged(text: str) -> str:
+    """Return an error as part of one line of the log."""
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_LOGGED else f"{text[:_MAX_LOGGED]}…"
+
+
 def trace_of(error: BaseException) -> str:
     """Return the traceback from the task's own function on, without what is around its call.
 
@@ -72,10 +79,10 @@ def trace_of(error: BaseException) -> str:
     """
     if isinstance(error, RemoteError):
         return error.trace
-    frames = _within_plugins(error.__traceback__)
-    while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
-        frames = frames.tb_next
     try:
+        frames = _within_plugins(error.__traceback__)
+        while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
+            frames = frames.tb_next
         text = "".join(traceback.format_exception(error.with_traceback(frames)))
     except Exception as failure:  # noqa: BLE001  # what attributes of another type lead to
         text = f"(its traceback cannot be made: {type(failure).__name__})"

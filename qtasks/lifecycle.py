@@ -15,9 +15,10 @@ from weakref import WeakKeyDictionary
 from qtasks.engine.backoff import repeat
 from qtasks.engine.client import Client
 from qtasks.engine.io_thread import IOThread, io_thread, refuse_running_loop, running_io_thread
+from qtasks.engine.reply import anew
 from qtasks.parts import built_parts
 from qtasks_core import Broker, Guarantees, Storage
-from qtasks_core.errors import Closed, QTasksError
+from qtasks_core.errors import Closed, QTasksError, Unavailable
 
 logger = logging.getLogger("qtasks")
 P = ParamSpec("P")
@@ -38,6 +39,8 @@ class Life:
         self.by_itself = False
         """One of the entries is nobody's: the app started at its first use."""
         self.changing = asyncio.Lock()
+        self.failed: Exception | None = None
+        """Why the last attempt to start has failed."""
 
 
 class Lifecycle:
@@ -76,14 +79,16 @@ class Lifecycle:
 
     async def _start(self, timeout: float) -> None:
         life = self._life()
+        deadline = asyncio.get_running_loop().time() + timeout
         async with life.changing:
-            await self._connect(life, timeout)
+            await self._connect(life, deadline)
             life.entered += 1
 
     async def _start_by_itself(self) -> None:
         life = self._life()
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT
         async with life.changing:
-            await self._connect(life, START_TIMEOUT)
+            await self._connect(life, deadline)
             if not life.by_itself:
                 life.by_itself = True
                 life.entered += 1
@@ -95,15 +100,22 @@ class Lifecycle:
         """Return the life of this app here, on the I/O thread."""
         return self._lives.setdefault(io_thread(), Life())
 
-    async def _connect(self, life: Life, timeout: float) -> None:
+    async def _connect(self, life: Life, deadline: float) -> None:
         if life.client is not None:
             return
+        if life.failed is not None and asyncio.get_running_loop().time() > deadline:
+            # While this one waited for its turn; another attempt would have no time left.
+            raise anew(life.failed)
         if self._started_in not in (None, os.getpid()):
             self._build_anew()
         client = Client(self.name, self.broker, self.storage)
         self._started_in = os.getpid()
-        await client.start(asyncio.get_running_loop().time() + timeout)
-        life.client = client
+        try:
+            await client.start(deadline)
+        except Exception as error:
+            life.failed = error
+            raise
+        life.client, life.failed = client, None
         io_thread().held.add(client)
 
     def _build_anew(self) -> None:
@@ -134,21 +146,32 @@ class Lifecycle:
             raise self._not_started()
         return life.client
 
-    async def ready(self) -> tuple[IOThread, Client]:
-        """Return the I/O thread and the client on it. Raises `Closed` when nothing is started."""
+    async def ready(self, timeout: float | None = None) -> tuple[IOThread, Client]:
+        """Return the I/O thread and the client on it. Raises `Closed` when nothing is started.
+
+        An app that starts itself is started; past `timeout` that goes on, but this raises
+        `Unavailable`.
+        """
         thread = io_thread()
         life = self._lives.get(thread)
         if (life is None or life.client is None) and self.starts_itself:
-            await thread.run(self._start_by_itself)
+            try:
+                async with asyncio.timeout(timeout):
+                    await thread.run(self._start_by_itself)
+            except TimeoutError:
+                raise self._still_starting(timeout) from None
         return thread, self.client
 
-    def ready_blocking(self) -> tuple[IOThread, Client]:
+    def ready_blocking(self, timeout: float | None = None) -> tuple[IOThread, Client]:
         """Do as `ready`, from a thread without a loop."""
         refuse_running_loop()
         thread = io_thread()
         life = self._lives.get(thread)
         if (life is None or life.client is None) and self.starts_itself:
-            thread.run_blocking(self._start_by_itself)
+            try:
+                thread.run_blocking(self._start_by_itself, timeout=timeout)
+            except TimeoutError:
+                raise self._still_starting(timeout) from None
         return thread, self.client
 
     async def control(
@@ -182,6 +205,12 @@ class Lifecycle:
         return Closed(
             f"the app {self.name!r} is not started; use it inside 'async with app:' "
             "(or 'with app:'), or in a task that its worker runs"
+        )
+
+    def _still_starting(self, timeout: float | None) -> Unavailable:
+        return Unavailable(
+            f"the app {self.name!r} has not reached its servers within {timeout} s; it goes on "
+            "trying, and the log says what is wrong"
         )
 
     def _close_at_exit(self) -> None:

@@ -17,9 +17,10 @@ def given_parts(
     broker: Broker | str | None, storage: Storage | str | None
 ) -> tuple[Broker | str, Storage | str]:
     """Return what the arguments say of the parts, else the environment, else the default."""
-    if broker is None and storage is None:
+    if broker is None:
         broker = os.environ.get("QTASKS_BROKER_URL") or None
-        storage = os.environ.get("QTASKS_STORAGE_URL") or None
+        if storage is None:
+            storage = os.environ.get("QTASKS_STORAGE_URL") or None
         if broker is None and storage is None:
             broker = f"sqlite:///{_default_path()}"
             logger.warning("no broker is configured; using the embedded default, %s", broker)

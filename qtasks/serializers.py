@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import msgspec
 
-from qtasks.tagging import tag, tagger, untag
+from qtasks.tagging import tag, tag_or, tagger, untag
 from qtasks_core import Serializer
 from qtasks_core.errors import SerializationError
 
@@ -21,6 +22,8 @@ _SCALARS: dict[Any, Callable[[Any], Any]] = {
 """Each with what makes it plain: classes derived from them have no encoding."""
 _ALSO: dict[Any, tuple[type, ...]] = {float: (int,), bytes: (bytearray, memoryview)}
 """What is encoded alike."""
+_NO_TYPE = (TypeError, NameError, AttributeError)
+"""What an annotation leads to that is no type, or one with a field whose type is not found."""
 
 
 class MsgpackSerializer(Serializer):
@@ -28,7 +31,8 @@ class MsgpackSerializer(Serializer):
 
     With an annotation msgspec encodes and decodes by it: dataclasses, Structs, TypedDict, unions,
     enums and the standard library's types. Pydantic models (2.11 or later) go through their own
-    JSON and validation. Of a datetime with a zone it is the moment that arrives, in UTC.
+    validation, as plain data where there is a tag for it, else as their own JSON. Of a datetime
+    with a zone it is the moment that arrives, in UTC.
     """
 
     name = "msgpack"
@@ -41,11 +45,13 @@ class MsgpackSerializer(Serializer):
         """
         if annotation is Any or annotation is object:
             return tag
-        if annotation in _SCALARS:
-            return _scalar(annotation)
         try:
+            if annotation in _SCALARS:
+                return _scalar(annotation)
+            if not _can_be_decoded(annotation):
+                return partial(_refuse, annotation)
             return tagger(annotation) or _as_is
-        except TypeError as error:
+        except _NO_TYPE as error:
             raise SerializationError(f"{annotation!r} has no encoding: {error}") from error
 
     def encode(self, prepared: Any) -> bytes:
@@ -78,7 +84,7 @@ class MsgpackSerializer(Serializer):
             return _decode_untyped
         try:
             typed = msgspec.msgpack.Decoder(annotation, dec_hook=from_plain, ext_hook=untag)
-        except TypeError as error:
+        except _NO_TYPE as error:
             raise SerializationError(f"{annotation!r} has no encoding: {error}") from error
 
         def decode(data: Any) -> Any:
@@ -99,6 +105,15 @@ def _as_is(value: Any) -> Any:
     return value
 
 
+def _can_be_decoded(annotation: Any) -> bool:
+    kind = msgspec.inspect.type_info(annotation)
+    return not isinstance(kind, msgspec.inspect.CustomType) or hasattr(kind.cls, "model_validate")
+
+
+def _refuse(annotation: Any, value: Any) -> Any:
+    raise SerializationError(f"{annotation!r} has no encoding")
+
+
 def _scalar(annotation: type) -> Callable[[Any], Any]:
     plain, also = _SCALARS[annotation], _ALSO.get(annotation, ())
 
@@ -117,10 +132,19 @@ def _scalar(annotation: type) -> Callable[[Any], Any]:
 
 def _to_plain(value: Any) -> Any:
     """Encode what msgspec does not know: pydantic models."""
-    if hasattr(value, "model_dump"):
-        # What is computed from the other fields would not be taken as a field again.
-        return value.model_dump(mode="json", round_trip=True)
-    raise TypeError(f"a {type(value).__qualname__} has no encoding")
+    if not hasattr(value, "model_dump"):
+        raise TypeError(f"a {type(value).__qualname__} has no encoding")
+    # What is computed from the other fields would not be taken as a field again.
+    dump = partial(value.model_dump, round_trip=True)
+    try:
+        fields = dump()
+    except TypeError:
+        return dump(mode="json")  # a set of models: they are dicts then, which no set holds
+    try:
+        # JSON would change the types of what an `Any` or a union in the model leaves open.
+        return tag(fields)
+    except SerializationError:
+        return tag_or(fields, dump(mode="json", warnings=False))
 
 
 def from_plain(annotation: Any, value: Any) -> Any:
@@ -133,8 +157,10 @@ def from_plain(annotation: Any, value: Any) -> Any:
         # By name, as it was encoded; by the aliases too, as other senders may write it.
         return annotation.model_validate(value, by_name=True)
     except ValueError:
-        # Strict models take the text of a UUID or a date from JSON only.
-        return annotation.model_validate_json(msgspec.json.encode(value), by_name=True)
+        from pydantic_core import to_json
+
+        # Strict models take the text of a path or an enum from JSON only.
+        return annotation.model_validate_json(to_json(value), by_name=True)
 
 
 def _decode_untyped(data: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID, uuid5
@@ -28,10 +28,14 @@ from qtasks_core.errors import (
     Unavailable,
 )
 from qtasks_core.names import checked_name
+from qtasks_core.records import FINAL
+from qtasks_core.schemas import LONGEST
 from qtasks_core.separate import record_of
 
 PUBLISH_TIMEOUT = 30.0
 """Seconds after which a write that is not confirmed is an error, where no timeout is given."""
+_PART = 10_000
+"""So many of many messages have one deadline: all of them may take longer than that."""
 _KEYED = UUID("2f6d1c0e-8a43-5b7e-9c15-7d0e4b9a6f32")
 _LOOK = 1.0
 """Seconds in which what is known of a late task is looked up."""
@@ -92,8 +96,10 @@ class Submitting(Lifecycle):
             retention=options.retention,
             submission="" if key is None else str(uuid7()),
         )
-        if not 0 <= message.priority <= 9:
-            raise ConfigurationError(f"priority={priority} is not between 0 and 9")
+        if message.priority not in range(10):
+            raise ConfigurationError(f"priority={priority!r} is no whole number between 0 and 9")
+        if expires is not None and not expires <= LONGEST:
+            raise ConfigurationError(f"expires={expires} is not within {LONGEST:.0e} s from now")
         if expires is not None and expires <= message.delay:
             raise ConfigurationError(
                 f"expires={expires}: the task would be due after {message.delay:.3f} s only"
@@ -111,50 +117,58 @@ class Submitting(Lifecycle):
         Raises `TaskTimeout` when the write was durable by then and the task had not ended,
         `Unavailable` when it was not known to be, `Refused`.
         """
-        thread, client = await self.ready()
+        began = _begin(timeout)
+        thread, client = await self.ready(timeout)
         reply: LoopReply[schemas.Task | None] = LoopReply()
-        deadline = time.monotonic() + (PUBLISH_TIMEOUT if timeout is None else timeout)
+        deadline = began + (PUBLISH_TIMEOUT if timeout is None else timeout)
         thread.post(client.submit, message, deadline, timeout is not None, reply)
-        found = await self._ended(client, message.uuid, reply, timeout, message)
+        found = await self._ended(client, message.uuid, reply, began, timeout, message)
         return found or record_of(message)
 
     def submit_blocking(self, message: TaskMessage, timeout: float | None) -> schemas.Task:
         """Do as `submit`, from a thread without a loop."""
-        thread, client = self.ready_blocking()
+        began = _begin(timeout)
+        thread, client = self.ready_blocking(timeout)
         reply: ThreadReply[schemas.Task | None] = ThreadReply()
-        deadline = time.monotonic() + (PUBLISH_TIMEOUT if timeout is None else timeout)
+        deadline = began + (PUBLISH_TIMEOUT if timeout is None else timeout)
         thread.post(client.submit, message, deadline, timeout is not None, reply)
-        found = self._ended_blocking(client, message.uuid, reply, timeout, message)
+        found = self._ended_blocking(client, message.uuid, reply, began, timeout, message)
         return found or record_of(message)
 
     async def submit_all(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
-        """Submit many messages. Raises the first error after all of them had an answer."""
+        """Submit many messages, part by part: however many there are, others get in between.
+
+        Raises the first error of a part after all of the part had an answer; what is behind it
+        is not submitted.
+        """
         thread, client = await self.ready()
-        if messages:
-            await thread.ask(client.submit_all, messages, time.monotonic() + PUBLISH_TIMEOUT)
+        for part in _parts(messages):
+            await thread.ask(client.submit_all, part, time.monotonic() + PUBLISH_TIMEOUT)
         return [record_of(message) for message in messages]
 
     def submit_all_blocking(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
         """Do as `submit_all`, from a thread without a loop."""
         thread, client = self.ready_blocking()
-        if messages:
+        for part in _parts(messages):
             deadline = time.monotonic() + PUBLISH_TIMEOUT
-            thread.ask_blocking(client.submit_all, messages, deadline)
+            thread.ask_blocking(client.submit_all, part, deadline)
         return [record_of(message) for message in messages]
 
     async def wait(self, uuid: str, timeout: float | None) -> schemas.Task:
         """Return the final record of any task, once there is one. Raises `TaskTimeout`."""
-        thread, client = await self.ready()
+        began = _begin(timeout)
+        thread, client = await self.ready(_look_at_least(timeout))
         reply: LoopReply[schemas.Task | None] = LoopReply()
         thread.post(client.wait, uuid, reply)
-        return _there(await self._ended(client, uuid, reply, timeout))
+        return _there(await self._ended(client, uuid, reply, began, timeout))
 
     def wait_blocking(self, uuid: str, timeout: float | None) -> schemas.Task:
         """Do as `wait`, from a thread without a loop."""
-        thread, client = self.ready_blocking()
+        began = _begin(timeout)
+        thread, client = self.ready_blocking(_look_at_least(timeout))
         reply: ThreadReply[schemas.Task | None] = ThreadReply()
         thread.post(client.wait, uuid, reply)
-        return _there(self._ended_blocking(client, uuid, reply, timeout))
+        return _there(self._ended_blocking(client, uuid, reply, began, timeout))
 
     async def get(self, uuid: str | UUID) -> schemas.Task | None:
         """Return the newest record of a task, None where there is none."""
@@ -189,12 +203,13 @@ class Submitting(Lifecycle):
         client: Client,
         uuid: str,
         reply: LoopReply[schemas.Task | None],
+        began: float,
         timeout: float | None,
         submitted: TaskMessage | None = None,
     ) -> schemas.Task | None:
-        """Await a reply; past the timeout take the wait back and say what is known."""
+        """Await a reply; past the timeout take the wait back, look once, and say what is known."""
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(_left(timeout, began)):
                 return await reply.future
         except TimeoutError:
             io_thread().post(client.forget, uuid, reply)
@@ -203,18 +218,20 @@ class Submitting(Lifecycle):
             raise
         if submitted is not None and not reply.durable:
             raise unconfirmed(submitted, reply.trouble)
-        raise _late(uuid, timeout, *await io_thread().run(_known, client, uuid))
+        record, workers = await io_thread().run(_known, client, uuid, submitted)
+        return _ended_or_late(uuid, timeout, submitted, record, workers)
 
     def _ended_blocking(
         self,
         client: Client,
         uuid: str,
         reply: ThreadReply[schemas.Task | None],
+        began: float,
         timeout: float | None,
         submitted: TaskMessage | None = None,
     ) -> schemas.Task | None:
         try:
-            return reply.result(timeout)
+            return reply.result(_left(timeout, began))
         except TimeoutError:
             io_thread().post(client.forget, uuid, reply)
         except KeyboardInterrupt:
@@ -222,11 +239,35 @@ class Submitting(Lifecycle):
             raise
         if submitted is not None and not reply.durable:
             raise unconfirmed(submitted, reply.trouble)
-        raise _late(uuid, timeout, *io_thread().run_blocking(_known, client, uuid))
+        record, workers = io_thread().run_blocking(_known, client, uuid, submitted)
+        return _ended_or_late(uuid, timeout, submitted, record, workers)
 
 
-async def _known(client: Client, uuid: str) -> tuple[schemas.Task | None, list[str] | None]:
-    """Return what is known of a late task, and which workers listen to its queue (None: unknown).
+def _parts(messages: Sequence[TaskMessage]) -> Iterator[Sequence[TaskMessage]]:
+    for at in range(0, len(messages), _PART):
+        yield messages[at : at + _PART]
+
+
+def _begin(timeout: float | None) -> float:
+    """Return the time. Raises `ConfigurationError` for a timeout that no clock can compare."""
+    if timeout is not None and math.isnan(timeout):
+        raise ConfigurationError(f"timeout={timeout} is not a number of seconds")
+    return time.monotonic()
+
+
+def _look_at_least(timeout: float | None) -> float | None:
+    """Return the time to connect in: past a wait's own, its task is still looked at."""
+    return None if timeout is None else max(timeout, _LOOK)
+
+
+def _left(timeout: float | None, began: float) -> float | None:
+    return None if timeout is None else began + timeout - time.monotonic()
+
+
+async def _known(
+    client: Client, uuid: str, submitted: TaskMessage | None
+) -> tuple[schemas.Task | None, int | None]:
+    """Return what is known of a late task, and how many workers have its queue (None: unknown).
 
     It is not worth waiting long for.
     """
@@ -237,33 +278,48 @@ async def _known(client: Client, uuid: str) -> tuple[schemas.Task | None, list[s
             alive = await workers_alive(client.storage)
     except (Unavailable, TimeoutError, NotSupported):
         return record, None
-    queue = record.queue if record is not None else None
-    return record, [f"{w.host}:{w.pid}" for w in alive if queue in w.queues]
+    task = record or submitted
+    return record, sum(1 for w in alive if task and task.queue in w.queues)
 
 
-def _late(
-    uuid: str, timeout: float | None, record: schemas.Task | None, workers: list[str] | None
-) -> TaskTimeout:
-    if record is None:
+def _ended_or_late(
+    uuid: str,
+    timeout: float | None,
+    submitted: TaskMessage | None,
+    record: schemas.Task | None,
+    workers: int | None,
+) -> schemas.Task:
+    """Return the record of a task that has ended after all. Raises `TaskTimeout`."""
+    if record is not None and record.status in FINAL:
+        return record
+    task = record or submitted
+    if task is None:
         known = f"task {uuid}: no end within {timeout} s, and no record of it can be read"
-        return TaskTimeout(known, uuid)
-    begun = {
+        raise TaskTimeout(known, uuid)
+    if workers is None:
+        listening = "whether a worker is alive is not known"
+    elif workers:
+        # Not where: this message goes as far as to the clients of an API.
+        listening = f"{workers} alive for that queue"
+    else:
+        listening = "no worker for that queue is alive"
+    raise TaskTimeout(
+        f"task {task.task_name} {uuid} in queue {task.queue!r}: no end within {timeout} s; "
+        f"{_stage(record)}; {listening}",
+        uuid,
+    )
+
+
+def _stage(record: schemas.Task | None) -> str:
+    if record is None:
+        return "no record of it can be read"
+    stages = {
         "new": "no worker has begun it",
         "scheduled": "it is not due yet",
         "process": f"worker {record.worker} runs it",
         "retry": f"attempt {record.attempt} failed ({record.error}) and it will run again",
     }
-    if workers is None:
-        listening = "whether a worker is alive is not known"
-    elif workers:
-        listening = f"{len(workers)} alive for that queue, {workers[0]} for one"
-    else:
-        listening = "no worker for that queue is alive"
-    known = (
-        f"task {record.task_name} {uuid} in queue {record.queue!r}: no end within {timeout} s; "
-        f"{begun.get(record.status, 'it has just ended')}; {listening}"
-    )
-    return TaskTimeout(known, uuid)
+    return stages[record.status]
 
 
 def _there(record: schemas.Task | None) -> schemas.Task:
@@ -278,7 +334,8 @@ def _delay(delay: float | None, eta: datetime | None, now: float) -> float:
     if eta is not None:
         if eta.tzinfo is None:
             raise ConfigurationError("eta= needs a time zone, e.g. datetime.now(UTC)")
-        return max(0.0, eta.timestamp() - now)
-    if delay is not None and not math.isfinite(delay):
-        raise ConfigurationError(f"delay={delay} is not a number of seconds")
+        delay = eta.timestamp() - now
+    if delay is not None and not -math.inf < delay <= LONGEST:
+        given = f"delay={delay}" if eta is None else f"eta={eta}"
+        raise ConfigurationError(f"{given} is not within {LONGEST:.0e} s from now")
     return max(0.0, delay or 0.0)

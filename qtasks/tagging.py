@@ -17,6 +17,7 @@ from msgspec.msgpack import Ext
 from qtasks_core.errors import SerializationError
 
 _PLAIN = frozenset({type(None), bool, float, str, bytes})
+_KEYS = _PLAIN | {int}
 
 # Extension codes are part of the wire format: never reuse one.
 _TUPLE, _SET, _FROZENSET, _UUID, _DECIMAL, _DATETIME, _DATE, _TIME, _TIMEDELTA, _INT, _COMPLEX = (
@@ -74,6 +75,32 @@ def tag(value: Any) -> Any:
     )
 
 
+def tag_or(value: Any, other: Any) -> Any:
+    """Return the value with tags in it, and what has none as it is in `other`, its form in JSON."""
+    kind, alike = type(value), _size(value) == _size(other)
+    if kind is dict and alike:
+        return {
+            key if type(key) in _KEYS else text: tag_or(item, there)
+            for (key, item), (text, there) in zip(value.items(), other.items(), strict=True)
+        }
+    if kind in (list, tuple) and alike:
+        items = [tag_or(item, there) for item, there in zip(value, other, strict=True)]
+        return items if kind is list else Ext(_TUPLE, _encoder.encode(items))
+    try:
+        return tag(value)
+    except SerializationError:
+        if hasattr(value, "get_secret_value") and set(str(other)) == {"*"}:
+            raise SerializationError(
+                f"a {kind.__qualname__} would come back as its mask; give its field a serializer "
+                "that reveals it in JSON, or pass the secret by another way"
+            ) from None
+        return other
+
+
+def _size(value: Any) -> tuple[bool, int]:
+    return isinstance(value, dict), len(value) if isinstance(value, dict | list | tuple) else -1
+
+
 def _refuse_loss(value: Any) -> None:
     zone = getattr(value, "tzinfo", None)
     if zone is not None and type(zone) is not timezone:
@@ -86,7 +113,7 @@ def _refuse_loss(value: Any) -> None:
 
 
 def _plain_key(key: Any) -> Any:
-    if type(key) in (str, int, float, bool, bytes, type(None)):
+    if type(key) in _KEYS:
         return key
     raise SerializationError(f"a {type(key).__qualname__} cannot be a key of a dict")
 

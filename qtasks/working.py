@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -19,8 +19,9 @@ from msgspec.structs import replace
 
 from qtasks.balancers import Greedy
 from qtasks.engine import supervised
+from qtasks.engine.ending import Leaving, leave, stop_signals
 from qtasks.engine.health import answer_probes
-from qtasks.engine.io_thread import io_thread
+from qtasks.engine.io_thread import IOThread, io_thread
 from qtasks.engine.limits import Limits
 from qtasks.engine.runner import Runner
 from qtasks.engine.supervisor import Supervisor
@@ -52,28 +53,25 @@ class WorkerOptions(Struct, frozen=True, kw_only=True):
 class RunningWorker:
     """A worker while its block runs."""
 
-    def __init__(
-        self, worker: Worker, runner: Runner, failed: asyncio.Task[None], worn: asyncio.Task[str]
-    ) -> None:
+    def __init__(self, worker: Worker, thread: IOThread, failed: asyncio.Task[None]) -> None:
         self.id = worker.id
+        self.engine = worker
+        """What lives on the I/O thread."""
         self.failed = failed
         """Done when a part has failed in a way that no repeating mends: nothing more is received.
 
         Leave the block then, which raises that error.
         """
-        self.worn = worn
-        """Done when a limit is reached, with which."""
-        self._worker = worker
-        self._runner = runner
+        self._thread = thread
 
     @property
     def ready(self) -> bool:
         """Whether it receives, and its servers answer."""
-        return self._worker.ready
+        return self.engine.ready
 
     def give_back(self) -> None:
-        """Cancel what runs and give it back to the queue at once."""
-        self._runner.give_back()
+        """Cancel what runs and give it back to the queue at once, also once it stops."""
+        self._thread.post(self.engine.give_back)
 
 
 @asynccontextmanager
@@ -127,19 +125,18 @@ async def _receiving(
         )
     ended = asyncio.create_task(thread.run(worker.run))
     failed = asyncio.create_task(thread.run(worker.failed))
-    worn = asyncio.create_task(thread.run(worker.limits.reached))
+    running = RunningWorker(worker, thread, failed)
     try:
-        yield RunningWorker(worker, runner, failed, worn)
+        yield running
     finally:
         failed.cancel()
-        worn.cancel()
         stopping = asyncio.create_task(thread.run(worker.stop, options.grace))
-        await _all_done({stopping, ended}, runner)
+        await _all_done({stopping, ended}, running)
         ended.result()
         stopping.result()
 
 
-async def _all_done(ends: set[asyncio.Task[None]], runner: Runner) -> None:
+async def _all_done(ends: set[asyncio.Task[None]], running: RunningWorker) -> None:
     """Wait for the orderly end; who is cancelled meanwhile only has it come at once."""
     cancelled: asyncio.CancelledError | None = None
     while not all(end.done() for end in ends):
@@ -147,7 +144,7 @@ async def _all_done(ends: set[asyncio.Task[None]], runner: Runner) -> None:
             await asyncio.wait(ends)
         except asyncio.CancelledError as error:
             cancelled = error
-            runner.give_back()
+            running.give_back()
     if cancelled is not None:
         raise cancelled
 
@@ -158,6 +155,11 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
         raise ConfigurationError(
             "a worker would start in a child process that imports this module for its functions; "
             'start it under: if __name__ == "__main__":'
+        )
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigurationError(
+            "run_forever answers signals, which only the main thread of a process can; "
+            "a worker elsewhere is: async with app.worker():"
         )
     if not logging.getLogger().handlers:
         # Drivers are only heard when something is wrong.
@@ -172,104 +174,143 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
     # The two loops of this process hand over work many times a millisecond; with the
     # default of 5 ms each would wait for the other.
     sys.setswitchinterval(0.0005)
+    leaving = Leaving()
     try:
-        asyncio.run(Service(app, options).run())
+        asyncio.run(Service(app, options, leaving).run())
     except Exception:
+        leaving.done()
         _leave_threads_behind(1)
         raise
+    leaving.done()
     _leave_threads_behind(0)
 
 
 class Service:
-    """A worker that is a process: told to stop by signals, by limits, by its supervisor's end."""
+    """A worker that is a process: told to stop by signals, by limits, by its supervisor's end.
 
-    def __init__(self, app: App, options: WorkerOptions) -> None:
+    It hears of them on the I/O thread, and ends the worker there: a task that blocks its loop
+    holds up neither.
+    """
+
+    def __init__(self, app: App, options: WorkerOptions, leaving: Leaving) -> None:
         self._app = app
         self._options = options
-        self._worker: RunningWorker | None = None
+        self._leaving = leaving
+        self._thread = io_thread()
+        self._worker: Worker | None = None
         self._line: supervised.Line | None = None
+        self._told = asyncio.Event()
+        self._reason = "it failed"
 
     async def run(self) -> None:
         """Serve until told to stop."""
         loop = asyncio.get_running_loop()
-        self._told: asyncio.Future[str] = loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signal_arrived, number)
-        async with self._probed(), self._supervised():
-            starting = asyncio.create_task(self._app.start(float("inf")))
-            either: set[asyncio.Future[Any]] = {self._told, starting}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not starting.done():
-                starting.cancel()
-                await asyncio.wait({starting})
-                logger.info("stopped before the servers could be reached")
-                return
-            await starting
-            try:
-                await self._work()
-            finally:
-                await self._app.stop()
+        for number in stop_signals():
+            loop.add_signal_handler(number, lambda: None)  # which wakes this loop up
+            signal.signal(number, self._signal_arrived)
+            signal.siginterrupt(number, False)
+        try:
+            async with self._probed(), self._supervised():
+                if not await self._started():
+                    logger.info("stopped before the servers could be reached")
+                    return
+                try:
+                    async with working(self._app, self._options) as running:
+                        await self._thread.run(self._serve, running.engine)
+                    logger.info("worker %s has stopped", running.id)
+                finally:
+                    await self._app.stop()
+        finally:
+            self._thread.post(self._told.set)
 
-    async def _work(self) -> None:
-        async with working(self._app, self._options) as worker:
-            self._worker = worker
-            if self._line is not None:
-                self._line.tell(True)
-            ends: set[asyncio.Future[Any]] = {self._told, worker.failed, worker.worn}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if self._told.done():
-                reason = self._told.result()
-            else:
-                reason = worker.worn.result() if worker.worn.done() else "it failed"
-            grace = self._options.grace
-            logger.info(
-                "worker %s stops (%s); running tasks have %s",
-                worker.id, reason, "all the time" if grace is None else f"{grace:g} s",
-            )  # fmt: skip
-        logger.info("worker %s has stopped", worker.id)
+    async def _started(self) -> bool:
+        """Start the app; say whether that was before the end."""
+        told = asyncio.create_task(self._thread.run(self._told.wait))
+        starting = asyncio.create_task(self._app.start(float("inf")))
+        either: set[asyncio.Task[Any]] = {told, starting}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return False
+        await starting
+        return True
 
-    def _signal_arrived(self, number: int) -> None:
-        if not self._told.done():
-            self._told.set_result(signal.Signals(number).name)
-        elif self._worker is not None:
-            logger.info("%s again: running tasks are given back", signal.Signals(number).name)
+    async def _serve(self, worker: Worker) -> None:
+        """Let a worker work until it is time to stop, and stop it."""
+        self._worker = worker
+        if self._line is not None:
+            self._line.tell(True)
+        told = asyncio.create_task(self._told.wait())
+        failed = asyncio.create_task(worker.failed())
+        worn = asyncio.create_task(worker.limits.reached())
+        ends: set[asyncio.Task[Any]] = {told, failed, worn}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        reason = worn.result() if worn.done() and not told.done() else self._reason
+        for end in ends:
+            end.cancel()
+        grace = self._options.grace
+        logger.info(
+            "worker %s stops (%s); running tasks have %s",
+            worker.id, reason, "all the time" if grace is None else f"{grace:g} s",
+        )  # fmt: skip
+        await worker.stop(grace)
+        self._leaving.begin(0 if worker.failure is None else 1)
+
+    def _signal_arrived(self, number: int, _frame: FrameType | None) -> None:
+        # Not by the mailbox, whose lock this very thread may hold.
+        self._thread.loop.call_soon_threadsafe(self._tell, signal.Signals(number).name)
+
+    def _tell(self, reason: str) -> None:
+        if not self._told.is_set():
+            self._reason = reason
+            self._told.set()
+        elif self._line is None:  # else the supervisor counts the signals
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._worker is not None:
+            logger.info("worker %s gives back what runs", self._worker.id)
             self._worker.give_back()
+
+    def _ready(self) -> bool:
+        return self._worker is not None and self._worker.ready
 
     @asynccontextmanager
     async def _probed(self) -> AsyncIterator[None]:
-        """Answer probes, from the start on and beside tasks that block their loop."""
+        """Answer probes, from the start on."""
         if self._options.health is None:
             yield
             return
 
         async def ready() -> bool:
-            return self._worker is not None and self._worker.ready
+            return self._ready()
 
-        thread = io_thread()
-        probe = await thread.run(answer_probes, *self._options.health, ready)
+        probe = await self._thread.run(answer_probes, *self._options.health, ready)
         try:
             yield
         finally:
-            thread.post(probe.close)
+            self._thread.post(probe.close)
 
     @asynccontextmanager
     async def _supervised(self) -> AsyncIterator[None]:
         """Answer the supervisor, if there is one, and end when it has."""
-        self._line = await supervised.connect()
+        self._line = await self._thread.run(supervised.connect)
         if self._line is None:
             yield
             return
-        answering = asyncio.create_task(self._answer(self._line))
+        answering = asyncio.create_task(self._thread.run(self._answer, self._line))
         try:
             yield
         finally:
             answering.cancel()
-            self._line.close()
+            self._thread.post(self._line.close)
 
     async def _answer(self, line: supervised.Line) -> None:
-        await line.answer(lambda: self._worker is not None and self._worker.ready)
-        if not self._told.done():
-            self._told.set_result("its supervisor is gone")
+        await line.answer(self._ready, self._give_back)
+        if not self._told.is_set():
+            self._tell("its supervisor is gone")
 
 
 def _leave_threads_behind(status: int) -> None:
@@ -284,9 +325,7 @@ def _leave_threads_behind(status: int) -> None:
         logger.warning("%d functions still run in threads; the process ends without them", stuck)
         if status:
             traceback.print_exc()
-        atexit._run_exitfuncs()
-        logging.shutdown()
-        os._exit(status)
+        leave(status)
 
 
 def describe(part: Guarantees) -> str:

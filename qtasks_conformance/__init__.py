@@ -1,6 +1,8 @@
 """The contracts as tests: subclass them, say in one fixture which parts to test, run pytest.
 
-    from qtasks_conformance import BrokerContract, PairContract, Part, StorageContract, Subject
+    from qtasks_conformance import (
+        BrokerContract, CompositionContract, Part, StorageContract, Subject,
+    )
 
     @pytest.fixture
     def subject() -> Subject:
@@ -12,7 +14,7 @@
 
     class TestMyBroker(BrokerContract): ...
     class TestMyStorage(StorageContract): ...
-    class TestMyPair(PairContract): ...
+    class TestMyPair(CompositionContract): ...
 
 It needs the extra `conformance` (pytest, pytest-asyncio) and no option of either.
 """
@@ -24,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 from qtasks_conformance.subject import Least, Part, Server, Subject
 
 if TYPE_CHECKING:
-    from qtasks_conformance.contracts import BrokerContract, PairContract, StorageContract
+    from qtasks_conformance.contracts import BrokerContract, CompositionContract, StorageContract
 
 __all__ = [
     "BrokerContract",
+    "CompositionContract",
     "Least",
-    "PairContract",
     "Part",
     "Server",
     "StorageContract",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from typing import Literal
 
@@ -38,6 +38,7 @@ from qtasks_core.separate import record_of
 
 How = Literal["ack", "retry", "release"]
 Halt = Literal["before", "after"]
+Half = Literal["published", "recorded"]
 
 
 class Setup(Struct, frozen=True):
@@ -68,6 +69,12 @@ class Receive(Struct, frozen=True, tag=True):
     count: int
 
 
+class Churn(Struct, frozen=True, tag=True):
+    """Receive, and retry or release what comes, until it is killed."""
+
+    most: int
+
+
 class Settle(Struct, frozen=True, tag=True):
     """Settle held deliveries by their positions; answers with outcomes."""
 
@@ -85,9 +92,13 @@ class Save(Struct, frozen=True, tag=True):
 
 
 class Submit(Struct, frozen=True, tag=True):
-    """Submit messages through the composition; answers with outcomes."""
+    """Submit messages through the composition; answers with outcomes.
+
+    With `only` it stops for good when no more than that half is done, as `Complete` does.
+    """
 
     messages: list[TaskMessage]
+    only: Half | None = None
 
 
 class Admit(Struct, frozen=True, tag=True):
@@ -144,6 +155,7 @@ Command = (
     Publish
     | Stream
     | Receive
+    | Churn
     | Settle
     | Extend
     | Save
@@ -193,7 +205,7 @@ class Hands:
         self._storage = setup.storage.storage()
         self._subscription: Subscription | None = None
         self._held: list[Delivery] = []
-        self._completing: asyncio.Task[list[Outcome]] | None = None
+        self._halfway: asyncio.Task[list[Outcome]] | None = None
 
     async def start(self) -> None:
         """Start both parts."""
@@ -203,9 +215,9 @@ class Hands:
 
     async def stop(self) -> None:
         """Stop both parts in an orderly way, which is what a crash does not do."""
-        if self._completing is not None:
-            self._completing.cancel()
-            await asyncio.wait({self._completing})
+        if self._halfway is not None:
+            self._halfway.cancel()
+            await asyncio.wait({self._halfway})
         await self._broker.stop()
         await self._storage.stop()
 
@@ -228,6 +240,8 @@ class Hands:
             case Receive(wanted, count):
                 await self._receive(wanted, count)
                 return Answer(held=[Seen(message_of(d), d.count) for d in self._held])
+            case Churn(most):
+                await self._churn(most)
             case Settle(how):
                 settlements = [settlement(self._held[at], kind) for at, kind in how]
                 return Answer(await self._open().settle(settlements))
@@ -238,7 +252,9 @@ class Hands:
                 return Answer(mine=[delivery is not None for delivery in extended])
             case Save(tasks):
                 return Answer(await self._storage.save(tasks))
-            case Submit(messages):
+            case Submit(messages, only):
+                if only is not None:
+                    return Answer(halted=await self._submit_halfway(messages, only))
                 return Answer(await self._composition.submit(messages))
             case Admit():
                 admitted = await self._composition.admit(self._held)
@@ -285,15 +301,44 @@ class Hands:
             return outcomes
 
         setattr(subscription, "settle", settle_and_halt)  # noqa: B010 a method is replaced
-        self._completing = asyncio.create_task(
-            self._composition.complete(subscription, completions)
-        )
+        return await self._until(halted, self._composition.complete(subscription, completions))
+
+    async def _submit_halfway(self, messages: list[TaskMessage], only: Half) -> bool:
+        """Start to submit and say whether it came to a second half; that is never done."""
+        broker, storage = (self._broker, "publish"), (self._storage, "save")
+        (part, method), left = (broker, storage) if only == "published" else (storage, broker)
+        halted, idle = asyncio.Event(), asyncio.Event()
+        idle.set()
+        first = getattr(part, method)
+
+        async def do(*arguments: object) -> list[Outcome]:
+            idle.clear()
+            outcomes: list[Outcome] = await first(*arguments)
+            idle.set()
+            return outcomes
+
+        async def halt(*_: object) -> list[Outcome]:
+            halted.set()
+            await asyncio.Event().wait()
+            return []
+
+        setattr(part, method, do)
+        setattr(left[0], left[1], halt)
+        halfway = await self._until(halted, self._composition.submit(messages))
+        await idle.wait()
+        return halfway
+
+    async def _until(
+        self, halted: asyncio.Event, call: Coroutine[object, object, list[Outcome]]
+    ) -> bool:
+        """Start a call and say whether it halts; if not, it is done."""
+        self._halfway = asyncio.create_task(call)
         halting = asyncio.create_task(halted.wait())
-        await asyncio.wait({self._completing, halting}, return_when="FIRST_COMPLETED")
+        await asyncio.wait({self._halfway, halting}, return_when="FIRST_COMPLETED")
         if halting.done():
             return True
         halting.cancel()
-        self._completing.result()
+        self._halfway.result()
         return False
 
     async def _receive(self, wanted: dict[str, int], count: int) -> None:
@@ -302,6 +347,16 @@ class Hands:
         enough = len(self._held) + count
         while (missing := enough - len(self._held)) > 0:
             self._held += await persist(partial(self._subscription.receive, wanted, missing))
+
+    async def _churn(self, most: int) -> None:
+        subscription = await self._broker.subscribe({"q": most})
+        hows: tuple[How, How] = ("retry", "release")
+        while True:
+            deliveries = await subscription.receive({"q": most}, most)
+            await subscription.settle(
+                [settlement(delivery, hows[at % 2]) for at, delivery in enumerate(deliveries)]
+            )
+            await asyncio.sleep(0)  # a part in memory never waits
 
     def _record(self, at: int, status: Status) -> Task:
         message = message_of(self._held[at])

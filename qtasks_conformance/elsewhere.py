@@ -17,9 +17,11 @@ from qtasks_conformance.commands import (
     Answer,
     Append,
     Broadcast,
+    Churn,
     Command,
     Complete,
     Extend,
+    Half,
     Halt,
     Hands,
     How,
@@ -40,6 +42,9 @@ from qtasks_conformance.commands import (
 from qtasks_conformance.waiting import PATIENCE
 from qtasks_core import Outcome, Status, Task, TaskMessage, Verdict
 from qtasks_core.errors import Unavailable
+
+STARTED_WITHIN = 30.0
+"""Seconds for a new process, which is none of the part's doing, on a busy machine."""
 
 
 class Elsewhere(ABC):
@@ -75,12 +80,17 @@ class Elsewhere(ABC):
 
     async def stream(self, messages: Sequence[TaskMessage], pause: float) -> list[Outcome]:
         """Publish there one by one, with a pause (seconds) after each."""
-        return (await self._tell(Stream(list(messages), pause))).outcomes
+        within = PATIENCE + 3 * pause * len(messages)
+        return (await self._tell(Stream(list(messages), pause), within)).outcomes
 
     async def receive(self, count: int, *queues: str) -> list[Seen]:
         """Receive and hold `count` more there; returns all that is held."""
         wanted = dict.fromkeys(queues or ("q",), count)
         return (await self._tell(Receive(wanted, count))).held
+
+    async def churn(self, most: int) -> None:
+        """Receive, retry and release there until it is killed; never returns."""
+        await self._tell(Churn(most))
 
     async def settle(self, *how: tuple[int, How]) -> list[Outcome]:
         """Settle held deliveries there, by position."""
@@ -97,6 +107,10 @@ class Elsewhere(ABC):
     async def submit(self, *messages: TaskMessage) -> list[Outcome]:
         """Submit there."""
         return (await self._tell(Submit(list(messages)))).outcomes
+
+    async def submit_halfway(self, message: TaskMessage, only: Half) -> bool:
+        """Submit there, but only publish or only record; says whether these are two steps."""
+        return (await self._tell(Submit([message], only))).halted
 
     async def admit(self) -> list[Verdict]:
         """Admit all that is held there."""
@@ -130,12 +144,12 @@ class Elsewhere(ABC):
         """Append to a stream there, batch by batch."""
         await self._tell(Append(uuid, [list(batch) for batch in batches]))
 
-    async def _tell(self, command: Command) -> Answer:
+    async def _tell(self, command: Command, within: float = PATIENCE) -> Answer:
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(within):
                 answer = answer_decoder.decode(await self._ask(encode(command)))
         except TimeoutError:
-            raise AssertionError(f"no answer within {PATIENCE} s to {command}") from None
+            raise AssertionError(f"no answer within {within} s to {command}") from None
         if answer.unavailable is not None:
             raise Unavailable(answer.unavailable)
         assert answer.failure is None, f"in the other process:\n{answer.failure}"
@@ -155,7 +169,7 @@ class Process(Elsewhere):
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=LINE_LIMIT,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(STARTED_WITHIN):
             assert await self._ask(encode(self._setup)), "the child process did not start"
 
     async def kill(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
 from qtasks_core import Broker, Storage
 
+Begin = Callable[[], AbstractAsyncContextManager[object]]
 Survives = Literal["nothing", "client crash", "server crash", "machine crash"]
 
 
@@ -100,6 +102,10 @@ class Subject:
     """Put bytes in the place of a record's own: `await spoil(namespace, uuid, data)`.
 
     None: the test of records that cannot be read is skipped."""
+    begin: Begin | None = None
+    """Open a transaction as a caller would: `async with begin() as transaction`.
+
+    Needed by a part that declares `transactions`; it commits at the end, or rolls back an error."""
     slack: float = 4.0
     """Seconds by which a busy machine may be late."""
     least_broker: Least = Least()

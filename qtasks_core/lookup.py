@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
 from qtasks_core.contracts.backend import CONTRACT_VERSION, Backend
 from qtasks_core.contracts.broker import Broker
 from qtasks_core.contracts.storage import Storage
@@ -25,10 +23,15 @@ def resolve_storage(url: str) -> Storage:
 
 def find_backend(url: str) -> Backend:
     """Return the backend registered for the scheme of `url`. Raises `ConfigurationError`."""
-    scheme, colon, _ = url.partition(":")
+    from importlib.metadata import entry_points  # slow to import, and needed for URLs only
+
+    scheme, colon, rest = url.partition(":")
     if not colon:
         raise ConfigurationError(f"{redact(url)!r} is not a URL; try sqlite:///qtasks.db")
     found = entry_points(group=GROUP, name=scheme)
+    if not found and not rest.startswith("//"):
+        # A host and its port, most likely; what stands behind may be a password.
+        raise ConfigurationError(f"'{scheme}:…' is not a URL; try sqlite:///qtasks.db")
     if not found:
         known = ", ".join(sorted({entry.name for entry in entry_points(group=GROUP)}))
         raise ConfigurationError(f"no backend for {scheme}:// is installed; there are: {known}")

@@ -6,9 +6,14 @@ Fields are only ever added, with a default: an older release ignores what it doe
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
+
+LONGEST = 1e11
+"""Most seconds of a duration: some 3,000 years, and the sum of two is a date still."""
+_Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=LONGEST)]
+_Time: TypeAlias = Annotated[float, Meta(ge=0, le=1.2 * LONGEST)]
 
 Status: TypeAlias = Literal["new", "scheduled", "process", "retry", "success", "error", "cancel"]
 
@@ -17,28 +22,29 @@ class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     """What a broker carries: the order to run one task once.
 
     `args` and `kwargs` are encoded by the serializer named in `encoding`; empty bytes mean none.
-    Brokers never look inside.
+    Brokers never look inside. What another program wrote is read within these bounds only: past
+    them are numbers and keys that some server takes and another does not.
     """
 
-    uuid: str
+    uuid: Annotated[str, Meta(max_length=63)]
     task_name: str
     queue: str = "default"
     args: bytes = b""
     kwargs: bytes = b""
     encoding: str = "msgpack"
-    priority: int = 5
+    priority: Annotated[int, Meta(ge=0, le=9)] = 5
     """0 to 9, 9 first."""
-    delay: float = 0.0
+    delay: _Seconds = 0.0
     """Seconds from the server's receipt before which the task must not start."""
-    attempt: int = 1
+    attempt: Annotated[int, Meta(ge=1, lt=2**31)] = 1
     """1 for the first run, one more with each retry. A redelivery is not a new attempt."""
     reply_to: str | None = None
     """The `Inbox.address` that wants the final record."""
-    created_at: float = 0.0
-    expires_at: float | None = None
+    created_at: _Time = 0.0
+    expires_at: _Time | None = None
     """Past this time the task is not started any more."""
     store_result: bool = True
-    retention: float | None = None
+    retention: _Seconds | None = None
     """Seconds to keep the record after its end; None: the storage's default."""
     headers: dict[str, str] = field(default_factory=dict)
     """Room for plugins: trace context, signatures, tenant."""

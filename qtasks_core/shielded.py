@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Generic, TypeVar
+
+from qtasks_core.schemas import Delivery
 
 T = TypeVar("T")
 
@@ -44,3 +46,19 @@ class Shielded(Generic[T]):
         if call.cancelled() or call.exception() is not None:
             return None
         return call.result()
+
+
+class Room:
+    """What one call of `receive` may return of what others before it have fetched."""
+
+    def __init__(self, wanted: Mapping[str, int], limit: int) -> None:
+        self._wanted = dict(wanted)
+        self._limit = limit
+
+    def takes(self, delivery: Delivery) -> bool:
+        """Tell whether a delivery still fits in; if so it takes up its place."""
+        if self._limit <= 0 or self._wanted.get(delivery.queue, 0) <= 0:
+            return False
+        self._limit -= 1
+        self._wanted[delivery.queue] -= 1
+        return True

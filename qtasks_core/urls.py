@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from qtasks_core.errors import ConfigurationError
 
@@ -13,6 +13,8 @@ SECRET_WORDS = ("pass", "secret", "token")
 
 def redact(url: str) -> str:
     """Return `url` fit for a log: the password and secret-looking options are `***`."""
+    if "://" not in url and ("@" in url or "=" in url):
+        return "***"  # no URL, but perhaps the credentials of one
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -38,6 +40,26 @@ def redact(url: str) -> str:
     return f"{scheme}{slashes}{netloc}{parts.path}{query and '?' + query}"
 
 
+def split(url: str) -> SplitResult:
+    """Return the parts of a URL, of which the host may be several. Raises `ConfigurationError`.
+
+    That says nothing of why the library refuses one: it may quote the password, a bare / or # in
+    which makes what stands before it a port.
+    """
+    try:
+        parts = urlsplit(url)
+        for host in parts.netloc.rpartition("@")[2].split(","):
+            _ = urlsplit(f"//{host}").port
+    except ValueError:
+        parts = None
+    if parts is None or "://" not in url:
+        raise ConfigurationError(
+            f"{redact(url)} is not a URL like scheme://user:password@host:port, with a number as "
+            "port and / ? # [ ] @ in the password written %2F %3F %23 %5B %5D %40"
+        )
+    return parts
+
+
 def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
     """Split the options named in `known` off the query of `url`.
 
@@ -45,10 +67,7 @@ def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[s
     `ConfigurationError` when a value does not convert or the URL is none. Options not in `known`
     stay in the URL, for the driver.
     """
-    try:
-        query = urlsplit(url).query
-    except ValueError as error:
-        raise ConfigurationError(f"{redact(url)} is not a URL: {error}") from None
+    query = split(url).query
     taken: dict[str, Any] = {}
     left: list[tuple[str, str]] = []
     for key, value in parse_qsl(query, keep_blank_values=True):

@@ -54,7 +54,7 @@ class KafkaBroker(Broker):
         partitions: int = 8,
         replicas: int | None = None,
     ) -> None:
-        if lease <= 0 or partitions < 1:
+        if not lease > 0 or partitions < 1:
             raise ConfigurationError("lease and partitions must be above 0")
         self._connection = Connection(url, partitions=partitions, replicas=replicas)
         self._lease = lease
@@ -185,7 +185,7 @@ class KafkaSubscription(Subscription):
         self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        queues = {queue for queue, most in wanted.items() if most > 0}
+        queues = [queue for queue, most in wanted.items() if most > 0]
         self._stay_awake()
         self._receiving = True
         try:
@@ -259,7 +259,7 @@ class KafkaSubscription(Subscription):
         for partition in new:
             partition.announced = True
 
-    async def _fetch(self, queues: set[str], limit: int) -> None:
+    async def _fetch(self, queues: list[str], limit: int) -> None:
         """Wait for records, a change of partitions or the end; whatever is fetched is kept."""
         filling = asyncio.create_task(self._fill(queues, limit))
         try:
@@ -274,8 +274,8 @@ class KafkaSubscription(Subscription):
         if not filling.cancelled():
             filling.result()
 
-    async def _fill(self, queues: set[str], limit: int) -> None:
-        topics = {topic for topic, queue in self._queues.items() if queue in queues}
+    async def _fill(self, queues: list[str], limit: int) -> None:
+        topics = [self._broker.topic(queue) for queue in queues]
         records = await self._member.poll(topics, limit)
         if self._epoch != self._member.epoch:
             for fetched in self._fetched.values():
@@ -362,7 +362,7 @@ class KafkaSubscription(Subscription):
         while self._member.in_flight:
             try:
                 if not passing:
-                    records = await self._member.poll(set(self._queues), 256)
+                    records = await self._member.poll(list(self._queues), 256)
                     passing = [(p, r) for p, r in records if p.deliver(r.offset)]
                 await self._copy(passing)
                 passing = []

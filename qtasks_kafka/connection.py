@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from hashlib import sha1
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from qtasks_core.errors import (
     Closed,
@@ -19,7 +19,7 @@ from qtasks_core.errors import (
     ServerTooOld,
     Unavailable,
 )
-from qtasks_core.urls import redact
+from qtasks_core.urls import redact, split
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
@@ -64,7 +64,7 @@ def _escaped(text: str) -> str:
 
 def settings_of(url: str) -> dict[str, Any]:
     """Return the driver's arguments for `url`. Raises `ConfigurationError`."""
-    parts = urlsplit(url)
+    parts = split(url)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -113,7 +113,11 @@ class Connection:
         from qtasks_kafka.writer import Writer
 
         await self.stop()
-        client = admin.AIOKafkaAdminClient(**self._settings, request_timeout_ms=int(REQUEST * 1000))
+        timeout = int(REQUEST * 1000)
+        try:
+            client = admin.AIOKafkaAdminClient(**self._settings, request_timeout_ms=timeout)
+        except ValueError as error:  # an option that the driver does not take
+            raise ConfigurationError(f"{self.shown}: {error}") from error
         try:
             with self.reaching():
                 async with asyncio.timeout(REQUEST):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from asyncio import Future
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiokafka import ConsumerRebalanceListener
@@ -201,10 +201,13 @@ class Membership:
 
     # --- receiving -----------------------------------------------------------------------------
 
-    async def poll(self, topics: set[str], limit: int) -> list[tuple[Partition, ConsumerRecord]]:
-        """Wait for records of some topics, up to `limit`. Cancelling it skips nothing.
+    async def poll(
+        self, topics: Sequence[str], limit: int
+    ) -> list[tuple[Partition, ConsumerRecord]]:
+        """Wait for records of some topics, up to `limit`, of the first one if it has any here.
 
-        May return none: after a rebalance. Raises `Unavailable` and `ConfigurationError`.
+        Cancelling it skips nothing. May return none: after a rebalance. Raises `Unavailable` and
+        `ConfigurationError`.
         """
         await self.open()
         if self._to_take or not self._assigned.is_set():
@@ -215,8 +218,12 @@ class Membership:
         if time.monotonic() - self._polled > REQUEST / 2:
             self._polling_since = time.monotonic()
         try:
+            batches = {}
+            # The driver itself goes on with a partition until what it has of it is used up.
+            if len(topics) > 1 and (first := [tp for tp in places if tp.topic == topics[0]]):
+                batches = await consumer.getmany(*first, max_records=limit)
             # Without a place it would take any; this one returns when things change.
-            batches = await consumer.getmany(
+            batches = batches or await consumer.getmany(
                 *(places or [TopicPartition("", 0)]), timeout_ms=1000, max_records=limit
             )
         except KafkaError as error:

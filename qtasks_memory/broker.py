@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from weakref import WeakSet
 
 from qtasks_core import (
     DONE,
@@ -20,7 +21,7 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
 from qtasks_core.recent import Recent
 from qtasks_memory.connection import Entry, Memory, connect
 
@@ -29,10 +30,12 @@ class MemoryBroker(Broker):
     """Moves messages within one process. `lease` is in seconds."""
 
     def __init__(self, name: str = "", *, lease: float = 30.0) -> None:
+        if not lease > 0:
+            raise ConfigurationError(f"lease={lease} is not a number of seconds above 0")
         self._name = name
         self._lease = lease
         self._memory: Memory | None = None
-        self._subscriptions: list[MemorySubscription] = []
+        self._subscriptions: WeakSet[MemorySubscription] = WeakSet()
         self._listeners: set[asyncio.Queue[Command | None]] = set()
 
     @property
@@ -50,7 +53,7 @@ class MemoryBroker(Broker):
         self._memory = connect(self._name, namespace)
 
     async def stop(self) -> None:
-        for subscription in self._subscriptions:
+        for subscription in list(self._subscriptions):
             await subscription.close()
         for listener in self._listeners:
             listener.put_nowait(None)
@@ -70,7 +73,7 @@ class MemoryBroker(Broker):
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         subscription = MemorySubscription(self._started(), self._lease)
-        self._subscriptions.append(subscription)
+        self._subscriptions.add(subscription)
         return subscription
 
     async def depth(self, queue: str) -> QueueDepth:

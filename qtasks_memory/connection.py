@@ -93,7 +93,8 @@ class Memory:
         self.claims: dict[str, tuple[str, float]] = {}
         """By key: the owner, and until when it holds it by the loop's clock."""
         self.streams: defaultdict[str, list[bytes]] = defaultdict(list)
-        self.inboxes: dict[str, asyncio.Queue[Task]] = {}
+        self.inboxes: dict[str, asyncio.Queue[Task | None]] = {}
+        """What has arrived at each address; None ends it."""
         self.watchers: defaultdict[str, set[str]] = defaultdict(set)
 
     def ring(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from weakref import WeakSet
 
 from msgspec import UNSET, UnsetType
 from uuid_utils import uuid7
@@ -22,6 +23,7 @@ class MemoryStorage(Storage):
     def __init__(self, name: str = "", *, retention: float = RETENTION) -> None:
         self._name = name
         self._retention = retention
+        self._inboxes: WeakSet[MemoryInbox] = WeakSet()
         self._watching: set[asyncio.Event] = set()
         self._memory: Memory | None = None
 
@@ -40,6 +42,8 @@ class MemoryStorage(Storage):
 
     async def stop(self) -> None:
         self._memory = None
+        for inbox in list(self._inboxes):
+            await inbox.close()
         for changed in self._watching:
             changed.set()
 
@@ -68,7 +72,9 @@ class MemoryStorage(Storage):
         return [records.get(uuid) for uuid in uuids]
 
     async def inbox(self) -> Inbox:
-        return MemoryInbox(self._started())
+        inbox = MemoryInbox(self._started())
+        self._inboxes.add(inbox)
+        return inbox
 
     async def query(self, query: TaskQuery) -> TaskPage:
         return page_of(self._started().records.values(), query)
@@ -187,10 +193,16 @@ class MemoryInbox(Inbox):
                     del self._memory.watchers[uuid]
 
     async def receive(self) -> list[Task]:
-        tasks = [await self._arrived.get()]
+        arrived = [await self._arrived.get()]
         while not self._arrived.empty():
-            tasks.append(self._arrived.get_nowait())
+            arrived.append(self._arrived.get_nowait())
+        tasks = [task for task in arrived if task is not None]
+        if len(tasks) < len(arrived):
+            await self.close()  # the next call finds it as well
+        if not tasks:
+            raise Closed("the inbox is closed")
         return tasks
 
     async def close(self) -> None:
         self._memory.inboxes.pop(self._address, None)
+        self._arrived.put_nowait(None)

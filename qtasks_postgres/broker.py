@@ -24,7 +24,7 @@ from qtasks_core import (
 )
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.recent import Recent
-from qtasks_core.shielded import Shielded
+from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres.batches import batches
 from qtasks_postgres.connection import Database, Listener, channel_of, check_lease, storable
@@ -314,6 +314,12 @@ class PostgresSubscription(Subscription):
         raise Closed("the subscription is closed")
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        calls, fences = self._database.calls, {s.delivery.fence for s in settlements}
+        # What a call has settled whose caller was cancelled is known at its end.
+        await calls.others(fences)
+        return await calls.run(self._settle(settlements), fences)
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         outcomes = [LOST] * len(settlements)
         places: dict[type[Settlement], list[int]] = {Ack: [], Retry: [], Release: []}
         for place, settlement in enumerate(settlements):
@@ -438,11 +444,10 @@ class PostgresSubscription(Subscription):
         if self._loop.time() - self._fetched_at > self._lease / 3:
             self._spare += fetched
             return []
-        left = dict(wanted)
+        room = Room(wanted, limit)
         deliveries: list[Delivery] = []
         for delivery in fetched:
-            if left.get(delivery.queue, 0) > 0 and len(deliveries) < limit:
-                left[delivery.queue] -= 1
+            if room.takes(delivery):
                 deliveries.append(delivery)
             else:
                 self._spare.append(delivery)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Hashable,
+    Iterable,
+    Iterator,
+    Set,
+)
 from contextlib import asynccontextmanager, contextmanager, suppress
 from hashlib import sha256
 from ssl import SSLCertVerificationError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from qtasks_core.errors import (
     Closed,
@@ -18,7 +26,7 @@ from qtasks_core.errors import (
     ServerTooOld,
     Unavailable,
 )
-from qtasks_core.urls import redact
+from qtasks_core.urls import redact, split
 from qtasks_postgres.schema import ensure_schema
 
 if TYPE_CHECKING:
@@ -61,14 +69,24 @@ class Calls:
     """
 
     def __init__(self) -> None:
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: dict[asyncio.Task[Any], Set[Hashable]] = {}
 
-    async def run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Return what `call` returns."""
+    async def run(self, call: Coroutine[Any, Any, T], keys: Set[Hashable] = frozenset()) -> T:
+        """Return what `call` returns; `keys` are for `others`."""
         running = asyncio.create_task(call)
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
+        self._running[running] = keys
+        running.add_done_callback(self._end)
         return await asyncio.shield(running)
+
+    def _end(self, running: asyncio.Task[Any]) -> None:
+        del self._running[running]
+        if not running.cancelled():
+            running.exception()  # asked for here, since whoever waited may have left
+
+    async def others(self, keys: Set[Hashable]) -> None:
+        """Wait until no call is running that has one of these keys."""
+        while others := [call for call, its in self._running.items() if not keys.isdisjoint(its)]:
+            await asyncio.wait(others)
 
     async def ended(self) -> None:
         """Wait until no call is running."""
@@ -85,10 +103,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            _ = urlsplit(url).port
-        except ValueError as error:
-            raise ConfigurationError(f"{redact(url)}: {error}") from None
+        split(url)
         self.url = url
         self.shown = redact(url)
         self.durability = Durability()
@@ -223,8 +238,18 @@ class Database:
 
     async def _connect(self) -> Connection:
         import asyncpg
+        from asyncpg import exceptions as pg
 
-        return await asyncpg.connect(self.url, server_settings=SETTINGS)
+        try:
+            return await asyncpg.connect(self.url, server_settings=SETTINGS)
+        except (
+            ValueError,
+            # What the URL says beside the options of the driver is taken for a server's setting.
+            pg.UndefinedObjectError,
+            pg.InvalidParameterValueError,
+            pg.CantChangeRuntimeParamError,
+        ) as error:
+            raise ConfigurationError(f"{self.shown}: {error}") from None
 
 
 class Listener:

@@ -28,6 +28,7 @@ from qtasks_core import (
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable, refuse_transaction
 from qtasks_core.recent import Recent
 from qtasks_core.shielded import Shielded
+from qtasks_core.urls import split
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import ladder_methods, ladder_queues, levels_for, rest_of, route
@@ -74,11 +75,12 @@ class RabbitMQBroker(Broker):
     """
 
     def __init__(self, url: str = "amqp://localhost", *, lease: float = 30.0) -> None:
-        if lease < SILENCE:
+        if not lease >= SILENCE:
             raise ConfigurationError(
                 f"lease={lease:g} is too short for RabbitMQ, whose heartbeats are whole seconds: "
                 f"it must be at least {SILENCE}"
             )
+        split(url)
         self._url = url
         self._lease = lease
         self.heartbeat = int(lease // SILENCE)

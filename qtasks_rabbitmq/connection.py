@@ -125,8 +125,8 @@ async def connect(url: str, purpose: str, heartbeat: int) -> AbstractConnection:
         from yarl import URL
     except ModuleNotFoundError as error:
         raise MissingDriver(url.partition("://")[0] + "://", "rabbitmq") from error
-    named = URL(url).update_query(heartbeat=str(heartbeat), name=f"qtasks {purpose}")
     try:
+        named = URL(url).update_query(heartbeat=str(heartbeat), name=f"qtasks {purpose}")
         return await aiormq.connect(named)
     except (aiormq.exceptions.ProbableAuthenticationError, aiormq.AuthenticationError) as error:
         raise ConfigurationError(
@@ -142,6 +142,8 @@ async def connect(url: str, purpose: str, heartbeat: int) -> AbstractConnection:
         raise Unavailable(f"{redact(url)} does not speak AMQP: {error}") from error
     except (OSError, aiormq.AMQPError, EOFError) as error:
         raise Unavailable(f"{redact(url)} cannot be reached: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{redact(url)} is no URL of a RabbitMQ server: {error}") from None
 
 
 async def _close(connection: AbstractConnection) -> None:

@@ -15,6 +15,7 @@ from uuid_utils import uuid7
 from qtasks_core import Guarantees
 from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.shielded import Shielded
+from qtasks_core.urls import split
 from qtasks_log import Entry, Log
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.topology import Names, declare
@@ -60,6 +61,7 @@ class RabbitMQLog(Log):
     """One stream a namespace, without a limit of size or age."""
 
     def __init__(self, url: str = "amqp://localhost") -> None:
+        split(url)
         self._url = url
         self._stream = ""
         self._writing: Connection | None = None
@@ -75,7 +77,7 @@ class RabbitMQLog(Log):
     @property
     def guarantees(self) -> Guarantees:
         return Guarantees(
-            part="RabbitMQLog",
+            part="RabbitMQStorage",
             server=self._writing.server if self._writing is not None else "",
             survives="server crash",
             durability="a stream: confirmed when a majority has written it; RabbitMQ does not sync "

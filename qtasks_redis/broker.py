@@ -27,7 +27,7 @@ from qtasks_core.errors import (
     Unavailable,
     refuse_transaction,
 )
-from qtasks_core.shielded import Shielded
+from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended
 from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
@@ -163,19 +163,32 @@ class RedisSubscription(Subscription):
             raise ValueError("receive must want at least one delivery")
         while self._open:
             leftover = self._taking.pending is not None
+            if not leftover and (deliveries := self._collect(queues, limit)):
+                return deliveries
             pause = await self._taking.run(lambda: self._take(queues, limit))
-            if self._open and (deliveries := self._collect()):
+            if self._open and (deliveries := self._collect(queues, limit)):
                 return deliveries
             # What a cancelled call had asked for may have been another queue.
             if self._open and pause > 0 and not leftover:
                 await self._sleep(frozenset(queues), pause)
         raise Closed("the subscription is closed")
 
-    def _collect(self) -> list[Delivery]:
-        """Return what was handed over, without what a cancelled `receive` left for too long."""
+    def _collect(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        """Return what this call may have of what was handed over; the rest is kept.
+
+        There is a rest when the call that took it was cancelled; what is left for too long is lost.
+        """
         handed, self._handed = self._handed, []
-        now = self._loop.time()
-        return [delivery for delivery in handed if delivery.fence.until > now]
+        now, room = self._loop.time(), Room(wanted, limit)
+        deliveries: list[Delivery] = []
+        for delivery in handed:
+            if delivery.fence.until <= now:
+                continue
+            if room.takes(delivery):
+                deliveries.append(delivery)
+            else:
+                self._handed.append(delivery)
+        return deliveries
 
     async def _take(self, wanted: Mapping[str, int], limit: int) -> float:
         """Take what is receivable; return the seconds until that may change by itself."""

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
-from qtasks_core.urls import redact, take_options
+from qtasks_core.urls import redact, split, take_options
 from qtasks_redis.scripts import Script
 
 if TYPE_CHECKING:
@@ -46,16 +45,15 @@ UNKNOWN: Final = Server("Redis", "client crash", "known after start", ())
 
 def checked(url: str) -> str:
     """Return `url` as the driver wants it. Raises `ConfigurationError` when it is wrong."""
-    try:
-        parts = urlsplit(url)
-        scheme, database, _ = parts.scheme, parts.path.strip("/"), parts.port
-    except ValueError as error:
-        raise ConfigurationError(f"{redact(url)}: {error}") from None
+    parts = split(url)
+    scheme, database = parts.scheme, parts.path.strip("/")
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in _SCHEMES)
         raise ConfigurationError(f"{redact(url)}: the scheme must be one of {known}")
+    if "," in parts.netloc.rpartition("@")[2]:
+        raise ConfigurationError(f"{redact(url)}: a redis:// URL names one host")
     if database and not database.isdecimal():
-        raise ConfigurationError(f"{redact(url)}: the database is a number, not {database!r}")
+        raise ConfigurationError(f"{redact(url)}: the path names the database, a number")
     # The parts read replies of one protocol version, the leaner one; the URL cannot change it.
     return take_options(_SCHEMES[scheme] + url[len(scheme) :], {"protocol": str})[0]
 

@@ -25,7 +25,7 @@ from qtasks_core import (
 )
 from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
 from qtasks_core.recent import Recent
-from qtasks_core.shielded import Shielded
+from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_sqlite import batches
 from qtasks_sqlite.connection import (
@@ -111,13 +111,15 @@ class SqliteBroker(Broker):
         self._guarantees = with_server(self._guarantees)
 
     async def stop(self) -> None:
-        for subscription in list(self._subscriptions):
-            await subscription.close()
-        self._subscriptions.clear()
-        self._listeners.stop()
-        database, self._database = self._database, None
-        if database is not None:
-            await disconnect(database)
+        try:
+            for subscription in list(self._subscriptions):
+                await subscription.close()
+        finally:
+            self._subscriptions.clear()
+            self._listeners.stop()
+            database, self._database = self._database, None
+            if database is not None:
+                await disconnect(database)
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -261,15 +263,13 @@ class SqliteSubscription(Subscription):
 
     def _pick(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         """Return of what is kept what is asked for; what was kept too long is another's."""
-        now = time.time()
-        room = dict(wanted)
+        now, room = time.time(), Room(wanted, limit)
         picked: list[Delivery] = []
         kept: list[tuple[float, Delivery]] = []
         for until, delivery in self._kept:
             if until <= now:
                 continue
-            if room.get(delivery.queue, 0) > 0 and len(picked) < limit:
-                room[delivery.queue] -= 1
+            if room.takes(delivery):
                 picked.append(delivery)
             else:
                 kept.append((until, delivery))

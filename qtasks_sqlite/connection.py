@@ -43,6 +43,8 @@ PATIENCE = 5.0
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "lease": float, "synchronous": str, "retention": float,
 }  # fmt: skip
+_TRUSTED = 0.05
+"""Seconds in which the file is not looked for again: each look gives up the interpreter's lock."""
 _OLDEST = (3, 38)
 
 
@@ -140,6 +142,9 @@ class Database:
         self.in_turn = Lock()
         """Held by the thread while it works: see `_close_before_fork`."""
         self._connection: sqlite3.Connection | None = None
+        self._inodes: list[tuple[int, int] | None] | None = None
+        """Of the file and the directory of bells, as they were opened first."""
+        self._looked = 0.0
         self._ids: dict[tuple[int, str], int] = {}
         self._waiting: list[_Job[Any]] = []
         self._running: asyncio.Task[None] | None = None
@@ -255,6 +260,7 @@ class Database:
             pause = min(pause * 1.5, 0.002)
 
     def _attempt(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
+        self._refuse_another()
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect()
@@ -270,6 +276,27 @@ class Database:
                 connection.execute("ROLLBACK")
         turn.committed()
         return results
+
+    def _refuse_another(self) -> None:
+        """Raise `ConfigurationError` where the file was removed or replaced, or its bells were.
+
+        SQLite would go on in a file that nobody else can find, and all that is known of this one,
+        the numbers of namespaces for instance, need not hold for another.
+        """
+        now = time.monotonic()
+        if self._inodes is None or (self._connection and now - self._looked < _TRUSTED):
+            return
+        if self._inodes != self._inodes_now():
+            # Those who sleep would be rung by nobody: they look, and find out.
+            self._loop.call_soon_threadsafe(self.doorbell.wake_all)
+            raise ConfigurationError(
+                f"{self.path}: the file, or {self.doorbell.directory.name} beside it, was removed "
+                "or replaced while it was in use: put it back, or restart what uses it"
+            )
+        self._looked = now
+
+    def _inodes_now(self) -> list[tuple[int, int] | None]:
+        return [_inode(self.path), _inode(self.doorbell.directory)]
 
     def _ring(self, turn: Transaction) -> None:
         try:
@@ -313,6 +340,7 @@ class Database:
         except BaseException:
             connection.close()
             raise
+        self._inodes = self._inodes or self._inodes_now()
         return connection
 
     def disconnect(self) -> None:
@@ -320,6 +348,14 @@ class Database:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _set_result(future: asyncio.Future[T], result: T) -> None:

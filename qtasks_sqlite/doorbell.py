@@ -33,7 +33,9 @@ class Doorbell:
     """The directory of bells of one database, seen from one process."""
 
     def __init__(self, database: Path) -> None:
-        self._directory = database.with_name(database.name + "-doorbells")
+        self.directory = database.with_name(database.name + "-doorbells")
+        self.bells: set[Bell] = set()
+        """Those of this process."""
         self._descriptor: int | None = None
         self._senders: dict[int, socket.socket] = {}
 
@@ -43,17 +45,17 @@ class Doorbell:
         Raises `ConfigurationError` when another user owns it.
         """
         try:
-            self._directory.mkdir(mode=0o700, exist_ok=True)
+            self.directory.mkdir(mode=0o700, exist_ok=True)
             if self._descriptor is None and hasattr(os, "O_DIRECTORY"):
-                self._descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+                self._descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
             self._sweep()
         except PermissionError as error:
             raise ConfigurationError(
-                f"{self._directory} is closed to this user: all processes on one database "
+                f"{self.directory} is closed to this user: all processes on one database "
                 "must run as the same user"
             ) from error
         except OSError as error:
-            raise Unavailable(f"{self._directory}: {error.strerror}") from error
+            raise Unavailable(f"{self.directory}: {error.strerror}") from error
 
     def close(self) -> None:
         """Free the descriptors. Idempotent."""
@@ -66,28 +68,34 @@ class Doorbell:
 
     def path(self, address: str) -> str:
         """Return the path of an address, short enough for the name of a socket where possible."""
-        path = str(self._directory / address)
+        path = str(self.directory / address)
         if len(os.fsencode(path)) > _PATH_LIMIT and self._descriptor is not None:
             return f"/proc/self/fd/{self._descriptor}/{address}"
         return path
 
     def sleeping(self, queue: int, address: str) -> Path:
         """Return the file that says that `address` sleeps for `queue`."""
-        return self._directory / f"q{queue}.{address}"
+        return self.directory / f"q{queue}.{address}"
 
     def addresses(self) -> list[str]:
         """Return the addresses that have a listener, or had one that died."""
-        return [name for name in os.listdir(self._directory) if _ADDRESS.fullmatch(name)]
+        return [name for name in os.listdir(self.directory) if _ADDRESS.fullmatch(name)]
+
+    def wake_all(self) -> None:
+        """Have all listeners of this process look at everything."""
+        for bell in self.bells:
+            bell.flooded = True
+            bell.wake()
 
     def ring_queues(self, queues: Iterable[int]) -> None:
         """Wake who sleeps for these queues, each of them once."""
         prefixes = {f"q{queue}" for queue in queues}
-        for name in os.listdir(self._directory):
+        for name in os.listdir(self.directory):
             prefix, dot, address = name.partition(".")
             if dot and prefix in prefixes:
                 self._send(address, b"")
                 # After the ring: who dies in between has rung twice, not never.
-                (self._directory / name).unlink(missing_ok=True)
+                (self.directory / name).unlink(missing_ok=True)
 
     def ring_address(self, address: str, uuids: Iterable[str]) -> None:
         """Tell an inbox which records to read. An address without a listener is passed over."""
@@ -112,12 +120,12 @@ class Doorbell:
         try:
             if parsed["port"] is None:
                 self._sendto(socket.AF_UNIX, letter, self.path(address))
-            elif (self._directory / address).exists():
+            elif (self.directory / address).exists():
                 self._sendto(socket.AF_INET, letter, ("127.0.0.1", int(parsed["port"])))
         except FileNotFoundError:
             return
         except ConnectionRefusedError:
-            (self._directory / address).unlink(missing_ok=True)
+            (self.directory / address).unlink(missing_ok=True)
 
     def _sendto(self, family: int, letter: bytes, target: str | tuple[str, int]) -> None:
         # What a frozen listener has not read counts against its sender's buffer: a fresh socket
@@ -135,15 +143,15 @@ class Doorbell:
                 return
 
     def _sweep(self) -> None:
-        names = os.listdir(self._directory)
+        names = os.listdir(self.directory)
         for address in names:
             parsed = _ADDRESS.fullmatch(address)
             if parsed is not None and not self._alive(address, parsed["port"]):
-                (self._directory / address).unlink(missing_ok=True)
+                (self.directory / address).unlink(missing_ok=True)
         alive = set(self.addresses())
         for name in names:
             if name.startswith("q") and name.partition(".")[2] not in alive:
-                (self._directory / name).unlink(missing_ok=True)
+                (self.directory / name).unlink(missing_ok=True)
 
     def _alive(self, address: str, port: str | None) -> bool:
         family = socket.AF_INET if port is not None else socket.AF_UNIX
@@ -177,6 +185,7 @@ class Bell:
         except OSError as error:
             raise Unavailable(f"cannot listen beside the database: {error.strerror}") from error
         self._loop.add_reader(self._socket, self._read)
+        doorbell.bells.add(self)
 
     def _bind(self) -> tuple[socket.socket, str]:
         token = secrets.token_hex(8)
@@ -240,6 +249,7 @@ class Bell:
     def close(self) -> None:
         """Give up the address. Idempotent."""
         self.awake()
+        self._doorbell.bells.discard(self)
         if self._socket.fileno() >= 0:
             self._loop.remove_reader(self._socket)
             self._socket.close()

@@ -115,12 +115,14 @@ class SqliteStorage(Storage):
         self._guarantees = with_server(self._guarantees)
 
     async def stop(self) -> None:
-        for inbox in list(self._inboxes):
-            await inbox.close()
-        self._listeners.stop()
-        database, self._database = self._database, None
-        if database is not None:
-            await disconnect(database)
+        try:
+            for inbox in list(self._inboxes):
+                await inbox.close()
+        finally:
+            self._listeners.stop()
+            database, self._database = self._database, None
+            if database is not None:
+                await disconnect(database)
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         refuse_transaction(self, transaction)

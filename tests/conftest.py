@@ -14,6 +14,10 @@ from tests.services import SERVICES, NotOurs, NotReady, Service, Unobtainable
 
 collect_ignore = ["stranger"]
 """A package of its own, which tests/packaging installs and tests."""
+TOGETHER = ("tests/kit/", "tests/packaging/", "tests/typing/")
+"""Directories whose tests share what is dear to make: with `-n` one process has all of one.
+
+Others go to any process: each has servers of its own, so what kills them harms no neighbour."""
 # What became of each server that a test asked for: name -> (how, version, URL or reason).
 TOLD = pytest.StashKey[dict[str, tuple[str, str, str]]]()
 
@@ -29,30 +33,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TOLD] = {}
+    # Kafka lives for minutes here, so it compiles little: half the processor time of a start.
+    os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     config.addinivalue_line("markers", "full: takes long; runs with --full only")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell ignores Ctrl-C in what it runs in the background, and every child inherits that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Return what deals out tests with `-n`; xdist's own groups are unheard of by pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # it is untyped
+        def _split_scope(self, nodeid: str) -> str:
+            return next((name for name in TOGETHER if nodeid.startswith(name)), nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(company_of(item)))
     if not config.getoption("--full"):
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="takes long: --full runs it"))
-
-
-def company_of(item: pytest.Item) -> str:
-    """Return which tests a test runs after: what kills servers must not run beside their users.
-
-    With `-n` each company has a process of its own, with its own servers.
-    """
-    for name in ("kafka", "rabbitmq", "postgres", "redis", "sqlite"):
-        if name in item.name or name in item.path.stem:
-            return name if name in ("kafka", "rabbitmq") else "others"
-    return "kit" if item.path.parent.name == "kit" else "others"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -100,8 +107,14 @@ def rabbitmq_server(pytestconfig: pytest.Config) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="session")
-def kafka_server(pytestconfig: pytest.Config) -> Iterator[Service]:
+def kafka_of_all(pytestconfig: pytest.Config) -> Iterator[Service]:
     yield from serve(pytestconfig, "kafka")
+
+
+@pytest.fixture
+def kafka_server(kafka_of_all: Service) -> Iterator[Service]:
+    yield kafka_of_all
+    kafka_of_all.clear()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

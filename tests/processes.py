@@ -48,8 +48,9 @@ class Process:
 
     def output(self) -> str:
         """Return what it has written so far."""
-        self._output.seek(0)
-        return self._output.read().decode(errors="replace")
+        # The child has the same offset: were it moved, it would write over what it has written.
+        descriptor = self._output.fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
     def wait_for(self, text: str, timeout: float = 40.0) -> None:
         """Wait until it has written `text`."""

@@ -26,6 +26,9 @@ def read_arguments(
     kwargs: dict[str, str] = {}
     for text in texts:
         if keyword := _KEYWORD.fullmatch(text):
+            if keyword[1] in kwargs:
+                message = f"{definition.name}: argument {keyword[1]!r} is given twice"
+                raise SignatureMismatch(message)
             kwargs[keyword[1]] = keyword[2]
         else:
             args.append(text)

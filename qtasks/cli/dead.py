@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 from uuid import UUID
 
 import click
 
 from qtasks import control
 from qtasks.app import App
-from qtasks.cli.output import Row, json_option, print_json, print_rows, task_row
+from qtasks.cli.batches import apply, progress
+from qtasks.cli.output import Row, confirm, json_option, print_rows, task_row
 from qtasks.cli.session import Session, pass_session
 from qtasks.cli.tasks import filters, query_of, records_of
 from qtasks_core import Outcome
-from qtasks_core.errors import Refused
-
-_BATCH = 200
-Operation: TypeAlias = Callable[[list[str]], list[Outcome]]
 
 
 @click.group()
@@ -68,10 +63,12 @@ def revive(
         def operation(batch: list[str]) -> list[Outcome]:
             return app.control_blocking(control.revive, batch, no_result)
 
-        def row(uuid: str, outcome: Outcome) -> Row:
-            return {"uuid": uuid, "revived_as": outcome.there and outcome.there.uuid}
+        def fields(outcome: Outcome) -> Row:
+            new = outcome.there if outcome.status == "done" else None
+            return {"revived_as": new and new.uuid}
 
-        apply(operation, named(app, uuids, by, False), as_json, "reviving", row)
+        chosen = named(app, uuids, by, False)
+        apply(operation, chosen, as_json, "reviving", "{uuid} -> {revived_as}", fields)
 
 
 @dead.command()
@@ -84,15 +81,17 @@ def drop(
 ) -> None:
     """Delete the records of dead tasks."""
     refuse_both(uuids, every, by)
-    if every and not yes:
-        click.confirm("Delete the records of all these dead tasks?", abort=True, err=True)
+    if every:
+        confirm("Delete the records of all these dead tasks?", yes, as_json)
     with session.started() as app:
 
         def operation(batch: list[str]) -> list[Outcome]:
             return app.control_blocking(control.drop, batch)
 
-        chosen = named(app, uuids, by, True)
-        apply(operation, chosen, as_json, "dropping", lambda uuid, _: {"uuid": uuid})
+        def fields(outcome: Outcome) -> Row:
+            return {"dropped": outcome.status == "done"}
+
+        apply(operation, named(app, uuids, by, True), as_json, "dropping", "{uuid}", fields)
 
 
 def refuse_both(uuids: tuple[UUID, ...], every: bool, by: dict[str, Any]) -> None:
@@ -106,38 +105,7 @@ def named(app: App, uuids: tuple[UUID, ...], by: dict[str, Any], undecodable: bo
     """Return the chosen tasks, all of them before the first is touched: what a revived task
     becomes meanwhile is not among them.
     """
-    return [str(uuid) for uuid in uuids] or [
-        record.uuid
-        for record in records_of(app, query_of(dead=True, **by))
-        if undecodable or record.encoding != "raw"
-    ]
-
-
-def apply(
-    operation: Operation,
-    uuids: list[str],
-    as_json: bool,
-    label: str,
-    row: Callable[[str, Outcome], Row],
-) -> None:
-    """Work through tasks, batch by batch; raise `Refused` in the end if any was."""
-    refused: list[str] = []
-    with click.progressbar(length=len(uuids), label=label, file=sys.stderr, hidden=quiet()) as bar:
-        for at in range(0, len(uuids), _BATCH):
-            batch = uuids[at : at + _BATCH]
-            for uuid, outcome in zip(batch, operation(batch), strict=True):
-                if outcome.status == "refused":
-                    refused.append(outcome.reason)
-                elif as_json:
-                    print_json(row(uuid, outcome))
-                else:
-                    click.echo(" -> ".join(str(cell) for cell in row(uuid, outcome).values()))
-            bar.update(len(batch))
-    if refused:
-        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise Refused(refused[0] + more)
-
-
-def quiet() -> bool:
-    """Whether a progress bar would stand in a file, or between the lines of a terminal."""
-    return not sys.stderr.isatty() or sys.stdout.isatty()
+    if uuids:
+        return [str(uuid) for uuid in uuids]
+    with progress("choosing", records_of(app, query_of(dead=True, **by))) as records:
+        return [r.uuid for r in records if undecodable or r.encoding != "raw"]

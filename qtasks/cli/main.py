@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
 import click
 
 from qtasks.cli import dead, parts, queues, tasks, work
+from qtasks.cli.output import log_json
 from qtasks.cli.session import Session
 from qtasks_core.errors import (
     ConfigurationError,
@@ -34,29 +40,7 @@ def code_of(error: QTasksError) -> int:
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), 1)
 
 
-class Root(click.Group):
-    """The outermost command."""
-
-    def invoke(self, ctx: click.Context) -> object:
-        """Run the command. An error of ours is one line and an exit code; others are bugs.
-
-        Where other programs have `-A` behind the command, too, ours says where it stands.
-        """
-        try:
-            return super().invoke(ctx)
-        except QTasksError as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
-            click.echo(f"qtasks: {line}", err=True)
-            ctx.exit(code_of(error))
-        except click.NoSuchOption as error:
-            if error.option_name not in ("-A", "--app") or error.ctx is None:
-                raise
-            command = error.ctx.command_path.removeprefix("qtasks ")
-            hint = f"{error.option_name} stands before the command: qtasks -A MODULE:APP {command}"
-            raise click.UsageError(hint, error.ctx) from error
-
-
-@click.group(cls=Root, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "-A",
     "--app",
@@ -88,5 +72,57 @@ for command in (
 
 
 def main() -> None:
-    """Be the command, under one name however it was started."""
-    qtasks(prog_name="qtasks")
+    """Be the command, under one name however it was started.
+
+    An error of ours is one line and an exit code; others are bugs.
+    """
+    # Asked here, since what cannot be parsed has no options yet.
+    as_json = "--json" in sys.argv
+    if as_json:
+        log_json()
+    try:
+        check_encoding(sys.argv)
+        sys.exit(qtasks.main(prog_name="qtasks", standalone_mode=False))
+    except QTasksError as error:
+        end(message_of(error), code_of(error), as_json)
+    except click.Abort:
+        end("Aborted!", 1, as_json)
+    except click.ClickException as error:
+        error = with_hint(error)
+        if not as_json:
+            error.show()
+            sys.exit(error.exit_code)
+        end(error.format_message(), error.exit_code, True)
+
+
+def end(message: str, code: int, as_json: bool) -> NoReturn:
+    """Say in one line why the command has failed, and exit."""
+    said = json.dumps({"error": message, "exit_code": code}, ensure_ascii=False)
+    click.echo(said if as_json else f"qtasks: {message}", err=True)
+    sys.exit(code)
+
+
+def message_of(error: QTasksError) -> str:
+    """Return the line that tells of an error."""
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, NotSupported):
+        return f"{line}; `qtasks guarantees` lists what yours cannot do, another part may"
+    return line
+
+
+def with_hint(error: click.ClickException) -> click.ClickException:
+    """Where other programs have `-A` behind the command, too, say where ours stands."""
+    if not isinstance(error, click.NoSuchOption) or error.option_name not in ("-A", "--app"):
+        return error
+    command = error.ctx.command_path.removeprefix("qtasks ") if error.ctx else ""
+    hint = f"{error.option_name} stands before the command: qtasks -A MODULE:APP {command}"
+    return click.UsageError(hint, error.ctx)
+
+
+def check_encoding(arguments: Iterable[str]) -> None:
+    """Refuse bytes that are no text, which no part could take. Raises `UsageError`."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise click.UsageError(f"{argument!a} is not UTF-8 text") from None

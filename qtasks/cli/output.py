@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import date, datetime
 from itertools import chain, islice
 from typing import Any, TypeVar
@@ -31,9 +33,39 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+class JsonLines(logging.Formatter):
+    """A record of the log as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        trace = self.formatException(record.exc_info) if record.exc_info else None
+        said = {
+            "time": record.created,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            "traceback": trace,
+        }
+        return json.dumps(said, ensure_ascii=False)
+
+
+def log_json() -> None:
+    """Have all that is logged in this process printed as JSON."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.getLogger().addHandler(handler)
+
+
 def print_json(value: object) -> None:
     """Print one line of JSON."""
     click.echo(json.dumps(plain(value), ensure_ascii=False))
+
+
+def confirm(question: str, yes: bool, as_json: bool) -> None:
+    """Ask, unless `yes` is the answer; raise `Abort` for a no. Who reads JSON is not asked."""
+    if as_json and not yes:
+        raise click.UsageError("with --json nobody is asked: say --yes")
+    if not yes:
+        click.confirm(question, abort=True, err=True)
 
 
 def print_rows(rows: Iterable[Row], columns: Sequence[str], as_json: bool) -> None:
@@ -69,7 +101,8 @@ def text(name: str, value: object, short: bool = True) -> str:
     if value is None:
         return "-"
     if name in _TIMES and isinstance(value, float):
-        return datetime.fromtimestamp(value).astimezone().isoformat(" ", "seconds")
+        with suppress(ValueError, OverflowError):  # beyond the calendar it stays a number
+            return datetime.fromtimestamp(value).astimezone().isoformat(" ", "seconds")
     if isinstance(value, str):
         found = value
     elif isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -132,8 +165,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, date):
         return value.isoformat()
     if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json")
+        return plain(value.model_dump(mode="json"))
     try:
-        return msgspec.to_builtins(value, enc_hook=str)
+        # What is within may still be what JSON cannot say, as a NaN.
+        return plain(msgspec.to_builtins(value, enc_hook=str))
     except TypeError:
         return str(value)

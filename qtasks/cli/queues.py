@@ -9,7 +9,7 @@ from msgspec.structs import asdict
 
 from qtasks import control
 from qtasks.app import App
-from qtasks.cli.output import json_option, print_json, print_rows
+from qtasks.cli.output import confirm, json_option, print_json, print_rows
 from qtasks.cli.session import Session, pass_session
 from qtasks_core.errors import NotSupported
 
@@ -45,8 +45,7 @@ def known_queues(app: App) -> list[str]:
 @pass_session
 def purge(session: Session, queue: str, yes: bool, as_json: bool) -> None:
     """Drop what waits in a queue. The records of those tasks stay as they are."""
-    if not yes:
-        click.confirm(f"Drop all that waits in queue {queue!r}?", abort=True, err=True)
+    confirm(f"Drop all that waits in queue {queue!r}?", yes, as_json)
     with session.started() as app:
         count = app.control_blocking(control.purge, queue)
     dropped = None if count < 0 else count
@@ -63,9 +62,10 @@ def workers(session: Session, as_json: bool) -> None:
     """List the workers that run now and what they run."""
     with session.started() as app:
         rows = (
-            {**asdict(worker), "running": [task._asdict() for task in worker.running]}
-            for worker in app.control_blocking(control.workers)
+            {**asdict(w), "running": [t._asdict() if as_json else t.task_name for t in w.running]}
+            for w in app.control_blocking(control.workers)
         )
-        print_rows(
-            rows, ("id", "host", "pid", "queues", "concurrency", "started_at", "seen_at"), as_json
-        )
+        columns = (
+            "id", "host", "pid", "queues", "concurrency", "started_at", "seen_at", "running",
+        )  # fmt: skip
+        print_rows(rows, columns, as_json)

@@ -6,6 +6,7 @@ from outside a container.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import click
+logger = logging.getLogger("qtasks")
 
 _PERIOD = 0.5
 _SKIPPED = {"__pycache__", "node_modules", "site-packages"}
@@ -42,7 +43,7 @@ def run_reloading(modules: Iterable[str]) -> NoReturn:
         changed = watch(child, roots, before, asked)
         if changed is None:
             raise SystemExit(end(child, asked))
-        click.echo(f"qtasks: {changed} changed; starting anew", err=True)
+        logger.info("%s changed; starting anew", changed)
         end(child, [signal.SIGTERM])
 
 
@@ -64,7 +65,7 @@ def watch(
             return None
         if status is not None and not told:
             told = True
-            click.echo("qtasks: the worker ended; waiting for a change", err=True)
+            logger.info("the worker ended; waiting for a change")
     return None
 
 

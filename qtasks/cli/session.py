@@ -30,7 +30,7 @@ class Session:
         """
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())
-        app = import_app(self.path, "-A") if self.path else default_app()
+        app = default_app() if self.path is None else import_app(self.path, "-A")
         for name in include:
             for value in list(vars(import_named(name, "--include")).values()):
                 if isinstance(value, Router):

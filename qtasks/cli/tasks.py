@@ -14,7 +14,9 @@ from msgspec.structs import replace
 from qtasks import control
 from qtasks.app import App
 from qtasks.cli.arguments import read_arguments
+from qtasks.cli.batches import apply
 from qtasks.cli.output import (
+    Row,
     decoded,
     json_option,
     print_fields,
@@ -25,7 +27,7 @@ from qtasks.cli.output import (
 from qtasks.cli.session import Session, include_option, pass_session
 from qtasks.definition import TaskDefinition
 from qtasks.handle import Handle
-from qtasks_core import Status, Task, TaskQuery
+from qtasks_core import DONE, Outcome, Status, Task, TaskQuery
 from qtasks_core.errors import QTasksError, UnknownTask
 
 _PAGE = 500
@@ -36,13 +38,28 @@ class NoSuchRecord(QTasksError):
 
 
 class Ended(QTasksError):
-    """The task has failed or was cancelled, or had ended before one came to cancel it."""
+    """The task that was waited for has failed or was cancelled."""
 
 
-@click.command()
-@click.argument("name")
-@click.argument("arguments", nargs=-1, metavar="[JSON | NAME=JSON]…")
-@click.option("--wait", type=click.FloatRange(min=0), help="Seconds to wait for the result.")
+def no_option(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Refuse what looks like an option that does not exist; `-1` is a number."""
+    for text in [value] if isinstance(value, str) else value:
+        if text.startswith("-") and not text[1:2].isdigit():
+            name = text.partition("=")[0]
+            options = [option for known in context.command.params for option in known.opts]
+            near = get_close_matches(name, options)
+            raise click.NoSuchOption(name, possibilities=near, ctx=context)
+    return value
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("name", callback=no_option)
+@click.argument("arguments", nargs=-1, metavar="[JSON | NAME=JSON]…", callback=no_option)
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds to wait for the result.",
+)
 @click.option("--delay", type=click.FloatRange(min=0), help="Seconds before it may start.")
 @click.option("--queue", help="Another queue than the task's own.")
 @click.option("--priority", type=click.IntRange(0, 9), help="9 first.")
@@ -166,17 +183,25 @@ def tasks(
 def cancel(session: Session, uuids: tuple[UUID, ...], as_json: bool) -> None:
     """Cancel tasks, queued or running."""
     with session.started() as app:
-        for uuid in map(str, uuids):
-            try:
-                cancelled = app.cancel_task_blocking(uuid)
-            except UnknownTask:
-                raise NoSuchRecord(f"there is no record of a task {uuid}") from None
-            if not cancelled:
-                raise Ended(f"task {uuid} had ended before it was cancelled")
-            if as_json:
-                print_json({"uuid": uuid, "cancelled": True})
-            else:
-                click.echo(f"{uuid} cancelled")
+
+        def operation(batch: list[str]) -> Iterator[Outcome]:
+            return (cancelled(app, uuid) for uuid in batch)
+
+        def fields(outcome: Outcome) -> Row:
+            return {"cancelled": outcome.status == "done"}
+
+        named = [str(uuid) for uuid in uuids]
+        apply(operation, named, as_json, "cancelling", "{uuid} cancelled", fields)
+
+
+def cancelled(app: App, uuid: str) -> Outcome:
+    """Cancel one task; refused where there is none, or it had ended."""
+    try:
+        if app.cancel_task_blocking(uuid):
+            return DONE
+    except UnknownTask:
+        return Outcome("refused", f"there is no record of a task {uuid}")
+    return Outcome("refused", f"task {uuid} had ended before it was cancelled")
 
 
 def query_of(

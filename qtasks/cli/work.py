@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import click
 
+from qtasks.cli.output import json_option
 from qtasks.cli.session import Session, include_option, pass_session, split
 from qtasks_core.errors import ConfigurationError
 
@@ -53,6 +56,7 @@ _MIB = 1024 * 1024
 )
 @click.option("--reload", is_flag=True, help="Restart when a source file changes.")
 @include_option
+@json_option
 @pass_session
 def run(
     session: Session,
@@ -66,11 +70,15 @@ def run(
     health_host: str,
     reload: bool,
     include: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Run tasks until SIGTERM or SIGINT; a second signal gives running tasks back at once."""
+    if reload or as_json:
+        logging.getLogger("qtasks").setLevel(logging.INFO)
     if reload:
         from qtasks.cli.reload import run_reloading
 
+        logging.basicConfig(format="qtasks: %(message)s")
         run_reloading([name.partition(":")[0] for name in (session.path or "", *include) if name])
     app = session.app(include)
     if not app.definitions:

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from uuid_utils import uuid7
 
 from qtasks.engine.backoff import Backoff, repeat
+from qtasks.engine.cancelling import only_from_outside
 from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.outage import Outage
 from qtasks.engine.reply import Reply, anew
@@ -299,7 +300,8 @@ class Client:
         backoff = Backoff()
         while True:
             try:
-                tasks = await inbox.receive()
+                with only_from_outside():
+                    tasks = await inbox.receive()
             except Unavailable as error:
                 self._outage.failed(error)
                 await asyncio.sleep(backoff.next())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from qtasks.engine.backoff import Backoff
 from qtasks.engine.outage import Outage
@@ -11,7 +11,7 @@ from qtasks_core import Broker, Command
 from qtasks_core.errors import NotSupported, Unavailable
 
 
-async def obey(broker: Broker, do: Callable[[Command], Awaitable[None]]) -> None:
+async def obey(broker: Broker, do: Callable[[Command], None]) -> None:
     """Do what is broadcast, for ever; return at once where a broker has no such channel."""
     backoff, outage = Backoff(), Outage("listening for commands")
     while True:
@@ -19,7 +19,7 @@ async def obey(broker: Broker, do: Callable[[Command], Awaitable[None]]) -> None
             async for command in broker.commands():
                 backoff.reset()
                 outage.over()
-                await do(command)
+                do(command)
         except NotSupported:
             return
         except Unavailable as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from inspect import CORO_CREATED, getcoroutinestate
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
@@ -35,7 +36,7 @@ class Gatherer(Generic[T]):
         self._flights = flights
         self._weigh = weigh
         self._items: list[T] = []
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: dict[asyncio.Task[None], tuple[Coroutine[Any, Any, None], list[T]]] = {}
         self._scheduled = False
         self._loop = asyncio.get_running_loop()
         self._spawn = spawn or self._loop.create_task
@@ -58,8 +59,10 @@ class Gatherer(Generic[T]):
     def _launch(self) -> None:
         self._scheduled = False
         while self._items and len(self._under_way) < self._flights:
-            task = self._spawn(self._flush(self._take()))
-            self._under_way.add(task)
+            batch = self._take()
+            flight = self._flush(batch)
+            task = self._spawn(flight)
+            self._under_way[task] = flight, batch
             task.add_done_callback(self._landed)
 
     def _take(self) -> list[T]:
@@ -72,7 +75,7 @@ class Gatherer(Generic[T]):
         return batch
 
     def _landed(self, task: asyncio.Task[None]) -> None:
-        self._under_way.discard(task)
+        del self._under_way[task]
         self._schedule()
 
     async def drain(self) -> None:
@@ -82,9 +85,12 @@ class Gatherer(Generic[T]):
 
     async def close(self) -> list[T]:
         """Cancel what is under way; return what was never flushed."""
-        left, self._items = self._items, []
-        for task in self._under_way:
+        left: list[T] = []
+        for task, (flight, batch) in self._under_way.items():
+            if getcoroutinestate(flight) == CORO_CREATED:
+                left += batch  # cancelled now it does not even begin
             task.cancel()
+        left, self._items = left + self._items, []
         if self._under_way:
             await asyncio.wait(self._under_way)
         return left

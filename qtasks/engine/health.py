@@ -34,7 +34,7 @@ async def answer_probes(
 
     try:
         return await asyncio.start_server(answer, host, port, limit=_LARGEST)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the latter for a port out of range
         raise ConfigurationError(f"the health probe cannot listen: {error}") from error
 
 

@@ -12,6 +12,7 @@ import concurrent.futures.thread  # noqa: F401  # for drivers: too late once the
 import os
 import selectors
 from collections.abc import Callable, Coroutine
+from functools import partial
 from threading import Lock, Thread
 from typing import Any, Generic, TypeVar
 
@@ -66,7 +67,7 @@ class IOThread:
         it had ended just then.
         """
         reply: LoopReply[T] = LoopReply()
-        errand = _Errand(self.spawn, call(*args), reply, undo)
+        errand = _Errand(self.spawn, partial(call, *args), reply, undo)
         self.post(errand.begin)
         try:
             return await reply.future
@@ -88,7 +89,7 @@ class IOThread:
         """
         refuse_running_loop()
         reply: ThreadReply[T] = ThreadReply()
-        errand = _Errand(self.spawn, call(*args), reply, undo)
+        errand = _Errand(self.spawn, partial(call, *args), reply, undo)
         self.post(errand.begin)
         try:
             return reply.result(timeout)
@@ -138,7 +139,7 @@ class _Errand(Generic[T]):
     def __init__(
         self,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
-        call: Coroutine[Any, Any, T],
+        call: Callable[[], Coroutine[Any, Any, T]],
         reply: Reply[T],
         undo: _Undo | None,
     ) -> None:
@@ -154,7 +155,7 @@ class _Errand(Generic[T]):
 
     async def _run(self) -> None:
         try:
-            result = await self._call
+            result = await self._call()
         except asyncio.CancelledError:
             self._reply.fail(RuntimeError("the engine was stopped meanwhile"))
             raise
@@ -225,14 +226,15 @@ def _begin() -> IOThread:
         return _current
 
 
-def _end_at_exit() -> None:
+def end_at_exit() -> None:
+    """End what still runs on the I/O thread of a process that comes to its end."""
     # An app that nobody has stopped would else be collected task by task, with complaints.
     if _current is not None:
         _current.end()
 
 
 # As early as this, so that it comes after all that uses the thread at exit.
-atexit.register(_end_at_exit)
+atexit.register(end_at_exit)
 
 
 def _begin_anew_in_child() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Literal
 
 from msgspec.structs import replace
@@ -17,6 +18,7 @@ from qtasks_core import (
     Task,
     TaskMessage,
 )
+from qtasks_core.schemas import LONGEST
 from qtasks_core.separate import record_of
 
 
@@ -25,7 +27,7 @@ class Job:
 
     __slots__ = (
         "again", "begun", "cancelled", "delivery", "execution", "lone_runs", "lost", "message",
-        "noted", "record", "started",
+        "noted", "record", "returned", "started",
     )  # fmt: skip
 
     def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
@@ -35,6 +37,8 @@ class Job:
         self.started = time.time()
         self.begun = False
         """It was handed to the runner."""
+        self.returned = False
+        """Its function has come to an end."""
         self.noted = False
         """`process` was recorded."""
         self.lost = False
@@ -75,6 +79,7 @@ class Job:
 
     def retry(self, delay: float, error: str, traceback: str | None) -> None:
         """End this run with another attempt after `delay` seconds."""
+        delay = min(delay, LONGEST)
         self.again = replace(self.message, attempt=self.message.attempt + 1, delay=delay)
         self.record = self.as_record("retry", error=error, traceback=traceback)
 
@@ -96,3 +101,9 @@ class Job:
         if self.again is not None:
             return Completion(Retry(self.delivery, self.again), self.record)
         return Completion(Ack(self.delivery), self.record)
+
+
+def count_in(headers: Mapping[str, str], name: str) -> int:
+    """Return the count that a header keeps; what other programs wrote there may be none."""
+    text = headers.get(name, "")
+    return int(text) if text.isdecimal() and len(text) < 10 else 0

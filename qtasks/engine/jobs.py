@@ -47,6 +47,7 @@ class Jobs:
     def ended(self, jobs: Iterable[Job]) -> None:
         """Count jobs whose functions ended."""
         for job in jobs:
+            job.returned = True
             self.running[job.delivery.queue] -= 1
         self._changed.set()
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 
 from qtasks.engine.job import Job
@@ -31,6 +32,8 @@ class Keeper:
         self._storage = storage
         self._reach = reach
         self._cancel = cancel
+        self._named: set[str] = set()
+        self._asked = asyncio.Event()
 
     async def keep(self, subscription: Subscription, lease: float | None) -> None:
         """Extend the leases of all jobs, for ever; return where there are none to be kept."""
@@ -47,8 +50,22 @@ class Keeper:
         """
         while True:
             await self._jobs.present()
-            await asyncio.sleep(_CHECK_EVERY if lease is None else lease / 3)
-            await self.check([job for job in self._jobs if job.noted and not job.lost])
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CHECK_EVERY if lease is None else lease / 3):
+                    await self._asked.wait()
+            self._asked.clear()
+            named, self._named = self._named, set()
+            await self._check(
+                job
+                for job in self._jobs
+                if (job.noted and not job.lost) or job.message.uuid in named
+            )
+
+    def ask(self, uuid: str) -> None:
+        """Have it look at once whether a task was cancelled, should it be one of the jobs."""
+        if any(job.message.uuid == uuid for job in self._jobs):
+            self._named.add(uuid)
+            self._asked.set()
 
     async def _extend(self, subscription: Subscription, held: list[Job]) -> None:
         extend = partial(subscription.extend, [job.delivery for job in held])
@@ -63,9 +80,9 @@ class Keeper:
                     job.message.task_name, job.message.uuid,
                 )  # fmt: skip
 
-    async def check(self, jobs: Iterable[Job]) -> None:
+    async def _check(self, jobs: Iterable[Job]) -> None:
         """Stop those of these jobs whose records say that they were cancelled."""
-        asked = [job for job in jobs if job in self._jobs and not job.cancelled]
+        asked = [job for job in jobs if not job.cancelled]
         if not asked:
             return
         get = partial(self._storage.get, [job.message.uuid for job in asked])

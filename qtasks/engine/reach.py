@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from qtasks.engine.backoff import Backoff
+from qtasks.engine.cancelling import only_from_outside
 from qtasks.engine.outage import Outage
 from qtasks_core.errors import Unavailable
 
@@ -38,7 +39,8 @@ class Reach:
         failed = False
         while True:
             try:
-                answer = await call()
+                with only_from_outside():
+                    answer = await call()
             except Unavailable as error:
                 self._failed_at = time.monotonic()
                 failed = True

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
 
 import msgspec
 from msgspec.structs import replace
@@ -26,6 +25,8 @@ PERIOD = 10.0
 """Seconds between signs of life: few enough for an idle worker to cost next to nothing."""
 STALE = 3 * PERIOD
 """Seconds of silence after which a worker is taken for dead."""
+_GONE = 3600.0
+"""Seconds of silence after which a worker that was killed is taken off the list."""
 _NAMED = 20
 """How many running tasks a worker names."""
 _PARTING = 2.0
@@ -106,6 +107,17 @@ async def workers_alive(storage: Storage) -> list[WorkerInfo]:
     return [info for info in infos if info.seen_at >= since]
 
 
+async def forget_silent(storage: Storage) -> None:
+    """Take workers off the list that could not do it themselves. Raises `Unavailable`."""
+    since = time.time() - _GONE
+    with suppress(NotSupported):
+        for key, value in (await storage.values(PREFIX)).items():
+            if _decoder.decode(value).seen_at < since:
+                await storage.set(key, None, expect=value)
+
+
 @cache
 def _version() -> str:
+    from importlib.metadata import version  # slow to import, and only workers need it
+
     return version("qtasks")

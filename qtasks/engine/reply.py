@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from abc import ABC, abstractmethod
-from threading import Event, Lock
+from threading import TIMEOUT_MAX, Event, Lock
 from typing import Any, Generic, TypeVar
 
 from qtasks.engine.mailbox import Mailbox
@@ -76,7 +76,7 @@ class ThreadReply(Reply[T]):
 
     def result(self, timeout: float | None) -> T:
         """Block until there is an answer. Raises it, or `TimeoutError` after `timeout` seconds."""
-        if not self._answered.wait(timeout):
+        if not self._answered.wait(timeout if timeout is None else min(timeout, TIMEOUT_MAX)):
             raise TimeoutError
         if self._error is not None:
             raise self._error

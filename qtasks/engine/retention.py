@@ -1,4 +1,4 @@
-"""How long records are kept, and that they are deleted then, by one worker at a time and rarely.
+"""How long records are kept; one worker at a time deletes them then, and what killed ones left.
 
 A final record is also what stops its message, should that be delivered again. So some are kept
 longer than was asked for.
@@ -11,6 +11,7 @@ import logging
 import random
 import time
 
+from qtasks.engine.registry import forget_silent
 from qtasks_core import Storage, Task
 from qtasks_core.errors import NotSupported, Unavailable
 
@@ -49,6 +50,7 @@ async def expire(storage: Storage, worker: str) -> None:
             if await storage.claim("qtasks-expire", worker, PERIOD) is None:
                 continue
             count = await storage.expire()
+            await forget_silent(storage)
         except NotSupported:
             return
         except Unavailable as error:

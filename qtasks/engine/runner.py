@@ -14,7 +14,7 @@ from qtasks.engine.job import Job
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.plugged import Call, decided, surrounded
 from qtasks.executors import LoopExecutor, ThreadExecutor
-from qtasks.failures import line_of, reason_of, storable, trace_of
+from qtasks.failures import line_of, logged, reason_of, storable, trace_of
 from qtasks.signals import Reject, Retry
 from qtasks_core import Encoded, Executor, Plugin
 from qtasks_core.contracts.plugin import Decision, GiveUp
@@ -51,6 +51,11 @@ class Runner:
     def report_to(self, finished: Mailbox[Job]) -> None:
         """Post ended jobs there from now on."""
         self._finished = finished
+
+    @property
+    def gone(self) -> bool:
+        """Whether its loop was closed, with all that ran there."""
+        return self._loop.is_closed()
 
     def give_back(self) -> None:
         """Cancel what still runs; it ends without a record and is released. From any thread."""
@@ -158,9 +163,9 @@ class Runner:
         except BaseException as failure:
             if self._is_from_outside(job, failure):
                 raise
-            logger.exception("a plugin of task %s %s failed", definition.name, job.message.uuid)
             both = storable(f"{line}; then a plugin failed: {line_of(failure)}")
             self._fail(job, both, trace, "a plugin failed")
+            logger.exception("a plugin of task %s %s failed", definition.name, job.message.uuid)
         else:
             self._follow(job, decision, line, trace)
 
@@ -174,16 +179,19 @@ class Runner:
         if isinstance(decision, GiveUp):
             self._fail(job, line, trace, storable(str(decision.reason)))
             return
+        job.retry(decision.after, line, trace)
         if trace is not None:  # else the function asked for it, which is no failure
             logger.warning(
                 "task %s %s failed, attempt %d; again in %.1f s: %s",
-                job.message.task_name, job.message.uuid, job.message.attempt, decision.after, line,
+                job.message.task_name, job.message.uuid, job.message.attempt, decision.after,
+                logged(line),
             )  # fmt: skip
-        job.retry(decision.after, line, trace)
 
     def _fail(self, job: Job, error: str, trace: str | None, dead: str | None) -> None:
-        logger.error("task %s %s failed: %s", job.message.task_name, job.message.uuid, error)
         job.end("error", error=error, traceback=trace, dead=dead or "no retry is configured")
+        # Last, here and elsewhere: where a function has closed stderr, saying something raises.
+        name, uuid = job.message.task_name, job.message.uuid
+        logger.error("task %s %s failed: %s", name, uuid, logged(error))
 
     def _hand_over(self, job: Job) -> None:
         """Post the jobs that end in one turn of the loop together."""

@@ -1,7 +1,9 @@
 """A worker process's end of the line to its supervisor.
 
 Over a pair of sockets the supervisor asks `?` and is told `r` (ready) or `n`; `r` comes unasked
-when the worker has reached its servers. That the line is cut means that the supervisor is gone.
+when the worker has reached its servers. `b` means to give back what runs: a signal cannot say so,
+since a service manager that stops all processes of a service sends each its own.
+That the line is cut means that the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from contextlib import suppress
 
 VARIABLE = "QTASKS_SUPERVISED_BY"
 """Holds the number of the socket's file descriptor."""
-ASK, READY, NOT_READY = b"?", b"r", b"n"
+ASK, READY, NOT_READY, GIVE_BACK = b"?", b"r", b"n", b"b"
 
 
 def is_supervised() -> bool:
@@ -33,11 +35,14 @@ class Line:
         """Tell whether the worker is ready."""
         self._writer.write(READY if ready else NOT_READY)
 
-    async def answer(self, ready: Callable[[], bool]) -> None:
-        """Answer until the supervisor is gone."""
+    async def answer(self, ready: Callable[[], bool], give_back: Callable[[], None]) -> None:
+        """Answer, and do what is asked for, until the supervisor is gone."""
         with suppress(ConnectionError):
-            while await self._reader.read(1):
-                self.tell(ready())
+            while word := await self._reader.read(1):
+                if word == ASK:
+                    self.tell(ready())
+                elif word == GIVE_BACK:
+                    give_back()
 
     def close(self) -> None:
         """Cut the line."""

@@ -1,8 +1,8 @@
 """Several worker processes, started again when they end, and ended together.
 
 A worker is the same command as this process once more, told by a variable that it is one: so it
-needs neither fork nor pickle, whatever threads this process has. It has a process group of its
-own: Ctrl-C reaches the supervisor alone, which passes it on.
+needs neither fork nor pickle, whatever threads this process has. It has a session of its own:
+Ctrl-C reaches the supervisor alone, which passes it on.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from asyncio.subprocess import Process
 from typing import Any
 
 from qtasks.engine.backoff import Backoff
+from qtasks.engine.ending import stop_signals
 from qtasks.engine.health import answer_probes
-from qtasks.engine.supervised import ASK, READY, VARIABLE
+from qtasks.engine.supervised import ASK, GIVE_BACK, READY, VARIABLE
 from qtasks_core.errors import ConfigurationError
 
 logger = logging.getLogger("qtasks")
@@ -55,7 +56,7 @@ class Supervisor:
         taken for a mistake in the set-up, which ends all.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in stop_signals():
             loop.add_signal_handler(number, self._signals.put_nowait, number)
         probe = await answer_probes(*health, self.ready) if health else None
         logger.info("supervisor %d: %d worker processes", os.getpid(), len(self._slots))
@@ -89,16 +90,12 @@ class Supervisor:
         everyone: asyncio.Future[Any] = asyncio.gather(*keeping, return_exceptions=True)
         again = asyncio.create_task(self._signals.get())
         patience = None if self._grace is None else self._grace + _LAST_WORDS
-        stages: list[tuple[float | None, set[asyncio.Future[Any]]]] = [
-            (patience, {everyone, again}),
-            (_LAST_WORDS, {everyone}),
-        ]
-        for timeout, ends in stages:
-            for slot in self._slots:
-                slot.signal(signal.SIGTERM)
-            await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if everyone.done():
-                break
+        for slot in self._slots:
+            slot.signal(signal.SIGTERM)
+        await asyncio.wait({everyone, again}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        for slot in self._slots:
+            slot.give_back()
+        await asyncio.wait({everyone}, timeout=_LAST_WORDS)
         again.cancel()
         for slot in self._slots:
             if slot.signal(signal.SIGKILL):
@@ -110,18 +107,22 @@ class Supervisor:
         backoff = Backoff(first=0.2, most=30.0)
         while not self._stopping.is_set():
             begun = time.monotonic()
-            status = await slot.run(self._stopping)
+            try:
+                status = await slot.run(self._stopping)
+                end = f"ended ({_words(status)})"
+            except OSError as error:
+                status, end = 1, f"could not be started ({error})"
             if self._stopping.is_set():
                 return
             if status > 0 and not any(other.was_up for other in self._slots):
-                logger.error("%s ended with status %d before any worker was up", slot, status)
+                logger.error("%s %s before any worker was up", slot, end)
                 self._failed = self._failed or status
                 return
             if time.monotonic() - begun > _LONG:
                 backoff.reset()
             pause = backoff.next() if status or time.monotonic() - begun < 1.0 else 0.0
             level = logging.ERROR if status else logging.INFO
-            logger.log(level, "%s ended (%s); another in %.1f s", slot, _words(status), pause)
+            logger.log(level, "%s %s; another in %.1f s", slot, end, pause)
             try:
                 async with asyncio.timeout(pause):
                     await self._stopping.wait()
@@ -145,16 +146,24 @@ class Slot:
         return f"worker process {self._number} (pid {pid})"
 
     async def run(self, stopping: asyncio.Event) -> int:
-        """Start a worker process and return its exit status, as `Popen.returncode` gives it."""
+        """Start a worker process and return its exit status, as `Popen.returncode` gives it.
+
+        Raises `OSError` when the system starts none.
+        """
+        self._process = None
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *sys.orig_argv[1:],
-                env={**os.environ, VARIABLE: str(theirs.fileno())},
-                pass_fds=(theirs.fileno(),),
-                process_group=0,
-            )
+        try:
+            with theirs:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *sys.orig_argv[1:],
+                    env={**os.environ, VARIABLE: str(theirs.fileno())},
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # not process_group, which uvloop does not know
+                )
+        except BaseException:
+            ours.close()
+            raise
         if stopping.is_set():
             # The signal was sent while there was nobody to get it.
             self.signal(signal.SIGTERM)
@@ -189,6 +198,11 @@ class Slot:
                 return await asyncio.shield(self._answered)
         except TimeoutError:
             return False
+
+    def give_back(self) -> None:
+        """Have the worker give back what runs, if there is one."""
+        if self._line is not None:
+            self._line[1].write(GIVE_BACK)
 
     def signal(self, number: signal.Signals) -> bool:
         """Send a signal; say whether there was a process to get it."""

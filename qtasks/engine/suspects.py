@@ -17,7 +17,7 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from qtasks.engine.job import Job
+from qtasks.engine.job import Job, count_in
 from qtasks.engine.jobs import Jobs
 from qtasks.engine.reach import Reach
 from qtasks_core import Delivery, Storage, Task
@@ -36,7 +36,12 @@ _HEADER = "qtasks-lone-runs"
 
 def lone_runs(record: Task | None) -> int:
     """Return how often a message has begun alone, by its record."""
-    return int(record.headers.get(_HEADER, "0")) if record is not None else 0
+    return count_in(record.headers, _HEADER) if record is not None else 0
+
+
+def counted(record: Task, runs: int) -> Task:
+    """Return a record that says so many lone runs."""
+    return replace(record, headers={**record.headers, _HEADER: str(runs)})
 
 
 def suspicious(delivery: Delivery, record: Task | None) -> bool:
@@ -115,7 +120,7 @@ class Suspects:
         self._run([job])
         try:
             async with asyncio.timeout(_ALONE):
-                await self._jobs.until(lambda: job not in self._jobs)
+                await self._jobs.until(lambda: job not in self._jobs or stopping.is_set())
         except TimeoutError:
             return
 
@@ -127,8 +132,7 @@ class Suspects:
 
 
 def _begun(job: Job, runs: int) -> Task:
-    record = job.as_record("process")
-    return replace(record, headers={**record.headers, _HEADER: str(runs)})
+    return counted(job.as_record("process"), runs)
 
 
 def acquitted(job: Job) -> Task | None:

@@ -11,6 +11,7 @@ from functools import partial
 
 from qtasks.engine.jobs import Jobs
 from qtasks.engine.runner import Runner
+from qtasks_core.errors import Closed
 
 logger = logging.getLogger("qtasks")
 
@@ -19,19 +20,27 @@ PATIENCE = 1.0
 
 
 async def watch(jobs: Jobs, runner: Runner) -> None:
-    """Ask the runner's loop for a sign of life while it has jobs; report each blockage once."""
+    """Ask the runner's loop for a sign of life while it has jobs; report each blockage once.
+
+    Raises `Closed` when that loop was closed.
+    """
     tell = asyncio.get_running_loop().call_soon_threadsafe
     while True:
         await jobs.present()
         answered = asyncio.Event()
         asked = time.monotonic()
+        reported = False
         runner.call_soon(partial(tell, answered.set))
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await answered.wait()
-        except TimeoutError:
-            _report(runner, time.monotonic() - asked)
-            await answered.wait()
+        while not answered.is_set():
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await answered.wait()
+            except TimeoutError:
+                if runner.gone:
+                    raise Closed("the loop of the tasks was closed under its worker") from None
+                if not reported:
+                    _report(runner, time.monotonic() - asked)
+                reported = True
         await asyncio.sleep(PATIENCE)
 
 

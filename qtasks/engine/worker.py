@@ -11,6 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Collection, Coroutine, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from uuid import NAMESPACE_OID, uuid5
@@ -21,7 +22,7 @@ from uuid_utils import uuid7
 from qtasks.engine.client import Client
 from qtasks.engine.commands import obey
 from qtasks.engine.gatherer import Gatherer
-from qtasks.engine.job import Job
+from qtasks.engine.job import Job, count_in
 from qtasks.engine.jobs import Jobs
 from qtasks.engine.keeping import Keeper
 from qtasks.engine.limits import Limits
@@ -57,6 +58,8 @@ _FLIGHTS = 2
 """While one batch of ends waits for the server, the next is on its way."""
 _UNSETTLED = 1000
 """How many ended jobs may wait for their completion before no more are received."""
+_UNWIND = 3.0
+"""Seconds in which a function that was cancelled has to end."""
 _LAST_WORDS = 10.0
 """Seconds for recording the last ends when stopping, should the server be out of reach."""
 _UNKNOWN = "qtasks-unknown"
@@ -92,10 +95,14 @@ class Worker:
         self._receiving: asyncio.Timeout | None = None
         self._stopping = asyncio.Event()
         self._ending = asyncio.Event()
+        self._stop: asyncio.Task[None] | None = None
+        self._hurried = False
+        self._finished = asyncio.Event()
         self._over = False
         """What ends from now on is not recorded: it was left to run again."""
         self._failing = asyncio.Event()
-        self._failure: Exception | None = None
+        self.failure: Exception | None = None
+        """What a part has raised that no repeating mends."""
         self._subscription: Subscription | None = None
         storage = client.storage
         self._retention = storage.guarantees.retention
@@ -124,23 +131,28 @@ class Worker:
             await self._work()
         except Exception as error:  # noqa: BLE001  # raised below
             self._fail(error)
+        finally:
+            self._finished.set()
         self._failing.set()
-        if self._failure is not None:
-            raise self._failure
+        if self.failure is not None:
+            raise self.failure
 
     async def failed(self) -> None:
         """Wait until the worker has failed, or is over."""
         await self._failing.wait()
 
     def _fail(self, error: Exception) -> None:
-        if self._failure is not None:
+        if self.failure is not None:
             return
-        self._failure = error
-        logger.error("worker %s failed: %s: %s", self.id, type(error).__name__, error)
+        self.failure = error
         self._stopping.set()
         self._failing.set()
         self._interrupt_receive()
         self._jobs.notice()
+        if self._runner.gone:
+            # So is everybody who would stop this worker.
+            self._begin_to_end(0.0)
+        logger.error("worker %s failed: %s: %s", self.id, type(error).__name__, error)
 
     async def _work(self) -> None:
         subscription = await self._reach.persist(self._subscribe, self._stopping)
@@ -159,7 +171,6 @@ class Worker:
             await self._ending.wait()
             await receiving
             await self._last_words()
-            self._over = True
             for task in background:
                 task.cancel()
             await self._ends.close()
@@ -185,7 +196,7 @@ class Worker:
             self._fail(error)
 
     async def _last_words(self) -> None:
-        self._ends.extend([*self._suspects.surrender()])
+        self._ends.extend([*self._suspects.surrender(), *await self._abandoned()])
         try:
             async with asyncio.timeout(_LAST_WORDS):
                 await self._jobs.until(lambda: not self._jobs)
@@ -196,8 +207,40 @@ class Worker:
                 len(self._jobs),
             )
 
+    async def _abandoned(self) -> list[Job]:
+        """Return what does not end though it was cancelled: a loop is blocked, or it goes on."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_UNWIND):
+                await self._jobs.until(lambda: self._jobs.idle)
+        self._over = True
+        left = [job for job in self._jobs if job.begun and not job.returned]
+        for job in left:
+            logger.error(
+                "task %s %s does not end though it was cancelled; it is given back",
+                job.message.task_name, job.message.uuid,
+            )  # fmt: skip
+        return left
+
     async def stop(self, grace: float | None) -> None:
-        """Stop receiving, let running tasks finish for `grace` seconds, give the rest back."""
+        """Stop receiving, let running tasks finish for `grace` seconds, give the rest back.
+
+        Returns at the end of `run`. Asked again, it waits for the same end.
+        """
+        await asyncio.shield(self._begin_to_end(grace))
+
+    def _begin_to_end(self, grace: float | None) -> asyncio.Task[None]:
+        if self._stop is None:
+            self._stop = asyncio.create_task(self._end_within(grace))
+        return self._stop
+
+    def give_back(self) -> None:
+        """Cancel what runs and give it back at once, whatever grace is left."""
+        self._hurried = True
+        if not self._runner.gone:
+            self._runner.give_back()
+        self._jobs.notice()
+
+    async def _end_within(self, grace: float | None) -> None:
         self._stopping.set()
         self.limits.close()
         self._jobs.notice()
@@ -205,11 +248,12 @@ class Worker:
             if self._subscription is not None:
                 await self._close(self._subscription)
             async with asyncio.timeout(grace):
-                await self._jobs.until(lambda: self._jobs.idle)
+                await self._jobs.until(lambda: self._jobs.idle or self._hurried)
         except TimeoutError:
-            self._runner.give_back()
+            self.give_back()
         finally:
             self._ending.set()
+        await self._finished.wait()
 
     async def _close(self, subscription: Subscription) -> None:
         """Receive nothing more; what runs has its grace even if the server is out of reach."""
@@ -318,14 +362,11 @@ class Worker:
         elif message.task_name not in self._known:
             self._put_back(job)
         elif message.expires_at is not None and message.expires_at < time.time():
-            job.end("error", error="expired before it could start", dead="expired")
-            self._finish(job, job.completion())
+            self._bury(job, "expired before it could start", "expired")
         elif not suspicious(job.delivery, record):
             return True
         elif (reason := convicted(record)) is not None:
-            logger.error("task %s %s is dead: %s", message.task_name, message.uuid, reason)
-            job.end("error", error="its workers kept dying", dead=reason)
-            self._finish(job, job.completion())
+            self._bury(job, "its workers kept dying", reason)
         else:
             self._suspects.add(job, record)
         return False
@@ -333,20 +374,25 @@ class Worker:
     def _put_back(self, job: Job) -> None:
         """Retry a task that this worker does not know later, at last end it."""
         message = job.message
-        tries = int(message.headers.get(_UNKNOWN, "0")) + 1
+        tries = count_in(message.headers, _UNKNOWN) + 1
         if tries > _UNKNOWN_TRIES:
-            job.end("error", error=f"no worker knows {message.task_name!r}", dead="unknown task")
-            self._finish(job, job.completion())
+            self._bury(job, f"no worker knows {message.task_name!r}", "unknown task")
             return
-        if tries == 1:
-            logger.warning("unknown task %s %s; put back", message.task_name, message.uuid)
         headers = {**message.headers, _UNKNOWN: str(tries)}
         again = replace(message, headers=headers, delay=_UNKNOWN_DELAY)
         self._finish(job, Completion(Retry(job.delivery, again), None))
+        if tries == 1:
+            logger.warning("unknown task %s %s; put back", message.task_name, message.uuid)
+
+    def _bury(self, job: Job, error: str, dead: str) -> None:
+        """End a job that does not run."""
+        job.end("error", error=error, dead=dead)
+        self._finish(job, job.completion())
+        name, uuid = job.message.task_name, job.message.uuid
+        logger.error("task %s %s is dead: %s (%s)", name, uuid, error, dead)
 
     def _bury_raw(self, delivery: Delivery, raw: Raw) -> None:
         """Keep what cannot be decoded as a dead record of its own."""
-        logger.error("undecodable message in queue %s: %s", delivery.queue, raw.error)
         record = Task(
             uuid=str(uuid5(NAMESPACE_OID, hashlib.sha256(raw.data).hexdigest())),
             task_name="",
@@ -360,6 +406,7 @@ class Worker:
             finished_at=time.time(),
         )
         self._complete(Completion(Ack(delivery), record))
+        logger.error("undecodable message in queue %s: %s", delivery.queue, raw.error)
 
     # -- completing ----------------------------------------------------------------------
 
@@ -412,10 +459,9 @@ class Worker:
 
     # -- commands ------------------------------------------------------------------------
 
-    async def _obey(self, command: Command) -> None:
-        if command.name == "cancel":
-            named = [job for job in self._jobs if job.message.uuid == command.target]
-            await self._keeper.check(named)
+    def _obey(self, command: Command) -> None:
+        if command.name == "cancel" and command.target is not None:
+            self._keeper.ask(command.target)
         elif command.name in ("pause", "resume"):
             self._pause(command)
         elif command.name == "ping":
@@ -424,8 +470,9 @@ class Worker:
     def _cancel(self, jobs: list[Job]) -> None:
         for job in jobs:
             job.cancelled = True
-            logger.info("task %s %s was cancelled", job.message.task_name, job.message.uuid)
         self._runner.cancel(jobs)
+        for job in jobs:
+            logger.info("task %s %s was cancelled", job.message.task_name, job.message.uuid)
 
     def _pause(self, command: Command) -> None:
         """Stop or begin to receive from a queue (None: all); what runs goes on."""

@@ -34,7 +34,7 @@ from qtasks.executors.frames import (
 from qtasks.executors.places import definition_at
 from qtasks.failures import line_of, reason_of, storable, trace_of
 from qtasks.signals import Reject, Retry
-from qtasks_core.errors import BadArguments
+from qtasks_core.errors import BadArguments, UnstorableResult
 
 _LAST_WORDS = 1.0
 """Seconds an end in order may take, beside threads that functions have left behind."""
@@ -127,6 +127,8 @@ class Child:
             return Rejected(reason_of(reject))
         except BadArguments as error:
             return NotCallable(storable(str(error)))
+        except UnstorableResult as error:
+            return NotStorable(str(error))
         except BaseException as error:  # noqa: BLE001  # told to the worker
             mro = [Place(str(kind.__module__), kind.__qualname__) for kind in type(error).__mro__]
             return Raised(mro, line_of(error), trace_of(error), _asked(error))

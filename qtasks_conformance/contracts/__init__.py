@@ -9,8 +9,9 @@ import pytest
 
 for _theme in (
     "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
-    "delivering", "depth", "inboxes", "keys", "leases", "migrating", "outages", "pairs", "querying",
-    "records", "retention", "streams", "undecodable", "values",
+    "delivering", "depth", "idling", "inboxes", "keys", "leases", "migrating", "outages", "pairs",
+    "poison", "querying", "records", "repeating", "retention", "streams", "submitting",
+    "transactions", "undecodable", "values",
 ):  # fmt: skip
     pytest.register_assert_rewrite(f"{__name__}.{_theme}")
 pytest.register_assert_rewrite("qtasks_conformance.waiting")
@@ -23,6 +24,10 @@ from qtasks_conformance.contracts.declared_storage import DeclaredStorageContrac
 from qtasks_conformance.contracts.delays import DelayContract  # noqa: E402
 from qtasks_conformance.contracts.delivering import DeliveringContract  # noqa: E402
 from qtasks_conformance.contracts.depth import DepthContract  # noqa: E402
+from qtasks_conformance.contracts.idling import (  # noqa: E402
+    BrokerIdleContract,
+    StorageIdleContract,
+)
 from qtasks_conformance.contracts.inboxes import InboxContract  # noqa: E402
 from qtasks_conformance.contracts.keys import KeyContract  # noqa: E402
 from qtasks_conformance.contracts.leases import LeaseContract  # noqa: E402
@@ -35,10 +40,21 @@ from qtasks_conformance.contracts.outages import (  # noqa: E402
     StorageOutageContract,
 )
 from qtasks_conformance.contracts.pairs import ComposingContract  # noqa: E402
+from qtasks_conformance.contracts.poison import PoisonContract  # noqa: E402
 from qtasks_conformance.contracts.querying import QueryContract  # noqa: E402
 from qtasks_conformance.contracts.records import RecordContract  # noqa: E402
+from qtasks_conformance.contracts.repeating import (  # noqa: E402
+    BrokerRepeatContract,
+    CompositionRepeatContract,
+    StorageRepeatContract,
+)
 from qtasks_conformance.contracts.retention import RetentionContract  # noqa: E402
 from qtasks_conformance.contracts.streams import StreamContract  # noqa: E402
+from qtasks_conformance.contracts.submitting import SubmittingContract  # noqa: E402
+from qtasks_conformance.contracts.transactions import (  # noqa: E402
+    BrokerTransactionContract,
+    StorageTransactionContract,
+)
 from qtasks_conformance.contracts.undecodable import UndecodableContract  # noqa: E402
 from qtasks_conformance.contracts.values import ValueContract  # noqa: E402
 
@@ -49,10 +65,13 @@ class BrokerContract(
     LeaseContract,
     DelayContract,
     CancellingContract,
+    BrokerRepeatContract,
+    BrokerIdleContract,
     UndecodableContract,
     DepthContract,
     CommandContract,
     BrokerMigrationContract,
+    BrokerTransactionContract,
     BrokerOutageContract,
 ):
     """All that a Broker must do. Needs a fixture `subject`."""
@@ -62,19 +81,28 @@ class StorageContract(
     DeclaredStorageContract,
     RecordContract,
     InboxContract,
+    StorageRepeatContract,
+    StorageIdleContract,
     QueryContract,
     ClaimContract,
     ValueContract,
     StreamContract,
     RetentionContract,
     StorageMigrationContract,
+    StorageTransactionContract,
     StorageOutageContract,
 ):
     """All that a Storage must do. Needs a fixture `subject`."""
 
 
-class PairContract(ComposingContract, KeyContract):
+class CompositionContract(
+    ComposingContract,
+    SubmittingContract,
+    KeyContract,
+    CompositionRepeatContract,
+    PoisonContract,
+):
     """All that a broker and a storage must do together. Needs a fixture `subject`."""
 
 
-__all__ = ["BrokerContract", "PairContract", "StorageContract"]
+__all__ = ["BrokerContract", "CompositionContract", "StorageContract"]

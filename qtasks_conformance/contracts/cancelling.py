@@ -6,12 +6,14 @@ import asyncio
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 
+from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
 from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_conformance.waiting import SOON, assert_silent, collect
-from qtasks_core import Ack, Delivery, Subscription
+from qtasks_core import Ack, Delivery, Release, Retry, Settlement, Subscription
 from qtasks_core.errors import Closed
 
 CANCELS = 300
@@ -29,8 +31,8 @@ class CancellingContract(Contract):
         publishing = rig.background(publisher.stream(messages, 0.003))
         started = asyncio.get_running_loop().time()
         received = await self._cancel_often(subscription, started)
-        received += await collect(subscription, len(messages) - len(received), SOON)
         assert_done(await publishing)
+        received += await collect(subscription, len(messages) - len(received), SOON)
         elapsed = asyncio.get_running_loop().time() - started
         assert elapsed < LONG_LEASE, f"it took {elapsed:.1f} s: a lease may have run out"
         assert uuids(received) == sorted(message.uuid for message in messages)
@@ -76,22 +78,53 @@ class CancellingContract(Contract):
             assert uuids(deliveries) == [message.uuid]
             await subscription.settle([Ack(deliveries[0])])
 
+    async def test_what_a_cancelled_receive_took_is_not_forced_on_the_next(self, rig: Rig) -> None:
+        """The next may want less, or another queue: what is over stays for a later call."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        subscription = await broker.subscribe({"q": 10, "other": 10})
+        for instant in (0.0, 0.001, 0.004):
+            receiving = rig.background(subscription.receive({"q": 10, "other": 10}, 10))
+            await asyncio.sleep(0.02)
+            messages = rig.messages(5)
+            publishing = rig.background(broker.publish([*messages, rig.message(queue="other")]))
+            await asyncio.sleep(instant)
+            receiving.cancel()
+            await asyncio.wait({receiving})
+            assert_done(await publishing)
+            received = [] if receiving.cancelled() else receiving.result()
+            while len(received) < 6:
+                async with asyncio.timeout(SOON):
+                    some = await subscription.receive({"q": 2, "other": 1}, 2)
+                assert 1 <= len(some) <= 2
+                assert sum(delivery.queue == "other" for delivery in some) <= 1
+                received += some
+            assert_settled(await subscription.settle([Ack(d) for d in received]), broker.guarantees)
+            assert len(set(uuids(received))) == 6
+
     async def test_closing_releases_what_was_not_returned(self, rig: Rig) -> None:
         """Another receives it long before the lease; what was returned can still be settled."""
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         messages = rig.messages(20)
         assert_done(await broker.publish(messages))
         closing = await broker.subscribe({"q": 20})
+        returned: list[Delivery] = []
         async with asyncio.timeout(SOON):
-            returned = await closing.receive({"q": 2}, 2)
+            while len(returned) < 3:
+                returned += await closing.receive({"q": 3 - len(returned)}, 3 - len(returned))
         await closing.close()
         successor = await other.subscribe({"q": 20})
         rest = await collect(successor, len(messages) - len(returned), SOON)
         assert uuids(returned + rest) == sorted(message.uuid for message in messages)
-        assert None not in await closing.extend(returned)
-        assert_settled(await closing.settle([Ack(d) for d in returned]), broker.guarantees)
         assert_settled(await successor.settle([Ack(d) for d in rest]), broker.guarantees)
+        extended = await closing.extend(returned)
+        acked, retried, released = [d for d in extended if d is not None]
+        again = replace(message_of(retried), attempt=2)
+        ends: list[Settlement] = [Ack(acked), Retry(retried, again), Release(released)]
+        assert_settled(await closing.settle(ends), broker.guarantees)
         await closing.close()
+        back = await collect(successor, 2, SOON)
+        assert uuids(back) == sorted([again.uuid, message_of(released).uuid])
+        assert_settled(await successor.settle([Ack(d) for d in back]), broker.guarantees)
         await assert_silent(successor, 0.5)
 
     async def test_closing_after_a_cancel_releases(self, rig: Rig) -> None:

@@ -45,6 +45,21 @@ class CommandContract(Contract):
         await other.broadcast(command)
         assert await heard(ear, 1) == [command]
 
+    async def test_a_command_is_for_who_listens_now(self, rig: Rig) -> None:
+        """Who begins to listen later does not hear it: a pause of yesterday pauses nothing."""
+        broker = await rig.broker()
+        needs(broker, "broadcast", "commands")
+        ear = await listening(rig, broker, broker)
+        await broker.broadcast(Command(name="pause"))
+        assert await heard(ear, 1) == [Command(name="pause")]
+        late: asyncio.Queue[Command] = asyncio.Queue()
+        rig.background(until_the_end(await rig.broker(), late))
+        async with asyncio.timeout(SOON):
+            while late.empty():
+                await broker.broadcast(Command(name=HELLO))
+                await asyncio.sleep(0.02)
+        assert {late.get_nowait().name for _ in range(late.qsize())} == {HELLO}
+
     async def test_commands_stay_in_their_namespace(self, rig: Rig) -> None:
         """The workers of another app hear nothing."""
         broker = await rig.broker()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from functools import partial
 
 import pytest
 
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.declaring import (
+    Call,
     assert_abstract_methods_are_missed,
     assert_at_least,
+    assert_closed,
     assert_declared,
     assert_driver_comes_late,
+    assert_missing_driver_is_named,
     optional_methods,
 )
 from qtasks_conformance.rig import Rig
@@ -40,23 +43,44 @@ class DeclaredBrokerContract(Contract):
         """Importing and building it, and asking for its guarantees, imports no driver."""
         await assert_driver_comes_late(subject.broker, subject.driver)
 
+    async def test_a_missing_driver_is_named(self, subject: Subject) -> None:
+        """Without its driver `start` says in one line what is missing."""
+        await assert_missing_driver_is_named(subject.broker, subject.driver)
+
     @pytest.mark.parametrize("method", optional_methods(Broker))
     async def test_unsupported_is_what_raises(self, rig: Rig, method: str) -> None:
         """A method raises `NotSupported` exactly when the guarantees list it."""
         broker = await rig.broker()
-        calls: dict[str, Any] = {
-            "depth": lambda: broker.depth("q"),
-            "purge": lambda: broker.purge("q"),
-            "broadcast": lambda: broker.broadcast(Command(name="ping")),
-            "commands": lambda: first_command(broker.commands()),
-            "migrate": lambda: broker.migrate(),
-        }
-        await assert_declared(calls[method], method, broker.guarantees.unsupported)
+        call = optional_calls(broker)[method]
+        await assert_declared(call, method, broker.guarantees.unsupported)
+
+    async def test_it_is_closed_before_and_after(self, rig: Rig) -> None:
+        """Before `start` and after `stop` each call raises `Closed`; stopping twice is harmless."""
+        for broker in (rig.subject.broker.broker(), await rig.broker()):
+            await broker.stop()
+            await broker.stop()
+            calls: dict[str, Call] = {
+                "publish": partial(broker.publish, [rig.message()]),
+                "subscribe": partial(broker.subscribe, {"q": 1}),
+                **optional_calls(broker),
+            }
+            await assert_closed(calls, broker.guarantees.unsupported)
 
     async def test_nothing_unknown_is_declared_unsupported(self, rig: Rig) -> None:
         """What is abstract cannot be left out, and what does not exist is a slip of the pen."""
         broker = await rig.broker()
         assert set(broker.guarantees.unsupported) <= set(optional_methods(Broker))
+
+
+def optional_calls(broker: Broker) -> dict[str, Call]:
+    """Return a call of each method that a broker may leave out."""
+    return {
+        "depth": partial(broker.depth, "q"),
+        "purge": partial(broker.purge, "q"),
+        "broadcast": partial(broker.broadcast, Command(name="ping")),
+        "commands": lambda: first_command(broker.commands()),
+        "migrate": broker.migrate,
+    }
 
 
 async def first_command(commands: AsyncIterator[Command]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pytest
 
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.declaring import (
+    Call,
     assert_abstract_methods_are_missed,
     assert_at_least,
+    assert_closed,
     assert_declared,
     assert_driver_comes_late,
+    assert_missing_driver_is_named,
     optional_methods,
 )
 from qtasks_conformance.rig import Rig, new_uuid
@@ -35,28 +38,50 @@ class DeclaredStorageContract(Contract):
         """Importing and building it, and asking for its guarantees, imports no driver."""
         await assert_driver_comes_late(subject.storage, subject.driver)
 
+    async def test_a_missing_driver_is_named(self, subject: Subject) -> None:
+        """Without its driver `start` says in one line what is missing."""
+        await assert_missing_driver_is_named(subject.storage, subject.driver)
+
     @pytest.mark.parametrize("method", optional_methods(Storage))
     async def test_unsupported_is_what_raises(self, rig: Rig, method: str) -> None:
         """A method raises `NotSupported` exactly when the guarantees list it."""
         storage = await rig.storage()
-        uuid = new_uuid()
-        calls: dict[str, Any] = {
-            "query": lambda: storage.query(TaskQuery()),
-            "claim": lambda: storage.claim("key", "owner", 1.0),
-            "release": lambda: storage.release(Claim("key", "owner", 0.0)),
-            "set": lambda: storage.set("key", b"value"),
-            "get_value": lambda: storage.get_value("key"),
-            "values": lambda: storage.values("k"),
-            "watch_value": lambda: anext(storage.watch_value("key")),
-            "append": lambda: storage.append(uuid, [b"item"]),
-            "read": lambda: storage.read(uuid, 0),
-            "delete": lambda: storage.delete([uuid]),
-            "expire": lambda: storage.expire(),
-            "migrate": lambda: storage.migrate(),
-        }
-        await assert_declared(calls[method], method, storage.guarantees.unsupported)
+        call = optional_calls(storage)[method]
+        await assert_declared(call, method, storage.guarantees.unsupported)
+
+    async def test_it_is_closed_before_and_after(self, rig: Rig) -> None:
+        """Before `start` and after `stop` each call raises `Closed`; stopping twice is harmless."""
+        for storage in (rig.subject.storage.storage(), await rig.storage()):
+            await storage.stop()
+            await storage.stop()
+            calls: dict[str, Call] = {
+                "save": partial(storage.save, [rig.record("new")]),
+                "get": partial(storage.get, [new_uuid()]),
+                "inbox": storage.inbox,
+                **optional_calls(storage),
+            }
+            await assert_closed(calls, storage.guarantees.unsupported)
 
     async def test_nothing_unknown_is_declared_unsupported(self, rig: Rig) -> None:
         """What is abstract cannot be left out, and what does not exist is a slip of the pen."""
         storage = await rig.storage()
         assert set(storage.guarantees.unsupported) <= set(optional_methods(Storage))
+
+
+def optional_calls(storage: Storage) -> dict[str, Call]:
+    """Return a call of each method that a storage may leave out."""
+    uuid = new_uuid()
+    return {
+        "query": partial(storage.query, TaskQuery()),
+        "claim": partial(storage.claim, "key", "owner", 1.0),
+        "release": partial(storage.release, Claim("key", "owner", 0.0)),
+        "set": partial(storage.set, "key", b"value"),
+        "get_value": partial(storage.get_value, "key"),
+        "values": partial(storage.values, "k"),
+        "watch_value": lambda: anext(storage.watch_value("key")),
+        "append": partial(storage.append, uuid, [b"item"]),
+        "read": partial(storage.read, uuid, 0),
+        "delete": partial(storage.delete, [uuid]),
+        "expire": storage.expire,
+        "migrate": storage.migrate,
+    }

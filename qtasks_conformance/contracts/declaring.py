@@ -5,15 +5,36 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 
 from qtasks_conformance.commands import encode
 from qtasks_conformance.subject import Least, Part
 from qtasks_core import Guarantees
-from qtasks_core.errors import NotSupported
+from qtasks_core.errors import Closed, NotSupported
+
+Call = Callable[[], Awaitable[object]]
+
+_COMES_LATE = """
+import sys
+from qtasks_conformance.commands import part_decoder
+part_decoder.decode(sys.argv[1]).build().guarantees
+if sys.argv[2] in sys.modules:
+    print(sys.argv[2])
+"""
+_IS_MISSING = """
+import asyncio, sys
+from qtasks_conformance.commands import part_decoder
+from qtasks_core.errors import ConfigurationError
+sys.modules[sys.argv[2]] = None
+try:
+    asyncio.run(part_decoder.decode(sys.argv[1]).build().start("kit"))
+except ConfigurationError as error:
+    print(error)
+"""
 
 EVENTS = ("nothing", "client crash", "server crash", "machine crash")
 
@@ -49,23 +70,41 @@ def assert_abstract_methods_are_missed(part: Part, contract: type) -> None:
 
 async def assert_driver_comes_late(part: Part, driver: str | None) -> None:
     """Build the part in an interpreter of its own and look for the driver."""
+    told = await told_by(_COMES_LATE, part, driver)
+    assert told == "", f"{driver} is imported before `start`"
+
+
+async def assert_missing_driver_is_named(part: Part, driver: str | None) -> None:
+    """Start the part in an interpreter that cannot import the driver."""
+    told = await told_by(_IS_MISSING, part, driver)
+    assert told.count("\n") == 1, f"`start` without {driver} is no `MissingDriver` of one line"
+
+
+async def told_by(program: str, part: Part, driver: str | None) -> str:
+    """Run a program in an interpreter of its own, and return what it writes."""
     if driver is None:
         pytest.skip("it has no driver")
-    program = (
-        "import sys; from qtasks_conformance.commands import part_decoder\n"
-        "part_decoder.decode(sys.argv[1]).build().guarantees\n"
-        "sys.exit(sys.argv[2] in sys.modules)"
-    )
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, encode(part).decode(), driver,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE,
     )  # fmt: skip
-    assert await child.wait() == 0, f"{driver} is imported before `start`"
+    told, _ = await child.communicate()
+    return told.decode()
 
 
-async def assert_declared(
-    call: Callable[[], Awaitable[object]], method: str, unsupported: tuple[str, ...]
-) -> None:
+async def assert_closed(calls: Mapping[str, Call], unsupported: tuple[str, ...]) -> None:
+    """Fail unless each call that is supported raises `Closed`; `migrate` needs no `start`."""
+    for method, call in calls.items():
+        if method in (*unsupported, "migrate"):
+            continue
+        try:
+            await call()
+        except Closed:
+            continue
+        raise AssertionError(f"`{method}` is not closed")
+
+
+async def assert_declared(call: Call, method: str, unsupported: tuple[str, ...]) -> None:
     """Fail unless the call raises `NotSupported` exactly when it is declared to."""
     if method in unsupported:
         with pytest.raises(NotSupported):

@@ -15,6 +15,8 @@ from qtasks_core import Ack, Broker, Retry, Subscription
 
 LATE = 2.0
 """Seconds that a due message may take on an idle system."""
+CENTURY = 100 * 365.25 * 86_400
+"""Seconds."""
 ROUNDING = 0.002
 """Seconds by which two clocks that count milliseconds may differ."""
 
@@ -64,6 +66,16 @@ class DelayContract(Contract):
         (delivery,) = await waiting
         assert_on_time(0.7, before, after)
         assert message_of(delivery).delay == 0.7
+
+    async def test_the_longest_delay_is_kept(self, rig: Rig) -> None:
+        """Of a hundred years, for a new message and for a retry: it does not overflow."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        subscription = await joined(rig, broker)
+        assert_done(await broker.publish([rig.message(delay=CENTURY), rig.message()]))
+        (delivery,) = await collect(subscription, 1)
+        again = replace(message_of(delivery), attempt=2, delay=CENTURY)
+        assert_settled(await subscription.settle([Retry(delivery, again)]), broker.guarantees)
+        await assert_silent(subscription, 1.0)
 
     async def test_a_delay_beyond_the_lease_is_delivered_once(self, rig: Rig) -> None:
         """However long a delay, it never causes a second delivery."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 from msgspec.structs import replace
@@ -10,13 +11,15 @@ from msgspec.structs import replace
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, persist
 from qtasks_core import Ack, Broker, Delivery, Guarantees, Outcome, Release, Retry, Settlement
-from qtasks_core.errors import Closed
 
 SEPARATORS = (".", "-", "_")
-"""What names may contain beside letters and digits."""
-"""What names are likely to be joined with inside a backend."""
+"""What names may contain beside letters and digits, and a backend may join them with."""
+MANY = 2000
+"""Items of a large batch."""
+BACKLOG = 60
+"""Messages in each queue, when several are full."""
 
 
 class DeliveringContract(Contract):
@@ -29,7 +32,7 @@ class DeliveringContract(Contract):
             task_name="models.übung", args=bytes(range(256)), kwargs=b"\x00\r\n", priority=0,
             attempt=3, reply_to="client:1", created_at=1700000000.25, expires_at=4e9,
             store_result=False, retention=86400.5, encoding="json",
-            headers={"traceparent": "00-ab-01", "ключ": "значение"}, submission="publishing",
+            headers={"traceparent": "00-ab-01", "ключ": "значение\0"}, submission="publishing",
         )  # fmt: skip
         assert_done(await broker.publish([sent]))
         subscription = await broker.subscribe({"q": 10})
@@ -37,11 +40,6 @@ class DeliveringContract(Contract):
         assert delivery.message == sent
         assert delivery.queue == "q"
         assert_settled(await subscription.settle([Ack(delivery)]), broker.guarantees)
-
-    async def test_it_is_closed_before_it_starts(self, rig: Rig) -> None:
-        """A call before `start` raises `Closed`."""
-        with pytest.raises(Closed):
-            await rig.subject.broker.broker().publish([rig.message()])
 
     async def test_an_empty_batch_is_nothing(self, rig: Rig) -> None:
         """A batch without items is answered without outcomes."""
@@ -60,6 +58,70 @@ class DeliveringContract(Contract):
         assert_done(outcomes)
         deliveries = await collect(await broker.subscribe({"q": 100}), len(messages))
         assert uuids(deliveries) == sorted(message.uuid for message in messages)
+
+    async def test_calls_run_side_by_side(self, rig: Rig) -> None:
+        """Publishing, settling and extending beside each other, each has its own answer."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        subscription = await broker.subscribe({"q": 200})
+        assert_done(await broker.publish(rig.messages(60)))
+        held = await collect(subscription, 60)
+        messages = rig.messages(40)
+        published, settled, extended = await asyncio.gather(
+            asyncio.gather(*(broker.publish([message]) for message in messages)),
+            asyncio.gather(*(subscription.settle([Ack(d)]) for d in held[:40])),
+            asyncio.gather(*(subscription.extend([d]) for d in held[40:])),
+        )
+        for outcomes in published:
+            assert_done(outcomes)
+        for outcomes in settled:
+            assert_settled(outcomes, broker.guarantees)
+        assert [None] not in extended
+        assert uuids(await collect(subscription, 40)) == sorted(m.uuid for m in messages)
+
+    async def test_many_at_once(self, rig: Rig) -> None:
+        """A batch may be larger than what a server takes in one statement."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        messages = rig.messages(MANY)
+        assert_done(await broker.publish(messages))
+        subscription = await broker.subscribe({"q": MANY})
+        held = await collect(subscription, MANY)
+        assert uuids(held) == sorted(message.uuid for message in messages)
+        extended = await subscription.extend(held)
+        assert len(extended) == MANY
+        assert None not in extended
+        assert_settled(await subscription.settle([Ack(d) for d in held]), broker.guarantees)
+        await assert_silent(subscription, 0.3)
+
+    async def test_no_queue_waits_for_the_backlog_of_another(self, rig: Rig) -> None:
+        """Who asks for another queue first each time gets of each, though one would do."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        queues = ["a", "b"]
+        for queue in queues:
+            assert_done(await broker.publish(rig.messages(BACKLOG, queue=queue)))
+        subscription = await broker.subscribe(dict.fromkeys(queues, 5))
+        came: list[str] = []
+        async with asyncio.timeout(PATIENCE):
+            while len(came) < BACKLOG:
+                queues.reverse()
+                receive = partial(subscription.receive, dict.fromkeys(queues, 5), 5)
+                deliveries = await persist(receive)
+                came += [delivery.queue for delivery in deliveries]
+                outcomes = await subscription.settle([Ack(delivery) for delivery in deliveries])
+                assert_settled(outcomes, broker.guarantees)
+        assert min(came.count(queue) for queue in queues) >= BACKLOG / 6, came
+
+    async def test_the_largest_message_fits(self, rig: Rig) -> None:
+        """What an app lets through by default, 1 MiB of arguments, travels; retried as well."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        message = rig.message(args=bytes(range(256)) * 4096)
+        assert_done(await broker.publish([message]))
+        subscription = await broker.subscribe({"q": 1})
+        (delivery,) = await collect(subscription, 1)
+        assert delivery.message == message
+        again = replace(message, attempt=2, delay=0.2)
+        assert_settled(await subscription.settle([Retry(delivery, again)]), broker.guarantees)
+        (delivery,) = await collect(subscription, 1)
+        assert delivery.message == again
 
     async def test_a_waiting_receive_is_woken(self, rig: Rig) -> None:
         """What another client publishes wakes a receiver that waits."""
@@ -130,6 +192,16 @@ class DeliveringContract(Contract):
         except TimeoutError:
             return
         assert uuids(second) == [message.uuid]
+
+    async def test_each_submission_of_a_uuid_is_delivered(self, rig: Rig) -> None:
+        """Only where the submission is the same may a message be taken for a repeat."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        first = rig.message(submission="first")
+        second = replace(first, submission="second")
+        for message in (first, second):
+            assert_done(await broker.publish([message]))
+        there = await collect(await broker.subscribe({"q": 10}), 2)
+        assert sorted(message_of(d).submission for d in there) == ["first", "second"]
 
     async def test_each_settlement_has_its_own_outcome(self, rig: Rig) -> None:
         """Ack, Retry and Release in one batch do what they say, and the outcomes are in order."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Set
 from random import Random
 
 import pytest
 
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done
+from qtasks_conformance.elsewhere import Elsewhere
 from qtasks_conformance.rig import Rig
-from qtasks_conformance.waiting import SOON
+from qtasks_conformance.waiting import PATIENCE, SOON, persist
 from qtasks_core import Inbox, Task
+from qtasks_core.errors import Closed
 
 
 class InboxContract(Contract):
@@ -85,6 +88,35 @@ class InboxContract(Contract):
         assert await hear(inbox, 1) == {final.uuid: final}
         assert await storage.get([final.uuid]) == [final]
 
+    async def test_told_of_what_can_be_read(self, rig: Rig) -> None:
+        """A final record is told when it is there for every reader, and not before."""
+        reader, saver = await rig.storage(), await rig.elsewhere()
+        inbox = await rig.inbox(await rig.storage())
+        records = [rig.record("success", reply_to=inbox.address) for _ in range(20)]
+        inbox.expect([record.uuid for record in records])
+        saving = rig.background(save_each(saver, records))
+        heard: dict[str, Task] = {}
+        async with asyncio.timeout(SOON):
+            while len(heard) < len(records):
+                some = await inbox.receive()
+                assert await reader.get([task.uuid for task in some]) == some
+                heard |= {task.uuid: task for task in some}
+        await saving
+
+    async def test_told_only_in_its_namespace(self, rig: Rig) -> None:
+        """Who watches the same uuid for another app hears nothing."""
+        storage = await rig.storage()
+        other = await rig.storage(namespace="other" + rig.namespace)
+        mine, theirs = await rig.inbox(storage), await rig.inbox(other)
+        record = rig.record("success")
+        for inbox in (mine, theirs):
+            await inbox.watch([record.uuid])
+        assert_done(await storage.save([record]))
+        assert await hear(mine, 1) == {record.uuid: record}
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.4):
+                await theirs.receive()
+
     async def test_each_client_hears_its_own(self, rig: Rig) -> None:
         """Results go to the address in `reply_to`, and to everyone who watches."""
         clients = [await rig.storage() for _ in range(3)]
@@ -126,11 +158,7 @@ class InboxContract(Contract):
         inbox.expect([record.uuid for record in records[1::2]])
         await inbox.watch([record.uuid for record in records[0::2]])
 
-        async def save() -> None:
-            for record in records:
-                assert_done(await saver.save(record))
-
-        saving = rig.background(save())
+        saving = rig.background(save_each(saver, records))
         heard = await self._cancel_often(inbox)
         missing = {record.uuid for record in records} - heard.keys()
         heard |= await hear(inbox, len(missing), missing)
@@ -159,6 +187,21 @@ class InboxContract(Contract):
         assert_done(await (await rig.storage()).save([forgotten, wanted]))
         assert wanted.uuid in await hear(inbox, 1, {wanted.uuid})
 
+    @pytest.mark.parametrize("by", ["close", "stop"])
+    async def test_closing_ends_a_waiting_receive(self, rig: Rig, by: str) -> None:
+        """A receive that waits raises `Closed`, and so does the next."""
+        storage = await rig.storage()
+        inbox = await rig.inbox(storage)
+        receiving = rig.background(inbox.receive())
+        await asyncio.sleep(0.1)
+        await (inbox.close() if by == "close" else storage.stop())
+        await asyncio.wait({receiving}, timeout=SOON)
+        assert receiving.done(), "the receive goes on waiting"
+        assert isinstance(receiving.exception(), Closed)
+        with pytest.raises(Closed):
+            async with asyncio.timeout(SOON):
+                await inbox.receive()
+
     async def test_closing_twice_is_harmless(self, rig: Rig) -> None:
         """`close` gives up the address, once."""
         inbox = await rig.inbox(await rig.storage())
@@ -177,7 +220,13 @@ class InboxContract(Contract):
             await inbox.watch([record.uuid])
 
 
-async def hear(inbox: Inbox, count: int, wanted: set[str] | None = None) -> dict[str, Task]:
+async def save_each(saver: Elsewhere, records: list[Task]) -> None:
+    """Save records one by one."""
+    for record in records:
+        assert_done(await saver.save(record))
+
+
+async def hear(inbox: Inbox, count: int, wanted: Set[str] | None = None) -> dict[str, Task]:
     """Receive until so many records (those wanted, or any) are there; fails when they are late."""
     heard: dict[str, Task] = {}
     try:
@@ -186,4 +235,16 @@ async def hear(inbox: Inbox, count: int, wanted: set[str] | None = None) -> dict
                 heard |= {task.uuid: task for task in await inbox.receive()}
     except TimeoutError:
         raise AssertionError(f"heard of {len(heard)} within {SOON} s, not of {count}") from None
+    return heard
+
+
+async def hear_through(inbox: Inbox, wanted: Set[str]) -> dict[str, Task]:
+    """Receive until all that is wanted is there, over broken connections; fails when it is late."""
+    heard: dict[str, Task] = {}
+    try:
+        async with asyncio.timeout(2 * PATIENCE):
+            while not wanted <= heard.keys():
+                heard |= {task.uuid: task for task in await persist(inbox.receive)}
+    except TimeoutError:
+        raise AssertionError(f"never heard of {wanted - heard.keys()}") from None
     return heard

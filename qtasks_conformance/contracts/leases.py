@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from random import Random
 
 import pytest
 
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delays import clock
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
 from qtasks_conformance.rig import Rig
 from qtasks_conformance.waiting import assert_silent, collect, keeping, persist
@@ -32,6 +34,61 @@ class LeaseContract(Contract):
         assert_settled(await subscription.settle([Ack(d) for d in deliveries]), broker.guarantees)
         if broker.guarantees.counts_deliveries:
             assert sorted(d.count or 0 for d in deliveries)[2:] == [2, 2, 2]
+
+    async def test_what_was_published_outlives_its_process(self, rig: Rig) -> None:
+        """It is with the server when `publish` returns, delayed messages and retries too."""
+        victim = await rig.elsewhere()
+        messages = rig.messages(3)
+        later = rig.message(delay=1.0, queue="later")
+        assert_done(await victim.publish(messages[:1]))
+        await victim.receive(1)
+        guarantees = (broker := await rig.broker()).guarantees
+        assert_settled(await victim.settle((0, "retry")), guarantees)
+        assert_done(await victim.publish([*messages[1:], later]))
+        before = clock()
+        await victim.kill()
+        subscription = await broker.subscribe({"q": 10, "later": 10})
+        deliveries: list[Delivery] = []
+        async with keeping(subscription, deliveries, rig.subject.lease / 4):
+            await collect(subscription, 3, rig.within, into=deliveries)
+        assert uuids(deliveries) == sorted(message.uuid for message in messages)
+        assert sorted(message_of(d).attempt for d in deliveries) == [1, 1, 2]
+        (delivery,) = await collect(subscription, 1, rig.within, "later")
+        assert delivery.message == later
+        assert clock() - before <= rig.within
+
+    async def test_a_process_killed_while_it_settles_loses_nothing(self, rig: Rig) -> None:
+        """Retrying and releasing all the time, it is killed at any moment: all are there."""
+        broker, victim = await rig.broker(), await rig.elsewhere()
+        messages = rig.messages(20)
+        assert_done(await broker.publish(messages))
+        churning = rig.background(victim.churn(20))
+        await asyncio.sleep(Random().uniform(0.2, 0.5))
+        assert not churning.done()
+        await victim.kill()
+        subscription = await broker.subscribe({"q": 100})
+        missing = {message.uuid for message in messages}
+        deadline = clock() + rig.within
+        while missing and clock() < deadline:
+            deliveries = await collect(subscription, 1, rig.within)
+            missing -= set(uuids(deliveries))
+            await subscription.settle([Ack(d) for d in deliveries])
+        assert not missing, f"{len(missing)} of {len(messages)} are lost"
+
+    async def test_extend_answers_for_each(self, rig: Rig) -> None:
+        """In order, and only for what is still held: what is settled cannot be had back."""
+        broker = await rig.broker()
+        assert_done(await broker.publish(rig.messages(3)))
+        subscription = await broker.subscribe({"q": 3})
+        held = await collect(subscription, 3)
+        assert_settled(await subscription.settle([Ack(held[1])]), broker.guarantees)
+        extended = await subscription.extend(held)
+        assert [delivery is not None for delivery in extended] == [True, False, True]
+        mine = [delivery for delivery in extended if delivery is not None]
+        assert [message_of(d) for d in mine] == [message_of(held[0]), message_of(held[2])]
+        assert_settled(await subscription.settle([Ack(d) for d in mine]), broker.guarantees)
+        assert await subscription.extend([]) == []
+        await assert_silent(subscription, rig.subject.lease)
 
     @pytest.mark.parametrize("first", ["settle", "extend"])
     async def test_a_zombie_is_refused(self, rig: Rig, first: str) -> None:

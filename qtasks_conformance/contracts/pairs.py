@@ -134,6 +134,27 @@ class ComposingContract(Contract):
         await subscription.close()
         await assert_silent(await broker.subscribe({"q": 10}), 0.5)
 
+    async def test_each_completion_has_its_own_outcome(self, rig: Rig) -> None:
+        """What is refused among others is told in its place, and harms none of them."""
+        broker, storage, composition = await self._pair(rig)
+        assert_done(await composition.submit(rig.messages(5)))
+        subscription = await broker.subscribe({"q": 10})
+        held = await collect(subscription, 5)
+        theirs = rig.record("cancel", uuid=message_of(held[1]).uuid, execution="theirs")
+        assert_done(await storage.save([theirs]))
+        hows: tuple[How, ...] = ("ack", "ack", "retry", "ack", "retry")
+        ends = [
+            end(d, how, "retry" if how == "retry" else "success")
+            for d, how in zip(held, hows, strict=True)
+        ]
+        outcomes = await composition.complete(subscription, ends)
+        assert (outcomes[1].status, outcomes[1].there) == ("refused", theirs)
+        assert_settled([outcomes[at] for at in (0, 2, 3, 4)], broker.guarantees)
+        statuses = await self._statuses(storage, held)
+        assert statuses == ["success", "cancel", "retry", "success", "retry"]
+        back = await collect(subscription, 2)
+        assert {message_of(d).uuid for d in back} == {message_of(held[at]).uuid for at in (2, 4)}
+
     @pytest.mark.parametrize("halt", ["before", "after"])
     async def test_a_crash_in_completing_runs_nothing_twice(self, rig: Rig, halt: Halt) -> None:
         """Killed before the settling: the redelivery of the finished task is found final."""

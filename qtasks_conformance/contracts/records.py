@@ -9,10 +9,10 @@ import pytest
 from msgspec.structs import replace
 
 from qtasks_conformance.contracts.base import Contract
-from qtasks_conformance.contracts.delivering import SEPARATORS, assert_done
+from qtasks_conformance.contracts.delivering import MANY, SEPARATORS, assert_done
 from qtasks_conformance.rig import Rig, new_uuid
+from qtasks_conformance.waiting import SOON
 from qtasks_core import Status, Storage, Task
-from qtasks_core.errors import Closed
 from qtasks_core.wire import encode_task
 
 STATUSES: tuple[Status, ...] = (
@@ -47,12 +47,52 @@ class RecordContract(Contract):
         record = rig.record(
             "error", task_name="models.übung", args=bytes(range(256)), kwargs=b"\x00",
             encoding="json", priority=9, attempt=4, execution="e1", returning=b"\xff\x00",
-            error="ValueError: größer", traceback="Traceback\n  …", dead="too often",
+            error="ValueError: größer\0", traceback="Traceback\n  …\0", dead="too often",
             worker="w:1", reply_to="client", created_at=1.5, started_at=2.5, finished_at=3.25,
-            due_at=4.0, retention=0.5, headers={"ключ": "значение"}, submission="publishing",
+            due_at=4.0, retention=0.5, headers={"ключ": "значение\0"}, submission="publishing",
         )  # fmt: skip
         assert_done(await saver.save([record]))
         assert await reader.get([record.uuid]) == [record]
+
+    async def test_many_at_once(self, rig: Rig) -> None:
+        """A batch may be larger than what a server takes in one statement."""
+        storage = await rig.storage()
+        records = [rig.record("process", execution="a") for _ in range(MANY)]
+        assert_done(await storage.save(records))
+        assert await storage.get([record.uuid for record in records]) == records
+
+    async def test_calls_run_side_by_side(self, rig: Rig) -> None:
+        """Saving and reading beside each other, each has its own answer."""
+        storage = await rig.storage()
+        records = [rig.record("success", execution="a") for _ in range(40)]
+        assert_done(await storage.save(records[:20]))
+        saved, read = await asyncio.gather(
+            asyncio.gather(*(storage.save([record]) for record in records)),
+            asyncio.gather(*(storage.get([record.uuid]) for record in records[:20])),
+        )
+        for outcomes in saved:
+            assert_done(outcomes)
+        assert read == [[record] for record in records[:20]]
+
+    async def test_the_largest_record_fits(self, rig: Rig) -> None:
+        """What an app lets through by default: 1 MiB of arguments, and as much of a result."""
+        storage = await rig.storage()
+        inbox = await rig.inbox(await rig.storage())
+        large = bytes(range(256)) * 4096
+        record = rig.record("success", args=large, returning=large, reply_to=inbox.address)
+        inbox.expect([record.uuid])
+        assert_done(await storage.save([record]))
+        assert await storage.get([record.uuid]) == [record]
+        async with asyncio.timeout(SOON):
+            assert await inbox.receive() == [record]
+
+    async def test_what_was_saved_outlives_its_process(self, rig: Rig) -> None:
+        """It is with the server when `save` returns."""
+        storage, victim = await rig.storage(), await rig.elsewhere()
+        records = [rig.record("success"), rig.record("process")]
+        assert_done(await victim.save(*records))
+        await victim.kill()
+        assert await storage.get([record.uuid for record in records]) == records
 
     async def test_get_answers_in_order(self, rig: Rig) -> None:
         """Unknown uuids are None, duplicates are answered as often as they are asked."""
@@ -160,16 +200,6 @@ class RecordContract(Contract):
         (outcome,) = await second.save([other])
         assert (outcome.status, outcome.there) == ("refused", record)
         assert await first.get([record.uuid]) == [record]
-
-    async def test_it_is_closed_before_and_after(self, rig: Rig) -> None:
-        """Before `start` and after `stop` a call raises `Closed`; stopping twice is harmless."""
-        with pytest.raises(Closed):
-            await rig.subject.storage.storage().save([rig.record("new")])
-        storage = await rig.storage()
-        await storage.stop()
-        await storage.stop()
-        with pytest.raises(Closed):
-            await storage.get([new_uuid()])
 
     async def test_a_record_that_cannot_be_read_hides_no_other(self, rig: Rig) -> None:
         """It is told by its uuid, attempt and execution, final as it was, with the reason."""

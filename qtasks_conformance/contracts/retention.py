@@ -61,10 +61,23 @@ class RetentionContract(Contract):
         assert await storage.get([r.uuid for r in kept]) == kept
         assert await storage.expire() == 0
 
+    async def test_what_expires_takes_its_stream_along(self, rig: Rig) -> None:
+        """What was appended to it is gone too, that of others is not."""
+        storage = await rig.storage()
+        needs(storage, "expire", "append", "read")
+        over, kept = (ended(rig, "success", 100.0, retention=r) for r in (50.0, 5000.0))
+        assert_done(await storage.save([over, kept]))
+        for record in (over, kept):
+            await storage.append(record.uuid, [b"item"])
+        assert await storage.expire() == 1
+        assert await storage.read(over.uuid, 0) == []
+        assert await storage.read(kept.uuid, 0) == [(1, b"item")]
+
     async def test_a_storage_has_a_retention_of_its_own(self, rig: Rig) -> None:
         """It counts for records that say nothing, and not for those that do."""
         needs(await rig.storage(), "expire")
         storage = await rig.storage(retention=50.0)
+        assert storage.guarantees.retention == 50.0
         over, kept = ended(rig, "success", 100.0), ended(rig, "success", 10.0)
         longer = ended(rig, "success", 100.0, retention=5000.0)
         assert_done(await storage.save([over, kept, longer]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from qtasks_conformance.contracts.base import Contract
@@ -17,6 +19,9 @@ FOREIGN = (
     b"\x01",
     bytes([99]) + encode_message(TaskMessage(uuid="u", task_name="t"))[1:],
     encode_message(TaskMessage(uuid="u", task_name="t"))[:-1],
+    encode_message(TaskMessage(uuid="u" * 10_000, task_name="t")),
+    encode_message(TaskMessage(uuid="u", task_name="t", priority=-1, attempt=2**60)),
+    encode_message(TaskMessage(uuid="u", task_name="t", delay=math.nan, created_at=math.inf)),
 )
 
 

@@ -13,5 +13,6 @@ class Balancer(ABC):
     def wanted(self, free: int, running: Mapping[str, int]) -> dict[str, int]:
         """Return how many deliveries to ask of each queue, at most `free` each.
 
-        `running` counts what this worker runs of each of its queues, zeros included.
+        Where there is more than fits, brokers take from the first ones named. `running` counts what
+        this worker runs of each of its queues, zeros included.
         """

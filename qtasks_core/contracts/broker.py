@@ -19,7 +19,8 @@ class Broker(ABC):
     """Moves messages from publishers to receivers, each message to one receiver at a time.
 
     A broker lives on one event loop, from `start` to `stop`; outside of that its methods raise
-    `Closed`. They may run concurrently. Every broker's constructor takes `lease=` (seconds).
+    `Closed`. They may run concurrently, and one that is cancelled has had its effect or not, harms
+    no other and may be called again. Every broker's constructor takes `lease=` (seconds).
     Each raises `Unavailable` within a few seconds when the server cannot be reached, and
     reconnects when it is called again; repeating and backing off is the engine's. Namespaces and
     queues have names of `qtasks_core.names`, which the engine has checked.

@@ -45,4 +45,4 @@ class Inbox(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Give up the address. Idempotent."""
+        """Give up the address; a `receive` that waits raises `Closed`. Idempotent."""

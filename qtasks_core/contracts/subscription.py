@@ -12,17 +12,20 @@ class Subscription(ABC):
     """Receives deliveries, each held under a lease until it is settled.
 
     One call of `receive` at a time; `settle` and `extend` may run beside it and each other.
-    A receiver that dies or stops extending loses its deliveries to others within the lease.
+    A receiver that dies, or is stopped for longer, loses its deliveries to others within the lease.
+    One that runs and does not extend may keep them: a lease can be that of its connection.
     """
 
     @abstractmethod
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         """Wait for at least one delivery and return what is there.
 
-        At most `wanted[queue]` of each queue and `limit` in all, also when an earlier call that
-        asked for more was cancelled: what is over stays for a later call. Waits without polling the
-        server. Cancelling it strands nothing: what the server has handed over by then is returned
-        by the next call, or released by `close`. Raises `Unavailable`; the next call reconnects.
+        What is there of a queue that `wanted` names first comes first: none has to wait for the
+        backlog of another. At most `wanted[queue]` of each queue and `limit` in all, also when an
+        earlier call that asked for more was cancelled: what is over stays for a later call. Waits
+        without polling the server. Cancelling it strands nothing: what the server has handed over
+        by then is returned by the next call, or released by `close`. Raises `Unavailable`; the next
+        call reconnects.
         """
 
     @abstractmethod
@@ -30,8 +33,9 @@ class Subscription(ABC):
         """Acknowledge, retry or release deliveries; an outcome for each.
 
         `refused` when the lease was lost: then nothing is changed. `unknown` where the server
-        gives no answer. Settling again what this subscription settled lately is `done`. A retry
-        never loses the message: a crash between the new one and the end of the old leaves both.
+        gives no answer. Settling again what this subscription settled lately is `done`, also when
+        the call was cancelled. A retry never loses the message: a crash, or a cancel, between the
+        new one and the end of the old leaves both.
         """
 
     @abstractmethod

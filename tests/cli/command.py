@@ -33,6 +33,11 @@ class Said(NamedTuple):
         return line
 
     @property
+    def told(self) -> Any:
+        """The one JSON document that it said of an error."""
+        return json.loads(self.error)
+
+    @property
     def json(self) -> Any:
         """Its one JSON document."""
         return json.loads(self.line)

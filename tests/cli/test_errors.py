@@ -48,6 +48,37 @@ def test_a_module_that_cannot_be_imported_is_named_with_the_line(tmp_path: Path)
     assert said.error == f"qtasks: -A broken: ZeroDivisionError: division by zero ({where})"
 
 
+@pytest.mark.parametrize("app", ["", ":app", ".shop:app"])
+def test_a_path_without_a_module(qtasks: Command, app: str) -> None:
+    said = qtasks("-A", app, "queues", app=None)
+    name = app.partition(":")[0]
+    assert (said.code, said.out) == (2, "")
+    assert said.error == (
+        f"qtasks: -A {name!r}: that names no module; write it as for an import, package.module"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("x = (\n", "SyntaxError: '(' was never closed (broken.py, line 1)"),
+        ("import sys\nsys.exit(3)\n", "SystemExit: 3 ({file}:2)"),
+        (
+            "from qtasks.asyncio import QueueTasks\ndef made():\n"
+            "    return QueueTasks(broker='foo://x')\napp = made()\n",
+            "no backend for foo:// is installed; there are: amqp, amqps, kafka, memory, postgres, "
+            "postgresql, redis, rediss, sqlite, valkey ({file}:4)",
+        ),
+    ],
+)
+def test_the_line_is_the_module_s_own(tmp_path: Path, code: str, message: str) -> None:
+    """And none of the import's, nor of ours, whose messages need no name of a class."""
+    (tmp_path / "broken.py").write_text(code)
+    said = Command({}, tmp_path)("queues", app="broken:app")
+    assert said.code == 2
+    assert said.error == f"qtasks: -A broken: {message.format(file=tmp_path / 'broken.py')}"
+
+
 def test_the_environment_names_the_app_as_well() -> None:
     said = Command({"QTASKS_APP": "nowhere:app"})("queues", app=None)
     assert said.code == 2
@@ -100,6 +131,12 @@ def test_a_time_that_is_none(qtasks: Command) -> None:
     assert "'soon' is not a time like 2030-01-31T12:00" in said.err
 
 
+def test_bytes_that_are_no_text(qtasks: Command) -> None:
+    said = qtasks("tasks", "--name", "\udcff")
+    assert (said.code, said.out) == (2, "")
+    assert said.error == r"Error: '\udcff' is not UTF-8 text"
+
+
 def test_a_scheme_that_nobody_serves() -> None:
     said = Command({"QTASKS_BROKER_URL": "foo://me:hidden@host"})("queues", app=None)
     assert said.code == 2
@@ -127,4 +164,6 @@ def test_the_embedded_default_says_where_it_is(tmp_path: Path) -> None:
     said = Command({"XDG_DATA_HOME": str(tmp_path)})("guarantees", "--json", app=None)
     assert said.code == 0
     assert said.json["broker"]["part"] == "SqliteBroker"
-    assert said.error.endswith(f"using the embedded default, sqlite:///{tmp_path}/qtasks/qtasks.db")
+    where = f"using the embedded default, sqlite:///{tmp_path}/qtasks/qtasks.db"
+    assert said.told["message"].endswith(where)
+    assert Command({"XDG_DATA_HOME": str(tmp_path)})("queues", app=None).error.endswith(where)

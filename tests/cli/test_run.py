@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from socket import socket
@@ -94,14 +95,16 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "options"), [(signal.SIGTERM, ()), (signal.SIGINT, ("--json",))]
+)
 def test_reload_runs_what_was_written_last(
-    qtasks: Command, tmp_path: Path, number: signal.Signals
+    qtasks: Command, tmp_path: Path, number: signal.Signals, options: tuple[str, ...]
 ) -> None:
     source = tmp_path / "answers.py"
     source.write_text(TASKS.format(answer=1))
     here = Command(qtasks.environment, tmp_path)
-    with here.run("--reload", app="answers:app") as worker:
+    with here.run("--reload", *options, app="answers:app") as worker:
         worker.wait_for("knows answer")
         assert asked(here) == "1"
         source.write_text("this is no Python\n")
@@ -113,6 +116,8 @@ def test_reload_runs_what_was_written_last(
         assert asked(here) == "23456"
         worker.signal(number)
         assert worker.terminate() == 0
+        if options:
+            assert all(json.loads(line) for line in worker.output().splitlines())
 
 
 def asked(qtasks: Command) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from math import nan
 from uuid import UUID, uuid4
 
 import pytest
 
-from tests.cli.command import Command
+from qtasks.cli.output import text
+from tests.cli.command import SHOP, Command, inherited
+from tests.processes import ROOT, Process, until
 
 
 def test_a_call_prints_the_uuid_and_status_knows_it(qtasks: Command) -> None:
@@ -87,6 +93,7 @@ def test_nobody_works_and_the_wait_is_over(qtasks: Command) -> None:
         (("add", "1", "2", "z=3"), "got an unexpected keyword argument 'z'"),
         (("add", "1", '"two"'), "add: argument 'y': Expected `int`, got `str`"),
         (("add", "1", "two"), "add: argument 'y': two is not JSON; a text is written in quotes"),
+        (("divide", "x=1", "y=2", "x=3"), "divide: argument 'x' is given twice"),
         (("tomorrow", '"soon"'), "tomorrow: argument 'day': Invalid RFC3339 encoded date"),
     ],
 )
@@ -122,7 +129,8 @@ def test_a_cancelled_task_is_cancelled_for_whoever_waits(qtasks: Command) -> Non
     assert qtasks.ok("cancel", queued, running).out == f"{queued} cancelled\n{running} cancelled\n"
     for uuid in (queued, running):
         assert qtasks.ok("status", uuid, "--json").json["status"] == "cancel"
-    assert qtasks.ok("cancel", queued, "--json").json == {"uuid": queued, "cancelled": True}
+    cancelled = {"uuid": queued, "cancelled": True, "error": None}
+    assert qtasks.ok("cancel", queued, "--json").json == cancelled
 
 
 @pytest.mark.usefixtures("worker")
@@ -132,6 +140,55 @@ def test_what_has_ended_or_never_was_cannot_be_cancelled(qtasks: Command) -> Non
     assert (said.code, said.out) == (1, "")
     assert said.error == f"qtasks: task {done} had ended before it was cancelled"
     nobody = str(uuid4())
+    none = f"there is no record of a task {nobody}"
     said = qtasks("cancel", nobody)
-    assert (said.code, said.error) == (1, f"qtasks: there is no record of a task {nobody}")
+    assert (said.code, said.error) == (1, f"qtasks: {none}")
     assert qtasks("cancel").code == 2
+
+    late = qtasks.ok("call", "add", "1", "2", "--delay", "600").line
+    said = qtasks("cancel", done, nobody, late, "--json")
+    ended = f"task {done} had ended before it was cancelled"
+    assert said.rows == [
+        {"uuid": done, "cancelled": False, "error": ended},
+        {"uuid": nobody, "cancelled": False, "error": none},
+        {"uuid": late, "cancelled": True, "error": None},
+    ]
+    assert (said.code, said.told) == (1, {"error": f"{ended} (and 1 more)", "exit_code": 1})
+
+
+def test_a_negative_number_is_no_option(qtasks: Command) -> None:
+    uuid = qtasks.ok("call", "divide", "-1", "y=-2", "--delay", "600").line
+    assert qtasks.ok("status", uuid, "--json").json["args"] == [-1, -2]
+    said = qtasks("call", "divide", "-1", "2", "--wiat=3")
+    assert said.code == 2
+    assert "No such option '--wiat'. Did you mean '--wait'?" in said.err
+
+
+def test_a_time_beyond_the_calendar_ends_no_listing() -> None:
+    """Another program may have written anything."""
+    assert text("created_at", 1e300) == "1e+300"
+    assert text("created_at", nan) == '"nan"'
+
+
+def test_who_stops_listening_ends_a_listing_quietly(qtasks: Command) -> None:
+    for x in range(3):
+        qtasks.ok("call", "untyped", str(x), f'"{"x" * 70_000}"')
+    with subprocess.Popen(
+        [sys.executable, "-m", "qtasks", "tasks", "--json"],
+        cwd=ROOT, env={**inherited(), **qtasks.environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as listing:  # fmt: skip
+        assert listing.stdout is not None
+        assert listing.stderr is not None
+        listing.stdout.read(10)
+        listing.stdout.close()
+        assert listing.stderr.read() == b""
+
+
+def test_ctrl_c_ends_a_wait(qtasks: Command) -> None:
+    arguments = ("-m", "qtasks", "-A", SHOP, "call", "add", "1", "2", "--wait", "600")
+    with Process(*arguments, environment=qtasks.environment) as waiting:
+        until(lambda: bool(qtasks.ok("tasks", "--json").rows), 40, "a task")
+        waiting.signal(signal.SIGINT)
+        assert waiting.wait() == 1
+        assert waiting.output().strip() == "qtasks: Aborted!"

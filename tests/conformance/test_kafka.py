@@ -5,8 +5,8 @@ from aiokafka import AIOKafkaProducer
 
 from qtasks_conformance import (
     BrokerContract,
+    CompositionContract,
     Least,
-    PairContract,
     Part,
     StorageContract,
     Subject,
@@ -52,5 +52,5 @@ class TestKafkaStorage(StorageContract):
     pass
 
 
-class TestKafkaPair(PairContract):
+class TestKafkaPair(CompositionContract):
     pass

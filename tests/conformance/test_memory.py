@@ -7,8 +7,8 @@ import pytest
 
 from qtasks_conformance import (
     BrokerContract,
+    CompositionContract,
     Least,
-    PairContract,
     Part,
     StorageContract,
     Subject,
@@ -35,5 +35,5 @@ class TestMemoryStorage(StorageContract):
     pass
 
 
-class TestMemoryPair(PairContract):
+class TestMemoryPair(CompositionContract):
     pass

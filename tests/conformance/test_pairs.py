@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from qtasks_conformance import PairContract, Part, Subject
+from qtasks_conformance import CompositionContract, Part, Subject
 from tests.services import Service
 
 
-class TestKafkaAndPostgres(PairContract):
+class TestKafkaAndPostgres(CompositionContract):
     @pytest.fixture
     def subject(self, kafka_server: Service, postgres_server: Service) -> Subject:
         return Subject(
@@ -21,7 +21,7 @@ class TestKafkaAndPostgres(PairContract):
         )
 
 
-class TestRabbitMQAndRedis(PairContract):
+class TestRabbitMQAndRedis(CompositionContract):
     @pytest.fixture
     def subject(self, rabbitmq_server: Service, redis_server: Service) -> Subject:
         return Subject(
@@ -33,7 +33,7 @@ class TestRabbitMQAndRedis(PairContract):
         )
 
 
-class TestSqliteAndSqlite(PairContract):
+class TestSqliteAndSqlite(CompositionContract):
     """Two files: the pair cannot be joined in one transaction."""
 
     @pytest.fixture
@@ -48,7 +48,7 @@ class TestSqliteAndSqlite(PairContract):
         )
 
 
-class TestMemoryAndSqlite(PairContract):
+class TestMemoryAndSqlite(CompositionContract):
     @pytest.fixture
     def subject(self, tmp_path: Path) -> Subject:
         return Subject(
@@ -59,7 +59,7 @@ class TestMemoryAndSqlite(PairContract):
         )
 
 
-class TestSqliteAndMemory(PairContract):
+class TestSqliteAndMemory(CompositionContract):
     @pytest.fixture
     def subject(self, tmp_path: Path) -> Subject:
         return Subject(

@@ -1,12 +1,15 @@
 """The kit on Postgres."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import asyncpg
 import pytest
 
 from qtasks_conformance import (
     BrokerContract,
+    CompositionContract,
     Least,
-    PairContract,
     Part,
     StorageContract,
     Subject,
@@ -40,12 +43,20 @@ def subject(postgres_server: Service) -> Subject:
         )  # fmt: skip
         await connection.close()
 
+    @asynccontextmanager
+    async def begin() -> AsyncIterator[object]:
+        connection = await asyncpg.connect(postgres_server.url)
+        async with connection.transaction():
+            yield connection
+        await connection.close()
+
     return Subject(
         broker=Part("qtasks_postgres:PostgresBroker", {"url": postgres_server.url, "lease": 1.0}),
         storage=Part("qtasks_postgres:PostgresStorage", {"url": postgres_server.url}),
         lease=1.0,
         inject=inject,
         spoil=spoil,
+        begin=begin,
         server=postgres_server,
         driver="asyncpg",
         least_broker=Least(
@@ -70,5 +81,5 @@ class TestPostgresStorage(StorageContract):
     pass
 
 
-class TestPostgresPair(PairContract):
+class TestPostgresPair(CompositionContract):
     pass

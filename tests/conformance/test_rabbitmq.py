@@ -5,8 +5,8 @@ import pytest
 
 from qtasks_conformance import (
     BrokerContract,
+    CompositionContract,
     Least,
-    PairContract,
     Part,
     StorageContract,
     Subject,
@@ -50,5 +50,5 @@ class TestRabbitMQStorage(StorageContract):
     pass
 
 
-class TestRabbitMQPair(PairContract):
+class TestRabbitMQPair(CompositionContract):
     pass

@@ -4,8 +4,8 @@ import pytest
 
 from qtasks_conformance import (
     BrokerContract,
+    CompositionContract,
     Least,
-    PairContract,
     Part,
     StorageContract,
     Subject,
@@ -66,5 +66,5 @@ class TestRedisStorage(StorageContract):
     pass
 
 
-class TestRedisPair(PairContract):
+class TestRedisPair(CompositionContract):
     pass

@@ -6,8 +6,8 @@ import pytest
 
 from qtasks_conformance import (
     BrokerContract,
+    CompositionContract,
     Least,
-    PairContract,
     Part,
     StorageContract,
     Subject,
@@ -43,5 +43,5 @@ class TestSqliteStorage(StorageContract):
     pass
 
 
-class TestSqlitePair(PairContract):
+class TestSqlitePair(CompositionContract):
     pass

@@ -17,6 +17,7 @@ import inspect
 import re
 import socket
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -46,7 +47,8 @@ class Block(NamedTuple):
     def compiled(self) -> Any:
         """Return its code; blank lines before it make errors name the line of the page."""
         code = "\n" * self.line + self.code
-        return compile(code, self.page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        # Without what this module imports from __future__: a reader has that not either.
+        return compile(code, self.page, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
 
 
 def blocks_of(page: Path, language: str = "python") -> list[Block]:
@@ -79,8 +81,9 @@ def test_it_is_a_file_of_the_example(block: Block) -> None:
     assert ast.unparse(ast.parse(block.code)) == ast.unparse(ast.parse(file))
 
 
-async def test_the_first_task() -> None:
+async def test_the_first_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's blocks in order; here is what the page leaves to its reader."""
+    monkeypatch.setenv("QTASKS_BROKER_URL", "memory://docs")
 
     async def server_is_busy() -> bool:
         return False
@@ -88,29 +91,22 @@ async def test_the_first_task() -> None:
     async def deliver(address: str, text: str) -> int:
         return len(text)
 
-    app = QueueTasks("docs", "memory://")
-
-    @app.task()
-    async def other(x: int) -> int:
-        return x
-
     names: dict[str, Any] = {
         "server_is_busy": server_is_busy,
         "deliver": deliver,
-        "app": app,
-        "other": other,
         "__name__": "docs",
     }
-    first, *rest = [b for b in blocks_of(ROOT / "docs" / "first-task.md") if not b.file]
-    await run(first, names)
-    app.include_router(names["router"])
-    async with app.worker():
+    declared, words, *rest = [b for b in blocks_of(ROOT / "docs" / "first-task.md") if not b.file]
+    await run(declared, names)
+    await run(words, names)
+    async with names["app"].worker():
         for block in rest:
             await run(block, names)
+        assert (await names["words"].add_task("a b", timeout=10)).returning == ["A", "B"]
         assert names["done"].returning == len("hello")
         assert names["order"].uuid == names["again"].uuid == names["sent"].uuid
         ended = [await task.wait_result(10) for task in names["tasks"]]
-        assert [task.returning for task in ended] == [2, 1]
+        assert [task.returning for task in ended] == [2, 2]
         assert names["later"].status == "scheduled"
 
 
@@ -196,6 +192,16 @@ async def test_coming_from_celery(
     assert capsys.readouterr().out == "picture 17, 200 wide\n"
 
 
+def test_the_worker_that_follows_celery_s(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "celery.md"
+    (tmp_path / "shop.py").write_text(blocks_of(page)[0].code)
+    (command,) = [line for line in blocks_of(page, "sh")[0].code.splitlines() if "qtasks" in line]
+    environment = {"XDG_DATA_HOME": str(tmp_path)}
+    with Process("-m", *command.split(), environment=environment, cwd=tmp_path) as worker:
+        worker.wait_for("queues images, 10 tasks at once, knows shop.thumbnail")
+        assert worker.terminate() == 0
+
+
 def test_blocking_sums(tmp_path: Path) -> None:
     (block,) = [b for b in BLOCKS if b.file == "sums.py"]
     program = tmp_path / block.file
@@ -274,8 +280,29 @@ def test_every_block_is_run_by_a_test() -> None:
     assert not left
 
 
+def test_no_block_is_of_a_kind_that_no_test_reads() -> None:
+    """Neither by its language nor by where it stands."""
+    known = {"python", "sh", "console"}
+    of_a_page = {("celery.md", "py"), ("backends.md", "toml")}
+    for page in PAGES:
+        fences = re.findall(r"^(.*)(?:```|~~~)(.*)$", page.read_text(), re.MULTILINE)
+        for before, language in fences[::2]:
+            assert (before, language in known or (page.name, language) in of_a_page) == ("", True)
+
+
+def test_the_pages_lead_from_one_to_the_next() -> None:
+    """In the README's order, each linked by the last line of the one before it."""
+    order = re.findall(r"^\d+\. \[.*?\]\(docs/(.*?)\)", PAGES[0].read_text(), re.MULTILINE)
+    assert len(order) == 11
+    for page, following in pairwise(order):
+        last = (ROOT / "docs" / page).read_text().splitlines()[-1]
+        assert re.match(rf"Next: \[.*?\]\({following}\)", last), page
+
+
 @pytest.mark.parametrize(
-    "page", [*PAGES, EXAMPLE.parent / "README.md"], ids=lambda page: str(page.relative_to(ROOT))
+    "page",
+    [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "examples").glob("*/README.md"))],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_its_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", page.read_text())

@@ -81,5 +81,6 @@ def table(title: str, told: list[Guarantees], row=storage_row) -> list[str]:  # 
         notes = list(guarantees.notes)
         if guarantees.unsupported:
             notes.append(f"Not built yet: {', '.join(f'`{m}`' for m in guarantees.unsupported)}.")
-        lines += [f"**{guarantees.part}**", "", *(f"- {note}" for note in notes), ""]
+        if notes:
+            lines += [f"**{guarantees.part}**", "", *(f"- {note}" for note in notes), ""]
     return lines

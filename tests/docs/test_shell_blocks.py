@@ -1,7 +1,9 @@
 """The commands in the README and the docs exist, with the options that are given to them.
 
 Read are the blocks of shell (```sh, ```console and indented ones) and commands between backticks.
-The commands of `cli.md` are run as well, by `test_cli_page.py`.
+Some are run as well: those of `cli.md` by `test_cli_page.py`, the README's two and what `pip`
+installs by `tests/packaging`, the benchmarks, briefly, and `make demo` here. `make test` runs this,
+and `make peers` installs other task queues.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ from tests.processes import ROOT
 
 OF_OTHERS = {"celery", "curl", "pytest", "uvicorn"}
 """Programs whose options are their own."""
-OURS = ("qtasks", "python", "make", "pip", "export")
+OURS = ("qtasks", "python", "python3", "make", "pip", "export")
 
 
 class Command(NamedTuple):
@@ -149,6 +152,7 @@ def check_export(arguments: list[str]) -> None:
 CHECKS = {
     "qtasks": check_qtasks,
     "python": check_python,
+    "python3": check_python,
     "make": check_make,
     "pip": check_pip,
     "export": check_export,
@@ -164,3 +168,46 @@ def test_what_does_not_exist_is_found(text: str) -> None:
     command = Command(ROOT, 1, text)
     with pytest.raises((AssertionError, click.UsageError)):
         test_it_exists(command)
+
+
+BRIEFLY = {
+    "throughput": ["--tasks", "500"],
+    "profile": ["--tasks", "500"],
+    "io_thread": ["--tasks", "200", "--rounds", "1"],
+    "scaling": ["--tasks", "40"],
+    "memory": ["--tasks", "2000"],
+    "idle": ["--seconds", "1"],
+}
+"""Options that make a benchmark short; they come behind those of the page."""
+BENCHMARKS = [command for command in COMMANDS if command.text.startswith("python -m benchmarks.")]
+
+
+@pytest.mark.parametrize("command", BENCHMARKS, ids=name_of)
+def test_a_benchmark_runs(command: Command) -> None:
+    _, *arguments = command.words
+    done = python(*arguments, *BRIEFLY[arguments[1].removeprefix("benchmarks.")])
+    if "py-spy" in command.text and find_spec("py_spy") is None:
+        assert (done.returncode, done.stderr) == (
+            1,
+            "py-spy is not installed: pip install py-spy\n",
+        )
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_demo_runs() -> None:
+    """By the command that `make demo` runs in its environment."""
+    recipe = re.search(
+        r"^demo:.*\n\t\$\(RUN\) (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE
+    )
+    assert recipe
+    done = python(*recipe[1].split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count('-> {"result":3}') == 3
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip

@@ -8,9 +8,11 @@ import sys
 from typing import Any
 
 from qtasks.asyncio import QueueTasks
-from qtasks.plugins import Plugin, Proceed, Run
+from qtasks.plugins import Backoff, Plugin, Proceed, Retries, Run
 
 app = QueueTasks("hostile", "memory://?lease=1")
+told = os.fdopen(os.dup(2), "w", buffering=1)
+"""Where this says how it went, whatever becomes of stderr."""
 
 
 @app.task()
@@ -21,6 +23,18 @@ def fork_thread() -> str:
     return "parent" if child else "child"
 
 
+@app.task()
+def statuses() -> list[int]:
+    """Leave forked processes in the ways in which Python is left."""
+    found = []
+    for way_out in (SystemExit(3), SystemExit(), SystemExit("why"), ValueError("in a child")):
+        child = os.fork()
+        if not child:
+            raise way_out
+        found.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    return found
+
+
 class Tells(Plugin):
     """Says that a run is over: in a worker, never in a child that a function forked."""
 
@@ -28,7 +42,7 @@ class Tells(Plugin):
         try:
             return await proceed(run)
         finally:
-            sys.stderr.write("over\n")
+            told.write("over\n")
 
 
 @app.task(plugins=[Tells()])
@@ -52,16 +66,33 @@ def use_closed() -> None:
 
 
 @app.task()
+def close_stderr() -> None:
+    sys.stderr.close()
+
+
+@app.task()
+async def fail() -> None:
+    raise ValueError("nobody hears of this")
+
+
+@app.task(plugins=[Retries(Backoff(1, first=0))])
+async def again() -> None:
+    raise ValueError("twice")
+
+
+@app.task()
 async def fine() -> str:
     return "fine"
 
 
 async def main() -> None:
     async with app.worker():
-        for task in (fork_thread, fork, close_stdout, use_closed, fine):
+        for task in (
+            fork_thread, statuses, fork, close_stdout, use_closed, close_stderr, fail, again, fine,
+        ):  # fmt: skip
             ended = await task.add_task(timeout=10)
             said = ended.error or ended.returning
-            sys.stderr.write(f"{task.__name__} {ended.status} {said}\n")
+            told.write(f"{task.__name__} {ended.status} {said}\n")
 
 
 if __name__ == "__main__":

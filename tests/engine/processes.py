@@ -142,6 +142,8 @@ def misbehave(how: str) -> Any:
             return misbehave(how)
         case "object":
             return object()
+        case "generator":
+            return (n for n in range(3))
         case "large":
             return "x" * 2_000_000
         case "huge":

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from datetime import UTC, datetime, timedelta
 from time import monotonic
+from typing import Any
 
 import pytest
 
@@ -20,12 +22,14 @@ from qtasks import (
     Retry,
     SerializationError,
     SignatureMismatch,
+    SyncRouter,
     Task,
     TaskFailed,
     TaskNotFinished,
     TaskTimeout,
 )
 from qtasks.asyncio import QueueTasks
+from qtasks.executors import ThreadExecutor
 
 
 async def test_async_and_plain_functions(app: QueueTasks) -> None:
@@ -166,19 +170,108 @@ async def test_a_timeout_says_what_is_known_and_the_task_goes_on(app: QueueTasks
             assert (await AsyncResult(uuid, app=app).wait_result(5)).returning == 1
 
 
-async def test_bad_input_is_told_before_anything_is_sent(app: QueueTasks) -> None:
-    @app.task()
-    async def two(x, y=0): ...  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize(
+    ("error", "args", "kwargs", "says"),
+    [
+        (SignatureMismatch, (1, 2, 3), {}, r"^two\(x, y=0\) .*: too many positional arguments$"),
+        (SignatureMismatch, (), {"y": 1}, "^two.*: missing a required argument: 'x'$"),
+        (SignatureMismatch, (1,), {"z": 1}, "^two.*: got an unexpected keyword argument 'z'$"),
+        (SerializationError, (object(),), {}, "^two: argument 'x': a builtins.object would not"),
+        (
+            SerializationError,
+            (1,),
+            {"y": [{2: 1j}, open]},
+            "^two: argument 'y': a builtins.",
+        ),
+        (PayloadTooLarge, ("x" * 2**20,), {}, "^two: .* 1048582 bytes, .* 1048576; .*max_payload"),
+    ],
+)
+async def test_arguments_that_cannot_be_sent_are_told_and_nothing_is(
+    app: QueueTasks, error: type[Exception], args: tuple[Any, ...], kwargs: Any, says: str
+) -> None:
+    runs: list[object] = []
 
-    async with app:
-        with pytest.raises(SignatureMismatch, match="two"):
-            await two.add_task(1, 2, 3)
-        with pytest.raises(SerializationError, match="argument 'x'"):
-            await two.add_task(object())
-        with pytest.raises(PayloadTooLarge, match="max_payload"):
-            await two.add_task("x" * 2_000_000)
-        with pytest.raises(ConfigurationError, match="priority"):
-            await two.add_task(1, priority=10)
+    @app.task("two")
+    async def two(x, y=0) -> None:  # type: ignore[no-untyped-def]
+        runs.append(x)
+
+    async with app.worker(concurrency=1):
+        with pytest.raises(error, match=says):
+            await two.add_task(*args, **kwargs)
+        with pytest.raises(error, match=says):
+            await app.add_tasks([two.call("unsent"), two.call(*args, **kwargs)])
+        if not kwargs:
+            with pytest.raises(error, match=says):
+                await two.map([("unsent",), args])
+        assert (await two.add_task("sent", timeout=5)).status == "success"
+    assert runs == ["sent"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"priority": 10}, "^priority=10 is no whole number between 0 and 9$"),
+        ({"priority": 5.5}, "^priority=5.5 is no whole number between 0 and 9$"),
+        ({"priority": "9"}, "^priority='9' is no whole number between 0 and 9$"),
+        ({"queue": "a b"}, "^'a b' cannot be the name of a queue"),
+        ({"delay": math.nan}, "^delay=nan is not within"),
+        ({"delay": 1e18}, r"^delay=1e\+18 is not within"),
+        ({"eta": datetime(9999, 1, 1, tzinfo=UTC)}, "^eta=9999-01-01 .* is not within"),
+        ({"eta": datetime(2030, 1, 1)}, "^eta= needs a time zone"),
+        ({"eta": datetime.now(UTC), "delay": 1}, "^give delay= or eta=, not both"),
+        ({"expires": math.inf}, "^expires=inf is not within"),
+        ({"expires": math.nan}, "^expires=nan is not within"),
+        ({"expires": 0.0}, "^expires=0.0: the task would be due after"),
+    ],
+)
+async def test_options_out_of_bounds_are_told(app: QueueTasks, options: Any, says: str) -> None:
+    @app.task()
+    async def one() -> int:
+        return 1
+
+    async with app.worker():
+        with pytest.raises(ConfigurationError, match=says):
+            await one.add_task(**options)
+        assert (await one.add_task(timeout=5)).returning == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"priority": -1}, "priority=-1 is no whole number between 0 and 9"),
+        ({"priority": 5.5}, "priority=5.5 is no whole number between 0 and 9"),
+        ({"retry": -1}, "retry=-1 is below 0"),
+        ({"max_time": math.nan}, "max_time=nan is not above 0"),
+        ({"retention": -1}, "retention=-1 is not a number of seconds from 0"),
+        ({"retention": math.nan}, "retention=nan is not a number of seconds from 0"),
+        ({"queue": ""}, "'' cannot be the name of a queue"),
+        ({"executor": "process"}, "'process' is not an Executor object"),
+        ({"executor": ThreadExecutor}, "ThreadExecutor'> is not an Executor object"),
+        ({"generate_handler": 5}, "generate_handler=5 is no function"),
+    ],
+)
+def test_options_of_a_decorator_out_of_bounds_are_told(
+    app: QueueTasks, options: Any, says: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        app.task(**options)
+
+
+async def test_the_limit_is_that_of_all_arguments() -> None:
+    app = QueueTasks("limited", "memory://", max_payload=100)
+
+    @app.task()
+    async def length(*texts: str, **more: str) -> int:
+        return sum(map(len, [*texts, *more.values()]))
+
+    async with app.worker():
+        sent = length.call("x" * 40, a="y" * 20).message(app)
+        left = 100 - len(sent.args) - len(sent.kwargs)
+        most = await length.add_task("x" * (40 + left), a="y" * 20, timeout=5)
+        assert most.returning == 60 + left
+        with pytest.raises(PayloadTooLarge, match="take 101 bytes, the limit is 100"):
+            await length.add_task("x" * (41 + left), a="y" * 20)
+        assert (await length.add_task("x", timeout=5)).returning == 1
 
 
 async def test_a_parameter_named_as_an_option_is_told_of_and_call_reaches_it(
@@ -247,6 +340,41 @@ async def test_a_router_finds_its_app(app: QueueTasks) -> None:
             await one.add_task()
         task: Task[int] = await one.using(app).add_task(timeout=5)
         assert task.returning == 1
+
+
+async def test_a_task_that_waits_for_a_task(app: QueueTasks) -> None:
+    """With either face, while there is a place for the other; else its timeout ends it."""
+    blocking = SyncRouter()
+
+    @app.task("inner")
+    async def inner(x: int) -> int:
+        return x + 1
+
+    @blocking.task()
+    def inner_blocking(x: int) -> int:
+        return x + 1
+
+    @app.task()
+    async def outer(timeout: float) -> int:
+        return (await inner.add_task(1, timeout=timeout)).returning
+
+    @app.task()
+    def outer_blocking(timeout: float) -> int:
+        return inner_blocking.add_task(1, timeout=timeout).returning
+
+    @app.task()
+    async def wrong() -> int:
+        return inner_blocking.add_task(1).status == "new"
+
+    app.include_router(blocking)
+    async with app.worker(concurrency=2):
+        for task in (outer, outer_blocking):
+            assert (await task.call(5.0).add_task(timeout=10)).returning == 2
+        assert "qtasks.asyncio" in str((await wrong.add_task(timeout=5)).error)
+    async with app.worker(concurrency=1):
+        for task in (outer, outer_blocking):
+            full = await task.call(0.2).add_task(timeout=10)
+            assert "no worker has begun it; 1 alive for that queue" in str(full.error)
 
 
 async def test_an_app_that_was_not_entered_says_so(app: QueueTasks) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from qtasks import SerializationError
 from qtasks.asyncio import QueueTasks
+from qtasks_core import TaskMessage
 
 
 @dataclass
@@ -50,6 +51,27 @@ async def test_the_task_ends_with_the_arguments_name_and_no_retry(
         assert says in task.error
         assert runs == []
         assert (await draw.add_task(Point(1), 2, timeout=5)).status == "success"
+
+
+async def test_another_encoding_is_not_taken_for_the_own(app: QueueTasks) -> None:
+    runs: list[object] = []
+
+    @app.task("note")
+    async def note(*numbers: object) -> None:
+        runs.append(numbers)
+
+    # As MessagePack it would be the number 91, and what follows.
+    other = TaskMessage(uuid="u", task_name="note", args=b'["text"]', encoding="json")
+    async with app.worker():
+        await app.submit(other, None)
+        sent = await app.get_task("u")
+        assert sent is not None
+        task = await sent.wait_result(timeout=5)
+        assert (task.status, task.attempt, task.dead) == ("error", 1, "bad arguments")
+        assert task.error is not None
+        assert "are encoded as 'json', and this worker reads 'msgpack'" in task.error
+        assert (await note.add_task(1, timeout=5)).status == "success"
+    assert runs == [(1,)]
 
 
 async def test_what_the_function_raises_itself_is_retried_as_ever(app: QueueTasks) -> None:

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from qtasks import SyncRouter, TaskTimeout
+from qtasks import AsyncResult, ConfigurationError, SyncResult, SyncRouter, TaskTimeout
 from qtasks.asyncio import QueueTasks
 from qtasks.engine.reply import LoopReply
 from qtasks.tasks import AsyncTask
@@ -116,3 +116,155 @@ async def test_a_caller_who_left_before_the_write_leaves_no_wait_behind() -> Non
             while await app.get_task(message.uuid) is None:  # noqa: ASYNC110  # in memory
                 await asyncio.sleep(0.01)
         assert client._waiters == {}
+
+
+class Silent(MemoryBroker):
+    """Its server takes connections and says nothing."""
+
+    starts = 0
+
+    def __init__(self, name: str, patience: float) -> None:
+        super().__init__(name)
+        self._patience = patience
+
+    async def start(self, namespace: str) -> None:
+        self.starts += 1
+        await asyncio.sleep(self._patience)
+        raise Unavailable(f"no answer within {self._patience} s")
+
+
+async def test_the_deadline_holds_for_an_app_that_starts_itself() -> None:
+    """Its first use connects, which goes on after a caller's time is up."""
+    name = uuid4().hex
+    broker = Silent(name, 60.0)
+    app, router = app_on(broker, name)
+    app.starts_itself = True
+
+    @app.task()
+    async def lost() -> None: ...
+
+    @router.task()
+    def blocking() -> None: ...
+
+    began = time.monotonic()
+    calls = [
+        *(lost.add_task(timeout=0.2) for _ in range(10)),
+        *(asyncio.to_thread(blocking.add_task, timeout=0.2) for _ in range(3)),
+        AsyncResult(name, app=app).wait_result(1.2),
+    ]
+    errors = await asyncio.gather(*calls, return_exceptions=True)
+    assert time.monotonic() - began < 5
+    assert {str(error).partition("within")[2].partition(";")[0] for error in errors} == {
+        " 0.2 s",
+        " 1.2 s",
+    }
+    assert {type(error) for error in errors} == {Unavailable}
+    assert broker.starts == 1
+
+
+async def test_starts_at_once_wait_side_by_side() -> None:
+    name = uuid4().hex
+    app, _ = app_on(Silent(name, 1.0), name)
+    began = time.monotonic()
+    starts = [app.start(0.5) for _ in range(5)]
+    errors = await asyncio.gather(*starts, return_exceptions=True)
+    assert time.monotonic() - began < 2.5
+    assert {str(error) for error in errors} == {"no answer within 1.0 s"}
+
+
+class Forgetful(MemoryStorage):
+    """Its server does not answer those who read."""
+
+    async def get(self, uuids: Sequence[str]) -> list[schemas.Task | None]:
+        raise Unavailable("no answer")
+
+
+async def test_a_timeout_says_the_queue_though_nothing_can_be_read() -> None:
+    name = uuid4().hex
+    app = QueueTasks(name, MemoryBroker(name), Forgetful(name))
+
+    @app.task(queue="slow", name="waiting")
+    async def waiting() -> None: ...
+
+    async with app:
+        with pytest.raises(TaskTimeout, match=r"task waiting .* in queue 'slow'.* alive is not"):
+            await waiting.add_task(timeout=0.1)
+
+
+async def test_what_has_ended_is_returned_however_short_the_wait() -> None:
+    name = uuid4().hex
+    app = QueueTasks(name, MemoryBroker(name), MemoryStorage(name))
+
+    @app.task()
+    async def one() -> int:
+        return 1
+
+    other = QueueTasks(name, MemoryBroker(name), MemoryStorage(name))
+    other.starts_itself = True
+    async with app.worker():
+        uuid = (await one.add_task(timeout=5)).uuid
+        assert (await AsyncResult(uuid, app=app).wait_result(0)).returning == 1
+        assert (await AsyncResult(uuid, app=other).wait_result(0)).returning == 1
+    await other.stop()
+
+
+class Slow(MemoryBroker):
+    """Its server needs 0.3 seconds for each batch."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        await asyncio.sleep(0.3)
+        return await super().publish(messages, transaction)
+
+
+async def test_many_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtasks.engine.client._BATCH", 10)
+    monkeypatch.setattr("qtasks.submitting._PART", 10)
+    monkeypatch.setattr("qtasks.submitting.PUBLISH_TIMEOUT", 2.0)
+    name = uuid4().hex
+    app, router = app_on(Slow(name), name)
+
+    @app.task()
+    async def one(x: int) -> int:
+        return x
+
+    @router.task()
+    def blocking(x: int) -> int:
+        return x
+
+    async with app:
+        handles, others = await asyncio.gather(
+            one.map([(x,) for x in range(95)]),
+            asyncio.to_thread(blocking.map, [(x,) for x in range(95)]),
+        )
+        assert [task.args for task in (*handles, *others)] == [[x] for x in range(95)] * 2
+        assert await one.map([]) == []
+        assert (await app.broker.depth("default")).ready == 190
+
+
+async def test_timeouts_that_are_too_long_or_none() -> None:
+    name = uuid4().hex
+    app, router = app_on(MemoryBroker(name), name)
+
+    @app.task()
+    async def one() -> int:
+        return 1
+
+    @router.task()
+    def blocking() -> int:
+        return 1
+
+    async with app.worker():
+        for timeout in (1e10, float("inf")):
+            assert (await one.add_task(timeout=timeout)).returning == 1
+            assert (await asyncio.to_thread(blocking.add_task, timeout=timeout)).returning == 1
+        uuid = (await one.add_task()).uuid
+        for wrong in (
+            one.add_task(timeout=float("nan")),
+            asyncio.to_thread(blocking.add_task, timeout=float("nan")),
+            AsyncResult(uuid, app=app).wait_result(float("nan")),
+            asyncio.to_thread(SyncResult(uuid, app=app).wait_result, float("nan")),
+        ):
+            with pytest.raises(ConfigurationError, match="timeout=nan"):
+                await wrong

@@ -14,6 +14,7 @@ from qtasks.asyncio import QueueTasks
 from qtasks.engine import worker as worker_module
 from qtasks_core import Delivery, Outcome, Subscription, Task
 from qtasks_memory import MemoryBroker, MemoryStorage
+from qtasks_memory.storage import MemoryInbox
 from tests.processes import Process
 
 
@@ -21,6 +22,7 @@ class FailsOnce(MemoryBroker):
     """Its second `receive` raises; everything after works."""
 
     receives = 0
+    error: BaseException = RuntimeError("a bug")
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         subscription = await super().subscribe(queues)
@@ -29,7 +31,7 @@ class FailsOnce(MemoryBroker):
         async def failing(wanted: Mapping[str, int], limit: int) -> list[Delivery]:
             self.receives += 1
             if self.receives == 2:
-                raise RuntimeError("a bug")
+                raise self.error
             return await receive(wanted, limit)
 
         subscription.receive = failing  # type: ignore[method-assign]
@@ -40,11 +42,12 @@ class Storage(MemoryStorage):
     """Fails in the call that it is told."""
 
     fails = ""
+    error: BaseException = RuntimeError("a bug")
 
     def _fail(self, call: str) -> None:
         if self.fails == call:
             self.fails = ""
-            raise RuntimeError("a bug")
+            raise self.error
 
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         self._fail("get")
@@ -88,6 +91,42 @@ async def test_a_receive_that_fails(caplog: pytest.LogCaptureFixture) -> None:
         async with app.worker():
             # Long before the lease, which is 30 s.
             assert (await waiting.wait_result(5)).returning == "second"
+
+
+@pytest.mark.parametrize("call", ["receive", "get", "save", "inbox"])
+async def test_a_part_that_takes_itself_for_cancelled(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As drivers do whose connection is closed under them: nobody would hear of it."""
+    name = uuid4().hex
+    broker, storage = FailsOnce(name, lease=1.0), Storage(name)
+    broker.error = storage.error = asyncio.CancelledError()
+    broker.receives = 0 if call == "receive" else 5
+    app = QueueTasks(name, broker, storage)
+
+    @app.task()
+    async def easy() -> int:
+        return 1
+
+    async with app:
+        if call == "inbox":
+            receive = MemoryInbox.receive
+
+            async def cancelled(self: MemoryInbox) -> list[Task]:
+                monkeypatch.setattr(MemoryInbox, "receive", receive)
+                raise asyncio.CancelledError
+
+            monkeypatch.setattr(MemoryInbox, "receive", cancelled)
+            with pytest.raises(RuntimeError, match="nobody had cancelled it"):
+                await easy.add_task(timeout=5)
+        else:
+            storage.fails = call
+            with pytest.raises(RuntimeError, match="nobody had cancelled it"):  # noqa: PT012
+                async with app.worker() as worker:
+                    await easy.add_task()
+                    await asyncio.wait_for(worker.failed, 5)
+        async with app.worker():
+            assert (await easy.add_task(timeout=5)).returning == 1
 
 
 @pytest.mark.parametrize("call", ["get", "save"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -17,7 +19,14 @@ class Base(BaseException):
     """Which `except Exception` does not catch."""
 
 
+class Untraceable(Exception):
+    __traceback__ = 5  # type: ignore[assignment]
+
+
 RAISED = {
+    "odd traceback": Untraceable("no trace"),
+    "error": ValueError("of the usual kind"),
+    "sys.exit": SystemExit(3),
     "interrupt": KeyboardInterrupt(),
     "generator exit": GeneratorExit(),
     "cancelled": asyncio.CancelledError(),
@@ -43,6 +52,13 @@ def nested(depth: int) -> list[object]:
     return value
 
 
+async def nothing() -> None: ...
+
+
+async def numbers() -> AsyncIterator[int]:
+    yield 1
+
+
 def fall(n: int) -> int:
     return fall(n + 1)
 
@@ -52,18 +68,25 @@ def fall(n: int) -> int:
     ("what", "says", "dead"),
     [
         ("recursion", "RecursionError: maximum recursion depth", "no retry is configured"),
+        ("error", "ValueError: of the usual kind", "no retry is configured"),
+        ("sys.exit", "SystemExit: 3", "no retry is configured"),
+        ("memory", "MemoryError: ", "no retry is configured"),
         ("interrupt", "KeyboardInterrupt: ", "no retry is configured"),
         ("generator exit", "GeneratorExit", "no retry is configured"),
         ("cancelled", "CancelledError: the function cancelled itself", "no retry is configured"),
         ("base", "Base: of no usual kind", "no retry is configured"),
         ("unspeakable", "Unspeakable: (its message", "no retry is configured"),
         ("odd syntax", "SyntaxError: odd", "no retry is configured"),
+        ("odd traceback", "Untraceable: no trace", "no retry is configured"),
         ("rejected", "Reject: (its reason cannot be made)", "(its reason cannot be made)"),
         ("surrogate", "ValueError: no file \\udcff", "no retry is configured"),
         ("object", "would not come back as it is", "unstorable result"),
         ("nested", "RecursionError", "unstorable result"),
         ("surrogate result", "surrogates not allowed", "unstorable result"),
         ("large", "bytes, the limit is 1048576", "unstorable result"),
+        ("coroutine", "nobody has run the coroutine that it is", "unstorable result"),
+        ("generator", "nobody has run the generator that it is", "unstorable result"),
+        ("async generator", "nobody has run the async_generator that it is", "unstorable result"),
     ],
 )
 async def test_its_task_fails_and_the_others_go_on(
@@ -72,6 +95,8 @@ async def test_its_task_fails_and_the_others_go_on(
     def misbehave(what: str) -> Any:
         if what in RAISED:
             raise RAISED[what]
+        if what == "memory":
+            return bytearray(1 << 62)
         if what == "recursion":
             return fall(0)
         if what == "unspeakable":
@@ -80,11 +105,15 @@ async def test_its_task_fails_and_the_others_go_on(
             raise Reject(Wordless())  # type: ignore[arg-type]
         if what == "surrogate":
             raise ValueError("no file \udcff")
+        if what == "coroutine":
+            return nothing()
         return {
             "object": object(),
             "nested": nested(5000),
             "surrogate result": "\udcff",
             "large": "x" * 2_000_000,
+            "generator": (n for n in range(3)),
+            "async generator": numbers(),
         }[what]
 
     async def misbehave_async(what: str) -> Any:
@@ -101,6 +130,27 @@ async def test_its_task_fails_and_the_others_go_on(
         assert (ended.status, ended.attempt, ended.dead) == ("error", 1, dead)
         assert says in (ended.error or "")
         assert (await fine.add_task(timeout=5)).returning == "fine"
+
+
+@pytest.mark.parametrize("stored", [True, False])
+async def test_a_decorator_that_is_not_async_is_told(app: QueueTasks, stored: bool) -> None:
+    """As a success it would be one of a task that did nothing."""
+
+    def passing(function: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Any]:
+        @wraps(function)
+        def passed() -> Any:
+            return function()
+
+        return passed
+
+    @app.task(retry=3, store_result=stored)
+    @passing
+    async def decorated() -> None: ...
+
+    async with app.worker():
+        ended = await decorated.add_task(timeout=5)
+    assert (ended.attempt, ended.dead) == (1, "unstorable result")
+    assert "nobody has run the coroutine that it is; the task's function" in (ended.error or "")
 
 
 async def test_the_limit_of_a_result_is_the_apps() -> None:
@@ -129,7 +179,7 @@ async def test_a_nested_argument_that_cannot_travel_is_told(app: QueueTasks) -> 
             await take.add_task(nested(5000))
 
 
-def test_forks_and_a_closed_stdout_do_not_stop_a_worker() -> None:
+def test_forks_and_closed_standard_files_do_not_stop_a_worker() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.engine.hostile"],
         capture_output=True, text=True, timeout=60, check=False,
@@ -137,10 +187,14 @@ def test_forks_and_a_closed_stdout_do_not_stop_a_worker() -> None:
     said = [line for line in done.stderr.splitlines() if not line.startswith("task ")]
     assert said == [
         "fork_thread success parent",
+        "statuses success [3, 0, 1, 1]",
         "over",
         "fork success parent",
         "close_stdout success None",
         "use_closed error ValueError: I/O operation on closed file.",
+        "close_stderr success None",
+        "fail error ValueError: nobody hears of this",
+        "again error ValueError: twice",
         "fine success fine",
     ]
     assert (done.stdout, done.returncode) == ("about to close\n", 0)

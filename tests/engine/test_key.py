@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 import qtasks
-from qtasks import ConfigurationError, Refused, TaskFailed, TaskTimeout
+from qtasks import ConfigurationError, Refused, TaskFailed, TaskTimeout, Unavailable
 from qtasks.asyncio import QueueTasks
 from qtasks_core import Outcome, TaskMessage
 from qtasks_memory import MemoryBroker
@@ -187,6 +187,52 @@ async def test_a_refused_key_stays_free() -> None:
         broker.full = False
         async with app.worker():
             assert (await add.add_task(1, 2, key="k", timeout=10)).returning == 3
+
+
+class Doubtful(MemoryBroker):
+    """Publishes, and for some time says that it cannot tell."""
+
+    doubts = 0
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        outcomes = await super().publish(messages, transaction)
+        if self.doubts > 0:
+            self.doubts -= 1
+            raise Unavailable("the connection was reset")
+        return outcomes
+
+
+@pytest.mark.parametrize("deadline", [None, 0.0])
+async def test_a_publish_of_unknown_outcome_is_repeated_and_runs_once(
+    deadline: float | None,
+) -> None:
+    """By the engine while there is time, then by the caller: each time it is another message."""
+    broker = Doubtful()
+    ran: list[str] = []
+    async with QueueTasks(f"key-{uuid4().hex[:8]}", broker, "memory://") as app:
+
+        @app.task()
+        async def note(text: str) -> None:
+            ran.append(text)
+
+        broker.doubts = 3
+        if deadline is not None:
+            for _ in range(3):
+                with pytest.raises(Unavailable, match="submitting with the same key again is safe"):
+                    await note.add_task("keyed", key="k", timeout=deadline)
+        task = await note.add_task("keyed", key="k")
+        await note.add_task("last")
+        depth = await app.client.broker.depth("default")
+        assert depth.ready is not None
+        assert depth.ready >= 5, "four messages of one task, and the last"
+        async with app.worker(concurrency=1):
+            await task.wait_result(10)
+            async with asyncio.timeout(10):
+                while "last" not in ran:  # noqa: ASYNC110  # nothing tells of it
+                    await asyncio.sleep(0.01)
+    assert ran == ["keyed", "last"]
 
 
 ENQUEUE = """

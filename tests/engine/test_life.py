@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -219,6 +220,24 @@ async def test_a_cancelled_wait_leaves_nothing_behind(app: QueueTasks) -> None:
             assert (await never.add_task(timeout=5)).status == "success"
 
 
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{}/tasks.db"])
+async def test_calls_in_the_air_are_answered_when_their_app_stops(tmp_path: Path, url: str) -> None:
+    app = QueueTasks(f"stops-{uuid4().hex[:8]}", url.format(tmp_path))
+
+    @app.task()
+    async def never() -> None: ...
+
+    for number in range(30):
+        await app.start()
+        calls = [asyncio.create_task(never.add_task(timeout=50)) for _ in range(50)]
+        for _ in range(number % 10):
+            await asyncio.sleep(0)
+        await app.stop()
+        async with asyncio.timeout(10):
+            errors = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(error) for error in errors} == {Closed}
+
+
 def test_ctrl_c_ends_a_blocking_wait(tmp_path: Path) -> None:
     code = """
 from qtasks import QueueTasks
@@ -362,6 +381,47 @@ async def test_two_apps_in_one_process() -> None:
         tasks = [await name_of.using(app).add_task(app.name, timeout=5) for app in (first, second)]
         assert [task.returning for task in tasks] == [first.name, second.name]
         assert await first.get_task(tasks[1].uuid) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("mongodb://me:hidden@h", r"^no backend for mongodb:// is installed; there are: amqp, "),
+        ("localhost:6379", r"^'localhost:…' is not a URL; try sqlite:///"),
+        ("memory://?lease=soon", r"lease='soon' .* not a float"),
+        ("sqlite:////nowhere/tasks.db", r"^/nowhere is not a directory: create it first$"),
+        ("redis://:hidden@127.0.0.1:1/0", r"^redis:// needs .*: pip install 'qtasks\[redis\]'$"),
+        ("amqp://me:hidden@127.0.0.1:1", r"^amqp:// needs .*: pip install 'qtasks\[rabbitmq\]'$"),
+        ("kafka://127.0.0.1:1", r"^kafka:// needs .*: pip install 'qtasks\[kafka\]'$"),
+        (
+            "postgresql://127.0.0.1:1/x",
+            r"^postgresql:// .* pip install 'qtasks\[postgres\]'$",
+        ),
+    ],
+)
+async def test_parts_that_cannot_be_had_are_told_and_another_app_goes_on(
+    app: QueueTasks, url: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drivers = {"redis", "aio_pika", "aiormq", "aiokafka", "asyncpg"}
+    for module in drivers | {name for name in sys.modules if name.split(".")[0] in drivers}:
+        monkeypatch.setitem(sys.modules, module, None)
+
+    @app.task()
+    async def one() -> int:
+        return 1
+
+    async with app.worker():
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match=says) as caught:
+                async with QueueTasks("wrong", url):
+                    pytest.fail("it started")
+            assert "hidden" not in str(caught.value)
+            assert (await one.add_task(timeout=5)).returning == 1
+
+
+async def test_a_thread_cannot_be_a_worker_process(app: QueueTasks) -> None:
+    with pytest.raises(ConfigurationError, match=r"main thread.*app\.worker\(\)"):
+        await asyncio.to_thread(app.run_forever)
 
 
 async def test_a_worker_that_could_run_nothing_is_refused(app: QueueTasks) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from qtasks.asyncio import QueueTasks
 from qtasks.engine import keeping
-from qtasks_core import Delivery, Subscription, Task
+from qtasks_core import Command, Delivery, Subscription, Task
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -103,6 +103,39 @@ async def test_what_was_received_keeps_its_lease_until_it_can_be_admitted(
         for task in tasks:
             await task.wait_result(5)
     assert sorted(runs) == [1, 2]
+
+
+async def test_a_cancel_that_cannot_be_looked_up_does_not_hold_up_other_commands(
+    app: QueueTasks, storage: Down, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "qtasks")
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    @app.task()
+    async def long() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    async def tell(name: str, target: str | None) -> None:
+        await app.control(lambda c: c.broker.broadcast(Command(name=name, target=target)))
+
+    async with app, app.worker(grace=1):
+        task = await long.add_task()
+        await begun.wait()
+        storage.down = True
+        await tell("cancel", task.uuid)
+        assert await asyncio.to_thread(storage.asked.wait, 5)
+        await tell("pause", "default")
+        async with asyncio.timeout(5):
+            while "paused queues: default" not in caplog.text:  # noqa: ASYNC110  # a log
+                await asyncio.sleep(0.01)
+        storage.down = False
+        assert await task.cancel()
+        async with asyncio.timeout(5):
+            await stopped.wait()
 
 
 async def test_a_timeout_that_a_part_raises_is_an_error_of_its_own() -> None:

@@ -107,6 +107,7 @@ async def app_sends_wrong_arguments(app: QueueTasks) -> Any:
         ("memory", "MemoryError: "),
         ("recursion", "RecursionError: maximum recursion depth"),
         ("object", "the result cannot be stored: SerializationError: a builtins.object would not"),
+        ("generator", "the result cannot be stored: nobody has run the generator that it is"),
         ("large", "bytes, the limit is 1048576"),
         (
             "huge",

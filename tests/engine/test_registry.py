@@ -7,13 +7,15 @@ import logging
 import time
 from itertools import pairwise
 
+import msgspec
 import pytest
 
 from qtasks import TaskTimeout
 from qtasks.asyncio import QueueTasks
 from qtasks.control import workers
 from qtasks.engine import registry, retention, worker
-from qtasks_core import Command
+from qtasks.engine.client import Client
+from qtasks_core import Command, WorkerInfo
 from qtasks_memory import MemoryBroker, MemoryStorage
 
 
@@ -53,12 +55,34 @@ async def test_a_silent_worker_is_taken_for_dead(
         async with asyncio.timeout(5):
             while not await app.control(workers):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        with pytest.raises(TaskTimeout, match="1 alive for that queue, "):
+        with pytest.raises(TaskTimeout, match=r"1 alive for that queue$"):
             await work.add_task(timeout=0.3)
         monkeypatch.setattr(registry, "STALE", -1.0)
         assert await app.control(workers) == []
         with pytest.raises(TaskTimeout, match="no worker for that queue is alive"):
             await work.add_task(timeout=0.3)
+
+
+async def test_workers_that_were_killed_long_ago_are_forgotten(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "PERIOD", 0.1)
+    silent = {"worker/long": time.time() - 3700, "worker/lately": time.time() - 60}
+
+    async def write(client: Client) -> None:
+        for key, seen_at in silent.items():
+            info = WorkerInfo(id=key, host="there", pid=1, seen_at=seen_at)
+            await client.storage.set(key, msgspec.msgpack.encode(info))
+
+    async def written(client: Client) -> set[str]:
+        return set(await client.storage.values("worker/"))
+
+    async with app:
+        await app.control(write)
+        async with app.worker() as running, asyncio.timeout(5):
+            while "worker/long" in await app.control(written):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            assert await app.control(written) == {"worker/lately", f"worker/{running.id}"}
 
 
 async def test_a_storage_without_values_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

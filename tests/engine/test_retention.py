@@ -70,6 +70,26 @@ async def test_a_cancel_outlives_the_wait_of_its_message(app: QueueTasks) -> Non
     assert runs == []
 
 
+async def test_what_a_task_says_is_recorded(app: QueueTasks) -> None:
+    @app.task(retention=3600, store_result=False)
+    async def said() -> str:
+        return "not kept"
+
+    @app.task()
+    async def unsaid() -> str:
+        return "kept"
+
+    async with app.worker():
+        ended = await said.add_task(timeout=5)
+        returned: object = ended.returning
+        assert (ended.status, returned, ended.record.returning) == ("success", None, None)
+        assert ended.record.retention == 3600
+        assert (await unsaid.add_task(timeout=5)).returning == "kept"
+        again = await app.get_task(ended.uuid)
+    assert again is not None
+    assert (again.record.retention, again.record.returning) == (3600, None)
+
+
 def test_what_is_kept() -> None:
     for asked, default, kept in (
         (None, None, None), (None, 100.0, None), (None, 1.0, 10.0),

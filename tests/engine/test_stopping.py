@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -14,6 +15,7 @@ from qtasks.engine import worker as worker_module
 from qtasks_core import Subscription, Task
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
+from tests.processes import Process
 
 
 class Slow(MemoryStorage):
@@ -84,7 +86,7 @@ async def test_a_subscription_that_cannot_be_closed_does_not_take_the_grace() ->
 async def test_a_function_that_outlives_its_worker_ends_unheard(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(worker_module, "_LAST_WORDS", 0.1)
+    monkeypatch.setattr(worker_module, "_UNWIND", 0.1)
     begun, go_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @app.task()
@@ -106,6 +108,47 @@ async def test_a_function_that_outlives_its_worker_ends_unheard(
             await ended.wait()
             await asyncio.sleep(0.1)
         assert [r.getMessage() for r in caplog.records if r.name == "asyncio"] == []
+
+
+CLOSED = """
+import asyncio
+from qtasks.asyncio import QueueTasks
+app = QueueTasks("closed")
+runs = []
+
+@app.task()
+async def work() -> int:
+    runs.append(1)
+    if len(runs) == 1:
+        begun.set()
+        await asyncio.sleep(60)
+    return len(runs)
+
+async def host():
+    global begun, task, worker
+    begun = asyncio.Event()
+    worker = app.worker()
+    await worker.__aenter__()
+    task = await work.add_task()
+    await begun.wait()
+
+async def another():
+    async with app.worker(concurrency=1):
+        print("runs:", (await task.wait_result(20)).returning)
+
+loop = asyncio.new_event_loop()
+loop.run_until_complete(host())
+loop.close()
+asyncio.run(another())
+"""
+
+
+def test_a_worker_whose_loop_was_closed_under_it_gives_back(tmp_path: Path) -> None:
+    """Nobody is left who would stop it, and leases are kept beside that loop."""
+    (tmp_path / "closed.py").write_text(CLOSED)
+    environment = {"QTASKS_BROKER_URL": f"sqlite:///{tmp_path}/closed.db?lease=60"}
+    with Process("closed.py", environment=environment, cwd=tmp_path) as process:
+        process.wait_for("runs: 2")
 
 
 async def test_a_part_that_cannot_stop_leaves_no_wait_and_no_other_part() -> None:

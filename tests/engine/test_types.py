@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from enum import Enum, IntEnum
 from functools import partial
+from pathlib import Path
 from typing import (
     Annotated,
     Any,
@@ -16,6 +17,7 @@ from typing import (
     NamedTuple,
     NewType,
     NoReturn,
+    ParamSpec,
     TypedDict,
     TypeVar,
 )
@@ -33,6 +35,7 @@ from qtasks.definition import TaskDefinition, TaskOptions
 from qtasks_core import TaskMessage
 from qtasks_core.errors import BadArguments, ConfigurationError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 UserId = NewType("UserId", int)
 UID = UUID("12345678-1234-5678-1234-567812345678")
@@ -122,8 +125,50 @@ class Named(pydantic.BaseModel):
         return self.at.year
 
 
+class Loose(pydantic.BaseModel):
+    """What JSON alone would not tell apart."""
+
+    payload: Any = None
+    by: dict[str, Any] = {}
+    either: tuple[int, ...] | list[int] | UUID | str = ""
+    number: int = 1 << 70
+    raw: bytes = b"\xc3\xbc"
+    inner: list[Loose] = []
+
+
+class Strict(pydantic.BaseModel, strict=True):
+    """What only JSON gives it, beside what is given as it is."""
+
+    file: Path
+    color: Color
+    raw: bytes
+    id: UUID
+    span: tuple[timedelta, complex]
+    models: frozenset[Tag] = frozenset()
+
+
+class Tag(pydantic.BaseModel, frozen=True):
+    name: str
+
+
+class Login(pydantic.BaseModel):
+    password: pydantic.SecretStr
+
+
+class Revealed(Login):
+    @pydantic.field_serializer("password", when_used="json")
+    def reveal(self, password: pydantic.SecretStr) -> str:
+        return password.get_secret_value()
+
+
 ORDER = Order(id=UID, lines=[Money(amount=Decimal("1.10"), tags={"a"})])
 NAMED = Named.model_validate({"theId": UID, "when": WHEN, "numbers": "[1, 2]"})
+LOOSE = Loose(
+    payload=(1, {UID}), by={"d": Decimal("1.0"), "l": [(1,)], "n": {1: b"\xff"}}, either=(1, 2)
+)
+STRICT = Strict(
+    file=Path("/x"), color=Color.RED, raw=b"ok", id=UID, span=(timedelta(microseconds=1), 1j)
+)
 MIXED = {"t": (1, 2), "s": {1}, "u": UID, "d": Decimal("1.0"), "w": WHEN, "big": 1 << 70}
 
 CASES: list[tuple[Any, Any]] = [
@@ -190,6 +235,12 @@ CASES: list[tuple[Any, Any]] = [
     (dict[str, Money], {"a": ORDER.lines[0]}),
     (Named, NAMED),
     (list[Named], [NAMED]),
+    (Loose, LOOSE),
+    (Loose, Loose(either=UID, inner=[LOOSE])),
+    (list[Loose], [Loose(either=[1])]),
+    (Strict, STRICT),
+    (Strict, STRICT.model_copy(update={"models": frozenset({Tag(name="a")})})),
+    (Revealed, Revealed(password=pydantic.SecretStr("hunter2"))),
     (Money | None, None),
     (Money | None, ORDER.lines[0]),
 ]
@@ -257,6 +308,11 @@ def test_it_comes_back_as_it_went(annotation: Any, value: Any) -> None:
         (Any, Text("x"), "argument 'value': a .*Text would not come back"),
         (list[object], [Point(1)], "argument 'value': a .*Point would not come back as it is"),
         (Any, [10**5000], "argument 'value': Exceeds the limit"),
+        (Path, Path("/x"), r"argument 'value': .*\.Path'> has no encoding"),
+        (Path, "/x", r"argument 'value': .*\.Path'> has no encoding"),
+        (Iterable[int], [1], r"argument 'value': .*Iterable\[int\] has no encoding"),
+        (list[Path], [Path("/x")], "argument 'value': a PosixPath has no encoding"),
+        (Login, Login(password=pydantic.SecretStr("a")), "'value': a SecretStr would come back as"),
     ],
 )
 def test_it_is_refused_where_it_is_sent(annotation: Any, value: Any, says: str) -> None:
@@ -327,11 +383,34 @@ def test_an_annotation_without_an_encoding_is_told(annotation: Any, where: str) 
         TaskDefinition(echo, "echo", TaskOptions())
 
 
+def test_an_annotation_that_is_no_type_is_told() -> None:
+    def echo(value):  # type: ignore[no-untyped-def]
+        return value
+
+    echo.__annotations__ = {"value": [int]}
+    with pytest.raises(ConfigurationError, match=r"'value': .*int.* has no encoding"):
+        TaskDefinition(echo, "echo", TaskOptions())
+
+
+def test_the_inner_function_of_a_decorator_takes_what_comes() -> None:
+    def passing(function: Callable[P, T]) -> Callable[P, T]:
+        def inner(*args: P.args, **kwargs: P.kwargs) -> T:
+            return function(*args, **kwargs)
+
+        return inner
+
+    definition = TaskDefinition(passing(dict), "dict", TaskOptions())
+    assert definition.invoke(sent(definition, {"a": (1,)}, b={2})) == {"a": (1,), "b": {2}}
+
+
 class Caller:
     def __call__(self) -> None: ...
 
 
-@pytest.mark.parametrize("what", [partial(print, 1), Caller(), 3, property()])
+@pytest.mark.parametrize(
+    "what",
+    [partial(print, 1), Caller(), 3, property(), max, dict, str.upper, staticmethod(print)],
+)
 @pytest.mark.parametrize("name", [None, "named"])
 def test_what_is_no_function_is_told(app: QueueTasks, what: Any, name: str | None) -> None:
     with pytest.raises(ConfigurationError, match="is no function"):
@@ -382,7 +461,7 @@ def test_a_model_is_read_by_its_aliases_too() -> None:
         (Color, "green", "Invalid enum value 'green'"),
         (Literal["a"], "b", "Invalid enum value 'b'"),
         (Money, {"amount": "much"}, "1 validation error"),
-        (complex, 1j, "a complex has no encoding"),
+        (complex, 1j, "<class 'complex'> has no encoding"),
         (Any, Point(1), "a .*Point would not come back as it is; annotate it with its type"),
         (Any, ORDER, "a .*Order would not come back as it is; annotate it with its type"),
     ],
@@ -394,9 +473,16 @@ def test_a_result_that_nobody_could_read_is_refused(
         echo_of(annotation).encode_result(result)
 
 
+@dataclass
+class Unfinished:
+    inner: Later  # type: ignore[name-defined]  # noqa: F821
+
+
 @pytest.mark.parametrize(
     ("annotation", "says"),
     [
+        (Unfinished, "name 'Later' is not defined"),
+        (list[Unfinished], "name 'Later' is not defined"),
         (Point | Open, "more than one dataclass"),
         (list[int] | set[int], "more than one array-like"),
     ],

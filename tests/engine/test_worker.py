@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from msgspec.structs import replace
@@ -73,6 +75,30 @@ async def test_a_full_worker_takes_no_more_than_it_can_run(app: QueueTasks) -> N
     assert most == 5
 
 
+@pytest.mark.parametrize("url", ["memory://", "sqlite:///{}/tasks.db"])
+@pytest.mark.parametrize("concurrency", [1, 10])
+async def test_no_queue_waits_for_the_backlog_of_another(
+    tmp_path: Path, url: str, concurrency: int
+) -> None:
+    app = QueueTasks(f"queues-{uuid4().hex[:8]}", url.format(tmp_path))
+    order: list[str] = []
+
+    @app.task()
+    async def note(queue: str) -> None:
+        order.append(queue)
+
+    async with app:
+        backlog = [queue for queue in ("a", "b", "c") for _ in range(100)]
+        await app.submit_all([note.call(queue).message(app, queue=queue) for queue in backlog])
+        async with app.worker(queues=["a", "b", "c"], concurrency=concurrency):
+            async with asyncio.timeout(20):
+                while len(order) < 300:  # noqa: ASYNC110  # the tasks run in this loop
+                    await asyncio.sleep(0.01)
+    first = Counter(order[:60])
+    assert set(first) == {"a", "b", "c"}
+    assert min(first.values()) >= 10
+
+
 async def test_a_long_task_keeps_its_lease(app: QueueTasks) -> None:
     runs: list[int] = []
 
@@ -88,16 +114,27 @@ async def test_a_long_task_keeps_its_lease(app: QueueTasks) -> None:
 
 
 async def test_an_unknown_task_is_put_back_and_at_last_dead(
-    app: QueueTasks, monkeypatch: pytest.MonkeyPatch
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(worker_module, "_UNKNOWN_DELAY", 0.01)
     monkeypatch.setattr(worker_module, "_UNKNOWN_TRIES", 3)
+
+    @app.task()
+    async def known() -> str:
+        return "known"
+
     async with app:
-        message = TaskMessage(uuid="u", task_name="nobody.knows")
-        await app.submit(message, None)
-        async with app.worker():
+        await app.submit(TaskMessage(uuid="u", task_name="nobody.knows"), None)
+        rest = await known.map([()] * 20)
+        async with app.worker(concurrency=1):
             record = await app.wait("u", 5)
+            assert [(await task.wait_result(5)).returning for task in rest] == ["known"] * 20
     assert (record.status, record.dead) == ("error", "unknown task")
+    assert record.error == "no worker knows 'nobody.knows'"
+    assert caplog.messages == [
+        "unknown task nobody.knows u; put back",  # once, not each time
+        "task nobody.knows u is dead: no worker knows 'nobody.knows' (unknown task)",
+    ]
 
 
 async def test_an_unknown_task_runs_once_a_worker_knows_it(
@@ -118,7 +155,9 @@ async def test_an_unknown_task_runs_once_a_worker_knows_it(
             assert (await task.wait_result(5)).returning == "known now"
 
 
-async def test_an_expired_task_does_not_start(app: QueueTasks) -> None:
+async def test_an_expired_task_does_not_start(
+    app: QueueTasks, caplog: pytest.LogCaptureFixture
+) -> None:
     runs: list[int] = []
 
     @app.task()
@@ -131,6 +170,7 @@ async def test_an_expired_task_does_not_start(app: QueueTasks) -> None:
         async with app.worker():
             record = await app.wait(message.uuid, 5)
     assert (record.status, record.dead, runs) == ("error", "expired", [])
+    assert f"task {late.name} {message.uuid} is dead: expired" in caplog.text
 
 
 class Garbled(MemoryBroker):

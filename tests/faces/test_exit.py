@@ -78,8 +78,14 @@ def test_ctrl_c_while_starting(environment: dict[str, str]) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
-        status, said = ended("interrupted_starting", {**environment, "FAR_URL": url}, True)
+        silent.settimeout(20)
+        environment["FAR_URL"] = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        how = "interrupted_starting"
+        with Process("-m", "tests.faces.exiting", how, environment=environment) as program:
+            connection, _ = silent.accept()
+            with connection:  # from now on it waits for an answer, and for nothing else
+                program.signal(signal.SIGINT)
+                status, said = program.wait(20), program.output()
     assert status == 0, said
     assert said.split() == ["waiting", "interrupted"]
 

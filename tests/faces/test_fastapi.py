@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,6 +21,7 @@ from httpx import ASGITransport, AsyncClient
 import qtasks.app
 from qtasks import Reject, TaskFailed, Unavailable
 from qtasks.asyncio import QueueTasks
+from qtasks.engine.io_thread import io_thread
 from qtasks.integrations.fastapi import install_error_handlers, lifespan
 from qtasks_core.errors import Closed
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -187,6 +191,8 @@ async def test_a_timeout_is_a_504_with_the_uuid(client: AsyncClient, app: QueueT
     task = await app.get_task(answer.json()["uuid"])
     assert task is not None
     assert not task.finished
+    assert "1 alive for that queue" in answer.json()["detail"]
+    assert f"{socket.gethostname()}:" not in answer.text
 
 
 async def test_a_server_out_of_reach_is_a_503_without_its_address(
@@ -266,6 +272,21 @@ async def test_starts_cancelled_at_any_moment_are_balanced(app: QueueTasks, turn
     async with app:
         assert started(app)
     assert not started(app)
+
+
+async def test_a_start_cancelled_before_it_has_begun_leaves_no_trace(
+    app: QueueTasks, recwarn: pytest.WarningsRecorder
+) -> None:
+    io_thread().post(time.sleep, 0.1)
+    starting = asyncio.create_task(app.start())
+    await asyncio.sleep(0)
+    starting.cancel()
+    await asyncio.wait({starting})
+    async with app:
+        assert started(app)
+    del starting  # with its traceback
+    gc.collect()
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_the_errors_carry_what_an_answer_needs_and_can_be_pickled(app: QueueTasks) -> None:

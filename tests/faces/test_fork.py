@@ -88,3 +88,33 @@ def test_a_sqlite_file_survives_children_that_use_and_leave_it(tmp_path: Path) -
             uuids.append(add.add_task(number).uuid)
     with app:
         assert all(app.get_task(uuid) is not None for uuid in uuids)
+
+
+def test_a_sqlite_file_survives_a_parent_that_leaves_it_first(tmp_path: Path) -> None:
+    """Whoever believes to be the last one removes the log, in which the other still writes."""
+    app = QueueTasks("forked", f"sqlite:///{tmp_path}/qtasks.db")
+
+    @app.task()
+    def add(x: int) -> int:
+        return x
+
+    child_is_in, parent_has_left = os.pipe(), os.pipe()
+    app.start_blocking()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            app.start_blocking()
+            os.write(child_is_in[1], add.add_task(1).uuid.encode())
+            os.read(parent_has_left[0], 1)
+            os.write(child_is_in[1], add.add_task(2).uuid.encode())
+        finally:
+            os._exit(0)  # as if it were killed: what it wrote is in the log only
+    first = os.read(child_is_in[0], 36).decode()
+    app.stop_blocking()
+    os.write(parent_has_left[1], b"x")
+    second = os.read(child_is_in[0], 36).decode()
+    os.waitpid(pid, 0)
+    for end in (*child_is_in, *parent_has_left):
+        os.close(end)
+    with app:
+        assert [app.get_task(uuid) is not None for uuid in (first, second)] == [True, True]

@@ -52,10 +52,20 @@ servers: dict[str, FlagServer] = {}
 """By name, so that a part can be built from arguments that JSON knows."""
 
 
+class ServedSubscription(MemorySubscription):
+    """A subscription that finds no server where there is none."""
+
+    server: FlagServer
+
+    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        self.server.check()
+        return await super().receive(wanted, limit)
+
+
 class Broker(MemoryBroker):
     """An honest broker; wrong ones change `subscription` or a method."""
 
-    subscription: type[MemorySubscription] = MemorySubscription
+    subscription: type[MemorySubscription] = ServedSubscription
 
     def __init__(self, *, lease: float = 30.0, server: str | None = None, **options: Any) -> None:
         super().__init__(lease=lease)
@@ -79,7 +89,9 @@ class Broker(MemoryBroker):
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         subscription = self.subscription(self._started(), self._lease)
-        self._subscriptions.append(subscription)
+        if isinstance(subscription, ServedSubscription):
+            subscription.server = self.server
+        self._subscriptions.add(subscription)
         return subscription
 
 
@@ -110,7 +122,9 @@ class Storage(MemoryStorage):
         return await super().get(uuids)
 
     async def inbox(self) -> Inbox:
-        return self.inbox_class(self._started())
+        inbox = self.inbox_class(self._started())
+        self._inboxes.add(inbox)
+        return inbox
 
 
 def memory_of(subscription: MemorySubscription) -> Memory:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = """
 import pytest
 import qtasks_conformance.contracts.base as base
-from qtasks_conformance import BrokerContract, PairContract, Part, StorageContract, Subject
+from qtasks_conformance import BrokerContract, CompositionContract, Part, StorageContract, Subject
 from qtasks_memory import MemoryStorage
 
 base.LIMIT = 1.0
@@ -32,7 +32,7 @@ def subject():
 
 class TestMyBroker(BrokerContract): ...
 class TestMyStorage(StorageContract): ...
-class TestMyPair(PairContract): ...
+class TestMyPair(CompositionContract): ...
 """
 
 

@@ -12,8 +12,8 @@ import pytest
 import qtasks_core
 from qtasks_conformance import (
     BrokerContract,
+    CompositionContract,
     Least,
-    PairContract,
     Part,
     StorageContract,
     Subject,
@@ -23,7 +23,7 @@ from tests.kit.served import Broker, FlagServer, Storage, servers
 from tests.kit.tries import TRIES, Wrong
 from tests.sqlite_file import injector, spoiler
 
-CONTRACTS = {"broker": BrokerContract, "storage": StorageContract, "pair": PairContract}
+CONTRACTS = {"broker": BrokerContract, "storage": StorageContract, "pair": CompositionContract}
 
 
 def subject_in_memory(wrong: Wrong | None) -> Subject:
@@ -52,6 +52,7 @@ def subject_in_processes(wrong: Wrong | None, directory: Path) -> Subject:
         lease=1.0,
         inject=injector(directory / "kit.db"),
         spoil=spoiler(directory / "kit.db"),
+        driver="sqlite3",
         slack=2.0,
     )
 

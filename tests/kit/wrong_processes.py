@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from msgspec import UNSET, UnsetType
@@ -10,6 +11,7 @@ from msgspec.structs import replace
 
 from qtasks_core import (
     DONE,
+    Ack,
     Claim,
     Command,
     Delivery,
@@ -17,9 +19,11 @@ from qtasks_core import (
     Inbox,
     Outcome,
     Raw,
+    Retry,
     Settlement,
     Subscription,
     Task,
+    TaskMessage,
 )
 from qtasks_core.errors import WireError
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -205,3 +209,78 @@ class ChokesOnSpoiltRecords(SqliteStorage):
             if task is not None and "cannot be read" in (task.error or ""):
                 raise WireError(task.error)
         return tasks
+
+
+class PublishesLater(SqliteBroker):
+    """It answers first, and writes when there is time."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        late = super().publish(messages)
+        self._late = [*getattr(self, "_late", []), asyncio.create_task(late_on(late))]
+        return [DONE] * len(messages)
+
+
+class DelaysInItsProcess(SqliteBroker):
+    """What is delayed waits with its publisher."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        for message in messages:
+            if message.delay > 0:
+                late = super().publish([replace(message, delay=message.delay / 2)])
+                self._late = [*getattr(self, "_late", []), asyncio.create_task(late_on(late))]
+        await super().publish([message for message in messages if message.delay <= 0])
+        return [DONE] * len(messages)
+
+
+class RetriesInTwoSteps(SqliteBroker):
+    """The old message goes, and then the new one comes."""
+
+    class wrapped(Through):
+        publish: Callable[[Sequence[TaskMessage]], Awaitable[list[Outcome]]]
+
+        async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+            retried = [s for s in settlements if isinstance(s, Retry)]
+            first = [Ack(s.delivery) if isinstance(s, Retry) else s for s in settlements]
+            outcomes = await super().settle(first)
+            await asyncio.sleep(0.2)
+            await self.publish([retry.message for retry in retried])
+            return outcomes
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        subscription = self.wrapped(await super().subscribe(queues))
+        subscription.publish = self.publish
+        return subscription
+
+
+class SavesLater(SqliteStorage):
+    """It answers first, and writes when there is time."""
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        late = super().save(tasks)
+        self._late = [*getattr(self, "_late", []), asyncio.create_task(late_on(late))]
+        return [DONE] * len(tasks)
+
+
+class ImportsItsDriverEarly(SqliteBroker):
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(url, **options)
+        import sqlite3  # noqa: F401
+
+
+class MissesItsDriver(SqliteBroker):
+    """What is not installed is an error of Python's."""
+
+    async def start(self, namespace: str) -> None:
+        import sqlite3  # noqa: F401
+
+        await super().start(namespace)
+
+
+async def late_on(call: Coroutine[Any, Any, object]) -> None:
+    """Make a call, late."""
+    await asyncio.sleep(0.5)
+    await call

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from msgspec.structs import replace
 
-from qtasks_core import Command, Guarantees, QueueDepth
+from qtasks_core import Command, Delivery, Guarantees, QueueDepth, Subscription
 from qtasks_core.errors import NotSupported
+from qtasks_memory.broker import MemorySubscription
 from qtasks_memory.connection import Memory
 from tests.kit.served import Broker
 
@@ -38,6 +39,18 @@ class CountsAllQueues(Broker):
     async def depth(self, queue: str) -> QueueDepth:
         depths = [await super(CountsAllQueues, self).depth(name) for name in self._started().queues]
         return QueueDepth(sum(depth.ready or 0 for depth in depths), 0, 0)
+
+
+class StaysWithAQueue(Broker):
+    """It hands out the first queue until that one is empty, whichever is asked for first."""
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        return OneAfterTheOther(self._started(), self._lease)
+
+
+class OneAfterTheOther(MemorySubscription):
+    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        return await super().receive(dict(sorted(wanted.items())), limit)
 
 
 class PurgesWhatIsHeld(Broker):

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from qtasks import AsyncRouter
 from qtasks.asyncio import QueueTasks
@@ -36,6 +38,20 @@ async def block(seconds: float) -> None:
     time.sleep(seconds)  # noqa: ASYNC251  # the very thing under test
 
 
+@router.task(name="stuck")
+async def stuck(mark: str, *, blocks: bool) -> int:
+    """Never end, where nobody has done so before."""
+    try:
+        Path(mark).touch(exist_ok=False)  # noqa: ASYNC240  # a moment
+    except FileExistsError:
+        return os.getpid()
+    while True:
+        if blocks:
+            time.sleep(60)  # noqa: ASYNC251  # the very thing under test
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+
 @router.task(name="grow")
 def grow(mebibytes: int) -> int:
     kept.append(bytes(range(256)) * (4096 * mebibytes))
@@ -43,6 +59,11 @@ def grow(mebibytes: int) -> int:
 
 
 kept: list[bytes] = []
+
+
+@router.task(name="fail")
+async def fail() -> None:
+    raise ValueError("two\nlines")
 
 
 @router.task(name="exit")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from qtasks.asyncio import QueueTasks
 from qtasks.handle import Task
 from tests.life.app import router
 from tests.pairs import Pair
-from tests.processes import Process
+from tests.processes import ROOT, Process
 
 
 class Setting:
@@ -23,13 +24,17 @@ class Setting:
         self.pair = pair
         self.name = f"life-{uuid4().hex[:8]}"
 
-    def worker(self, **options: object) -> Process:
+    def worker(
+        self, *, python: str = sys.executable, path: str = str(ROOT), **options: object
+    ) -> Process:
+        """Start a worker with these options of `run_forever`."""
         environment = {
             **self.pair.environment,
             "QTASKS_NAME": self.name,
             "LIFE": json.dumps(options),
+            "PYTHONPATH": path,
         }
-        return Process("-m", "tests.life.app", environment=environment)
+        return Process("-m", "tests.life.app", environment=environment, python=python)
 
     def app(self) -> QueueTasks:
         app = QueueTasks(self.name, self.pair.broker, self.pair.storage)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 from qtasks.asyncio import QueueTasks
 from qtasks.control import query
@@ -72,6 +74,36 @@ async def test_ten_thousand_mutated_messages(setting: Setting, tmp_path: Path) -
         kept = await dead(app)
     assert {record.args for record in kept} == set(wrong)
     assert {record.dead for record in kept} == {"undecodable"}
+
+
+ODD: list[dict[str, Any]] = [
+    *({"priority": priority} for priority in (-(2**63), 2**64 - 1)),
+    *({"attempt": attempt} for attempt in (-(2**63), 2**60, 2**64 - 1)),
+    *({"created_at": time} for time in (math.nan, math.inf, 1e300)),
+    *({"retention": seconds} for seconds in (math.nan, -math.inf, 1e300)),
+    {"uuid": "u" * 10_000},
+    {"headers": {"qtasks-unknown": "x", "qtasks-lone-runs": "x"}},
+    {"headers": {"qtasks-unknown": "9" * 5000, "qtasks-lone-runs": "-1"}},
+    {"encoding": "pickle", "reply_to": "nobody", "submission": "x"},
+]
+
+
+async def test_messages_whose_values_are_odd(setting: Setting, tmp_path: Path) -> None:
+    """What would make a storage or the engine fail would end each worker in turn."""
+    datas = [
+        encode_message(TaskMessage(**{"uuid": f"{n} {name}", "task_name": name, **fields}))
+        for n, fields in enumerate(ODD)
+        for name in ("nap", "unknown")
+    ]
+    async with setting.app() as app:
+        before = await nap.using(app).map([(0.001,)] * 10)
+        await asyncio.to_thread(insert, tmp_path / "qtasks.db", datas)
+        after = await nap.using(app).map([(0.001,)] * 10)
+        with setting.worker() as worker:
+            async with asyncio.timeout(60):
+                for task in [*before, *after]:
+                    assert (await task.wait_result()).status == "success"
+            assert await asyncio.to_thread(worker.terminate) == 0
 
 
 async def dead(app: QueueTasks) -> list[Task]:

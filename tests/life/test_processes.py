@@ -6,13 +6,18 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
-from tests.life.app import block, doze, grow, nap, pid
+import pytest
+
+from tests.life.app import block, doze, fail, grow, nap, pid, stuck
 from tests.life.setting import Setting, alive, children, kill
-from tests.processes import Process, until
+from tests.pairs import with_lease
+from tests.processes import ROOT, Process, until
 
 
 async def test_a_signal_lets_tasks_finish(setting: Setting) -> None:
@@ -26,14 +31,15 @@ async def test_a_signal_lets_tasks_finish(setting: Setting) -> None:
 
 
 async def test_past_the_grace_period_tasks_are_given_back(setting: Setting) -> None:
+    setting.pair = setting.pair._replace(broker=with_lease(setting.pair.storage, 60.0))
     async with setting.app() as app:
         with setting.worker(grace=0.2) as worker:
             task = await nap.using(app).add_task(1.5)
             await setting.begun(app, task)
             assert await asyncio.to_thread(worker.terminate) == 0
         with setting.worker() as other:
-            # Sooner than the lease, which is 4 s, would have run out.
-            assert (await task.wait_result(3.5)).returning == other.pid
+            # Sooner than the lease would have run out.
+            assert (await task.wait_result(30)).returning == other.pid
 
 
 async def test_a_second_signal_gives_tasks_back_at_once(setting: Setting) -> None:
@@ -47,6 +53,59 @@ async def test_a_second_signal_gives_tasks_back_at_once(setting: Setting) -> Non
             worker.signal(signal.SIGINT)
             assert await asyncio.to_thread(worker.terminate) == 0
             assert time.monotonic() - began < 10
+
+
+async def test_what_is_logged_without_being_asked_for(setting: Setting) -> None:
+    async with setting.app() as app:
+        with setting.worker() as worker:
+            await pid.using(app).add_task(timeout=20)
+            failed = await fail.using(app).add_task(timeout=20)
+            await pid.using(app).add_task(timeout=20)
+            assert await asyncio.to_thread(worker.terminate) == 0
+            lines = [line.partition(" qtasks: ")[2] for line in worker.output().splitlines()]
+    broker, storage, begin, failure, stops, stopped = lines
+    assert broker.startswith("SqliteBroker on SQLite 3.")
+    assert storage.startswith("SqliteStorage on SQLite 3.")
+    assert "survives server crash (WAL, synchronous=NORMAL" in broker
+    assert "queues default, 100 tasks at once, knows block, " in begin
+    assert failure == f"task fail {failed.uuid} failed: ValueError: two lines"
+    assert stops.endswith("stops (SIGTERM); running tasks have 30 s")
+    assert stopped.endswith("has stopped")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "again"),
+    [(True, True), (False, False)],
+    ids=["blocks, a second signal", "swallows its cancellation, past the grace"],
+)
+async def test_a_coroutine_that_never_ends_does_not_hold_up_the_end(
+    setting: Setting, tmp_path: Path, blocks: bool, again: bool
+) -> None:
+    setting.pair = setting.pair._replace(broker=with_lease(setting.pair.storage, 60.0))
+    mark = tmp_path / "begun"
+    async with setting.app() as app:
+        with setting.worker(grace=60 if again else 0.2) as worker:
+            task = await stuck.using(app).add_task(str(mark), blocks=blocks)
+            await asyncio.to_thread(until, mark.exists, 20, "its begin")
+            if again:
+                worker.signal(signal.SIGTERM)
+                await asyncio.to_thread(worker.wait_for, "stops (SIGTERM)")
+            assert await asyncio.to_thread(worker.terminate) == 0
+            assert f"task stuck {task.uuid} does not end though" in worker.output()
+        with setting.worker() as other:
+            # Sooner than the lease would have run out.
+            assert (await task.wait_result(30)).returning == other.pid
+
+
+async def test_a_hang_up_is_a_signal_too(setting: Setting) -> None:
+    async with setting.app() as app:
+        with setting.worker(grace=10) as worker:
+            task = await nap.using(app).add_task(1.0)
+            await setting.begun(app, task)
+            worker.signal(signal.SIGHUP)
+            assert await asyncio.to_thread(worker.wait) == 0
+            assert "stops (SIGHUP)" in worker.output()
+        assert (await task.wait_result(1)).status == "success"
 
 
 async def test_a_function_in_a_thread_does_not_hold_up_the_end(setting: Setting) -> None:
@@ -90,6 +149,19 @@ async def test_a_worker_ends_when_its_supervisor_is_killed(setting: Setting) -> 
         assert (await task.wait_result(1)).status == "success"
 
 
+async def test_a_worker_whose_loop_is_blocked_ends_with_its_supervisor(
+    setting: Setting, tmp_path: Path
+) -> None:
+    mark = tmp_path / "begun"
+    async with setting.app() as app:
+        with setting.worker(processes=1, grace=0.2) as supervisor:
+            await stuck.using(app).add_task(str(mark), blocks=True)
+            await asyncio.to_thread(until, mark.exists, 20, "its begin")
+            (worker,) = children(supervisor.pid)
+            supervisor.kill()
+            await asyncio.to_thread(until, lambda: not alive(worker), 20, "its end")
+
+
 async def test_two_signals_to_the_supervisor_give_back_at_once(setting: Setting) -> None:
     async with setting.app() as app:
         with setting.worker(processes=1, grace=60) as supervisor:
@@ -103,6 +175,31 @@ async def test_two_signals_to_the_supervisor_give_back_at_once(setting: Setting)
         found = await app.get_task(task.uuid)
         assert found is not None
         assert found.status == "process", "released, not ended"
+
+
+async def test_a_signal_to_all_processes_is_one_signal(setting: Setting) -> None:
+    """A service manager sends it to each process of a service, and the supervisor passes it on."""
+    async with setting.app() as app:
+        with setting.worker(processes=1, grace=10) as supervisor:
+            task = await nap.using(app).add_task(1.5)
+            await setting.begun(app, task)
+            (worker,) = children(supervisor.pid)
+            os.kill(worker, signal.SIGTERM)
+            await asyncio.to_thread(supervisor.wait_for, "stops (SIGTERM)")
+            assert await asyncio.to_thread(supervisor.terminate) == 0
+        assert (await task.wait_result(1)).status == "success"
+
+
+@pytest.mark.full
+async def test_a_worker_that_does_not_end_is_killed(setting: Setting) -> None:
+    with setting.worker(processes=2, grace=0) as supervisor:
+        await asyncio.to_thread(until, lambda: len(children(supervisor.pid)) == 2, 20, "two")
+        await asyncio.to_thread(supervisor.wait_for, "knows block")
+        workers = children(supervisor.pid)
+        os.kill(min(workers), signal.SIGSTOP)
+        assert await asyncio.to_thread(supervisor.terminate) == 0
+        assert f"(pid {min(workers)}) did not end and was killed" in supervisor.output()
+        assert not any(alive(worker) for worker in workers)
 
 
 async def test_a_worker_is_replaced_after_so_many_tasks(setting: Setting) -> None:
@@ -129,6 +226,25 @@ async def test_a_wrong_set_up_ends_the_supervisor(setting: Setting) -> None:
     with setting.worker(processes=2, concurrency="many") as supervisor:
         until(lambda: not alive(supervisor.pid), 30, "its end")
         assert "before any worker was up" in supervisor.output()
+
+
+async def test_what_cannot_be_started_is_tried_again(setting: Setting, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.symlink_to(sys.executable)
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    async with setting.app() as app:
+        with setting.worker(python=str(python), path=path, processes=2) as supervisor:
+            tasks = await pid.using(app).map([()] * 20)
+            pids = {(await task.wait_result(20)).returning for task in tasks}
+            python.unlink()
+            kill(pids.pop())
+            await asyncio.to_thread(supervisor.wait_for, "could not be started ([Errno 2]")
+            await nap.using(app).add_task(0.0, timeout=10)
+            python.symlink_to(sys.executable)
+            await asyncio.to_thread(
+                until, lambda: len(children(supervisor.pid)) == 2, 20, "both of them"
+            )
+            assert await asyncio.to_thread(supervisor.terminate) == 0
 
 
 def status(port: int, path: str) -> int:
@@ -167,11 +283,26 @@ async def test_probes_of_several_processes(setting: Setting) -> None:
     port = free_port()
     with setting.worker(health_port=port, processes=2) as supervisor:
         await asyncio.to_thread(probes, supervisor, port)
+        async with setting.app() as app:
+            # A loop that is blocked in one of them is no reason either.
+            task = await block.using(app).add_task(2.0)
+            await setting.begun(app, task)
+            assert status(port, "/ready") == 200
+            await task.wait_result(10)
         one, _ = children(supervisor.pid)
         os.kill(one, signal.SIGSTOP)
         await asyncio.to_thread(until, lambda: status(port, "/ready") == 503, 5, "not ready")
         os.kill(one, signal.SIGCONT)
         await asyncio.to_thread(probes, supervisor, port)
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_port_that_cannot_be_had_is_said(setting: Setting, processes: int | None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (taken.getsockname()[1], 70_000):
+            with setting.worker(health_port=port, processes=processes) as worker:
+                assert worker.wait() == 1
+                assert "ConfigurationError: the health probe cannot listen:" in worker.output()
 
 
 async def test_not_ready_while_the_servers_are_away(setting: Setting) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -25,6 +27,13 @@ def folder(tmp_path: Path) -> Path:
     return package.parent
 
 
+def two_commands() -> list[list[str]]:
+    """Return the words of the worker's and of the API's command, as the README has them."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    (block,) = [block for block in blocks if "uvicorn shop.api:app" in block]
+    return [shlex.split(line, comments=True) for line in block.splitlines()]
+
+
 def test_the_three_files_run_in_an_empty_folder(wheel: Path, tmp_path: Path, folder: Path) -> None:
     installation = Installation(tmp_path / "environment", wheel, "", "fastapi", "uvicorn")
     # An empty value counts as none: nothing of this checkout is on the path.
@@ -32,11 +41,16 @@ def test_the_three_files_run_in_an_empty_folder(wheel: Path, tmp_path: Path, fol
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    uvicorn = ("-m", "uvicorn", "shop.api:app", "--port", str(port))
-    python = installation.python
+    worker, uvicorn = two_commands()
+    uvicorn += ["--port", str(port)]
+
+    def started(words: list[str]) -> Process:
+        program = str(installation.directory / "bin" / words[0])
+        return Process(*words[1:], environment=environment, cwd=folder, python=program)
+
     with (
-        Process("-m", "shop.qtasks_app", environment=environment, cwd=folder, python=python) as by,
-        Process(*uvicorn, environment=environment, cwd=folder, python=python) as api,
+        started(worker) as by,
+        started(uvicorn) as api,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
         api.wait_for("Uvicorn running")

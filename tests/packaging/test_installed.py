@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 
 from tests.packaging.installed import Installation
+from tests.packaging.test_wheel import PACKAGES, PROJECT
 from tests.services import Service
 
 ONE_TASK = str(Path(__file__).with_name("one_task.py"))
 DRIVERS = {"redis": "redis", "rabbitmq": "aio-pika", "kafka": "aiokafka", "postgres": "asyncpg"}
 
 
-def check_one_task(installation: Installation, url: str) -> None:
-    """Run a client and a worker in one process, on both halves of the backend of this URL."""
-    said = installation.output(ONE_TASK, environment={"QTASKS_BROKER_URL": url})
+def check_one_task(installation: Installation, url: str, storage: str = "") -> None:
+    """Run a client and a worker in one process; without a storage on both halves of a backend."""
+    environment = {"QTASKS_BROKER_URL": url, "QTASKS_STORAGE_URL": storage}
+    said = installation.output(ONE_TASK, environment=environment)
     status, result, file = said.split()
     assert (status, result) == ("success", "3")
     assert file.startswith(str(installation.directory)), "another copy was imported"
@@ -27,8 +29,6 @@ def test_alone_it_needs_three_packages(bare: Installation) -> None:
 
 
 def test_every_package_but_the_kit_imports_without_an_extra(bare: Installation) -> None:
-    from tests.packaging.test_wheel import PACKAGES
-
     names = sorted(PACKAGES - {"qtasks_conformance"})
     bare.output("-c", f"import {', '.join(names)}; from qtasks import *")
 
@@ -77,6 +77,19 @@ def test_each_extra_alone_runs_a_task_on_its_server(
     assert DRIVERS[extra] in packages
     assert not packages & (set(DRIVERS.values()) - {DRIVERS[extra]})
     check_one_task(installation, service.url)
+
+
+def test_no_extra_is_left_out() -> None:
+    """`dev` is for this checkout; the others are installed here one by one."""
+    assert {*DRIVERS, "all", "conformance", "dev"} == {*PROJECT["project"]["optional-dependencies"]}
+
+
+def test_all_of_them_in_one_environment(
+    wheel: Path, tmp_path: Path, kafka_server: Service, postgres_server: Service
+) -> None:
+    installation = Installation(tmp_path / "environment", wheel, "all")
+    assert installation.packages() >= set(DRIVERS.values())
+    check_one_task(installation, kafka_server.url, postgres_server.url)
 
 
 def test_with_its_extra_the_kit_imports_and_runs(wheel: Path, tmp_path: Path) -> None:

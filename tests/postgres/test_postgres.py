@@ -110,6 +110,14 @@ async def test_wrong_credentials_are_told(
     assert str(parts.password) not in str(told.value)
 
 
+@pytest.mark.parametrize("options", ["flavour=mint", "port=5432&port", "statement_timeout=soon"])
+async def test_wrong_options_are_told(postgres_server: Service, options: str) -> None:
+    parts = urlsplit(postgres_server.url)._replace(query=options)
+    with pytest.raises(ConfigurationError, match=options.partition("=")[0]) as told:
+        await PostgresBroker(parts.geturl()).start("app")
+    assert str(parts.password) not in str(told.value)
+
+
 async def test_plans_made_on_an_empty_table_use_whole_indexes(fresh: str) -> None:
     """A cached plan must not begin with all rows of a table that was empty when it was made."""
     connection = await asyncpg.connect(fresh, server_settings=SETTINGS)

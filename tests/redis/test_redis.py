@@ -351,7 +351,7 @@ async def test_a_frozen_server_is_unreachable_within_seconds(
     ("url", "told"),
     [
         ("http://host", "redis://"),
-        ("redis://host/name", "'name'"),
+        ("redis://host/name", "the database, a number"),
         ("redis://host:port", "port"),
         ("redis://host?lease=soon", "soon"),
         ("redis://host?lease=0", "lease"),

@@ -46,6 +46,7 @@ class RedisServer(Service):
 
         client = redis.asyncio.Redis.from_url(url, socket_timeout=2, retry=None)
         try:
+            await client.ping()  # refused while it loads its file; `info` is not
             answer = await client.info("server")
         except (OSError, redis.exceptions.RedisError) as error:
             raise NotReady(str(error)) from error

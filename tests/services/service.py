@@ -7,14 +7,16 @@ import atexit
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from qtasks_core.urls import redact
 
 START_WITHIN = 60.0  # seconds; a shared machine may be busy
 POLL_EVERY = 0.05  # seconds between two looks at a server that is starting
+
+T = TypeVar("T")
 
 
 class Unobtainable(Exception):
@@ -33,6 +35,8 @@ class Way(ABC):
     """One way to get a server: from the environment, natively, and whatever may come between."""
 
     how: ClassVar[str]
+    ours: ClassVar[bool] = True
+    """Whether the server was launched from here, and nobody else has anything in it."""
 
     @abstractmethod
     def start(self) -> str:
@@ -83,6 +87,7 @@ class FromEnvironment(Way):
     """A server that somebody else runs, named by a URL in the environment."""
 
     how = "environment"
+    ours = False
 
     def __init__(self, variable: str) -> None:
         self._variable = variable
@@ -188,6 +193,17 @@ class Service(ABC):
         self._way.restart()
         self._wait_until_ready()
 
+    def clear(self) -> None:
+        """Remove what tests have left, where it slows the server; it must run. No-op if not ours.
+
+        Raises `NotReady` when the server does not answer.
+        """
+        if self._way.ours:
+            run_apart(self.empty(self.url))
+
+    async def empty(self, url: str) -> None:  # noqa: B027  most servers do not mind
+        """Remove, as a client, what slows the server down. Raises `NotReady`."""
+
     def freeze(self) -> None:
         """Stop every process of the server with SIGSTOP: it keeps its port and says nothing."""
         self._way.freeze()
@@ -212,15 +228,20 @@ class Service(ABC):
 
     def _wait_until_ready(self) -> str:
         deadline = time.monotonic() + START_WITHIN
-        with ThreadPoolExecutor(1) as thread:  # the caller may have an event loop of its own
-            while True:
-                reason = "nothing listens"
-                if self._way.listening():
-                    try:
-                        return thread.submit(asyncio.run, self.probe(self.url)).result()
-                    except NotReady as error:
-                        reason = str(error)
-                ended = self._way.ended()
-                if ended or time.monotonic() > deadline:
-                    raise NotReady(f"{self.name} at {redact(self.url)}: {ended or reason}")
-                time.sleep(POLL_EVERY)
+        while True:
+            reason = "nothing listens"
+            if self._way.listening():
+                try:
+                    return run_apart(self.probe(self.url))
+                except NotReady as error:
+                    reason = str(error)
+            ended = self._way.ended()
+            if ended or time.monotonic() > deadline:
+                raise NotReady(f"{self.name} at {redact(self.url)}: {ended or reason}")
+            time.sleep(POLL_EVERY)
+
+
+def run_apart(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a thread: the caller may have an event loop of its own."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

@@ -85,3 +85,54 @@ def test_a_server_of_somebody_elses_is_not_killed(pytest_run: Run, redis_server:
     named = {"QTASKS_TEST_REDIS_URL": redis_server.url}
     assert "2 passed, 2 skipped" in pytest_run(**named)
     assert "1 failed, 2 passed, 1 skipped" in pytest_run(CI="true", **named)
+
+
+LEAVING = """
+import asyncio
+from tests.services.kafka import asking, topics_of_clients
+from tests.services_test.clients import CLIENTS
+async def found(url):
+    async with asking(url) as admin: return await topics_of_clients(admin)
+def test_one_leaves_a_topic(kafka_server):
+    asyncio.run(CLIENTS["kafka"].write(kafka_server.url))
+    assert asyncio.run(found(kafka_server.url)) == ["words"]
+def test_one_finds_no_topic(kafka_server):
+    assert asyncio.run(found(kafka_server.url)) == []
+"""
+
+
+def test_what_a_test_leaves_in_kafka_is_gone_before_the_next(
+    pytest_run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "test_leaving.py").write_text(LEAVING)
+    printed = pytest_run("-k", "test_one")
+    assert "2 passed" in printed, printed
+
+
+WAITING = """
+import os, time
+def seen():
+    open(f"{SEEN}/{os.getpid()}", "w").close()
+    deadline = time.monotonic() + 30
+    while not SHARES and len(os.listdir(SEEN)) < 2:
+        assert time.monotonic() < deadline, "no other process has one of these"
+        time.sleep(0.02)
+"""
+
+
+def test_a_directory_that_shares_has_one_process_and_others_have_many(
+    pytest_run: Run, tmp_path: Path
+) -> None:
+    for directory in ("kit", "other"):
+        seen = tmp_path / directory
+        seen.mkdir()
+        path = tmp_path / "tests" / directory / f"test_{directory}.py"
+        path.parent.mkdir(parents=True)
+        tests = "".join(f"def test_number_{n}(): seen()\n" for n in range(9))
+        shares = directory == "kit"
+        # Those of a directory that does not share wait until a second process has one of them.
+        path.write_text(f"SEEN, SHARES = {str(seen)!r}, {shares}\n{WAITING}{tests}")
+    printed = pytest_run("-n", "2", "-k", "number")
+    assert "18 passed" in printed
+    processes = {name: len(list((tmp_path / name).iterdir())) for name in ("kit", "other")}
+    assert processes == {"kit": 1, "other": 2}, printed

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.services import SERVICES, PostgresServer, Service
+from tests.services import SERVICES, KafkaServer, PostgresServer, Service
+from tests.services.kafka import asking, topics_of_clients
 from tests.services_test.clients import CLIENTS, WORD
 from tests.services_test.processes import below, gone
 
@@ -68,6 +69,18 @@ async def test_a_frozen_server_says_nothing_and_goes_on_when_thawed(server: Serv
     finally:
         await asyncio.to_thread(server.thaw)
     assert await asyncio.wait_for(client.read(server.url), 30) == WORD
+
+
+async def test_what_others_have_in_their_server_stays(
+    kafka_server: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await CLIENTS["kafka"].write(kafka_server.url)
+    monkeypatch.setenv(kafka_server.variable, kafka_server.url)
+    of_others = KafkaServer()
+    await asyncio.to_thread(of_others.start)
+    await asyncio.to_thread(of_others.clear)
+    async with asking(kafka_server.url) as admin:
+        assert "words" in await topics_of_clients(admin)
 
 
 def test_stop_leaves_no_process_and_no_directory(name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from qtasks.engine.gatherer import Gatherer
 
 MEBI = 2**20
@@ -35,3 +37,19 @@ async def test_a_batch_is_no_heavier_than_8_mebibytes() -> None:
 
 async def test_what_is_too_heavy_by_itself_goes_alone() -> None:
     assert await batches([1, 9 * MEBI, 9 * MEBI, 1]) == [[1], [9 * MEBI], [9 * MEBI], [1]]
+
+
+async def test_what_is_closed_before_its_flush_has_begun_is_returned() -> None:
+    """Whatever the turn: each item is flushed, or is told to have been cancelled, or comes back."""
+    for turns in range(5):
+        begun: list[int] = []
+
+        async def flush(batch: list[int], begun: list[int] = begun) -> None:
+            begun.extend(batch)
+
+        gatherer = Gatherer(flush, 2, 2, lambda weight: weight)
+        gatherer.extend([1, 2, 3, 4, 5])
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        left = await gatherer.close()
+        assert begun + left == [1, 2, 3, 4, 5]

@@ -52,7 +52,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def entry_points(**params: Any) -> EntryPoints:
         return found.select(**params)
 
-    monkeypatch.setattr(lookup, "entry_points", entry_points)
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
 
 
 def test_same_url_for_both_halves() -> None:

@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
-from qtasks_core.shielded import Shielded
+from qtasks_core import Delivery
+from qtasks_core.schemas import Raw
+from qtasks_core.shielded import Room, Shielded
 
 
 class Source:
@@ -158,3 +162,21 @@ async def test_abandoned_call_that_resists_cancellation(end: str) -> None:
     waiter.cancel()
     await asyncio.wait({waiter})
     assert await shielded.abandon() == ("fetched" if end == "returns" else None)
+
+
+@given(
+    some.lists(some.sampled_from("abc")),
+    some.dictionaries(some.sampled_from("abcd"), some.integers(-1, 5)),
+    some.integers(-1, 12),
+)
+def test_room_is_for_no_more_than_is_wanted_and_for_no_less(
+    queues: list[str], wanted: dict[str, int], limit: int
+) -> None:
+    room = Room(wanted, limit)
+    taken = [queue for queue in queues if room.takes(Delivery(Raw(b"", ""), queue, None))]
+    assert len(taken) <= max(limit, 0)
+    for queue in "abc":
+        most = max(wanted.get(queue, 0), 0)
+        assert taken.count(queue) <= most
+        if len(taken) < limit:
+            assert taken.count(queue) == min(most, queues.count(queue))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ from qtasks_sqlite import (
     SqliteBackend,
     SqliteBroker,
     SqliteStorage,
+    connection,
     control,
     filesystem,
     listing,
 )
+from qtasks_sqlite.broker import SqliteSubscription
 from qtasks_sqlite.connection import PATIENCE
 
 MESSAGE = TaskMessage(uuid="u", task_name="t")
@@ -91,6 +94,75 @@ async def test_a_corrupt_file(tmp_path: Path) -> None:
         file.write(os.urandom(4096 * 30))
     with pytest.raises(ConfigurationError, match="corrupt"):
         await broker.start("n")
+    await broker.stop()
+
+
+@pytest.mark.parametrize("what", ["file", "bells", "directory", "another file"])
+async def test_a_file_that_is_removed_or_replaced_while_it_is_used(
+    tmp_path: Path, what: str
+) -> None:
+    """Nothing is written where nobody finds it; who sleeps hears of it; put back, it is in use."""
+    path, bells = tmp_path / "here" / "tasks.db", tmp_path / "here" / "tasks.db-doorbells"
+    gone = {"bells": bells, "directory": tmp_path / "here"}.get(what, path)
+    path.parent.mkdir()
+    broker, storage = [part(url(path)) for part in (SqliteBroker, SqliteStorage)]
+    assert isinstance(broker, SqliteBroker)
+    assert isinstance(storage, SqliteStorage)
+    await broker.start("n")
+    await storage.start("n")
+    subscription, inbox = await broker.subscribe({"default": 1}), await storage.inbox()
+    inbox.expect(["u"])
+    waiting = [
+        asyncio.create_task(subscription.receive({"default": 1}, 1)),
+        asyncio.create_task(inbox.receive()),
+        asyncio.ensure_future(anext(broker.commands())),
+    ]
+    await broker.publish([replace(MESSAGE, queue="other")])  # behind their looks
+    gone.rename(tmp_path / "away")
+    if what == "another file":
+        path.touch()
+
+    async def refused() -> None:
+        while True:
+            with suppress(Unavailable):  # its bells cannot be rung
+                await broker.publish([replace(MESSAGE, queue="other")])
+
+    async with asyncio.timeout(5):
+        with pytest.raises(ConfigurationError, match="removed or replaced"):
+            await refused()
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(error) for error in errors} <= {ConfigurationError, Unavailable}
+    assert path.exists() == (what in ("bells", "another file")), "it was made anew"
+    (tmp_path / "away").rename(gone)
+    assert [outcome.status for outcome in await broker.publish([MESSAGE])] == ["done"]
+    await broker.stop()
+    await storage.stop()
+
+
+async def test_a_stop_that_fails_lets_go_of_the_file(tmp_path: Path) -> None:
+    """The next start finds what is there then, and not what there was."""
+    (tmp_path / "here").mkdir()
+    broker, storage = [
+        part(url(tmp_path / "here" / "tasks.db")) for part in (SqliteBroker, SqliteStorage)
+    ]
+    assert isinstance(broker, SqliteBroker)
+    assert isinstance(storage, SqliteStorage)
+    await broker.start("n")
+    await storage.start("n")
+    await broker.publish([MESSAGE])
+    subscription = await broker.subscribe({"default": 1})
+    assert isinstance(subscription, SqliteSubscription)
+    await subscription._collect({"default": 1}, 1)  # as a cancelled call leaves it
+    await (await storage.inbox()).watch(["v"])
+    (tmp_path / "here").rename(tmp_path / "away")
+    (tmp_path / "here").mkdir()
+    await asyncio.sleep(0.1)  # longer than the file is trusted to be there
+    for part in (broker, storage):
+        with pytest.raises(ConfigurationError, match="removed or replaced"):
+            await part.stop()
+    assert not [path for _, _, path, _ in connection._databases if path.is_relative_to(tmp_path)]
+    await broker.start("n")
+    assert (await broker.depth("default")).ready == 0
     await broker.stop()
 
 

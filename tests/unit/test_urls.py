@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qtasks_core import Broker, Storage
 from qtasks_core.errors import ConfigurationError
+from qtasks_core.lookup import resolve_broker, resolve_storage
 from qtasks_core.urls import redact, take_options
 
 
@@ -113,3 +116,32 @@ def test_other_options_keep_their_values(others: dict[str, str], lease: float) -
     assert options == {"lease": lease}
     again, taken = take_options(rest, dict.fromkeys("abc", str))
     assert (again, taken) == ("redis://h/0", others)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("amqp://", "amqp:// is no URL of a RabbitMQ server: host and port was not specified"),
+        ("kafka://h:1?security_protocol=bad", r"kafka://h:1\?security_protocol=bad: "),
+        (
+            "kafka://me:hunter2@h:1?sasl_mechanism=bad",
+            r"kafka://me:\*\*\*@h:1\?sasl_mechanism=bad: ",
+        ),
+    ],
+)
+@pytest.mark.parametrize("resolve", [resolve_broker, resolve_storage])
+async def test_what_only_the_driver_knows_to_be_wrong(
+    resolve: Callable[[str], Broker | Storage], url: str, message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
+        await resolve(url).start("app")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["memory://", "sqlite:///tasks.db", "redis://h", "postgresql://h/d", "amqp://h", "kafka://h"],
+)
+@pytest.mark.parametrize("lease", ["0", "-1", "nan"])
+def test_a_lease_that_is_none(url: str, lease: str) -> None:
+    with pytest.raises(ConfigurationError, match="lease"):
+        resolve_broker(f"{url}?lease={lease}")

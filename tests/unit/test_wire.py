@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qtasks_core import Command, Raw, Task, TaskMessage
 from qtasks_core.errors import WireError
+from qtasks_core.schemas import LONGEST
 from qtasks_core.wire import (
     VERSION,
     decode_command,
@@ -28,6 +29,7 @@ GOLDEN = Path(__file__).parent / "golden"
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", fullmatch=True)
 number = st.floats(allow_nan=False)
+seconds = st.floats(0, LONGEST)
 messages = st.builds(
     TaskMessage,
     uuid=text,
@@ -37,13 +39,13 @@ messages = st.builds(
     kwargs=st.binary(max_size=40),
     encoding=text,
     priority=st.integers(0, 9),
-    delay=number,
-    attempt=st.integers(1, 2**63),
+    delay=seconds,
+    attempt=st.integers(1, 2**31 - 1),
     reply_to=st.none() | text,
-    created_at=number,
-    expires_at=st.none() | number,
+    created_at=seconds,
+    expires_at=st.none() | seconds,
     store_result=st.booleans(),
-    retention=st.none() | number,
+    retention=st.none() | seconds,
     headers=st.dictionaries(text, text, max_size=3),
     submission=text,
 )
@@ -224,6 +226,30 @@ def test_a_queue_that_is_no_name(queue: str) -> None:
     assert isinstance(raw, Raw)
     assert raw.data == data
     assert "no name of a queue" in raw.error
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"uuid": "u" * 64},
+        *({"priority": value} for value in (-1, 10, 2**63)),
+        *({"attempt": value} for value in (0, -1, 2**31, 2**60, 2**64 - 1)),
+        *(
+            {name: value}
+            for name in ("delay", "created_at", "expires_at", "retention")
+            for value in (float("nan"), float("inf"), -1.0, 1e300)
+        ),
+    ],
+    ids=str,
+)
+def test_a_value_that_some_server_cannot_hold_is_named(fields: dict[str, Any]) -> None:
+    """A storage that fails at it would end each worker that receives the message."""
+    ((name, _),) = fields.items()
+    data = encode_message(TaskMessage(**{"uuid": "u", "task_name": "n", **fields}))
+    raw = decode_message(data)
+    assert isinstance(raw, Raw)
+    assert raw.data == data
+    assert f"`$.{name}`" in raw.error
 
 
 def test_unknown_status() -> None:

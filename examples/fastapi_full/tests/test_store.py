@@ -46,6 +46,12 @@ async def test_an_unknown_uuid(client: AsyncClient) -> None:
     assert (await client.get(f"/tasks/{uuid4()}")).status_code == 404
 
 
+async def test_nobody_waits_for_ever(client: AsyncClient) -> None:
+    for wait in ("-1", "nan", "inf", "1e9"):
+        answer = await client.get(f"/tasks/{uuid4()}/result", params={"wait": wait})
+        assert answer.status_code == 422
+
+
 async def test_tasks_are_functions_too() -> None:
     with pytest.raises(ValueError, match="1999"):
         yearly_report(1999)

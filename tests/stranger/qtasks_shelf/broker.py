@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from weakref import WeakSet
 
 from qtasks_core import (
     DONE,
@@ -29,7 +30,7 @@ class ShelfBroker(Broker):
         self._name = name
         self.lease = lease
         self._shelf: Shelf | None = None
-        self._subscriptions: list[ShelfSubscription] = []
+        self._subscriptions: WeakSet[ShelfSubscription] = WeakSet()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -46,7 +47,7 @@ class ShelfBroker(Broker):
         self._shelf = connect(self._name, namespace)
 
     async def stop(self) -> None:
-        for subscription in self._subscriptions:
+        for subscription in list(self._subscriptions):
             await subscription.close()
         self._shelf = None
 
@@ -61,7 +62,7 @@ class ShelfBroker(Broker):
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         subscription = ShelfSubscription(self.started(), self.lease)
-        self._subscriptions.append(subscription)
+        self._subscriptions.add(subscription)
         return subscription
 
     def started(self) -> Shelf:
@@ -99,17 +100,19 @@ class ShelfSubscription(Subscription):
 
     def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         now = self._loop.time()
-        room = dict(wanted)
         deliveries: list[Delivery] = []
-        for number, row in self._shelf.rows.items():
-            if row.wake_at > now or room.get(row.queue, 0) <= 0 or len(deliveries) >= limit:
-                continue
-            room[row.queue] -= 1
-            row.wake_at = now + self._lease
-            row.holder = next(self._shelf.numbers)
-            row.deliveries += 1
-            message = decode_message(row.data)
-            deliveries.append(Delivery(message, row.queue, (number, row.holder), row.deliveries))
+        # Of the queue that is named first, then of the next one; of each the oldest first.
+        for queue, most in wanted.items():
+            ready = [
+                n for n, r in self._shelf.rows.items() if r.queue == queue and r.wake_at <= now
+            ]
+            for number in ready[: max(min(most, limit - len(deliveries)), 0)]:
+                row = self._shelf.rows[number]
+                row.wake_at = now + self._lease
+                row.holder = next(self._shelf.numbers)
+                row.deliveries += 1
+                message = decode_message(row.data)
+                deliveries.append(Delivery(message, queue, (number, row.holder), row.deliveries))
         return deliveries
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:

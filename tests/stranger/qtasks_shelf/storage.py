@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from uuid import uuid4
+from weakref import WeakSet
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
 from qtasks_core.errors import Closed, refuse_transaction
@@ -17,6 +18,7 @@ class ShelfStorage(Storage):
     def __init__(self, name: str = "") -> None:
         self._name = name
         self._shelf: Shelf | None = None
+        self._inboxes: WeakSet[ShelfInbox] = WeakSet()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -34,6 +36,8 @@ class ShelfStorage(Storage):
         self._shelf = connect(self._name, namespace)
 
     async def stop(self) -> None:
+        for inbox in list(self._inboxes):
+            await inbox.close()
         self._shelf = None
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
@@ -60,7 +64,9 @@ class ShelfStorage(Storage):
         return [decode_task(data) if data is not None else None for data in found]
 
     async def inbox(self) -> Inbox:
-        return ShelfInbox(self.started())
+        inbox = ShelfInbox(self.started())
+        self._inboxes.add(inbox)
+        return inbox
 
     def started(self) -> Shelf:
         if self._shelf is None:
@@ -96,7 +102,12 @@ class ShelfInbox(Inbox):
             self._shelf.watchers[uuid].discard(self._address)
 
     async def receive(self) -> list[Task]:
-        return [decode_task(await self._box.get())]
+        data = await self._box.get()
+        if not data:
+            await self.close()  # the next call finds it as well
+            raise Closed("the inbox is closed")
+        return [decode_task(data)]
 
     async def close(self) -> None:
         self._shelf.boxes.pop(self._address, None)
+        self._box.put_nowait(b"")

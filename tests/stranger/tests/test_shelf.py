@@ -4,8 +4,8 @@ import pytest
 
 from qtasks_conformance import (
     BrokerContract,
+    CompositionContract,
     Least,
-    PairContract,
     Part,
     StorageContract,
     Subject,
@@ -42,5 +42,5 @@ class TestShelfStorage(StorageContract):
     pass
 
 
-class TestShelfPair(PairContract):
+class TestShelfPair(CompositionContract):
     pass

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, HTTPException, Query
 
 from qtasks import Task
 
@@ -38,6 +38,6 @@ async def status(uuid: UUID) -> TaskStatus:
 
 
 @router.get("/{uuid}/result", response_model=None)
-async def result(uuid: UUID, wait: float = 0) -> Any:
+async def result(uuid: UUID, wait: Annotated[float, Query(ge=0, le=60)] = 0) -> Any:
     task = await find(uuid)
     return (await task.wait_result(wait)).returning

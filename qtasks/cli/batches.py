@@ -1,0 +1,54 @@
+"""Doing one thing to many tasks: a row for each, and a bar where the rows go elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import click
+
+from qtasks.cli.output import Row, print_json
+from qtasks_core import Outcome
+from qtasks_core.errors import Refused
+
+_BATCH = 200
+Operation: TypeAlias = Callable[[list[str]], Iterable[Outcome]]
+
+
+def apply(
+    operation: Operation,
+    uuids: list[str],
+    as_json: bool,
+    label: str,
+    line: str,
+    fields: Callable[[Outcome], Row],
+) -> None:
+    """Work through tasks, batch by batch; raise `Refused` in the end if any was.
+
+    `line` is what is printed of one that was not, with `fields` filled in. In JSON each has its
+    row, whose `error` says why it was refused.
+    """
+    refused: list[str] = []
+    with progress(label, length=len(uuids)) as bar:
+        for at in range(0, len(uuids), _BATCH):
+            batch = uuids[at : at + _BATCH]
+            for uuid, outcome in zip(batch, operation(batch), strict=True):
+                error = outcome.reason if outcome.status == "refused" else None
+                row = {"uuid": uuid, **fields(outcome), "error": error}
+                if error is not None:
+                    refused.append(error)
+                if as_json:
+                    print_json(row)
+                elif error is None:
+                    click.echo(line.format(**row))
+                bar.update(1)
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise Refused(refused[0] + more)
+
+
+def progress(label: str, items: Iterable[Any] | None = None, length: int | None = None) -> Any:
+    """Return a progress bar, unless it would stand in a file or between a terminal's lines."""
+    hidden = not sys.stderr.isatty() or sys.stdout.isatty()
+    return click.progressbar(items, length, label=label, file=sys.stderr, hidden=hidden)

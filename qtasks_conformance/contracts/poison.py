@@ -1,0 +1,102 @@
+"""Messages that kill their workers, and messages that no worker knows."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from qtasks.engine.suspects import convicted, counted, lone_runs, suspicious
+from qtasks_conformance.commands import message_of
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delays import assert_on_time, clock
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled
+from qtasks_conformance.contracts.pairs import end
+from qtasks_conformance.elsewhere import Elsewhere
+from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
+from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_core import Completion, Delivery, Retry, Storage
+from qtasks_core.records import FINAL
+from qtasks_core.separate import record_of
+
+LIVES = 10
+"""Workers that one message may kill, those included whose end a broker does not count."""
+
+
+class PoisonContract(Contract):
+    """Invariants 6 and 7, as far as they are a pair's.
+
+    Whom to suspect and whom to convict is asked of the engine; what it goes by is the broker's
+    count of deliveries, and a count of its own in the record.
+    """
+
+    async def test_what_kills_each_time_is_dead_at_last(self, rig: Rig) -> None:
+        """After a bounded number of deliveries; what was in flight with it succeeds."""
+        broker, storage = await rig.broker(), await rig.storage()
+        messages = rig.messages(4)
+        assert_done(await broker.compose(storage).submit(messages))
+        culprit, *innocents = [message.uuid for message in messages]
+        worker = await rig.elsewhere()
+        await worker.receive(4)
+        await worker.settle(*((place, "release") for place in range(4)))
+        await worker.receive(4)
+        await worker.kill()
+        ended: set[str] = set()
+        for _ in range(LIVES):
+            worker = await rig.elsewhere()
+            await self._work(worker, storage, culprit, ended)
+            await worker.kill()
+            if len(ended) == len(messages):
+                break
+        else:
+            raise AssertionError(f"it has killed {LIVES} workers and none suspects it")
+        there = await storage.get([culprit, *innocents])
+        assert [record and record.status for record in there] == ["error", *["success"] * 3]
+        await assert_silent(await broker.subscribe({"q": 10}), 0.5)
+
+    async def _work(
+        self, worker: Elsewhere, storage: Storage, culprit: str, ended: set[str]
+    ) -> None:
+        """Have a worker run one by one what it receives, until it is killed or has ended all."""
+        while len(ended) < 4:
+            held = await worker.receive(1)
+            place, message = len(held) - 1, held[-1].message
+            (record,) = await storage.get([message.uuid])
+            assert record is not None
+            if record.status in FINAL:
+                await worker.settle((place, "ack"))
+                continue
+            if convicted(record) is not None:
+                assert message.uuid == culprit, "one that killed nobody is convicted"
+                await worker.complete((place, "ack", "error"))
+                ended.add(culprit)
+                continue
+            if suspicious(Delivery(message, "q", None, held[-1].count), record):
+                begun = replace(record_of(message), status="process", execution=new_uuid())
+                assert_done(await worker.save(counted(begun, lone_runs(record) + 1)))
+            if message.uuid == culprit:
+                return
+            await worker.complete((place, "ack", "success"))
+            ended.add(message.uuid)
+
+    async def test_what_no_worker_knows_is_put_back(self, rig: Rig) -> None:
+        """The same attempt once more, later, as often as it takes; then it is dead."""
+        broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
+        composition = broker.compose(storage)
+        message = rig.message()
+        assert_done(await composition.submit([message]))
+        subscription = await broker.subscribe({"q": 10})
+        for tries in ("1", "2"):
+            (delivery,) = await collect(subscription, 1)
+            assert message_of(delivery) == message
+            message = replace(message, headers={"tries": tries}, delay=0.4)
+            before = clock()
+            back = [Completion(Retry(delivery, message), None)]
+            assert_settled(await composition.complete(subscription, back), broker.guarantees)
+            after = clock()
+        (delivery,) = await collect(subscription, 1)
+        assert_on_time(0.4, before, after)
+        assert message_of(delivery) == message
+        assert [verdict for verdict, _ in await composition.admit([delivery])] == ["run"]
+        dead = end(delivery, "ack", "error")
+        assert_settled(await composition.complete(subscription, [dead]), broker.guarantees)
+        assert await storage.get([message.uuid]) == [dead.task]
+        await assert_silent(subscription, 0.5)

@@ -1,0 +1,77 @@
+"""The caller's own transaction: joined where that is declared, and never ignored."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled
+from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.subject import Begin
+from qtasks_conformance.waiting import assert_silent, collect
+from qtasks_core import Ack, Guarantees
+from qtasks_core.errors import NotSupported
+
+
+class Undo(Exception):
+    """What a caller's transaction is left by."""
+
+
+class BrokerTransactionContract(Contract):
+    """`publish` with the caller's transaction."""
+
+    async def test_a_transaction_is_joined_or_refused(self, rig: Rig) -> None:
+        """Nothing is published before the commit, and nothing by what is rolled back."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        begin = begin_of(rig, broker.guarantees)
+        subscription = await broker.subscribe({"q": 10})
+        if begin is None:
+            with pytest.raises(NotSupported):
+                await broker.publish([rig.message()], object())
+            await assert_silent(subscription, 0.3)
+            return
+        with suppress(Undo):
+            async with begin() as transaction:
+                assert_done(await broker.publish([rig.message()], transaction))
+                raise Undo
+        kept = rig.message()
+        async with begin() as transaction:
+            assert_done(await broker.publish([kept], transaction))
+            await assert_silent(subscription, 0.3)
+        (delivery,) = await collect(subscription, 1)
+        assert delivery.message == kept
+        assert_settled(await subscription.settle([Ack(delivery)]), broker.guarantees)
+        await assert_silent(subscription, 0.3)
+
+
+class StorageTransactionContract(Contract):
+    """`save` with the caller's transaction."""
+
+    async def test_a_transaction_is_joined_or_refused(self, rig: Rig) -> None:
+        """Nothing is recorded before the commit, and nothing by what is rolled back."""
+        storage = await rig.storage()
+        begin = begin_of(rig, storage.guarantees)
+        undone, kept = rig.record("new"), rig.record("new")
+        if begin is None:
+            with pytest.raises(NotSupported):
+                await storage.save([undone], object())
+            assert await storage.get([undone.uuid]) == [None]
+            return
+        with suppress(Undo):
+            async with begin() as transaction:
+                assert_done(await storage.save([undone], transaction))
+                raise Undo
+        async with begin() as transaction:
+            assert_done(await storage.save([kept], transaction))
+            assert await storage.get([kept.uuid]) == [None]
+        assert await storage.get([undone.uuid, kept.uuid]) == [None, kept]
+
+
+def begin_of(rig: Rig, guarantees: Guarantees) -> Begin | None:
+    """Return how a caller begins a transaction; None for a part that joins none."""
+    if not guarantees.transactions:
+        return None
+    assert rig.subject.begin is not None, "it joins transactions: `begin=` of the subject opens one"
+    return rig.subject.begin
