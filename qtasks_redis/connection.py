@@ -220,15 +220,26 @@ async def _durability(
     if not info.get("aof_enabled"):
         return Server(name, "client crash", "appendonly no: at most snapshots", tuple(notes))
     try:
-        fsync = _pairs(await call("CONFIG GET", "appendfsync"))["appendfsync"]
+        # With a pattern: servers before Redis 7 answer one name a call.
+        told = _pairs(await call("CONFIG GET", "*appendfsync*"))
+        fsync = told["appendfsync"]
     except (ConfigurationError, ResponseError, KeyError):
         notes.append("appendfsync is unknown: the user may not call CONFIG GET")
-        return Server(name, "server crash", "appendonly yes", tuple(notes))
-    if fsync == "always":
-        return Server(name, "machine crash", "appendonly yes, appendfsync always", tuple(notes))
+        return Server(name, "client crash", "appendonly yes", tuple(notes))
+    durability = f"appendonly yes, appendfsync {fsync}"
     if fsync == "everysec":
-        notes.append("while the disk is slow the server itself may hold back writes for 2 s")
-    return Server(name, "server crash", f"appendonly yes, appendfsync {fsync}", tuple(notes))
+        # https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/ and
+        # flushAppendOnlyFile in its aof.c: it answers, and writes when the sync has ended.
+        durability += (
+            ": while the disk syncs, the server holds back for up to 2 s what it has answered, and "
+            "a crash loses it (appendfsync no survives the server's, always the machine's as well)"
+        )
+        return Server(name, "client crash", durability, tuple(notes))
+    if fsync == "always" and told.get("no-appendfsync-on-rewrite") != "yes":
+        return Server(name, "machine crash", durability, tuple(notes))
+    if fsync == "always":
+        durability += " but no-appendfsync-on-rewrite yes"
+    return Server(name, "server crash", durability, tuple(notes))
 
 
 def _pairs(reply: Any) -> dict[str, str]:

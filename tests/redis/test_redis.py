@@ -387,17 +387,44 @@ async def test_a_user_without_rights_to_ask_gets_the_least_guarantees(
     redis_server: Service, server: Redis
 ) -> None:
     port = urlsplit(redis_server.url).port
-    for forbidden, survives in (("-@dangerous", "client crash"), ("-config", "server crash")):
+    for forbidden in ("-@dangerous", "-config"):
         await server.execute_command(  # type: ignore[no-untyped-call]
             "ACL", "SETUSER", "worker", "reset", "on", ">pw", "~*", "&*", "+@all", forbidden
         )
         broker = RedisBroker(f"redis://worker:pw@127.0.0.1:{port}")
         await broker.start("tests")
-        assert broker.guarantees.survives == survives
+        assert broker.guarantees.survives == "client crash"
         assert "unknown" in f"{broker.guarantees.durability} {broker.guarantees.notes}"
         await broker.publish([message(queue=str(uuid4()))])
         await broker.stop()
     await server.acl_deluser("worker")
+
+
+@pytest.mark.parametrize(
+    ("appendfsync", "on_rewrite", "survives"),
+    [
+        ("no", "no", "server crash"),
+        ("everysec", "no", "client crash"),
+        ("always", "no", "machine crash"),
+        ("always", "yes", "server crash"),
+    ],
+)
+async def test_what_survives_follows_from_when_the_server_syncs(
+    redis_server: Service, server: Redis, appendfsync: str, on_rewrite: str, survives: str
+) -> None:
+    before = str((await server.config_get("appendfsync"))["appendfsync"])
+    await server.config_set("appendfsync", appendfsync)
+    await server.config_set("no-appendfsync-on-rewrite", on_rewrite)
+    try:
+        storage = RedisStorage(redis_server.url)
+        await storage.start("tests")
+        assert storage.guarantees.survives == survives
+        assert f"appendfsync {appendfsync}" in storage.guarantees.durability
+        assert ("on-rewrite" in storage.guarantees.durability) == (on_rewrite == "yes")
+        await storage.stop()
+    finally:
+        await server.config_set("no-appendfsync-on-rewrite", "no")
+        await server.config_set("appendfsync", before)
 
 
 async def test_eviction_is_noted(redis_server: Service, server: Redis) -> None:
