@@ -63,7 +63,7 @@ class KeyContract(Contract):
         outcomes = await composition.submit([plain, again, new, twin])
         assert [o.status for o in outcomes] == ["done", "refused", "done", "refused"]
         assert [o.there for o in outcomes] == [None, record_of(taken), None, record_of(new)]
-        ran = await self._ran(broker, composition)
+        ran = await self._ran(broker, composition, count=3)
         assert {m.submission for m in ran} == {plain.submission, taken.submission, new.submission}
         assert len(ran) == 3
 
@@ -188,22 +188,33 @@ class KeyContract(Contract):
 
     @staticmethod
     async def _ran(
-        broker: Broker, composition: Composition, subscription: Subscription | None = None
+        broker: Broker,
+        composition: Composition,
+        subscription: Subscription | None = None,
+        count: int = 1,
     ) -> list[TaskMessage]:
-        """Run what is in the queue side by side, as far as it is admitted, and end it."""
+        """Run what is in the queue side by side, as far as it is admitted, and end it.
+
+        At least `count`: of a server that is held up they may come one after the other.
+        """
         subscription = subscription or await broker.subscribe({"q": 100})
-        deliveries = await received(subscription)
-        verdicts = [verdict for verdict, _ in await composition.admit(deliveries)]
-        run = [d for d, verdict in zip(deliveries, verdicts, strict=True) if verdict == "run"]
-        dropped = [Completion(Ack(d), None) for d in deliveries if d not in run]
-        await composition.complete(subscription, dropped)
-        await complete(composition, subscription, run)
-        return [message_of(delivery) for delivery in run]
+        ran: list[TaskMessage] = []
+        while len(ran) < count:
+            deliveries = await received(subscription)
+            verdicts = [verdict for verdict, _ in await composition.admit(deliveries)]
+            run = [d for d, verdict in zip(deliveries, verdicts, strict=True) if verdict == "run"]
+            dropped = [Completion(Ack(d), None) for d in deliveries if d not in run]
+            await composition.complete(subscription, dropped)
+            await complete(composition, subscription, run)
+            ran += [message_of(delivery) for delivery in run]
+        return ran
 
 
-async def received(subscription: Subscription) -> list[Delivery]:
-    """Return all that can be received, at least one."""
-    deliveries = await collect(subscription, 1)
+async def received(subscription: Subscription, least: int = 1) -> list[Delivery]:
+    """Return all that can be received; fails when fewer tasks than `least` come in time."""
+    deliveries: list[Delivery] = []
+    while (missing := least - len({message_of(delivery).uuid for delivery in deliveries})) > 0:
+        deliveries += await collect(subscription, missing)
     while True:
         try:
             async with asyncio.timeout(QUIET):

@@ -242,7 +242,7 @@ class ComposingContract(Contract):
         victim = await rig.elsewhere()
         messages = rig.messages(30)
         assert_done(await composition.submit(messages))
-        await victim.receive(5)
+        first, second, *_ = await victim.receive(5)
         await victim.complete((0, "ack", "success"), (1, "ack", "success"))
         await victim.kill()
         subscription = await broker.subscribe({"q": 100})
@@ -250,8 +250,12 @@ class ComposingContract(Contract):
         deadline = asyncio.get_running_loop().time() + rig.within + SOON
         while len(finished) < 28 and asyncio.get_running_loop().time() < deadline:
             deliveries = await collect(subscription, 1, rig.within + SOON)
-            verdicts = [verdict for verdict, _ in await composition.admit(deliveries)]
-            assert verdicts == ["run"]
+            ((verdict, _),) = await composition.admit(deliveries)
+            if verdict == "final":  # recorded there, and not settled before its lease was over
+                assert message_of(deliveries[0]).uuid in (first.message.uuid, second.message.uuid)
+                await composition.complete(subscription, [Completion(Ack(deliveries[0]), None)])
+                continue
+            assert verdict == "run"
             ends = [end(delivery, "ack", "success") for delivery in deliveries]
             assert_settled(await composition.complete(subscription, ends), broker.guarantees)
             finished += [message_of(delivery).uuid for delivery in deliveries]

@@ -40,7 +40,7 @@ class BrokerRepeatContract(Contract):
             await cut_off(broker.publish([message]), instant)
             assert_done(await beside)
             assert_done(await broker.publish([message]))
-        there = uuids(await received(await broker.subscribe({"q": 1000})))
+        there = uuids(await received(await broker.subscribe({"q": 1000}), 2 * TIMES))
         assert {there.count(message.uuid) for message in messages} <= {1, 2}
         assert [there.count(other.uuid) for other in others] == [1] * TIMES
 
@@ -64,7 +64,7 @@ class BrokerRepeatContract(Contract):
         if how == "ack":
             await assert_silent(subscription, 0.5)
             return
-        back = await received(subscription)
+        back = await received(subscription, 2 * TIMES)
         there = uuids(back)
         assert {there.count(message_of(mine).uuid) for mine in held[0::2]} <= {1, 2}
         assert {there.count(message_of(other).uuid) for other in held[1::2]} == {1}
@@ -167,7 +167,7 @@ class CompositionRepeatContract(Contract):
                 assert outcome.there is not None
                 assert outcome.there.submission == message.submission
         subscription = await broker.subscribe({"q": 1000})
-        deliveries = await received(subscription)
+        deliveries = await received(subscription, TIMES)
         admitted = await composition.admit(deliveries)
         run = [d for d, (verdict, _) in zip(deliveries, admitted, strict=True) if verdict == "run"]
         sent = sorted(message.uuid for message in messages)
@@ -206,7 +206,7 @@ class CompositionRepeatContract(Contract):
         records = await storage.get(uuids(held))
         assert [record and record.status for record in records] == [status] * TIMES
         if how == "retry":
-            back = await received(subscription)
+            back = await received(subscription, TIMES)
             assert set(uuids(back)) == set(uuids(held))
             assert {verdict for verdict, _ in await composition.admit(back)} == {"run"}
             await composition.complete(subscription, [end(d, "ack", "success") for d in back])
