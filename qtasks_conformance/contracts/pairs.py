@@ -242,9 +242,10 @@ class ComposingContract(Contract):
         victim = await rig.elsewhere()
         messages = rig.messages(30)
         assert_done(await composition.submit(messages))
-        await victim.receive(5)
+        first, second, *_ = await victim.receive(5)
         await victim.complete((0, "ack", "success"), (1, "ack", "success"))
         await victim.kill()
+        ended = {first.message.uuid, second.message.uuid}
         subscription = await broker.subscribe({"q": 100})
         finished: list[str] = []
         deadline = asyncio.get_running_loop().time() + rig.within + SOON
@@ -252,6 +253,7 @@ class ComposingContract(Contract):
             deliveries = await collect(subscription, 1, rig.within + SOON)
             ((verdict, _),) = await composition.admit(deliveries)
             if verdict == "final":  # recorded, and not settled before its lease was over
+                assert message_of(deliveries[0]).uuid in ended.union(finished)
                 await composition.complete(subscription, [Completion(Ack(deliveries[0]), None)])
                 continue
             assert verdict == "run"
