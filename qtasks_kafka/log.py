@@ -110,7 +110,7 @@ class KafkaLog(Log):
                 await close_consumer(consumer)
         await self._connection.stop()
 
-    async def append(self, entries: Sequence[Entry]) -> None:
+    async def append(self, entries: Sequence[Entry]) -> list[str | None]:
         from qtasks_kafka.writer import Record
 
         writer = self._connection.writer
@@ -128,9 +128,7 @@ class KafkaLog(Log):
                 for entry in entries
             ]
         )
-        for outcome in written:
-            if outcome.refused is not None:
-                raise ConfigurationError(f"Kafka refuses a record: {outcome.refused}")
+        return [outcome.refused for outcome in written]
 
     async def read(self) -> list[Entry]:
         consumer = await self._open()

@@ -55,8 +55,11 @@ class Log(ABC):
         """Close connections. Idempotent."""
 
     @abstractmethod
-    async def append(self, entries: Sequence[Entry]) -> None:
+    async def append(self, entries: Sequence[Entry]) -> list[str | None]:
         """Append entries in order; durable when it returns. Repeating it appends them again.
+
+        For each entry: None, or why the log will never take it, for instance because of its size.
+        One that is refused keeps none of the others from being appended.
 
         One call appends each entry once: a driver that sends again by itself must do it
         idempotently, since compaction would otherwise move a record behind its rivals. When it

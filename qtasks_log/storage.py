@@ -92,7 +92,9 @@ class LogStorage(Storage):
             entries.append(Entry(task.uuid, key, encode_task(task)))
             self._saves[key] = save, at, task
         try:
-            await self._log.append(entries)
+            for at, refused in enumerate(await self._log.append(entries)):
+                if refused is not None:
+                    save.set(at, Outcome("refused", refused))
             return await self._reader.wait(save.judged)
         finally:
             for entry in entries:

@@ -106,7 +106,7 @@ class RabbitMQLog(Log):
                 await connection.close()
         self._bell.set()
 
-    async def append(self, entries: Sequence[Entry]) -> None:
+    async def append(self, entries: Sequence[Entry]) -> list[str | None]:
         chunk: list[bytes] = []
         size = 0
         for entry in entries:
@@ -118,6 +118,7 @@ class RabbitMQLog(Log):
                 chunk, size = [], 0
         if chunk:
             await self._append(chunk)
+        return [None] * len(entries)
 
     async def read(self) -> list[Entry]:
         while True:

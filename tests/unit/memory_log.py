@@ -82,6 +82,7 @@ class MemoryLog(Log):
         mark_fails: Callable[[], bool] = never,
         pause: Callable[[], float] = lambda: 0.0,
         compacts: bool = True,
+        largest: int | None = None,
     ) -> None:
         self.server = server
         self.chunk = chunk
@@ -91,6 +92,7 @@ class MemoryLog(Log):
         self.mark_fails = mark_fails
         self.pause = pause
         self._compacts = compacts
+        self.largest = largest
         self.appends = 0
         self.marks = 0
         self._positions: list[int] = []
@@ -110,7 +112,7 @@ class MemoryLog(Log):
     async def stop(self) -> None:
         self._positions = []
 
-    async def append(self, entries: Sequence[Entry]) -> None:
+    async def append(self, entries: Sequence[Entry]) -> list[str | None]:
         self.appends += 1
         await asyncio.sleep(self.pause())
         if self.append_lost():
@@ -118,6 +120,8 @@ class MemoryLog(Log):
         unknown = self.append_unknown()
         some = entries[: random.randint(0, len(entries))] if unknown else entries
         for entry in some:
+            if self.refuses(entry) is not None:
+                continue
             self._partitions[crc32(entry.partition_key.encode()) % self.server.partitions].append(
                 entry
             )
@@ -125,6 +129,11 @@ class MemoryLog(Log):
         await asyncio.sleep(self.pause())
         if unknown:
             raise Unavailable("append unknown")
+        return [self.refuses(entry) for entry in entries]
+
+    def refuses(self, entry: Entry) -> str | None:
+        over = self.largest is not None and len(entry.value or b"") > self.largest
+        return "larger than the log takes" if over else None
 
     def _ring(self) -> None:
         self.server.changed.set()

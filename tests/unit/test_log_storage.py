@@ -120,6 +120,17 @@ async def test_append_of_unknown_outcome_may_be_repeated(server: Server) -> None
         assert await storage.save([record("success", execution="y")]) != [DONE]
 
 
+async def test_what_the_log_does_not_take_is_refused_and_holds_up_no_other(server: Server) -> None:
+    big = record("success", "big", returning=b"x" * 2000)
+    async with started(MemoryLog(server, largest=1000)) as storage:
+        outcomes = await storage.save([record("success", "a"), big, record("success", "b")])
+        assert [outcome.status for outcome in outcomes] == ["done", "refused", "done"]
+        assert outcomes[1].there is None
+        assert "larger" in outcomes[1].reason
+        assert (await storage.save([big]))[0].status == "refused"
+        assert await storage.get(["a", "big"]) == [record("success", "a"), None]
+
+
 async def test_cancelled_save_strands_nothing(storage: LogStorage) -> None:
     for turns in range(6):
         save = asyncio.create_task(storage.save([record("success", str(turns))]))
