@@ -12,7 +12,10 @@ _OPTIONS = {"lease": float, "partitions": int, "replicas": int}
 class KafkaBackend(Backend):
     """Answers for `kafka://HOST:PORT,HOST:PORT?lease=SECONDS&partitions=N&replicas=N`.
 
-    `kafka://USER:PASSWORD@…` with `security_protocol`, `sasl_mechanism` and `ssl_cafile` logs in.
+    `kafka://USER:PASSWORD@…` logs in, by `sasl_mechanism` (PLAIN by default). `security_protocol`
+    is guessed from these and the `ssl_` options: `ssl_cafile`, the authority that signed the
+    server's certificate; `ssl_certfile`, `ssl_keyfile` and `ssl_password`, this client's own;
+    `ssl_check_hostname=false`. `client_id` is what the server's logs call this client.
     """
 
     contract = 1

@@ -124,7 +124,7 @@ class KafkaBroker(Broker):
         if any(record.headers for record in records):
             await self._ensure_delayed()
         written = await self._connection.writer.write(records)
-        return [DONE if w.refused is None else Outcome("refused", w.refused) for w in written]
+        return [DONE if w.refused is None else Outcome("refused", str(w.refused)) for w in written]
 
     async def _ensure_delayed(self) -> None:
         from qtasks_kafka.delays import CONFIG, delayed_topic

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, unquote
 
 from qtasks_core.errors import (
     Closed,
@@ -19,13 +18,17 @@ from qtasks_core.errors import (
     ServerTooOld,
     Unavailable,
 )
-from qtasks_core.urls import redact, split
+from qtasks_core.urls import redact
+from qtasks_kafka.diagnosis import diagnose, wrong_tls
+from qtasks_kafka.settings import settings_of
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
     from aiokafka.admin import AIOKafkaAdminClient
 
     from qtasks_kafka.writer import Writer
+
+logger = logging.getLogger(__name__)
 
 REQUEST = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
@@ -36,11 +39,14 @@ LARGEST_MESSAGE = 4 * 1024 * 1024
 KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(LARGEST_MESSAGE)}
 """A task waits for its worker however long; time must not delete it."""
 
+_LIMIT = "max.message.bytes"
 _EXISTS = 36
+_MISSING = (3, *(_UNAUTHORIZED := (29, 31)))
+"""Codes of the protocol: the topic is unknown; the user may not see or make it."""
 _WRONG = {
     "InvalidTopicError", "InvalidReplicationFactorError", "InvalidPartitionsError",
     "InvalidConfigurationError", "PolicyViolationError", "UnsupportedSaslMechanismError",
-    "IllegalSaslStateError", "AuthenticationFailedError", "SaslAuthenticationFailed",
+    "AuthenticationFailedError", "SaslAuthenticationFailed",
     "TopicAuthorizationFailedError", "GroupAuthorizationFailedError", "InvalidGroupIdError",
     "ClusterAuthorizationFailedError", "InconsistentGroupProtocolError",
 }  # fmt: skip
@@ -62,33 +68,6 @@ def _escaped(text: str) -> str:
     return text.replace("_", "_5f").replace(".", "_2e")
 
 
-def settings_of(url: str) -> dict[str, Any]:
-    """Return the driver's arguments for `url`. Raises `ConfigurationError`."""
-    parts = split(url)
-    credentials, _, hosts = parts.netloc.rpartition("@")
-    user, _, password = credentials.partition(":")
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    tls = "ssl_cafile" in options or options.get("security_protocol", "").endswith("SSL")
-    protocol = ("SASL_" if user else "") + ("SSL" if tls else "PLAINTEXT")
-    settings: dict[str, Any] = {
-        "bootstrap_servers": hosts or "localhost:9092",
-        "security_protocol": options.pop("security_protocol", protocol),
-    }
-    if settings["security_protocol"].endswith("SSL"):
-        try:
-            authority = options.pop("ssl_cafile", None)
-            settings["ssl_context"] = ssl.create_default_context(cafile=authority)
-        except OSError as error:
-            raise ConfigurationError(f"ssl_cafile={authority!r}: {error}") from error
-    if user:
-        settings["sasl_mechanism"] = options.pop("sasl_mechanism", "PLAIN")
-        settings["sasl_plain_username"] = unquote(user)
-        settings["sasl_plain_password"] = unquote(password)
-    if options:
-        raise ConfigurationError(f"{redact(url)} has unknown options: {', '.join(options)}")
-    return settings
-
-
 class Connection:
     """What the parts of one app share of a cluster; on one event loop, from `start` to `stop`."""
 
@@ -98,7 +77,8 @@ class Connection:
         self._partitions = partitions
         self._replicas = replicas
         self._admin: AIOKafkaAdminClient | None = None
-        self._topics: set[str] = set()
+        self._topics: dict[str, int | None] = {}
+        """The topics known to exist, each with the bytes that a batch may have, where known."""
         self._creating = asyncio.Lock()
         self.writer: Writer | None = None
 
@@ -125,23 +105,15 @@ class Connection:
         except BaseException as error:
             await client.close()
             if isinstance(error, Unavailable):
-                await self._diagnose(error)
+                await self._diagnose()
             raise
         self._admin = client
         self.writer = Writer(self)
 
-    async def _diagnose(self, error: Unavailable) -> None:
-        """Raise what the driver only logs while it tries the servers: a refused login."""
-        if "sasl_plain_username" not in self._settings:
-            return
-        from aiokafka.conn import collect_hosts, create_conn
-
-        settings = dict(self._settings)
-        for host, port, _ in collect_hosts(settings.pop("bootstrap_servers")):
-            with self.reaching():
-                async with asyncio.timeout(REQUEST):
-                    connection = await create_conn(host, port, **settings)
-                    connection.close()
+    async def _diagnose(self) -> None:
+        """Raise what is wrong with the set-up: the driver only says that it cannot connect."""
+        with self.reaching():
+            await diagnose(self._settings, self.shown)
 
     async def stop(self) -> None:
         """Close the shared clients. Idempotent."""
@@ -161,6 +133,11 @@ class Connection:
             raise
         except (self._errors.KafkaError, OSError) as error:
             raise self.translated(error) from error
+        except Exception as error:
+            # Some of the driver's errors have no base of their own.
+            if not type(error).__module__.startswith("aiokafka"):
+                raise
+            raise self.translated(error) from error
 
     def translated(self, error: BaseException) -> QTasksError:
         """Return the error of the contracts for one of the driver's."""
@@ -170,6 +147,17 @@ class Connection:
             return ConfigurationError(
                 f"Kafka at {self.shown} refuses this lease: it must lie between the server's "
                 "group.min.session.timeout.ms (6 s by default) and group.max.session.timeout.ms"
+            )
+        if (wrong := wrong_tls(error)) is not None:
+            return ConfigurationError(f"Kafka at {self.shown}: {wrong}")
+        if name == "UnsupportedCodecError":
+            return ConfigurationError(
+                f"Kafka at {self.shown} sends compressed records ({said}): "
+                "pip install cramjam, which reads zstd, lz4 and snappy"
+            )
+        if name == "IllegalSaslStateError":
+            return ConfigurationError(
+                f"Kafka at {self.shown}: this listener takes no login; leave out USER:PASSWORD@"
             )
         if name in _TOO_OLD:
             return ServerTooOld(f"Kafka at {self.shown} is too old: {said}")
@@ -202,33 +190,83 @@ class Connection:
         )
 
     async def ensure(self, topics: Sequence[str], config: Mapping[str, str] | None = None) -> None:
-        """Create the topics that are missing. Raises `Unavailable`, `ConfigurationError`."""
-        if self._topics.issuperset(topics):
+        """Create the topics that are missing; one that is there is used as it is.
+
+        Raises `Unavailable`, `ConfigurationError`.
+        """
+        if self._topics.keys() >= set(topics):
             return
         admin = self.started()
-        from aiokafka.admin import NewTopic
-
         async with self._creating:
-            missing = [topic for topic in topics if topic not in self._topics]
+            unknown = [topic for topic in topics if topic not in self._topics]
             with self.reaching():
                 async with asyncio.timeout(REQUEST):
-                    replicas = self._replicas or min(3, await self._brokers(admin))
-                    new = [
-                        NewTopic(
-                            name,
-                            self._partitions,
-                            replicas,
-                            topic_configs={**KEPT, **(config or {})},
-                        )
-                        for name in missing
-                    ]
-                    answer = await admin.create_topics(new, timeout_ms=int(REQUEST * 1000))
-                    for name, code, *_ in answer.topic_errors:
-                        if code not in (0, _EXISTS):
-                            raise self._errors.for_code(code)(name)
-                    while not _led(await admin.describe_topics(missing)):  # noqa: ASYNC110
+                    missing = [
+                        topic["topic"] for topic in await self._described(admin, unknown)
+                        if topic["error_code"] in _MISSING
+                    ]  # fmt: skip
+                    if missing:
+                        await self._create(admin, missing, config or {})
+                    while not _led(await self._described(admin, unknown)):  # noqa: ASYNC110
                         await asyncio.sleep(PAUSE)
-            self._topics.update(missing)
+                    limits = await self._limits(admin, unknown)
+            self._topics.update(dict.fromkeys(unknown) | limits)
+
+    async def _described(self, admin: AIOKafkaAdminClient, topics: list[str]) -> list[Any]:
+        """Return what the cluster says of topics; the driver's own question would create them."""
+        from aiokafka.protocol.metadata import MetadataRequest
+
+        answer = await admin._send_request(MetadataRequest(topics, False))
+        described: list[Any] = answer.to_object()["topics"]
+        return described
+
+    async def _create(
+        self, admin: AIOKafkaAdminClient, topics: list[str], config: Mapping[str, str]
+    ) -> None:
+        from aiokafka.admin import NewTopic
+
+        replicas = self._replicas or min(3, await self._brokers(admin))
+        new = [
+            NewTopic(name, self._partitions, replicas, topic_configs={**KEPT, **config})
+            for name in topics
+        ]
+        answer = await admin.create_topics(new, timeout_ms=int(REQUEST * 1000))
+        for name, code, *_ in answer.topic_errors:
+            if code in _UNAUTHORIZED:
+                raise ConfigurationError(
+                    f"Kafka at {self.shown}: the topic {name} is missing, or this user may not see "
+                    "it: it needs DESCRIBE, READ and WRITE on it, and CREATE unless somebody has "
+                    "made it"
+                )
+            if code not in (0, _EXISTS):
+                raise self._errors.for_code(code)(name)
+
+    async def _limits(self, admin: AIOKafkaAdminClient, topics: list[str]) -> dict[str, int]:
+        """Return the bytes that a batch of each topic may have, where this user may know."""
+        from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+        asked = dict.fromkeys(KEPT)
+        answers = await admin.describe_configs(
+            [ConfigResource(ConfigResourceType.TOPIC, topic, asked) for topic in topics]
+        )
+        limits: dict[str, int] = {}
+        for answer in answers:
+            for code, _, _, topic, entries in answer.resources:
+                settings = {name: value for name, value, *_ in entries} if not code else {}
+                if _LIMIT in settings:
+                    limits[topic] = int(settings[_LIMIT])
+                for name in ("retention.ms", "retention.bytes"):
+                    if settings.get(name, "-1") != "-1":
+                        logger.warning(
+                            "the topic %s has %s=%s: Kafka deletes what is older, whether it was "
+                            "read or not; set it to -1",
+                            topic, name, settings[name],
+                        )  # fmt: skip
+        return limits
+
+    def largest(self, topic: str) -> int | None:
+        """Return the bytes that a batch of this topic may have; None while that is unknown."""
+        return self._topics.get(topic)
 
     async def _brokers(self, admin: AIOKafkaAdminClient) -> int:
         description = await admin.describe_cluster()

@@ -128,7 +128,10 @@ class KafkaLog(Log):
                 for entry in entries
             ]
         )
-        return [outcome.refused for outcome in written]
+        for outcome in written:
+            if isinstance(outcome.refused, ConfigurationError):
+                raise outcome.refused
+        return [None if w.refused is None else str(w.refused) for w in written]
 
     async def read(self) -> list[Entry]:
         consumer = await self._open()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import count, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qtasks_core.errors import ConfigurationError, Unavailable
+from qtasks_core.errors import ConfigurationError, PayloadTooLarge, QTasksError, Unavailable
 from qtasks_kafka.connection import REQUEST, Connection
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BATCH_OVERHEAD = 128
+"""Bytes of a batch and a record beside key, value and headers, rounded up."""
 _TOO_LARGE = {"MessageSizeTooLargeError", "RecordTooLargeError", "RecordListTooLargeError"}
 
 
@@ -29,12 +31,19 @@ class Record(NamedTuple):
     headers: tuple[tuple[str, bytes], ...] = ()
     partition: int | None = None
 
+    @property
+    def size(self) -> int:
+        """Bytes that a batch of this record alone has, rounded up."""
+        headers = sum(len(name) + len(value) + 10 for name, value in self.headers)
+        return BATCH_OVERHEAD + len(self.key or b"") + len(self.value or b"") + headers
+
 
 class Written(NamedTuple):
     """What became of one record."""
 
-    refused: str | None
-    """Why the server does not take it; None when it is durable."""
+    refused: QTasksError | None
+    """Why the server does not take it: `PayloadTooLarge` or `ConfigurationError`. None when it is
+    durable."""
     timestamp: int
     """Milliseconds of the server's clock, on a topic with LogAppendTime; else -1."""
 
@@ -47,18 +56,20 @@ class Writer:
         self._producer: AIOKafkaProducer | None = None
         self._starting = asyncio.Lock()
         self._turn = count()
+        self._single: set[str] = set()
+        """Topics whose limit is unknown and lower than a full batch: each record goes alone."""
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def stop(self) -> None:
         """Close the producer; what is not written yet stays unwritten."""
-        self._drop()
+        self._drop(self._producer)
         if self._dropping:
             await asyncio.wait(self._dropping)
 
-    def _drop(self) -> None:
-        """Give up the producer; the next call has a new one. `stop` awaits the end of the old."""
-        producer, self._producer = self._producer, None
-        if producer is not None:
+    def _drop(self, producer: AIOKafkaProducer | None) -> None:
+        """Give up this producer; the next call has a new one. `stop` awaits the end of the old."""
+        if producer is not None and self._producer is producer:
+            self._producer = None
             closing = asyncio.create_task(_close(producer))
             self._dropping.add(closing)
             closing.add_done_callback(self._dropping.discard)
@@ -73,21 +84,24 @@ class Writer:
     async def write(self, records: Sequence[Record]) -> list[Written]:
         """Append records and say what became of each, durable when it returns.
 
-        Records of one partition keep their order. Raises `Unavailable`: some may be written.
+        Records of one partition keep their order, unless the server refuses some of them. Raises
+        `Unavailable`: some may be written.
         """
+        written: list[Written | None] = [None] * len(records)
         producer: AIOKafkaProducer | None = None
         try:
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST):
-                    producer = await self._started()
-                    return await self._write(producer, records)
+                    while None in written:
+                        producer = await self._started()
+                        await self._write(producer, records, written)
         except Unavailable:
             # An idempotent producer repeats a batch for ever. Were it kept, each repeat of this
             # call would add one more.
             self._connection.forget_topics()
-            if producer is not None and self._producer is producer:
-                self._drop()
+            self._drop(producer)
             raise
+        return [outcome for outcome in written if outcome is not None]
 
     async def _started(self) -> AIOKafkaProducer:
         self._connection.started()
@@ -102,59 +116,111 @@ class Writer:
                 self._producer = producer
             return self._producer
 
-    async def _write(self, producer: AIOKafkaProducer, records: Sequence[Record]) -> list[Written]:
-        batches = await self._batches(producer, records)
+    async def _write(
+        self,
+        producer: AIOKafkaProducer,
+        records: Sequence[Record],
+        written: list[Written | None],
+    ) -> None:
+        """Send what has no outcome yet and note the outcomes; some may be left for another call."""
+        batches = await self._batches(producer, records, written)
         futures: list[tuple[Future[Any], list[int]]] = []
-        for (topic, partition), builder, members in batches:
-            future = await producer.send_batch(builder, topic, partition=partition)
+        for (topic, partition), batch in batches:
+            future = await producer.send_batch(batch.builder, topic, partition=partition)
             future.add_done_callback(_seen)
-            futures.append((future, members))
-        written: list[Written] = [Written(None, -1)] * len(records)
+            futures.append((future, batch.members))
         if futures:
             await asyncio.wait([future for future, _ in futures])
         for future, members in futures:
-            outcome = self._outcome(future)
+            error = future.exception()
+            if error is None:
+                outcome: Written | None = Written(None, future.result().timestamp)
+            else:
+                # The server counts batches, and has not counted this one: what this producer sends
+                # to that partition from now on would be out of order.
+                self._drop(producer)
+                outcome = self._refusal(error, [records[at] for at in members])
             for at in members:
                 written[at] = outcome
-        return written
 
-    def _outcome(self, future: Future[Any]) -> Written:
-        error = future.exception()
-        if error is None:
-            return Written(None, future.result().timestamp)
-        if type(error).__name__ in _TOO_LARGE:
-            return Written("larger than the topic's max.message.bytes", -1)
+    def _refusal(self, error: BaseException, records: Sequence[Record]) -> Written | None:
+        """Return why records are refused, None when they must be sent again."""
+        name = type(error).__name__
+        if name == "OutOfOrderSequenceNumber":
+            return None
+        if name in _TOO_LARGE:
+            self._connection.forget_topics()
+            if len(records) == 1:
+                return Written(_too_large(records[0], None), -1)
+            # The limit is not known, or was lowered: each of them may fit by itself.
+            self._single.update(record.topic for record in records)
+            return None
         if isinstance(translated := self._connection.translated(error), ConfigurationError):
-            return Written(str(translated), -1)
+            return Written(translated, -1)
         raise error
 
     async def _batches(
-        self, producer: AIOKafkaProducer, records: Sequence[Record]
-    ) -> list[tuple[tuple[str, int], Any, list[int]]]:
-        """Pack records by partition; first batches come first, so that they share a request."""
+        self, producer: AIOKafkaProducer, records: Sequence[Record], written: list[Written | None]
+    ) -> list[tuple[tuple[str, int], Batch]]:
+        """Pack records by partition; first batches come first, so that they share a request.
+
+        What is larger than its topic takes is left out, and noted in `written`.
+        """
         sizes: dict[str, int] = {}
-        packed: dict[tuple[str, int], list[tuple[Any, list[int]]]] = {}
+        packed: dict[tuple[str, int], list[Batch]] = {}
         turn = next(self._turn)
         for at, record in enumerate(records):
+            if written[at] is not None:
+                continue
+            largest, size = self._connection.largest(record.topic), record.size
+            if largest is not None and size > largest:
+                written[at] = Written(_too_large(record, largest), -1)
+                continue
             partition = record.partition
             if partition is None:
                 if record.topic not in sizes:
                     sizes[record.topic] = len(await producer.partitions_for(record.topic))
                 partition = (turn + at) % sizes[record.topic]
             batches = packed.setdefault((record.topic, partition), [])
-            if not batches or not _append(batches[-1][0], record):
-                batches.append((producer.create_batch(), []))
-                _append(batches[-1][0], record)
-            batches[-1][1].append(at)
-        rounds = zip_longest(*([(place, *b) for b in some] for place, some in packed.items()))
+            if (
+                (largest is None and record.topic in self._single)
+                or not batches
+                or not batches[-1].append(record, at, size, largest)
+            ):
+                batches.append(Batch(producer.create_batch()))
+                batches[-1].append(record, at, size, None)
+        rounds = zip_longest(*([(place, b) for b in some] for place, some in packed.items()))
         return [batch for some in rounds for batch in some if batch is not None]
 
 
-def _append(builder: Any, record: Record) -> bool:
-    taken = builder.append(
-        timestamp=None, key=record.key, value=record.value, headers=list(record.headers)
+class Batch:
+    """Records that are sent together, and their places in the call."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+        self.members: list[int] = []
+        self._size = 0
+
+    def append(self, record: Record, at: int, size: int, largest: int | None) -> bool:
+        """Add a record, unless the batch is full or would be larger than `largest` bytes."""
+        if largest is not None and self._size + size > largest:
+            return False
+        taken = self.builder.append(
+            timestamp=None, key=record.key, value=record.value, headers=list(record.headers)
+        )
+        if taken is None:
+            return False
+        self._size += size
+        self.members.append(at)
+        return True
+
+
+def _too_large(record: Record, largest: int | None) -> PayloadTooLarge:
+    limit = "" if largest is None else f" of {largest} bytes"
+    return PayloadTooLarge(
+        f"{record.size} bytes are more than the topic {record.topic} takes "
+        f"(its max.message.bytes{limit})"
     )
-    return taken is not None
 
 
 def _seen(future: Future[Any]) -> None:

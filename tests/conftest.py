@@ -73,9 +73,9 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         pytest.skip(str(error))
 
 
-def serve(config: pytest.Config, name: str) -> Iterator[Service]:
+def serve(config: pytest.Config, name: str, service: Service | None = None) -> Iterator[Service]:
     """Give the started server; what cannot be had skips its tests, in CI it fails them."""
-    told, service = config.stash[TOLD], SERVICES[name]()
+    told, service = config.stash[TOLD], service or SERVICES[name]()
     try:
         service.start()
     except Unobtainable as error:
@@ -136,6 +136,6 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     terminalreporter.section("servers")
-    for name in SERVICES:
+    for name in SERVICES | config.stash[TOLD]:
         how, version, detail = config.stash[TOLD].get(name, ("not asked for", "", ""))
         terminalreporter.write_line(f"{name:10} {how:14} {version:10} {detail}".rstrip())

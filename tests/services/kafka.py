@@ -69,7 +69,16 @@ class NativeKafka(Native):
 
     def prepare(self) -> str:
         self.port, controller = free_port(), free_port()
-        settings = {
+        text = "".join(f"{key}={value}\n" for key, value in self.settings(controller).items())
+        self._properties = str(self.write("server.properties", text))
+        identity = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        tool = ["kafka.tools.StorageTool", "format", f"--cluster-id={identity}"]
+        self.run([*self._jvm(128), *tool, f"--config={self._properties}"])
+        return f"kafka://127.0.0.1:{self.port}"
+
+    def settings(self, controller: int) -> dict[str, str]:
+        """Return the server's properties; `controller` is the port of its controller."""
+        return {
             "process.roles": "broker,controller",
             "node.id": "1",
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
@@ -96,12 +105,6 @@ class NativeKafka(Native):
             "broker.session.timeout.ms": "3000",
             "broker.heartbeat.interval.ms": "500",
         }
-        text = "".join(f"{key}={value}\n" for key, value in settings.items())
-        self._properties = str(self.write("server.properties", text))
-        identity = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        tool = ["kafka.tools.StorageTool", "format", f"--cluster-id={identity}"]
-        self.run([*self._jvm(128), *tool, f"--config={self._properties}"])
-        return f"kafka://127.0.0.1:{self.port}"
 
     def command(self) -> list[str]:
         return [*self._jvm(512), "kafka.Kafka", self._properties]
