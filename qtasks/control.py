@@ -79,7 +79,7 @@ async def migrate(client: Client) -> dict[str, bool]:
     done = {}
     for part in (client.broker, client.storage):
         try:
-            await part.migrate()
+            await part.migrate(client.name)
             done[type(part).__name__] = True
         except NotSupported:
             done[type(part).__name__] = False

@@ -12,6 +12,7 @@ from qtasks_core import Broker, Storage
 
 Begin = Callable[[], AbstractAsyncContextManager[object]]
 Survives = Literal["nothing", "client crash", "server crash", "machine crash"]
+Order = Literal["none", "queue", "partition"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Least:
     counts_deliveries: bool = False
     priorities: bool = False
     transactions: bool = False
+    leases_survive: bool = False
+    order: Order = "none"
     lacks: tuple[str, ...] = ()
     """The optional methods that are not built yet: those, no fewer and no more, are declared
     unsupported. What is built is taken off this list, and its tests are no longer skipped."""

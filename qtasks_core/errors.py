@@ -17,10 +17,13 @@ class ConfigurationError(QTasksError):
 
 
 class MissingDriver(ConfigurationError):
-    """A backend's driver is not installed; the message names the extra that brings it."""
+    """A backend's driver is not installed; the message says what brings it.
 
-    def __init__(self, backend: str, extra: str) -> None:
-        super().__init__(f"{backend} needs its driver: pip install 'qtasks[{extra}]'")
+    `requirement` is what `pip install` takes, for instance `qtasks-shelf[driver]`.
+    """
+
+    def __init__(self, backend: str, requirement: str) -> None:
+        super().__init__(f"{backend} needs its driver: pip install '{requirement}'")
 
 
 class ServerTooOld(ConfigurationError):

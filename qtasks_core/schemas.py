@@ -186,6 +186,12 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     """Storages only: seconds that final records are kept which do not say so; None: for ever."""
     settle_confirmed: bool = True
     """Brokers: the server answers a settle, so its outcome is known."""
+    leases_survive: bool = False
+    """Brokers: a lease outlives a crash of the server, so what is held stays held."""
+    order: Literal["none", "queue", "partition"] = "none"
+    """Brokers: messages that one publisher sends one after the other, of one priority and without
+    a delay, come for the first time in that order; in the whole queue, or in each of the parts
+    that it is divided into."""
     counts_deliveries: bool = False
     priorities: bool = False
     transactions: bool = False

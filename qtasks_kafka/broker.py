@@ -71,6 +71,7 @@ class KafkaBroker(Broker):
             durability="acks=all with an idempotent producer; on how many machines say the "
             "topics' replication factor and min.insync.replicas, of one the page cache",
             lease=self._lease,
+            order="partition",
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(
                 "a log has no priorities",

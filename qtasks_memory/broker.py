@@ -45,6 +45,7 @@ class MemoryBroker(Broker):
             survives="nothing",
             durability="messages end with the process",
             lease=self._lease,
+            order="queue",
             counts_deliveries=True,
             priorities=True,
         )
@@ -99,7 +100,7 @@ class MemoryBroker(Broker):
             memory.listeners.discard(listener)
         raise Closed("MemoryBroker is stopped")
 
-    async def migrate(self) -> None:
+    async def migrate(self, namespace: str) -> None:
         """Do nothing: there is no server."""
 
     def _started(self) -> Memory:

@@ -153,7 +153,7 @@ class MemoryStorage(Storage):
         ]
         return await self.delete(over)
 
-    async def migrate(self) -> None:
+    async def migrate(self, namespace: str) -> None:
         """Do nothing: there is no server."""
 
     def _started(self) -> Memory:

@@ -174,6 +174,8 @@ class PostgresBroker(Broker):
             survives=durability.survives,
             durability=durability.settings,
             lease=self._lease,
+            leases_survive=True,
+            order="queue",
             counts_deliveries=True,
             priorities=True,
             transactions=True,

@@ -101,6 +101,7 @@ class RabbitMQBroker(Broker):
             survives="machine crash",
             durability="quorum queues: confirmed when a majority has written and synced its log",
             lease=self._lease,
+            order="queue",
             settle_confirmed=False,
             counts_deliveries=True,
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),

@@ -58,6 +58,8 @@ class RedisBroker(Broker):
             survives=self._server.survives,
             durability=self._server.durability,
             lease=self._lease,
+            leases_survive=self._server.survives in ("server crash", "machine crash"),
+            order="queue",
             counts_deliveries=True,
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=self._server.notes,

@@ -92,6 +92,8 @@ class SqliteBroker(Broker):
             survives=survives,
             durability=words,
             lease=self.lease,
+            leases_survive=True,
+            order="queue",
             counts_deliveries=True,
             priorities=True,
             notes=(
@@ -167,8 +169,12 @@ class SqliteBroker(Broker):
         heard = Heard(self._namespace)
         return self._listeners.follow(self.started(), heard.number, heard.look)
 
-    async def migrate(self) -> None:
-        await disconnect(await connect(self.path, self.synchronous))
+    async def migrate(self, namespace: str) -> None:
+        database = await connect(self.path, self.synchronous)
+        try:
+            await database.write(lambda turn: turn.namespace(namespace))
+        finally:
+            await disconnect(database)
 
     def compose(self, storage: Storage) -> Composition:
         from qtasks_sqlite.composition import SqliteComposition

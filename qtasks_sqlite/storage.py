@@ -286,8 +286,12 @@ class SqliteStorage(Storage):
         await database.write(shared.tidying(self.namespace, time.time() - self._retention))
         return count
 
-    async def migrate(self) -> None:
-        await disconnect(await connect(self.path, self.synchronous))
+    async def migrate(self, namespace: str) -> None:
+        database = await connect(self.path, self.synchronous)
+        try:
+            await database.write(lambda turn: turn.namespace(namespace))
+        finally:
+            await disconnect(database)
 
     def started(self) -> Database:
         """Return the database. Raises `Closed`."""

@@ -79,7 +79,7 @@ def optional_calls(broker: Broker) -> dict[str, Call]:
         "purge": partial(broker.purge, "q"),
         "broadcast": partial(broker.broadcast, Command(name="ping")),
         "commands": lambda: first_command(broker.commands()),
-        "migrate": broker.migrate,
+        "migrate": partial(broker.migrate, "kit"),
     }
 
 

@@ -83,5 +83,5 @@ def optional_calls(storage: Storage) -> dict[str, Call]:
         "read": partial(storage.read, uuid, 0),
         "delete": partial(storage.delete, [uuid]),
         "expire": storage.expire,
-        "migrate": storage.migrate,
+        "migrate": partial(storage.migrate, "kit"),
     }

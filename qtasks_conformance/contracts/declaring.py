@@ -37,6 +37,7 @@ except ConfigurationError as error:
 """
 
 EVENTS = ("nothing", "client crash", "server crash", "machine crash")
+ORDERS = ("none", "partition", "queue")
 
 
 def optional_methods(contract: type) -> list[str]:
@@ -55,7 +56,10 @@ def assert_at_least(guarantees: Guarantees, least: Least) -> None:
     assert guarantees.part
     assert guarantees.durability
     assert EVENTS.index(guarantees.survives) >= EVENTS.index(least.survives)
-    for name in ("settle_confirmed", "counts_deliveries", "priorities", "transactions"):
+    assert ORDERS.index(guarantees.order) >= ORDERS.index(least.order)
+    for name in (
+        "settle_confirmed", "counts_deliveries", "priorities", "transactions", "leases_survive",
+    ):  # fmt: skip
         assert getattr(guarantees, name) >= getattr(least, name), name
     assert set(guarantees.unsupported) == set(least.lacks)
 

@@ -276,6 +276,25 @@ class DeliveringContract(Contract):
         if broker.guarantees.priorities:
             assert received == sorted(priorities, reverse=True)
 
+    async def test_order_is_kept_where_declared(self, rig: Rig) -> None:
+        """Where a whole queue keeps order, what was published first is received first."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        if broker.guarantees.order != "queue":
+            pytest.skip(f"declared to keep order in: {broker.guarantees.order}")
+        messages = rig.messages(50)
+        for message in messages[:20]:
+            assert_done(await broker.publish([message]))
+        assert_done(await broker.publish(messages[20:]))
+        subscription = await broker.subscribe({"q": 7})
+        came: list[str] = []
+        while len(came) < len(messages):
+            async with asyncio.timeout(PATIENCE):
+                deliveries = await subscription.receive({"q": 7}, 7)
+            came += [message_of(delivery).uuid for delivery in deliveries]
+            outcomes = await subscription.settle([Ack(delivery) for delivery in deliveries])
+            assert_settled(outcomes, broker.guarantees)
+        assert came == [message.uuid for message in messages]
+
     async def test_namespaces_never_meet(self, rig: Rig) -> None:
         """Apps of different names share nothing, whatever their names look like joined."""
         broker = await rig.broker()

@@ -16,12 +16,15 @@ class BrokerMigrationContract(Contract):
 
     async def test_migrating_a_broker_changes_nothing_that_is_there(self, rig: Rig) -> None:
         """Before it starts, after, again, and at once from several places."""
-        await asyncio.gather(*(first_migrate(rig.subject.broker.broker()) for _ in range(3)))
+        await asyncio.gather(
+            *(first_migrate(rig.subject.broker.broker(), rig.namespace) for _ in range(3))
+        )
         broker = await rig.broker()
         needs(broker, "migrate")
         message = rig.message()
         assert_done(await broker.publish([message]))
-        await asyncio.gather(broker.migrate(), (await rig.broker()).migrate(), broker.migrate())
+        parts = [broker, await rig.broker(), broker, rig.subject.broker.broker()]
+        await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
         assert uuids(await collect(await broker.subscribe({"q": 1}), 1)) == [message.uuid]
 
 
@@ -30,16 +33,19 @@ class StorageMigrationContract(Contract):
 
     async def test_migrating_a_storage_changes_nothing_that_is_there(self, rig: Rig) -> None:
         """Before it starts, after, again, and at once from several places."""
-        await asyncio.gather(*(first_migrate(rig.subject.storage.storage()) for _ in range(3)))
+        await asyncio.gather(
+            *(first_migrate(rig.subject.storage.storage(), rig.namespace) for _ in range(3))
+        )
         storage = await rig.storage()
         needs(storage, "migrate")
         record = rig.record("success")
         assert_done(await storage.save([record]))
-        await asyncio.gather(storage.migrate(), (await rig.storage()).migrate(), storage.migrate())
+        parts = [storage, await rig.storage(), storage, rig.subject.storage.storage()]
+        await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
         assert await storage.get([record.uuid]) == [record]
 
 
-async def first_migrate(part: Broker | Storage) -> None:
+async def first_migrate(part: Broker | Storage, namespace: str) -> None:
     """Migrate with a part that was never started, where it supports that at all."""
     if "migrate" not in part.guarantees.unsupported:
-        await part.migrate()
+        await part.migrate(namespace)

@@ -57,6 +57,24 @@ class BrokerOutageContract(Contract):
         deliveries = await collect(subscription, len(after))
         assert {message_of(delivery).uuid for delivery in deliveries} <= expected
 
+    async def test_leases_outlive_the_server_where_declared(self, rig: Rig) -> None:
+        """What is held when the server is killed stays with its holder, who settles it after."""
+        broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
+        server = server_of(rig, broker.guarantees)
+        if not broker.guarantees.leases_survive:
+            pytest.skip("declared not to")
+        assert_done(await broker.publish(rig.messages(4)))
+        holder, rival = await broker.subscribe({"q": 4}), await other.subscribe({"q": 4})
+        held = await collect(holder, 4)
+        await asyncio.to_thread(server.kill)
+        await asyncio.to_thread(server.restart)
+        assert None not in await persist(lambda: holder.extend(held[:2]))
+        assert_done(await persist(lambda: holder.settle([Ack(delivery) for delivery in held])))
+        message = rig.message()
+        assert_done(await persist(lambda: broker.publish([message])))
+        (delivery,) = await collect(rival, 1)
+        assert message_of(delivery).uuid == message.uuid, "another got what was held"
+
     async def test_a_waiting_receive_outlives_the_server(self, rig: Rig) -> None:
         """A receiver that waits when the server is killed gets what is published afterwards.
 

@@ -87,10 +87,12 @@ class Broker(ABC):
         """
         raise NotSupported(f"{type(self).__name__} has no control channel yet")
 
-    async def migrate(self) -> None:
-        """Create or update what the server must have. Idempotent, locked against itself.
+    async def migrate(self, namespace: str) -> None:
+        """Create or update what the server must have for a namespace, before workers use it.
 
-        Works on a started broker, and on one that is not, where `start` has nothing to add.
+        Works on a broker that is not started, and on a started one, whatever namespace that has:
+        with its own connection, which is closed again. Afterwards `start(namespace)` has nothing to
+        add. Idempotent, and safe while others migrate or work. Raises what `start` does.
         """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")
 

@@ -39,7 +39,9 @@ def subject(kafka_server: Service) -> Subject:
         inject=inject,
         server=kafka_server,
         driver="aiokafka",
-        least_broker=Least(survives="machine crash", settle_confirmed=True, lacks=BROKER_LACKS),
+        least_broker=Least(
+            survives="machine crash", settle_confirmed=True, order="partition", lacks=BROKER_LACKS
+        ),
         least_storage=Least(survives="machine crash", settle_confirmed=True, lacks=STORAGE_LACKS),
     )
 

@@ -22,7 +22,9 @@ def subject() -> Subject:
         storage=Part("qtasks_memory:MemoryStorage"),
         lease=1.0,
         ends_with_process=True,
-        least_broker=Least(settle_confirmed=True, counts_deliveries=True, priorities=True),
+        least_broker=Least(
+            settle_confirmed=True, counts_deliveries=True, priorities=True, order="queue"
+        ),
         least_storage=Least(settle_confirmed=True),
     )
 

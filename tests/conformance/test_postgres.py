@@ -65,6 +65,8 @@ def subject(postgres_server: Service) -> Subject:
             counts_deliveries=True,
             priorities=True,
             transactions=True,
+            leases_survive=True,
+            order="queue",
             lacks=BROKER_LACKS,
         ),
         least_storage=Least(

@@ -37,7 +37,9 @@ def subject(rabbitmq_server: Service) -> Subject:
         inject=inject,
         server=rabbitmq_server,
         driver="aiormq",
-        least_broker=Least(survives="machine crash", counts_deliveries=True, lacks=BROKER_LACKS),
+        least_broker=Least(
+            survives="machine crash", counts_deliveries=True, order="queue", lacks=BROKER_LACKS
+        ),
         least_storage=Least(survives="server crash", settle_confirmed=True, lacks=STORAGE_LACKS),
     )
 

@@ -52,6 +52,8 @@ def subject(redis_server: Service) -> Subject:
             survives="server crash",
             settle_confirmed=True,
             counts_deliveries=True,
+            leases_survive=True,
+            order="queue",
             lacks=BROKER_LACKS,
         ),
         least_storage=Least(survives="server crash", settle_confirmed=True, lacks=STORAGE_LACKS),

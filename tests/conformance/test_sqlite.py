@@ -30,6 +30,8 @@ def subject(tmp_path: Path) -> Subject:
             settle_confirmed=True,
             counts_deliveries=True,
             priorities=True,
+            leases_survive=True,
+            order="queue",
         ),
         least_storage=Least(survives="server crash", settle_confirmed=True),
     )

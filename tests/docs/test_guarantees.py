@@ -61,6 +61,8 @@ def broker_row(told: Guarantees) -> dict[str, str]:
         **storage_row(told),
         "lease": f"{told.lease:g} s",
         "settle is confirmed": yes(told.settle_confirmed),
+        "leases survive a crash of the server": yes(told.leases_survive),
+        "keeps order": {"queue": "yes", "partition": "in each partition", "none": "no"}[told.order],
         "counts deliveries": yes(told.counts_deliveries),
         "priorities": yes(told.priorities),
         "the caller's transaction": yes(told.transactions),

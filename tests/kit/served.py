@@ -5,7 +5,7 @@ Memory ends with its process, so this 'server' is a flag, and what it forgets is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -33,9 +33,12 @@ class FlagServer:
         self.up = True
         self.memories: set[Memory] = set()
         self._forgets = forgets
+        self.on_kill: list[Callable[[], None]] = []
 
     def kill(self) -> None:
         self.up = False
+        for forget in self.on_kill:
+            forget()
         for memory in self.memories:
             for what in self._forgets:
                 getattr(memory, what).clear()
@@ -74,7 +77,7 @@ class Broker(MemoryBroker):
 
     @property
     def guarantees(self) -> Guarantees:
-        return replace(super().guarantees, survives="server crash")
+        return replace(super().guarantees, survives="server crash", leases_survive=True)
 
     async def start(self, namespace: str) -> None:
         self.server.check()

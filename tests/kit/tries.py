@@ -180,6 +180,8 @@ TRIES = (
     of_broker(queues.SendsToAllApps, "test_commands_stay_in_their_namespace"),
     of_broker(queues.ListensForEver, "test_stopping_ends_listening"),
     of_broker(queues.MigratesAnew, "test_migrating_a_broker_changes_nothing_that_is_there"),
+    of_broker(queues.ShufflesABatch, "test_order_is_kept_where_declared"),
+    of_broker(queues.ForgetsWhoHolds, "test_leases_outlive_the_server_where_declared"),
     of_broker(brokers.JoinsNames, "test_namespaces_never_meet"),
     of_broker(brokers.RefusesLongNames, "test_the_longest_names_fit[-]"),
     of_broker(brokers.Hoards, "test_closing_releases_what_was_not_returned",

@@ -37,7 +37,9 @@ def subject_in_memory(wrong: Wrong | None) -> Subject:
         slack=1.0,
         server=servers["the"],
         ends_with_process=True,
-        least_broker=Least(settle_confirmed=True, counts_deliveries=True, priorities=True),
+        least_broker=Least(
+            settle_confirmed=True, counts_deliveries=True, priorities=True, order="queue"
+        ),
         least_storage=Least(survives="server crash"),
     )
 

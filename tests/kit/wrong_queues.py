@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from qtasks_core import Command, Delivery, Guarantees, QueueDepth, Subscription
+from qtasks_core import (
+    Command,
+    Delivery,
+    Guarantees,
+    Outcome,
+    QueueDepth,
+    Subscription,
+    TaskMessage,
+)
 from qtasks_core.errors import NotSupported
 from qtasks_memory.broker import MemorySubscription
 from qtasks_memory.connection import Memory
@@ -133,6 +141,29 @@ class ListensForEver(Broker):
 class MigratesAnew(Broker):
     """It begins by clearing away what is there."""
 
-    async def migrate(self) -> None:
+    async def migrate(self, namespace: str) -> None:
         if self._memory is not None:
             self._memory.queues.clear()
+
+
+class ShufflesABatch(Broker):
+    """It promises the order of a queue, and puts the messages of one batch in as it likes."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        return await super().publish(sorted(messages, key=lambda message: message.uuid[::-1]))
+
+
+class ForgetsWhoHolds(Broker):
+    """It promises that leases survive its server, which gives back all that was held."""
+
+    async def start(self, namespace: str) -> None:
+        await super().start(namespace)
+        self.server.on_kill.append(self._release_all)
+
+    def _release_all(self) -> None:
+        if self._memory is not None:
+            for queue in self._memory.queues.values():
+                for entry in queue.in_flight.values():
+                    entry.held_until = 0.0

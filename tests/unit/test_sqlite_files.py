@@ -197,7 +197,7 @@ except Exception as error:
 def test_a_file_that_cannot_be_written(mode: int, of_directory: int, said: str) -> None:
     with tempfile.TemporaryDirectory() as name:  # where another user may go, unlike `tmp_path`
         directory, path = Path(name), Path(name) / "tasks.db"
-        asyncio.run(SqliteBroker(url(path)).migrate())
+        asyncio.run(SqliteBroker(url(path)).migrate("app"))
         path.chmod(mode)
         directory.chmod(of_directory)
         ran = subprocess.run(
@@ -299,7 +299,7 @@ async def test_a_file_of_the_first_release(tmp_path: Path) -> None:
         SqliteBroker(url(tmp_path / "tasks.db")),
         SqliteStorage(url(tmp_path / "tasks.db")),
     )
-    await asyncio.gather(*(part.migrate() for part in (broker, storage)))
+    await asyncio.gather(*(part.migrate("n") for part in (broker, storage)))
     await broker.start("n")
     await storage.start("n")
     subscription = await broker.subscribe({"default": 10})

@@ -22,6 +22,7 @@ def subject() -> Subject:
         least_broker=Least(
             settle_confirmed=True,
             counts_deliveries=True,
+            order="queue",
             lacks=("depth", "purge", "broadcast", "commands", "migrate"),
         ),
         least_storage=Least(
