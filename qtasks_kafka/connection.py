@@ -168,10 +168,13 @@ class Connection:
     def consumer(self, **options: Any) -> AIOKafkaConsumer:
         """Build a consumer, not started."""
         self.started()
-        settings = {"request_timeout_ms": int(REQUEST * 1000), **self._settings, **options}
+        defaults = {
+            "request_timeout_ms": int(REQUEST * 1000),
+            "auto_offset_reset": "earliest",
+        }
+        settings = {**defaults, **self._settings, **options}
         consumer: AIOKafkaConsumer = self._driver.AIOKafkaConsumer(
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
             metadata_max_age_ms=10_000,  # A topic that grows is noticed within this.
             consumer_timeout_ms=2000,  # The fetcher also wakes up when there is something to do.
             **settings,

@@ -176,11 +176,13 @@ class Writer:
             if largest is not None and size > largest:
                 written[at] = Written(_too_large(record, largest), -1)
                 continue
+            if record.topic not in sizes:
+                sizes[record.topic] = len(await producer.partitions_for(record.topic))
             partition = record.partition
             if partition is None:
-                if record.topic not in sizes:
-                    sizes[record.topic] = len(await producer.partitions_for(record.topic))
                 partition = (turn + at) % sizes[record.topic]
+            elif partition >= sizes[record.topic]:
+                raise Unavailable(f"the topic {record.topic} has fewer partitions than it had")
             batches = packed.setdefault((record.topic, partition), [])
             if (
                 (largest is None and record.topic in self._single)
