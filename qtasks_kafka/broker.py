@@ -229,10 +229,13 @@ class KafkaSubscription(Subscription):
         if self._epoch != self._member.epoch:
             return deliveries
         for queue, most in wanted.items():
-            fetched = self._fetched[queue]
             room = min(most, limit - len(deliveries))
-            while fetched and room > 0:
-                partition, record = fetched.popleft()
+            while (fetched := self._fetched[queue]) and room > 0:
+                partition, record = fetched[0]
+                if partition.skips(record.offset):
+                    self._look_again(queue)
+                    continue
+                fetched.popleft()
                 count = partition.deliver(record.offset)
                 if count is not None:
                     value = record.value or b""
@@ -241,6 +244,13 @@ class KafkaSubscription(Subscription):
                     deliveries.append(Delivery(decode_message(value), queue, held, known))
                     room -= 1
         return deliveries
+
+    def _look_again(self, queue: str) -> None:
+        """Drop what was fetched of the first partition here: it is fetched again, from a gap on."""
+        fetched = self._fetched[queue]
+        partition, record = fetched[0]
+        self._fetched[queue] = deque(item for item in fetched if item[0] is not partition)
+        self._member.look_again(partition, record.offset)
 
     async def _announce(self, deliveries: list[Delivery]) -> None:
         """Have the group count what is delivered first after a takeover, before it is run.
@@ -364,13 +374,26 @@ class KafkaSubscription(Subscription):
             try:
                 if not passing:
                     records = await self._member.poll(list(self._queues), 256)
-                    passing = [(p, r) for p, r in records if p.deliver(r.offset)]
+                    passing = self._to_pass_on(records)
                 await self._copy(passing)
                 passing = []
             except Unavailable as error:
                 logger.warning("messages wait for tasks that a closed subscription runs: %s", error)
                 await asyncio.sleep(1.0)
         await self.leave()
+
+    def _to_pass_on(self, records: list[tuple[Partition, Any]]) -> list[tuple[Partition, Any]]:
+        passing = []
+        looking: set[Partition] = set()
+        for partition, record in records:
+            if partition in looking:
+                continue
+            if partition.skips(record.offset):
+                looking.add(partition)
+                self._member.look_again(partition, record.offset)
+            elif partition.deliver(record.offset):
+                passing.append((partition, record))
+        return passing
 
     async def _copy(self, records: list[tuple[Partition, Any]]) -> None:
         from qtasks_kafka.writer import Record
