@@ -87,15 +87,13 @@ async def test_transaction_mode_works_with_a_way_around_it(
     await work(f"{transactions}?listen_url={quote(postgres_server.url, safe='')}")
 
 
-async def test_the_way_around_it_as_documented(
-    transactions: str, postgres_server: Service
-) -> None:
+async def test_the_way_around_it_as_documented(transactions: str, postgres_server: Service) -> None:
     page = (ROOT / "docs" / "postgres.md").read_text()
     block = page.split("```python\n")[1].split("```")[0]
     block = re.sub('pooler = ".*"', f'pooler = "{transactions}"', block)
     block = re.sub('direct = ".*"', f'direct = "{postgres_server.url}"', block)
     names: dict[str, Any] = {}
-    exec(block, names)
+    exec(block, names)  # noqa: S102  it is our own page
     await names["broker"].start("app")
     await names["storage"].start("app")
     await names["broker"].stop()
