@@ -183,6 +183,8 @@ class PostgresBroker(Broker):
     one in transaction mode, which has no notifications.
     """
 
+    driver_loggers = ("asyncpg",)
+
     def __init__(self, url: str, *, lease: float = 30.0, listen_url: str | None = None) -> None:
         self._database = Database(url, listen_url)
         self._lease = check_lease(lease)

@@ -96,6 +96,8 @@ WATCH = """
 class PostgresStorage(Storage):
     """Remembers tasks in a table. `listen_url` is as for `PostgresBroker`."""
 
+    driver_loggers = ("asyncpg",)
+
     def __init__(self, url: str, *, listen_url: str | None = None) -> None:
         self._database = Database(url, listen_url)
         self._listener = Listener(self._database)
