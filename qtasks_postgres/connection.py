@@ -386,7 +386,7 @@ def load_driver() -> None:
     try:
         import asyncpg  # noqa: F401
     except ImportError:
-        raise MissingDriver("postgresql://", "qtasks[postgres]") from None
+        raise MissingDriver("postgresql://", ".[postgres]") from None
 
 
 def channel_of(namespace: str, queue: str) -> str:
