@@ -119,12 +119,11 @@ class KafkaBroker(Broker):
 
     async def append(self, records: Sequence[Record]) -> list[Outcome]:
         """Append records, durable when it returns."""
-        if self._connection.writer is None:
-            raise Closed("KafkaBroker is not started")
+        writer = self._connection.running_writer()
         await self._connection.ensure(list({r.topic for r in records if not r.headers}))
         if any(record.headers for record in records):
             await self._ensure_delayed()
-        written = await self._connection.writer.write(records)
+        written = await writer.write(records)
         return [DONE if w.refused is None else Outcome("refused", str(w.refused)) for w in written]
 
     async def _ensure_delayed(self) -> None:
@@ -143,7 +142,8 @@ class KafkaBroker(Broker):
         member = Membership(self._connection, group, topics, self._lease)
         await member.open()
         if self._mover is None:
-            self._mover = DelayMover(self._connection, self._namespace, self._lease)
+            queue = next(iter(queues))
+            self._mover = DelayMover(self._connection, self._namespace, queue, self._lease)
             self._mover.start()
         subscription = KafkaSubscription(self, member, topics)
         self._subscriptions.add(subscription)
@@ -229,10 +229,13 @@ class KafkaSubscription(Subscription):
         if self._epoch != self._member.epoch:
             return deliveries
         for queue, most in wanted.items():
-            fetched = self._fetched[queue]
             room = min(most, limit - len(deliveries))
-            while fetched and room > 0:
-                partition, record = fetched.popleft()
+            while (fetched := self._fetched[queue]) and room > 0:
+                partition, record = fetched[0]
+                if partition.skips(record.offset):
+                    self._look_again(queue)
+                    continue
+                fetched.popleft()
                 count = partition.deliver(record.offset)
                 if count is not None:
                     value = record.value or b""
@@ -241,6 +244,13 @@ class KafkaSubscription(Subscription):
                     deliveries.append(Delivery(decode_message(value), queue, held, known))
                     room -= 1
         return deliveries
+
+    def _look_again(self, queue: str) -> None:
+        """Drop what was fetched of the first partition here: it is fetched again, from a gap on."""
+        fetched = self._fetched[queue]
+        partition, record = fetched[0]
+        self._fetched[queue] = deque(item for item in fetched if item[0] is not partition)
+        self._member.look_again(partition, record.offset)
 
     async def _announce(self, deliveries: list[Delivery]) -> None:
         """Have the group count what is delivered first after a takeover, before it is run.
@@ -364,13 +374,26 @@ class KafkaSubscription(Subscription):
             try:
                 if not passing:
                     records = await self._member.poll(list(self._queues), 256)
-                    passing = [(p, r) for p, r in records if p.deliver(r.offset)]
+                    passing = self._to_pass_on(records)
                 await self._copy(passing)
                 passing = []
             except Unavailable as error:
                 logger.warning("messages wait for tasks that a closed subscription runs: %s", error)
                 await asyncio.sleep(1.0)
         await self.leave()
+
+    def _to_pass_on(self, records: list[tuple[Partition, Any]]) -> list[tuple[Partition, Any]]:
+        passing = []
+        looking: set[Partition] = set()
+        for partition, record in records:
+            if partition in looking:
+                continue
+            if partition.skips(record.offset):
+                looking.add(partition)
+                self._member.look_again(partition, record.offset)
+            elif partition.deliver(record.offset):
+                passing.append((partition, record))
+        return passing
 
     async def _copy(self, records: list[tuple[Partition, Any]]) -> None:
         from qtasks_kafka.writer import Record

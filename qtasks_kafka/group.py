@@ -226,15 +226,23 @@ class Membership:
             batches = batches or await consumer.getmany(
                 *(places or [TopicPartition("", 0)]), timeout_ms=1000, max_records=limit
             )
-        except KafkaError as error:
+        except asyncio.CancelledError:
+            raise  # The driver had taken nothing yet.
+        except BaseException as error:
+            # It may have taken records of one partition before it failed with another's.
             self._retire()
-            raise self._connection.translated(error) from error
+            if isinstance(error, KafkaError):
+                raise self._connection.translated(error) from error
+            raise
         finally:
             self._polled = time.monotonic()
+        # From here to the end nothing is awaited and nothing raises but what rewinds first: the
+        # driver's positions are behind these records already.
         if batches and epoch != self.epoch:
             self._rewind()
             return []
-        if epoch == self.epoch:
+        if not batches and epoch == self.epoch:
+            # While a full buffer is drained the last fetch is rightly old; an empty one is not.
             self._check_answers(consumer, places)
         return [
             (self.partitions[tp], record)
@@ -286,6 +294,19 @@ class Membership:
         for tp, partition in self.partitions.items():
             if tp in consumer.assignment():
                 consumer.seek(tp, partition.next_fetch)
+                partition.fetch_from(partition.next_fetch)
+
+    def look_again(self, partition: Partition, came: int) -> None:
+        """Fetch once more what should have come in front of the offset that came."""
+        consumer = self._running()
+        for tp, own in self.partitions.items():
+            if own is partition and tp in consumer.assignment():
+                logger.warning(
+                    "offset %d of partition %d of %s came, and %d has not: it is fetched again",
+                    came, tp.partition, tp.topic, partition.expected,
+                )  # fmt: skip
+                consumer.seek(tp, partition.expected)
+                partition.fetch_from(partition.expected, again=True)
 
     # --- asking the group ----------------------------------------------------------------------
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
+
+import msgspec
+from msgspec import Struct
+from uuid_utils import uuid7
 
 from qtasks_core import Guarantees
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
@@ -23,6 +27,22 @@ QUIET = 0.5
 """Seconds after which a read without entries looks whether the log's end moved all the same."""
 
 
+LAYOUT_KEY = b"\nlayout"
+
+
+class Layout(Struct, frozen=True):
+    """How the entries of a log are dealt out, fixed by the first record of this kind in it.
+
+    An entry's partition follows from its uuid and a number of partitions. Were that the topic's,
+    which may grow, writers would send entries of one uuid to different partitions, and readers
+    would not agree on their order.
+    """
+
+    partitions: int
+    id: str
+    """Of this log: a topic that was deleted and made anew has another."""
+
+
 class KafkaLog(Log):
     """The topic `NAMESPACE.records`. A mark is the end of each partition."""
 
@@ -31,12 +51,14 @@ class KafkaLog(Log):
             raise ConfigurationError("partitions must be above 0")
         self._connection = Connection(url, partitions=partitions, replicas=replicas)
         self._topic = ""
-        self._partitions = 0
+        self._running = False
+        self._layout: Layout | None = None
         self._consumer: AIOKafkaConsumer | None = None
         self._asker: AIOKafkaConsumer | None = None
         """Asks for the log's end: on the reader's connection it would wait behind a long poll."""
         self._opening = asyncio.Lock()
         self._positions: dict[TopicPartition, int] = {}
+        self._retired: set[asyncio.Task[None]] = set()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -56,12 +78,10 @@ class KafkaLog(Log):
     async def start(self, namespace: str) -> None:
         await self.stop()
         self._topic = topic_name(namespace, "records")
-        self._positions = {}
+        self._layout, self._positions = None, {}
         try:
             await self._connection.start()
-            await self._connection.ensure([self._topic])
-            assert self._connection.writer is not None
-            self._partitions = await self._connection.writer.partitions(self._topic)
+            self._running = True
             await self._open()
         except BaseException:
             await self.stop()
@@ -69,65 +89,120 @@ class KafkaLog(Log):
 
     async def _open(self) -> AIOKafkaConsumer:
         """Return the consumer; a new one goes on behind what was read."""
-        if not self._partitions:
-            raise Closed("KafkaLog is not started")
         async with self._opening:
+            if not self._running:
+                raise Closed("KafkaLog is not started")
             if self._consumer is None:
                 self._consumer = await self._begin()
             return self._consumer
 
     async def _begin(self) -> AIOKafkaConsumer:
-        consumer = self._connection.consumer(group_id=None, fetch_max_wait_ms=500)
-        from aiokafka.structs import TopicPartition
-
+        """Open the log where it was left, or another one that is there in its place."""
+        # Offsets that are gone mean that the topic was made anew, or cut: that is looked at here.
+        consumer = self._connection.consumer(
+            group_id=None, fetch_max_wait_ms=500, auto_offset_reset="none"
+        )
+        asker = self._connection.consumer(group_id=None)
         try:
             with self._connection.reaching():
-                async with asyncio.timeout(REQUEST):
-                    if self._asker is None:
-                        self._asker = self._connection.consumer(group_id=None)
-                        await self._asker.start()
+                async with asyncio.timeout(REQUEST) as deadline:
+                    self._connection.forget_topics()
+                    await self._connection.ensure([self._topic])
+                    await asker.start()
                     await consumer.start()
-                    consumer.assign(
-                        [TopicPartition(self._topic, p) for p in range(self._partitions)]
-                    )
-                    first = await consumer.beginning_offsets(consumer.assignment())
+                    layout = await self._find_layout(consumer, deadline)
+                    if layout != self._layout:
+                        if self._layout is not None:
+                            logger.warning("the topic %s was made anew", self._topic)
+                        self._layout, self._positions = layout, {}
+                    await self._seek(consumer, layout)
         except BaseException:
-            asker, self._asker = self._asker, None
-            for opened in (consumer, asker):
-                if opened is not None:
-                    await close_consumer(opened)
+            await close_consumer(consumer)
+            await close_consumer(asker)
             raise
-        for tp, offset in first.items():
-            self._positions[tp] = max(offset, self._positions.get(tp, 0))
-            consumer.seek(tp, self._positions[tp])
+        self._asker = asker
         return consumer
 
+    async def _find_layout(self, consumer: AIOKafkaConsumer, deadline: asyncio.Timeout) -> Layout:
+        """Return the log's first layout, after writing it where there is none.
+
+        It is the first record, unless the topic is older than layouts; then the scan may take long.
+        """
+        clock = asyncio.get_running_loop().time
+        from aiokafka.structs import TopicPartition
+
+        from qtasks_kafka.writer import Record
+
+        writer = self._connection.writer
+        if writer is None:
+            raise Closed("KafkaLog is not started")
+        place = TopicPartition(self._topic, 0)
+        consumer.assign([place])
+        while True:
+            first = (await consumer.beginning_offsets([place]))[place]
+            end = (await consumer.end_offsets([place]))[place]
+            consumer.seek(place, first)
+            while await consumer.position(place) < end:
+                for records in (await consumer.getmany(timeout_ms=1000)).values():
+                    deadline.reschedule(clock() + REQUEST)
+                    for record in records:
+                        if (layout := _layout_of(record)) is not None:
+                            return layout
+            made = Layout(await writer.partitions(self._topic), uuid7().hex)
+            value = msgspec.json.encode(made)
+            await writer.write([Record(self._topic, value, LAYOUT_KEY, partition=0)])
+
+    async def _seek(self, consumer: AIOKafkaConsumer, layout: Layout) -> None:
+        """Read on behind what was read, as far as that is there."""
+        from aiokafka.structs import TopicPartition
+
+        places = [TopicPartition(self._topic, number) for number in range(layout.partitions)]
+        consumer.assign(places)
+        first = await consumer.beginning_offsets(places)
+        ends = await consumer.end_offsets(places)
+        for place in places:
+            position = max(first[place], self._positions.get(place, 0))
+            self._positions[place] = min(position, ends[place])
+            consumer.seek(place, self._positions[place])
+
     async def stop(self) -> None:
+        self._running = False
+        self._retire()
+        if self._retired:
+            await asyncio.wait(self._retired)
+        await self._connection.stop()
+
+    def _retire(self) -> None:
+        """Give up the consumers; the next call opens the log anew. `stop` awaits their end."""
         consumers, self._consumer, self._asker = (self._consumer, self._asker), None, None
-        self._partitions = 0
         for consumer in consumers:
             if consumer is not None:
-                await close_consumer(consumer)
-        await self._connection.stop()
+                closing = asyncio.create_task(close_consumer(consumer))
+                self._retired.add(closing)
+                closing.add_done_callback(self._retired.discard)
 
     async def append(self, entries: Sequence[Entry]) -> list[str | None]:
         from qtasks_kafka.writer import Record
 
-        writer = self._connection.writer
-        if writer is None or not self._partitions:
+        await self._open()
+        writer, layout = self._connection.writer, self._layout
+        if writer is None or layout is None:
             raise Closed("KafkaLog is not started")
-        await self._connection.ensure([self._topic])
-        written = await writer.write(
-            [
-                Record(
-                    self._topic,
-                    entry.value,
-                    f"{entry.partition_key}\n{entry.key}".encode(),
-                    partition=crc32(entry.partition_key.encode()) % self._partitions,
-                )
-                for entry in entries
-            ]
-        )
+        records = [
+            Record(
+                self._topic,
+                entry.value,
+                f"{entry.partition_key}\n{entry.key}".encode(),
+                partition=crc32(entry.partition_key.encode()) % layout.partitions,
+            )
+            for entry in entries
+        ]
+        try:
+            await self._connection.ensure([self._topic])
+            written = await writer.write(records)
+        except Unavailable:
+            self._retire()
+            raise
         for outcome in written:
             if isinstance(outcome.refused, ConfigurationError):
                 raise outcome.refused
@@ -135,28 +210,31 @@ class KafkaLog(Log):
 
     async def read(self) -> list[Entry]:
         consumer = await self._open()
-        from aiokafka.errors import KafkaError
-
         while True:
             try:
-                batches = await consumer.getmany(timeout_ms=int(QUIET * 1000))
-            except KafkaError as error:
+                with self._connection.reaching():
+                    batches = await consumer.getmany(timeout_ms=int(QUIET * 1000))
+                    if not batches and await self._moved(consumer):
+                        return []
+            except asyncio.CancelledError:
+                raise
+            except BaseException:
+                # What the driver took is in front of its position now; the next one takes it again.
                 if self._consumer is consumer:
-                    self._consumer = None
-                    await close_consumer(consumer)
-                raise self._connection.translated(error) from error
+                    self._retire()
+                raise
             if self._consumer is not consumer:
-                raise Unavailable("the log was closed while it was read")
+                raise Unavailable("the log was opened anew while it was read")
             if batches:
                 return self._entries(batches)
-            if await self._moved(consumer):
-                return []
 
     def _entries(self, batches: dict[TopicPartition, list[object]]) -> list[Entry]:
         entries = []
         for tp, records in batches.items():
             for record in records:
                 self._positions[tp] = record.offset + 1  # type: ignore[attr-defined]
+                if record.key == LAYOUT_KEY:  # type: ignore[attr-defined]
+                    continue
                 partition_key, _, key = (record.key or b"").decode(errors="replace").partition("\n")  # type: ignore[attr-defined]
                 entries.append(Entry(partition_key, key, record.value))  # type: ignore[attr-defined]
         return entries
@@ -172,14 +250,33 @@ class KafkaLog(Log):
 
     async def mark(self) -> object:
         consumer = await self._open()
-        if self._asker is None:
+        asker = self._asker
+        if asker is None:
             raise Unavailable("the log is being opened anew")
-        with self._connection.reaching():
-            async with asyncio.timeout(REQUEST):
-                partitions = consumer.assignment()
-                ends: dict[TopicPartition, int] = await self._asker.end_offsets(partitions)
+        try:
+            with self._connection.reaching():
+                async with asyncio.timeout(REQUEST):
+                    places = consumer.assignment()
+                    ends: dict[TopicPartition, int] = await asker.end_offsets(places)
+        except Unavailable:
+            self._retire()
+            raise
+        if any(end < self._positions.get(place, 0) for place, end in ends.items()):
+            self._retire()
+            raise Unavailable("the log is shorter than it was; it is being opened anew")
         return ends
 
     def reached(self, mark: object) -> bool:
         assert isinstance(mark, dict)
         return all(self._positions.get(tp, 0) >= end for tp, end in mark.items())
+
+
+def _layout_of(record: Any) -> Layout | None:
+    """Return the layout that a record holds, None where it is another or of no use."""
+    if record.key != LAYOUT_KEY:
+        return None
+    try:
+        layout = msgspec.json.decode(record.value or b"", type=Layout)
+    except msgspec.MsgspecError:
+        return None
+    return layout if layout.partitions > 0 else None

@@ -26,6 +26,10 @@ class Partition:
         """Offsets that are not done, ascending, and how often each was delivered."""
         self.returning = deque(self.open)
         """Those of them that wait to be fetched (again)."""
+        self.expected = self.next_fetch
+        """The offset of the next record, as far as fetching has come."""
+        self._looked_at: int | None = None
+        """The offset from which it was fetched again, since what is there had not come."""
         self.unconfirmed: set[int] = set()
         """Done, but the group has not taken a commit that says so."""
         self.lost = False
@@ -48,11 +52,28 @@ class Partition:
         """How many records are delivered and not settled."""
         return 0 if self.lost else len(self.open) - len(self.returning)
 
+    def fetch_from(self, offset: int, *, again: bool = False) -> None:
+        """Take note that fetching goes on here; `again`, to see what is in a gap."""
+        self.expected = offset
+        self._looked_at = offset if again else None
+
+    def skips(self, offset: int) -> bool:
+        """Say whether offsets in front of a fetched record must be fetched once more.
+
+        A log may have gaps. But a record that was taken from the driver and lost on its way here
+        leaves one too, and what is delivered behind it would count it as done.
+        """
+        return offset > self.expected and self._looked_at != self.expected
+
     def deliver(self, offset: int) -> int | None:
         """Take note that a fetched record is delivered; return how often, as far as known.
 
-        None: it must not be delivered, since it is done or in flight.
+        None: it must not be delivered, since it is done or in flight. Raises `ValueError` when
+        that would pass offsets that may hold a record.
         """
+        if self.skips(offset):
+            raise ValueError(f"offset {offset} comes, and {self.expected} has not")
+        self.expected = max(self.expected, offset + 1)
         while self.returning and self.returning[0] < offset:
             # Fetching went past it, so it is not in the log any more.
             del self.open[self.returning.popleft()]

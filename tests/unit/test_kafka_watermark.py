@@ -1,5 +1,6 @@
 """Done records above the watermark survive the way through a commit's metadata."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ def test_a_commit_names_its_owner() -> None:
 def test_metadata_never_outgrows_the_server() -> None:
     partition = Partition(0)
     for offset in range(0, 2_000_000, 100):
+        partition.fetch_from(partition.expected, again=True)
         partition.deliver(offset)
     metadata = partition.metadata("x" * 12)
     assert 3000 < len(metadata) <= METADATA_LIMIT
@@ -44,6 +46,7 @@ def test_metadata_never_outgrows_the_server() -> None:
 
 def test_records_that_are_gone_do_not_hold_the_watermark() -> None:
     partition = Partition(10, {3: 1, 5: 1})
+    partition.fetch_from(3, again=True)
     assert partition.deliver(5) == 2
     assert partition.watermark == 5
     partition.finish(5)
@@ -60,3 +63,40 @@ def test_settled_means_that_the_group_knows() -> None:
     assert not partition.settled(0)
     partition.unconfirmed.clear()
     assert partition.settled(0)
+
+
+@given(st.integers(0, 5), st.sets(st.integers(0, 60)), st.sets(st.integers(0, 60)))
+def test_no_record_that_was_lost_on_its_way_is_counted_as_done(
+    start: int, there: set[int], lost: set[int]
+) -> None:
+    """Whatever is lost once between driver and delivery, and whatever gaps the log has."""
+    partition, delivered = Partition(start), []
+    log = sorted(offset for offset in there if offset >= start)
+    lost = set(lost)
+    fetching = iter(log)
+    while (offset := next(fetching, None)) is not None:
+        if offset in lost:
+            lost.discard(offset)
+        elif partition.skips(offset):
+            partition.fetch_from(partition.expected, again=True)
+            fetching = iter([o for o in log if o >= partition.expected])
+        elif partition.deliver(offset) is not None:
+            delivered.append(offset)
+    # What was lost last is not passed: a successor begins there, or fetching comes to it.
+    missing = [offset for offset in log if offset not in delivered]
+    assert delivered == [offset for offset in log if offset < partition.expected]
+    assert all(offset >= partition.expected for offset in missing)
+    for offset in delivered:
+        partition.finish(offset)
+    assert partition.watermark <= min(missing, default=10**9)
+
+
+def test_a_gap_is_not_passed_before_it_was_looked_at_twice() -> None:
+    partition = Partition(3)
+    assert partition.deliver(3) == 1
+    assert partition.skips(6)
+    with pytest.raises(ValueError, match="offset 6 comes, and 4 has not"):
+        partition.deliver(6)
+    partition.fetch_from(4, again=True)
+    assert partition.deliver(6) == 1
+    assert partition.skips(8)

@@ -1,0 +1,114 @@
+"""The least rights that docs/choosing.md names are enough; one that is missing is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.protocol.admin import CreateAclsRequest
+from msgspec.structs import replace
+
+from qtasks_core import DONE, Ack, Retry, Task, TaskMessage
+from qtasks_core.errors import ConfigurationError
+from qtasks_kafka import KafkaBroker, KafkaStorage
+from qtasks_kafka.connection import KEPT, topic_name
+from qtasks_kafka.delays import CONFIG, delayed_topic
+from tests.services.kafka import asking
+from tests.services.native import PASSWORD
+from tests.services.secured_kafka import USER, SecuredKafka
+
+# Codes of Kafka's protocol.
+TOPIC, GROUP = 2, 3
+PREFIXED = 4
+READ, WRITE = 3, 4
+ALLOW = 3
+
+
+@pytest.fixture
+async def operator(secured: SecuredKafka) -> AsyncIterator[AIOKafkaAdminClient]:
+    async with asking(secured.url) as client:
+        yield client
+
+
+async def allow(operator: AIOKafkaAdminClient, kind: int, prefix: str, *deeds: int) -> None:
+    for deed in deeds:
+        request = CreateAclsRequest(kind, prefix, PREFIXED, f"User:{USER}", "*", deed, ALLOW)
+        await operator._send_to_controller(request)
+
+
+async def make_topics(operator: AIOKafkaAdminClient, namespace: str) -> None:
+    """Do what an operator does for workers that may create nothing."""
+    topics = {
+        topic_name(namespace, "queue", "q"): KEPT,
+        topic_name(namespace, "records"): KEPT,
+        delayed_topic(namespace): {**KEPT, **CONFIG},
+    }
+    await operator.create_topics(
+        [NewTopic(topic, 2, 1, topic_configs=dict(config)) for topic, config in topics.items()]
+    )
+
+
+def login(secured: SecuredKafka) -> str:
+    return f"kafka://{USER}:{PASSWORD}@127.0.0.1:{secured.way.login}"
+
+
+async def test_topics_of_an_operator_are_used_with_the_least_rights(
+    secured: SecuredKafka, operator: AIOKafkaAdminClient, namespace: str
+) -> None:
+    await make_topics(operator, namespace)
+    await allow(operator, TOPIC, f"{namespace}.", READ, WRITE)
+    await allow(operator, GROUP, f"{namespace}.", READ)
+    broker, storage = KafkaBroker(login(secured)), KafkaStorage(login(secured))
+    await broker.start(namespace)
+    await storage.start(namespace)
+    try:
+        message = TaskMessage(uuid="u", task_name="n", queue="q")
+        assert await broker.publish([message]) == [DONE]
+        subscription = await broker.subscribe({"q": 1})
+        (delivery,) = await subscription.receive({"q": 1}, 1)
+        assert delivery.message == message
+        again = replace(message, attempt=2, delay=0.1)
+        assert await subscription.settle([Retry(delivery, again)]) == [DONE]
+        (delivery,) = await subscription.receive({"q": 1}, 1)
+        assert isinstance(delivery.message, TaskMessage)
+        assert delivery.message.attempt == 2
+        record = Task(uuid="u", task_name="n", status="success")
+        assert await storage.save([record]) == [DONE]
+        assert await storage.get(["u"]) == [record]
+        assert await subscription.settle([Ack(delivery)]) == [DONE]
+    finally:
+        await broker.stop()
+        await storage.stop()
+
+
+async def test_a_right_that_is_missing_is_named(
+    secured: SecuredKafka, operator: AIOKafkaAdminClient, namespace: str
+) -> None:
+    await make_topics(operator, namespace)
+    broker = KafkaBroker(login(secured))
+    await broker.start(namespace)
+    try:
+        topic = topic_name(namespace, "queue", "q")
+        with pytest.raises(ConfigurationError, match=f"{topic}.*DESCRIBE, READ and WRITE"):
+            await broker.publish([TaskMessage(uuid="u", task_name="n", queue="q")])
+        await allow(operator, TOPIC, f"{namespace}.", READ, WRITE)
+        caught = await told(broker)
+        assert "GroupAuthorizationFailed" in caught
+        assert topic_name(namespace, "workers") in caught
+        assert PASSWORD not in caught
+    finally:
+        await broker.stop()
+
+
+async def told(broker: KafkaBroker) -> str:
+    """Return what receiving says, once the server obeys what it was told of other rights."""
+    while True:
+        try:
+            subscription = await broker.subscribe({"q": 1})
+            await subscription.receive({"q": 1}, 1)
+        except ConfigurationError as error:
+            if "the topic" not in str(error):
+                return str(error)
+            await asyncio.sleep(0.05)
