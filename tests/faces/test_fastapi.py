@@ -311,7 +311,10 @@ async def test_what_a_storage_cannot_do_is_a_501_with_the_sentence(app: QueueTas
 
     with TestClient(api) as client:
         answer = client.get("/tasks")
-    assert (answer.status_code, answer.json()["detail"]) == (501, "Unlisted cannot list tasks yet")
+    assert (answer.status_code, answer.json()["detail"]) == (
+        501,
+        "Unlisted cannot list records yet",
+    )
 
 
 async def test_other_errors_are_left_alone(client: AsyncClient) -> None:
