@@ -57,6 +57,13 @@ class Lifecycle:
         self._closes_at_exit = False
         self.starts_itself = False
         """Start at first use and close at exit: only the process's default app does."""
+        self._was_stopped = False
+        """Also when it could not be started. Starting it, again, takes that back."""
+
+    @property
+    def claims_routers(self) -> bool:
+        """Whether the tasks of a router that it included are meant for it: until it is stopped."""
+        return self.starts_itself or not self._was_stopped
 
     def guarantees(self) -> tuple[Guarantees, Guarantees]:
         """What the broker and the storage promise; complete once the app is started."""
@@ -120,8 +127,10 @@ class Lifecycle:
             await client.start(deadline)
         except Exception as error:
             life.failed = error
+            self._was_stopped = True
             raise
         life.client, life.failed = client, None
+        self._was_stopped = False
         io_thread().held.add(client)
 
     def _build_anew(self) -> None:
@@ -140,6 +149,7 @@ class Lifecycle:
             life.entered = max(0, life.entered - 1)
             if life.entered == 0 and life.client is not None:
                 client, life.client, life.by_itself = life.client, None, False
+                self._was_stopped = True
                 io_thread().held.discard(client)
                 await client.stop()
                 self._started_in = None
@@ -149,7 +159,7 @@ class Lifecycle:
         """The engine's client while the app is started; it lives on the I/O thread."""
         life = self._lives.get(io_thread())
         if life is None or life.client is None:
-            raise self._not_started()
+            raise not_started(self.name)
         return life.client
 
     async def ready(self, timeout: float | None = None) -> tuple[IOThread, Client]:
@@ -207,12 +217,6 @@ class Lifecycle:
         result: R = thread.run_blocking(repeat, call, time.monotonic() + START_TIMEOUT)
         return result
 
-    def _not_started(self) -> Closed:
-        return Closed(
-            f"the app {self.name!r} is not started; use it inside 'async with app:' "
-            "(or 'with app:'), or in a task that its worker runs"
-        )
-
     def _still_starting(self, timeout: float | None) -> Unavailable:
         return Unavailable(
             f"the app {self.name!r} has not reached its servers within {timeout} s; it goes on "
@@ -237,3 +241,11 @@ def _address(given: Broker | Storage | str, part: Broker | Storage) -> str:
         return redact(given)
     told = part.guarantees
     return f"{told.part} on {told.server}" if told.server else told.part
+
+
+def not_started(name: str) -> Closed:
+    """Return the error for a use of an app before its start or after its stop."""
+    return Closed(
+        f"the app {name!r} is not started; use it inside 'async with app:' "
+        "(or 'with app:'), or in a task that its worker runs"
+    )

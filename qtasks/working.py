@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -19,11 +17,12 @@ from msgspec.structs import replace
 
 from qtasks.balancers import Greedy
 from qtasks.engine import supervised
-from qtasks.engine.ending import Leaving, leave, stop_signals
+from qtasks.engine.ending import Leaving, leave
 from qtasks.engine.health import answer_probes
 from qtasks.engine.io_thread import IOThread, io_thread
 from qtasks.engine.limits import Limits
 from qtasks.engine.runner import Runner
+from qtasks.engine.stop_signals import StopSignals
 from qtasks.engine.supervisor import Supervisor
 from qtasks.engine.worker import Worker
 from qtasks.executors.child import is_child
@@ -178,10 +177,10 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
     try:
         asyncio.run(Service(app, options, leaving).run())
     except Exception:
-        leaving.done()
+        leaving.come_back(1)
         _leave_threads_behind(1)
         raise
-    leaving.done()
+    leaving.come_back(0)
     _leave_threads_behind(0)
 
 
@@ -204,11 +203,8 @@ class Service:
 
     async def run(self) -> None:
         """Serve until told to stop."""
-        loop = asyncio.get_running_loop()
-        for number in stop_signals():
-            loop.add_signal_handler(number, lambda: None)  # which wakes this loop up
-            signal.signal(number, self._signal_arrived)
-            signal.siginterrupt(number, False)
+        signals = StopSignals(self._signal_arrived)
+        signals.listen()
         try:
             async with self._probed(), self._supervised():
                 if not await self._started():
@@ -222,6 +218,7 @@ class Service:
                     await self._app.stop()
         finally:
             self._thread.post(self._told.set)
+            signals.leave()
 
     async def _started(self) -> bool:
         """Start the app; say whether that was before the end."""
@@ -241,7 +238,7 @@ class Service:
         """Let a worker work until it is time to stop, and stop it."""
         self._worker = worker
         if self._line is not None:
-            self._line.tell(True)
+            self._line.say(supervised.READY)
         told = asyncio.create_task(self._told.wait())
         failed = asyncio.create_task(worker.failed())
         worn = asyncio.create_task(worker.limits.reached())
@@ -251,16 +248,20 @@ class Service:
         for end in ends:
             end.cancel()
         grace = self._options.grace
+        if self._line is not None:
+            self._line.say(supervised.STOPS)
         logger.info(
             "worker %s stops (%s); running tasks have %s",
             worker.id, reason, "all the time" if grace is None else f"{grace:g} s",
         )  # fmt: skip
         await worker.stop(grace)
+        if self._line is not None:
+            self._line.say(supervised.OVER)
         self._leaving.begin(0 if worker.failure is None else 1)
 
-    def _signal_arrived(self, number: int, _frame: FrameType | None) -> None:
+    def _signal_arrived(self, name: str) -> None:
         # Not by the mailbox, whose lock this very thread may hold.
-        self._thread.loop.call_soon_threadsafe(self._tell, signal.Signals(number).name)
+        self._thread.loop.call_soon_threadsafe(self._tell, name)
 
     def _tell(self, reason: str) -> None:
         if not self._told.is_set():
@@ -305,6 +306,7 @@ class Service:
             yield
         finally:
             answering.cancel()
+            self._thread.post(self._line.say, supervised.OVER)
             self._thread.post(self._line.close)
 
     async def _answer(self, line: supervised.Line) -> None:

@@ -46,6 +46,8 @@ class KafkaBroker(Broker):
     at most three, are the default of the latter. More workers than partitions stay idle.
     """
 
+    driver_loggers = ("aiokafka",)
+
     def __init__(
         self,
         url: str,

@@ -157,6 +157,8 @@ class Fence(NamedTuple):
 class PostgresBroker(Broker):
     """Moves messages through a table. `lease` is in seconds, by the server's clock."""
 
+    driver_loggers = ("asyncpg",)
+
     def __init__(self, url: str, *, lease: float = 30.0) -> None:
         self._database = Database(url)
         self._lease = check_lease(lease)

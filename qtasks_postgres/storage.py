@@ -94,6 +94,8 @@ WATCH = """
 class PostgresStorage(Storage):
     """Remembers tasks in a table."""
 
+    driver_loggers = ("asyncpg",)
+
     def __init__(self, url: str) -> None:
         self._database = Database(url)
         self._listener = Listener(self._database)

@@ -74,6 +74,8 @@ class RabbitMQBroker(Broker):
     stopped receiver. Raises `ConfigurationError` when it is shorter.
     """
 
+    driver_loggers = ("aio_pika", "aiormq")
+
     def __init__(self, url: str = "amqp://localhost", *, lease: float = 30.0) -> None:
         if not lease >= SILENCE:
             raise ConfigurationError(

@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
+from qtasks.engine import driver_logs
 from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.cancelling import only_from_outside
 from qtasks.engine.gatherer import Gatherer
@@ -51,6 +52,7 @@ class Client:
         self.name = name
         self.broker = broker
         self.storage = storage
+        self._driver_loggers = {*broker.driver_loggers, *storage.driver_loggers}
         self.composition: Composition = broker.compose(storage)
         self._inbox: Inbox | None = None
         self._outage = Outage("waiting for results")
@@ -64,11 +66,13 @@ class Client:
 
     async def start(self, deadline: float) -> None:
         """Connect both parts. Raises `Unavailable` when that has not worked by the deadline."""
+        driver_logs.quiet(self._driver_loggers)
         try:
             await self._start_parts(deadline)
         except BaseException:
             await self._stop_parts()
             raise
+        driver_logs.cover()
 
     async def _start_parts(self, deadline: float) -> None:
         backoff, outage = Backoff(), Outage()
@@ -85,6 +89,7 @@ class Client:
                 late = asyncio.get_running_loop().time() + pause > deadline
                 if late or not isinstance(error, Unavailable):
                     raise error from None
+                driver_logs.cover()
                 outage.failed(error)
                 await asyncio.sleep(pause)
 
@@ -111,7 +116,10 @@ class Client:
         try:
             await self.broker.stop()
         finally:
-            await self.storage.stop()
+            try:
+                await self.storage.stop()
+            finally:
+                driver_logs.release(self._driver_loggers)
 
     def submit(
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]

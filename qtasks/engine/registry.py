@@ -15,6 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from qtasks.engine.jobs import Jobs
+from qtasks.engine.outage import Outage
 from qtasks_core import Running, Storage, WorkerInfo
 from qtasks_core.distribution import our_distribution
 from qtasks_core.errors import NotSupported, Unavailable
@@ -48,6 +49,7 @@ class Registration:
         self._jobs = jobs
         self._storage = storage
         self._asked = asyncio.Event()
+        self._outage = Outage("the registry of workers")
         self._info = WorkerInfo(
             id=id,
             host=socket.gethostname(),
@@ -96,7 +98,9 @@ class Registration:
         try:
             await self._storage.set(PREFIX + self._info.id, _encoder.encode(info))
         except Unavailable as error:
-            logger.warning("the registry of workers: %s", error)
+            self._outage.failed(error)
+        else:
+            self._outage.over()
 
     async def _leave(self) -> None:
         with suppress(NotSupported, Unavailable, TimeoutError):

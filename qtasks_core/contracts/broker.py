@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qtasks_core.contracts.subscription import Subscription
 from qtasks_core.errors import NotSupported
@@ -28,6 +28,9 @@ class Broker(ABC):
     engine has cut the connections that it inherited. What else must not cross a fork, such as the
     locks of an open file, the part itself gives up in the child.
     """
+
+    driver_loggers: ClassVar[tuple[str, ...]] = ()
+    """The names of the driver's loggers: the engine keeps them quiet while it is used."""
 
     @property
     @abstractmethod

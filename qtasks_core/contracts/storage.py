@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
+from typing import ClassVar
 
 from msgspec import UNSET, UnsetType
 
@@ -19,6 +20,9 @@ class Storage(ABC):
     The constructor of one that supports `expire` takes `retention=` (seconds), for records that do
     not say it.
     """
+
+    driver_loggers: ClassVar[tuple[str, ...]] = ()
+    """As those of a `Broker`."""
 
     @property
     @abstractmethod
