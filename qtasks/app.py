@@ -94,12 +94,13 @@ class App(Submitting):
         """Run a worker on this loop while the block runs.
 
         `queues`: those of the known tasks by default. At the end it stops receiving, lets running
-        tasks finish for `grace` seconds (None: for ever) and gives the rest back.
+        tasks finish for `grace` seconds (None: for ever) and gives the rest back. Another worker
+        follows one that has failed, but for an error of the configuration.
         """
         options = WorkerOptions(
             queues=_checked(queues), concurrency=concurrency, grace=grace, balancer=balancer
         )
-        return working(self, options, start_timeout)
+        return working(self, options, start_timeout, is_replaced=True)
 
     def run_forever(
         self,

@@ -34,6 +34,9 @@ def find_backend(url: str) -> Backend:
     if not found and not rest.startswith("//"):
         # A host and its port, most likely; what stands behind may be a password.
         raise ConfigurationError(f"'{scheme}:…' is not a URL; try sqlite:///qtasks.db")
+    plain, plus, _ = scheme.partition("+")
+    if not found and plus and entry_points(group=GROUP, name=plain):
+        raise ConfigurationError(f"{redact(url)}: write {plain}://, without the name of a driver")
     if not found:
         if (why := why_unregistered()) is not None:
             raise ConfigurationError(why)

@@ -29,7 +29,7 @@ def redact(url: str) -> str:
         netloc = f"{user}{colon and ':***'}@{host}"
     query = urlencode(
         [
-            (key, "***" if any(word in key.lower() for word in SECRET_WORDS) else value)
+            (key, _shown(key, value))
             for key, value in parse_qsl(parts.query, keep_blank_values=True)
         ],
         safe="*/:,",
@@ -38,6 +38,13 @@ def redact(url: str) -> str:
     scheme = f"{parts.scheme}:" if parts.scheme else ""
     slashes = "//" if "://" in url else ""
     return f"{scheme}{slashes}{netloc}{parts.path}{query and '?' + query}"
+
+
+def _shown(key: str, value: str) -> str:
+    """Return what may be shown of an option, which may be a URL itself."""
+    if any(word in key.lower() for word in SECRET_WORDS):
+        return "***"
+    return redact(value) if "://" in value or "@" in value else value
 
 
 def split(url: str) -> SplitResult:

@@ -21,6 +21,8 @@ from qtasks_postgres.connection import Database, Listener, storable
 ADDRESS = "qtasks:"
 """What the address of an inbox begins with; the whole is the name of its channel."""
 
+RIGHTS = {"records": ("SELECT", "INSERT", "UPDATE")}
+
 # The WHERE is `judge`, decided under the lock of the row; a row that comes back was accepted. The
 # payload of a notification is limited to 8000 bytes: a larger record is told of by its uuid. Only
 # addresses of this storage's kind are notified: a name that is none of a channel would be an error.
@@ -92,12 +94,12 @@ WATCH = """
 
 
 class PostgresStorage(Storage):
-    """Remembers tasks in a table."""
+    """Remembers tasks in a table. `listen_url` is as for `PostgresBroker`."""
 
     driver_loggers = ("asyncpg",)
 
-    def __init__(self, url: str) -> None:
-        self._database = Database(url)
+    def __init__(self, url: str, *, listen_url: str | None = None) -> None:
+        self._database = Database(url, listen_url)
         self._listener = Listener(self._database)
         self._inboxes: WeakSet[PostgresInbox] = WeakSet()
         self._namespace: str | None = None
@@ -113,13 +115,17 @@ class PostgresStorage(Storage):
             transactions=True,
             unsupported=(
                 "query", "claim", "release", "set", "get_value", "values", "watch_value",
-                "append", "read", "delete", "expire", "migrate",
+                "append", "read", "delete", "expire",
             ),
         )  # fmt: skip
 
     async def start(self, namespace: str) -> None:
-        await self._database.start()
-        self._listener.start()
+        await self._database.start(RIGHTS)
+        try:
+            await self._listener.start()
+        except BaseException:
+            await self._database.stop()
+            raise
         self._namespace = namespace
 
     async def stop(self) -> None:
@@ -128,6 +134,9 @@ class PostgresStorage(Storage):
             await inbox.close()
         self._namespace = None
         await self._database.stop()
+
+    async def migrate(self, namespace: str) -> None:
+        await self._database.migrate()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         namespace = self._started()
