@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,7 +14,7 @@ import pytest
 
 from qtasks.cli.parts import missing_in
 from qtasks_core import Broker, Guarantees, Storage
-from qtasks_core.lookup import resolve_broker, resolve_storage
+from qtasks_core.lookup import installed_parts, resolve_broker, resolve_storage
 from tests.pairs import url_of
 from tests.processes import ROOT
 
@@ -97,3 +98,16 @@ def test_the_page_promises_nothing_that_no_call_can_ask_for() -> None:
     """A broker may be able to join the caller's transaction; `add_task` cannot ask it to."""
     promised = [line for line in PAGE.read_text().splitlines() if "transaction" in line]
     assert all("`add_task` has no way to say so yet" in line for line in promised)
+
+
+def test_where_order_and_priorities_hold_is_what_the_brokers_say() -> None:
+    """The table in `delivery.md`."""
+    page = (ROOT / "docs" / "delivery.md").read_text()
+    told: dict[str, tuple[str, bool]] = {}
+    for names, order, priority in re.findall(
+        r"^\| (`\w+Broker`.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE
+    ):
+        kept = {"in a queue": "queue", "in each partition of a queue": "partition"}[order]
+        for name in re.findall(r"`(\w+)`", names):
+            told[name] = kept, priority == "yes"
+    assert told == {one.part: (one.order, one.priorities) for one in installed_parts("broker")}
