@@ -13,7 +13,7 @@ from typing import Any
 
 from qtasks.definition import TaskDefinition, checked_plugins
 from qtasks.engine.io_thread import refuse_running_loop
-from qtasks.lifecycle import START_TIMEOUT
+from qtasks.lifecycle import START_TIMEOUT, Life
 from qtasks.parts import given_parts
 from qtasks.serializers import MsgpackSerializer
 from qtasks.submitting import Submitting
@@ -66,6 +66,10 @@ class App(Submitting):
                 f"two functions claim the task name {definition.name!r}: "
                 f"{known.function!r} and {definition.function!r}"
             )
+
+    async def _connect(self, life: Life, deadline: float) -> None:
+        await super()._connect(life, deadline)
+        self.unmet.declared(self.definitions.values(), self.broker, self.storage)
 
     def definition(self, name: str) -> TaskDefinition:
         """Return a known task. Raises `UnknownTask`."""

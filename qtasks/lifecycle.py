@@ -19,6 +19,7 @@ from qtasks.engine.reply import anew
 from qtasks.parts import built_parts
 from qtasks_core import Broker, Guarantees, Storage
 from qtasks_core.errors import Closed, QTasksError, Unavailable
+from qtasks_core.urls import redact
 
 logger = logging.getLogger("qtasks")
 P = ParamSpec("P")
@@ -67,6 +68,11 @@ class Lifecycle:
     def guarantees(self) -> tuple[Guarantees, Guarantees]:
         """What the broker and the storage promise; complete once the app is started."""
         return self.broker.guarantees, self.storage.guarantees
+
+    def addresses(self) -> tuple[str, str]:
+        """Where the broker and the storage are: their URLs without passwords, or what they are."""
+        broker, storage = self._given
+        return _address(broker, self.broker), _address(storage, self.storage)
 
     async def start(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
@@ -228,6 +234,13 @@ class Lifecycle:
             thread.run_blocking(self._stop, timeout=_EXIT_TIMEOUT)
         except (QTasksError, TimeoutError, OSError) as error:
             logger.warning("the app %r was not closed at exit: %s", self.name, error or "too slow")
+
+
+def _address(given: Broker | Storage | str, part: Broker | Storage) -> str:
+    if isinstance(given, str):
+        return redact(given)
+    told = part.guarantees
+    return f"{told.part} on {told.server}" if told.server else told.part
 
 
 def not_started(name: str) -> Closed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
@@ -90,3 +90,16 @@ def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[s
         return url, {}
     head = url.partition("?")[0]
     return head + ("?" + urlencode(left) if left else ""), taken
+
+
+def refuse_options(url: str, known: Iterable[str]) -> None:
+    """Raise `ConfigurationError` for options left in `url`; `known` are those that exist.
+
+    For what no driver reads. A name is told, and no value, which may be a secret.
+    """
+    left = [key for key, _ in parse_qsl(split(url).query, keep_blank_values=True)]
+    if left:
+        raise ConfigurationError(
+            f"{redact(url.partition('?')[0])}: there is no option {left[0]!r}; there are: "
+            f"{', '.join(known) or 'none'}"
+        )

@@ -100,7 +100,7 @@ class Connection:
             self._errors = import_module("aiokafka.errors")
             admin = import_module("aiokafka.admin")
         except ImportError as error:
-            raise MissingDriver("kafka://", "qtasks[kafka]") from error
+            raise MissingDriver("kafka://", ".[kafka]") from error
         from qtasks_kafka.writer import Writer
 
         await self.stop()

@@ -231,8 +231,8 @@ class PostgresBroker(Broker):
         await self._doorbell.stop()
         await self._database.stop()
 
-    async def migrate(self, namespace: str) -> None:
-        await self._database.migrate()
+    async def migrate(self, namespace: str) -> list[str]:
+        return await self._database.migrate()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None

@@ -145,14 +145,18 @@ class Database:
         """
         self._open = True
         try:
-            self.durability = await self.calls.run(self._prepare(needs))
+            self.durability, _ = await self.calls.run(self._prepare(needs))
         except BaseException:
             await self.stop()
             raise
 
-    async def migrate(self) -> None:
-        """Create what is missing, by a connection of its own. Raises as `start`."""
-        await self.calls.run(self._prepare({}))
+    async def migrate(self) -> list[str]:
+        """Create what is missing, by a connection of its own; return what that changed.
+
+        Raises as `start`.
+        """
+        _, changed = await self.calls.run(self._prepare({}))
+        return changed
 
     async def stop(self) -> None:
         """Close all connections. Idempotent."""
@@ -236,8 +240,10 @@ class Database:
             await connection.execute(SET_LOCALLY)
             return await connection.fetch(sql, *arguments)
 
-    async def _prepare(self, needs: Mapping[str, Collection[str]]) -> Durability:
+    async def _prepare(self, needs: Mapping[str, Collection[str]]) -> tuple[Durability, list[str]]:
         """Do what a start does in one transaction on a connection that is closed again.
+
+        Returns the server's durability, and what was changed in the schema.
 
         A pooler is known by the process ids it gives its clients: they are not the server's.
         """
@@ -256,14 +262,14 @@ class Database:
                                 f"{self.shown} is PostgreSQL {version.major}; qtasks needs {OLDEST}"
                                 " or newer"
                             )
-                        await ensure_schema(connection)
+                        changed = await ensure_schema(connection)
                         await self._check_rights(connection, needs)
                         durability = await read_durability(connection)
                 except BaseException:
                     connection.terminate()
                     raise
                 await close_gently(connection)
-                return durability
+                return durability, changed
 
     def _check_place(self, row: Any) -> None:
         if row["elsewhere"]:
@@ -502,7 +508,7 @@ def load_driver() -> None:
     try:
         import asyncpg  # noqa: F401
     except ImportError:
-        raise MissingDriver("postgresql://", "qtasks[postgres]") from None
+        raise MissingDriver("postgresql://", ".[postgres]") from None
 
 
 def channel_of(namespace: str, queue: str) -> str:

@@ -96,13 +96,15 @@ STEPS = (
 VERSION = len(STEPS)
 
 
-async def ensure_schema(connection: Connection) -> None:
-    """Create or update the tables. Does nothing, and needs no rights to, when they are there.
+async def ensure_schema(connection: Connection) -> list[str]:
+    """Create or update the tables; return what that changed, in words.
+
+    Does nothing, and needs no rights to, when they are there.
 
     Raises `ConfigurationError` when a newer release has been at work here.
     """
     if await _version(connection) == VERSION:
-        return
+        return []
     # Where a caller's transaction is open, this is a savepoint of it.
     async with connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
@@ -119,6 +121,11 @@ async def ensure_schema(connection: Connection) -> None:
         for step in STEPS[found:]:
             await connection.execute(step)
         await connection.execute("UPDATE qtasks.version SET version = $1", VERSION)
+    if found == VERSION:
+        return []  # by somebody else, while this one waited for the lock
+    if found == 0:
+        return [f"the schema qtasks created, now has version {VERSION}"]
+    return [f"the schema qtasks updated from version {found} to {VERSION}"]
 
 
 async def _version(connection: Connection) -> int:

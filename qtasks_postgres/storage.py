@@ -135,8 +135,8 @@ class PostgresStorage(Storage):
         self._namespace = None
         await self._database.stop()
 
-    async def migrate(self, namespace: str) -> None:
-        await self._database.migrate()
+    async def migrate(self, namespace: str) -> list[str]:
+        return await self._database.migrate()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         namespace = self._started()

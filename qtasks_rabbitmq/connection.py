@@ -124,7 +124,7 @@ async def connect(url: str, purpose: str, heartbeat: int) -> AbstractConnection:
         import aiormq
         from yarl import URL
     except ModuleNotFoundError as error:
-        raise MissingDriver(url.partition("://")[0] + "://", "qtasks[rabbitmq]") from error
+        raise MissingDriver(url.partition("://")[0] + "://", ".[rabbitmq]") from error
     try:
         named = URL(url).update_query(heartbeat=str(heartbeat), name=f"qtasks {purpose}")
         return await aiormq.connect(named)

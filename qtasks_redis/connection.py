@@ -164,7 +164,7 @@ async def connect(url: str, namespace: str) -> Connection:
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
     except ImportError:
-        raise MissingDriver("redis://", "qtasks[redis]") from None
+        raise MissingDriver("redis://", ".[redis]") from None
     rest, options = take_options(url, {"socket_timeout": float})
     try:
         client: Redis = Redis.from_url(

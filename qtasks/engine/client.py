@@ -165,21 +165,11 @@ class Client:
         """
         record = (await self.get([uuid], deadline))[0]
         while record is not None and record.status not in FINAL:
-            # An execution of its own tells this record from a task's own end.
-            execution = f"cancel/{uuid7()}"
-            cancelled = replace(
-                record,
-                status="cancel",
-                execution=execution,
-                finished_at=time.time(),
-                due_at=None,
-                retention=cancelled_kept_for(record, self.storage.guarantees.retention),
-            )
-            save = partial(self.storage.save, [cancelled])
-            outcome = (await repeat(save, deadline))[0]
+            end = cancelled(record, self.storage.guarantees.retention)
+            outcome = (await repeat(partial(self.storage.save, [end]), deadline))[0]
             if outcome.status == "done":
                 await self._tell(Command(name="cancel", target=uuid))
-                return cancelled
+                return end
             # It has gone on meanwhile: to its end, or to another attempt.
             record = (await self.get([uuid], deadline))[0]
         if record is None:
@@ -329,6 +319,19 @@ class Client:
 
 def _bytes_of(submission: Submission) -> int:
     return len(submission.message.args) + len(submission.message.kwargs)
+
+
+def cancelled(record: Task, retention: float | None) -> Task:
+    """Return the record of a task that is cancelled now; `retention` is the storage's own."""
+    # An execution of its own tells this record from a task's own end.
+    return replace(
+        record,
+        status="cancel",
+        execution=f"cancel/{uuid7()}",
+        finished_at=time.time(),
+        due_at=None,
+        retention=cancelled_kept_for(record, retention),
+    )
 
 
 class _Countdown(Reply[Task | None]):

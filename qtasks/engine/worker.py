@@ -382,7 +382,11 @@ class Worker:
         again = replace(message, headers=headers, delay=_UNKNOWN_DELAY)
         self._finish(job, Completion(Retry(job.delivery, again), None))
         if tries == 1:
-            logger.warning("unknown task %s %s; put back", message.task_name, message.uuid)
+            logger.warning(
+                'unknown task %s %s; put back: another program may use the name "%s", or a '
+                "deployment is under way",
+                message.task_name, message.uuid, self._client.name,
+            )  # fmt: skip
 
     def _bury(self, job: Job, error: str, dead: str) -> None:
         """End a job that does not run."""

@@ -135,8 +135,10 @@ class Storage(ABC):
         """
         raise NotSupported(f"{type(self).__name__} cannot expire records yet")
 
-    async def migrate(self, namespace: str) -> None:
+    async def migrate(self, namespace: str) -> list[str]:
         """Create or update what the server must have for a namespace, before workers use it.
+
+        Returns what was created or changed, in words for an operator; empty: nothing had to be.
 
         Works on a storage that is not started, and on a started one, whatever namespace that has:
         with its own connection, which is closed again. Afterwards `start(namespace)` has nothing to
