@@ -39,6 +39,9 @@ T = TypeVar("T")
 TIMEOUT = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
 
+MIGRATION = 3600.0
+"""Seconds for `migrate`, which may have to build an index of a large table."""
+
 SLOWEST = 2 * 1024 * 1024
 """Bytes a second that any server writes; what is sent adds its time to the timeout."""
 
@@ -155,7 +158,7 @@ class Database:
 
         Raises as `start`.
         """
-        _, changed = await self.calls.run(self._prepare({}))
+        _, changed = await self.calls.run(self._prepare({}, MIGRATION))
         return changed
 
     async def stop(self) -> None:
@@ -240,7 +243,9 @@ class Database:
             await connection.execute(SET_LOCALLY)
             return await connection.fetch(sql, *arguments)
 
-    async def _prepare(self, needs: Mapping[str, Collection[str]]) -> tuple[Durability, list[str]]:
+    async def _prepare(
+        self, needs: Mapping[str, Collection[str]], within: float = TIMEOUT
+    ) -> tuple[Durability, list[str]]:
         """Do what a start does in one transaction on a connection that is closed again.
 
         Returns the server's durability, and what was changed in the schema.
@@ -248,8 +253,8 @@ class Database:
         A pooler is known by the process ids it gives its clients: they are not the server's.
         """
         load_driver()
-        with self.translated():
-            async with asyncio.timeout(TIMEOUT):
+        with translated(self.shown, within):
+            async with asyncio.timeout(within):
                 connection = await self._open_connection(self._options, cache=False)
                 try:
                     async with connection.transaction(isolation="read_committed"):
