@@ -74,20 +74,20 @@ class Lifecycle:
         broker, storage = self._given
         return _address(broker, self.broker), _address(storage, self.storage)
 
-    async def start(self, timeout: float = START_TIMEOUT) -> None:
+    async def start_async(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
         await io_thread().run(self._start, timeout, undo=self._stop)
 
-    async def stop(self) -> None:
+    async def stop_async(self) -> None:
         """Disconnect with the last of nested stops."""
         await io_thread().run(self._stop)
 
     def start_blocking(self, timeout: float = START_TIMEOUT) -> None:
-        """Connect both parts from a thread without a loop."""
+        """Do as `start_async`, from a thread without a loop."""
         io_thread().run_blocking(self._start, timeout, undo=self._stop)
 
     def stop_blocking(self) -> None:
-        """Disconnect from a thread without a loop."""
+        """Do as `stop_async`, from a thread without a loop."""
         io_thread().run_blocking(self._stop)
 
     async def _start(self, timeout: float) -> None:

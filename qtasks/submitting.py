@@ -122,7 +122,7 @@ class Submitting(Lifecycle):
         """
         began = _begin(timeout)
         thread, client = await self.ready(timeout)
-        self.unmet.submitted((message,), self.broker)
+        self.unmet.submitted((message,), self.broker, self.storage)
         reply: LoopReply[schemas.Task | None] = LoopReply()
         deadline = began + (PUBLISH_TIMEOUT if timeout is None else timeout)
         thread.post(client.submit, message, deadline, timeout is not None, reply)
@@ -133,7 +133,7 @@ class Submitting(Lifecycle):
         """Do as `submit`, from a thread without a loop."""
         began = _begin(timeout)
         thread, client = self.ready_blocking(timeout)
-        self.unmet.submitted((message,), self.broker)
+        self.unmet.submitted((message,), self.broker, self.storage)
         reply: ThreadReply[schemas.Task | None] = ThreadReply()
         deadline = began + (PUBLISH_TIMEOUT if timeout is None else timeout)
         thread.post(client.submit, message, deadline, timeout is not None, reply)
@@ -147,7 +147,7 @@ class Submitting(Lifecycle):
         is not submitted.
         """
         thread, client = await self.ready()
-        self.unmet.submitted(messages, self.broker)
+        self.unmet.submitted(messages, self.broker, self.storage)
         for part in _parts(messages):
             await thread.ask(client.submit_all, part, time.monotonic() + PUBLISH_TIMEOUT)
         return [record_of(message) for message in messages]
@@ -155,7 +155,7 @@ class Submitting(Lifecycle):
     def submit_all_blocking(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
         """Do as `submit_all`, from a thread without a loop."""
         thread, client = self.ready_blocking()
-        self.unmet.submitted(messages, self.broker)
+        self.unmet.submitted(messages, self.broker, self.storage)
         for part in _parts(messages):
             deadline = time.monotonic() + PUBLISH_TIMEOUT
             thread.ask_blocking(client.submit_all, part, deadline)

@@ -17,28 +17,46 @@ USUAL = TaskOptions().priority
 
 
 class Unmet:
-    """What one app has been warned of."""
+    """What the tasks of one app ask for, so that each is judged once."""
 
     def __init__(self) -> None:
-        self._told: set[tuple[str, str]] = set()
+        self._of_priority: set[str] = set()
+        self._of_retention: set[str] = set()
 
     def declared(
         self, definitions: Iterable[TaskDefinition], broker: Broker, storage: Storage
     ) -> None:
-        """Warn of tasks whose options ask for what is not there; `broker` has been started."""
-        known = list(definitions)
-        if not has_priorities(broker.guarantees):
-            asking = [d.name for d in known if d.options.priority != USUAL]
-            self._warn("a priority", asking, broker, has_priorities, "is ignored")
-        if not deletes(storage.guarantees):
-            asking = [d.name for d in known if d.options.retention is not None]
-            self._warn("a retention", asking, storage, deletes, "is ignored: records are kept")
+        """Warn of tasks whose options ask for what is not there; both have been started."""
+        options = {definition.name: definition.options for definition in definitions}
+        self._judge(
+            {name for name, asked in options.items() if asked.priority != USUAL},
+            {name for name, asked in options.items() if asked.retention is not None},
+            broker,
+            storage,
+        )
 
-    def submitted(self, messages: Sequence[TaskMessage], broker: Broker) -> None:
-        """Warn of calls that ask for a priority."""
-        asking = {m.task_name for m in messages if m.priority != USUAL}
-        if asking and not has_priorities(broker.guarantees):
-            self._warn("a priority", asking, broker, has_priorities, "is ignored")
+    def submitted(self, messages: Sequence[TaskMessage], broker: Broker, storage: Storage) -> None:
+        """Warn of calls that ask for what is not there, of tasks that this app may not know."""
+        asking = [m for m in messages if m.priority != USUAL or m.retention is not None]
+        if asking:
+            self._judge(
+                {m.task_name for m in asking if m.priority != USUAL},
+                {m.task_name for m in asking if m.retention is not None},
+                broker,
+                storage,
+            )
+
+    def _judge(
+        self, priority: set[str], retention: set[str], broker: Broker, storage: Storage
+    ) -> None:
+        if new := priority - self._of_priority:
+            self._of_priority |= new
+            if not has_priorities(broker.guarantees):
+                self._warn("a priority", new, broker, has_priorities, "is ignored")
+        if new := retention - self._of_retention:
+            self._of_retention |= new
+            if not deletes(storage.guarantees):
+                self._warn("a retention", new, storage, deletes, "is ignored: records are kept")
 
     def _warn(
         self,
@@ -48,10 +66,7 @@ class Unmet:
         able: Callable[[Guarantees], bool],
         then: str,
     ) -> None:
-        new = sorted(name for name in set(names) if (what, name) not in self._told)
-        if not new:
-            return
-        self._told.update((what, name) for name in new)
+        new = sorted(names)
         half: Literal["broker", "storage"] = "broker" if isinstance(part, Broker) else "storage"
         others = [told.part for told in installed_parts(half) if able(told)]
         logger.warning(

@@ -157,7 +157,7 @@ async def working(
     """
     if options.concurrency < 1:
         raise ConfigurationError(f"concurrency={options.concurrency} is below 1")
-    await app.start(start_timeout)
+    await app.start_async(start_timeout)
     try:
         for part in app.guarantees():
             logger.info("%s", describe(part))
@@ -174,7 +174,7 @@ async def working(
             if (error := running.one.close()) is not None:
                 raise error
     finally:
-        await app.stop()
+        await app.stop_async()
 
 
 async def _replace(app: App, options: WorkerOptions, running: RunningWorker) -> None:
@@ -285,7 +285,7 @@ class Service:
                         await self._thread.run(self._serve, running.engine)
                     logger.info("worker %s has stopped", running.id)
                 finally:
-                    await self._app.stop()
+                    await self._app.stop_async()
         finally:
             self._thread.post(self._told.set)
             signals.leave()
@@ -293,7 +293,7 @@ class Service:
     async def _started(self) -> bool:
         """Start the app; say whether that was before the end."""
         told = asyncio.create_task(self._thread.run(self._told.wait))
-        starting = asyncio.create_task(self._app.start(float("inf")))
+        starting = asyncio.create_task(self._app.start_async(float("inf")))
         either: set[asyncio.Task[Any]] = {told, starting}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()

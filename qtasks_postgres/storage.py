@@ -11,7 +11,7 @@ from weakref import WeakSet
 from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed, WireError
+from qtasks_core.errors import Closed, Unavailable, WireError
 from qtasks_core.records import FINAL, judge, order_of, unreadable
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_task, encode_task
@@ -21,7 +21,7 @@ from qtasks_postgres.connection import Database, Listener, storable
 ADDRESS = "qtasks:"
 """What the address of an inbox begins with; the whole is the name of its channel."""
 
-RIGHTS = {"records": ("SELECT", "INSERT", "UPDATE")}
+RIGHTS = {"records": ("SELECT", "INSERT", "UPDATE", "DELETE")}
 
 # The WHERE is `judge`, decided under the lock of the row; a row that comes back was accepted. The
 # payload of a notification is limited to 8000 bytes: a larger record is told of by its uuid. Only
@@ -90,6 +90,16 @@ WATCH = """
     FROM unnest($2::text[]) AS watched (uuid)
     ON CONFLICT (namespace, uuid) DO UPDATE SET watchers = array_append(stored.watchers, $3)
     WHERE stored.progress & 7 < 4 AND NOT $3 = ANY(coalesce(stored.watchers, '{}'))
+"""
+# A task that never was, and that nobody waits for any more, leaves no row.
+UNWATCH = """
+    UPDATE qtasks.records SET watchers = array_remove(watchers, $3)
+    WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NULL
+"""
+CLEAR = """
+    DELETE FROM qtasks.records
+    WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NULL
+        AND coalesce(cardinality(watchers), 0) = 0
 """
 
 
@@ -220,6 +230,8 @@ class PostgresInbox(Inbox):
         self._address = ADDRESS + str(uuid7())
         self._expected: set[str] = set()
         self._watched: set[str] = set()
+        self._left: set[str] = set()
+        """Watched no more, but their rows still say so."""
         self._arrived: list[Task] = []
         self._large: list[str] = []
         self._missed = False
@@ -240,6 +252,7 @@ class PostgresInbox(Inbox):
 
     async def watch(self, uuids: Sequence[str]) -> None:
         self._watched.update(uuids)
+        self._left.difference_update(uuids)
         try:
             await self._listener.ensure()
             await self._register(uuids)
@@ -250,9 +263,12 @@ class PostgresInbox(Inbox):
             self._bell.set()
 
     def forget(self, uuids: Iterable[str]) -> None:
-        for uuid in uuids:
-            self._expected.discard(uuid)
-            self._watched.discard(uuid)
+        uuids = set(uuids)
+        self._expected -= uuids
+        self._left |= self._watched & uuids
+        self._watched -= uuids
+        if self._left:
+            self._bell.set()
 
     async def receive(self) -> list[Task]:
         while self._open:
@@ -273,6 +289,9 @@ class PostgresInbox(Inbox):
         if self._catching_up.pending is not None:
             await asyncio.wait({self._catching_up.pending})
             await self._catching_up.abandon()
+        self._left |= self._watched
+        with suppress(Closed, Unavailable):  # the rows are few and small
+            await self._unwatch()
         await self._listener.forget([self._address], self._heard)
 
     def _waits(self) -> bool:
@@ -291,7 +310,8 @@ class PostgresInbox(Inbox):
         self._bell.set()
 
     def _arrive(self, task: Task) -> None:
-        self.forget((task.uuid,))
+        self._expected.discard(task.uuid)
+        self._watched.discard(task.uuid)
         self._arrived.append(task)
 
     async def _catch_up(self) -> None:
@@ -299,6 +319,7 @@ class PostgresInbox(Inbox):
         told = self._bell.is_set()
         self._bell.clear()
         await self._listener.ensure()
+        await self._unwatch()
         if self._missed:
             self._missed = False
             try:
@@ -311,6 +332,16 @@ class PostgresInbox(Inbox):
             await self._read(self._large[:])
         elif not told and self._waits():
             await self._listener.ping()
+
+    async def _unwatch(self) -> None:
+        """Take back what was written for tasks that are not waited for any more."""
+        left = sorted(self._left)
+        for some in slices(sorted({storable(uuid) for uuid in left})):
+            await self._database.fetch(UNWATCH, self._namespace, some, self._address)
+            await self._database.fetch(CLEAR, self._namespace, some)
+        self._left.difference_update(left)
+        # One that is watched again since then has lost its row, or not.
+        self._missed = self._missed or not self._watched.isdisjoint(left)
 
     async def _register(self, uuids: Sequence[str]) -> None:
         """Have saves of these tasks push their records here, then read once."""

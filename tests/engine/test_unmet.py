@@ -75,8 +75,19 @@ async def test_a_call_that_asks_for_it(app: QueueTasks, caplog: pytest.LogCaptur
         for priority in (5, 7, 8):
             await app.submit(app.message(usual, [], {}, priority=priority), None)
         await app.submit_all([app.message(usual, [], {}, priority=7)])
-    (line,) = warnings(caplog)
-    assert line.startswith("task usual asks for a priority")
+        (line,) = warnings(caplog)
+        assert line.startswith("task usual asks for a priority")
+
+
+async def test_a_task_that_this_app_does_not_know(
+    app: QueueTasks, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a process's default app submits those of routers."""
+    other = QueueTasks(app.name, app.broker, app.storage)
+    async with other:
+        for name in ("urgent", "brief", "usual"):
+            await other.submit(other.message(app.definition(name), [], {}), None)
+    assert [line.split()[1] for line in warnings(caplog)] == ["urgent", "brief"]
 
 
 async def test_a_pair_that_can_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
