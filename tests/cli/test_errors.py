@@ -130,7 +130,16 @@ def test_the_broker_of_the_command_line(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("url", ["memory://x?foo=1&lease=3", "sqlite:////x.db?foo=hidden"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "memory://x?foo=1&lease=3",
+        "sqlite:////x.db?foo=hidden",
+        "redis://127.0.0.1:1/0?socket_timeout=2&foo=hidden",
+        "rediss://127.0.0.1:1/0?ssl_cert_reqs=none&foo=hidden",
+        "valkey://127.0.0.1:1/0?lease=2&foo=hidden",
+    ],
+)
 def test_an_option_of_a_url_that_does_not_exist(url: str) -> None:
     said = Command({"QTASKS_BROKER_URL": url})("queues", app=None)
     assert (said.code, said.out) == (2, "")
