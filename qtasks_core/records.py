@@ -14,8 +14,10 @@ from __future__ import annotations
 from math import isinf
 from typing import Literal
 
+from msgspec.structs import replace
+
 from qtasks_core.errors import WireError
-from qtasks_core.schemas import Status, Task
+from qtasks_core.schemas import Outcome, Status, Task
 
 RANK: dict[Status, int] = {
     "new": 0,
@@ -32,6 +34,10 @@ FIRST_BEGUN = 2
 FIRST_FINAL = 4
 RETENTION = 7 * 86_400.0
 """Seconds that a storage keeps final records where neither they nor it say otherwise."""
+_SAID = 2000
+"""Characters of an error, or of all headers, that are kept where a record must be small."""
+ENVELOPE = 1024
+"""Bytes that are left for what surrounds arguments and results in an encoded item."""
 FINAL: frozenset[Status] = frozenset({"success", "error", "cancel"})
 
 
@@ -56,6 +62,26 @@ def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse
     if stored.status in FINAL or order < stored_order or order % 8 < FIRST_BEGUN:
         return "refuse"
     return "accept"
+
+
+def not_taken(outcome: Outcome) -> bool:
+    """Whether a storage has refused a record for itself, not for a newer one."""
+    return outcome.status == "refused" and outcome.there is None
+
+
+def within(task: Task, reason: str) -> Task:
+    """Return the record to save in place of one that the storage does not take for its size.
+
+    It has neither arguments nor result. A `success` becomes an `error` that says why; another
+    status stays, with what its error says.
+    """
+    said = f"the record of this task is too large to be stored: {reason}"
+    if task.status == "success":
+        task = replace(task, status="error", error=said)
+    else:
+        task = replace(task, error=f"{task.error[:_SAID]} ({said})" if task.error else said)
+    headers = task.headers if sum(map(len, task.headers.values())) < _SAID else {}
+    return replace(task, args=b"", kwargs=b"", returning=None, traceback=None, headers=headers)
 
 
 def unreadable(

@@ -192,6 +192,8 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     """Brokers: messages that one publisher sends one after the other, of one priority and without
     a delay, come for the first time in that order; in the whole queue, or in each of the parts
     that it is divided into."""
+    largest: int | None = None
+    """The largest encoded message or record that is taken, in bytes; None: no bound is known."""
     counts_deliveries: bool = False
     priorities: bool = False
     transactions: bool = False

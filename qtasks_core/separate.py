@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from asyncio import gather
 from collections.abc import Hashable, Sequence
@@ -13,7 +14,7 @@ from qtasks_core.contracts.composition import Composition
 from qtasks_core.contracts.storage import Storage
 from qtasks_core.contracts.subscription import Subscription
 from qtasks_core.recent import Recent
-from qtasks_core.records import FINAL
+from qtasks_core.records import FINAL, not_taken, within
 from qtasks_core.schemas import (
     DONE,
     Completion,
@@ -25,6 +26,8 @@ from qtasks_core.schemas import (
     TaskMessage,
     Verdict,
 )
+
+logger = logging.getLogger("qtasks")
 
 
 class SeparateComposition(Composition):
@@ -115,7 +118,7 @@ class SeparateComposition(Composition):
             elif outcome.status == "refused":
                 dead.append(_dead(message, outcome.reason))
         if dead:
-            await self._storage.save(dead)
+            await self._save_within(dead)
         if keyed:
             saved = await self._storage.save([record_of(messages[at]) for at in keyed], transaction)
             for at, outcome in zip(keyed, saved, strict=True):
@@ -159,7 +162,8 @@ class SeparateComposition(Composition):
         """Save, then settle; a retry is settled first and recorded only if that was obeyed.
 
         Were a retry recorded first, a crash in between would make the only message stale. What
-        may not have been recorded is not settled either: it runs again.
+        may not have been recorded is not settled either: it runs again. A record that the storage
+        does not take is saved without arguments and result.
         """
         outcomes: list[Outcome] = [DONE] * len(completions)
         first: list[int] = []
@@ -187,8 +191,33 @@ class SeparateComposition(Composition):
     ) -> None:
         if which:
             tasks = [task for at in which if (task := completions[at].task) is not None]
-            for at, outcome in zip(which, await self._storage.save(tasks), strict=True):
+            for at, outcome in zip(which, await self._save_within(tasks), strict=True):
                 outcomes[at] = outcome
+
+    async def _save_within(self, tasks: Sequence[Task]) -> list[Outcome]:
+        """Save; of what the storage does not take, save what is left without the payload.
+
+        `unknown` is what not even that was taken of: its message must not be acknowledged.
+        """
+        outcomes = await self._storage.save(tasks)
+        large = [at for at, outcome in enumerate(outcomes) if not_taken(outcome)]
+        if large:
+            smaller = [within(tasks[at], outcomes[at].reason) for at in large]
+            for at, task, outcome in zip(
+                large, smaller, await self._storage.save(smaller), strict=True
+            ):
+                name, uuid, reason = task.task_name, task.uuid, outcomes[at].reason
+                if not_taken(outcome):
+                    outcomes[at] = Outcome("unknown", outcome.reason)
+                    logger.error("task %s %s: its record is not taken: %s", name, uuid, reason)
+                else:
+                    outcomes[at] = outcome
+                    logger.error(
+                        "task %s %s: its record is not taken (%s); it is kept without arguments "
+                        "and result",
+                        name, uuid, reason,
+                    )  # fmt: skip
+        return outcomes
 
 
 def record_of(message: TaskMessage) -> Task:

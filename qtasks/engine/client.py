@@ -23,8 +23,15 @@ from qtasks.engine.outage import Outage
 from qtasks.engine.reply import Reply, anew
 from qtasks.engine.retention import cancelled_kept_for
 from qtasks_core import Broker, Command, Composition, Inbox, Outcome, Storage, Task, TaskMessage
-from qtasks_core.errors import Closed, NotSupported, Refused, Unavailable, UnknownTask
-from qtasks_core.records import FINAL
+from qtasks_core.errors import (
+    Closed,
+    NotSupported,
+    PayloadTooLarge,
+    Refused,
+    Unavailable,
+    UnknownTask,
+)
+from qtasks_core.records import ENVELOPE, FINAL, not_taken, within
 
 logger = logging.getLogger("qtasks")
 
@@ -125,14 +132,32 @@ class Client:
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
     ) -> None:
         """Submit a message with all others of this turn of the loop."""
+        if (error := self._too_large(message)) is not None:
+            reply.fail(error)
+            return
         self._submissions.add(Submission(message, deadline, reply, wait))
 
     def submit_all(
         self, messages: Sequence[TaskMessage], deadline: float, reply: Reply[Task | None]
     ) -> None:
         """Submit many messages; answer once all writes are durable, or with the first error."""
+        for message in messages:
+            if (error := self._too_large(message)) is not None:
+                reply.fail(error)
+                return
         share = _Countdown(reply, len(messages))
         self._submissions.extend([Submission(m, deadline, share, False) for m in messages])
+
+    def _too_large(self, message: TaskMessage) -> PayloadTooLarge | None:
+        """Return the error of a message that the broker or the storage would not take."""
+        payload = len(message.args) + len(message.kwargs)
+        for part in (self.broker.guarantees, self.storage.guarantees):
+            if part.largest is not None and payload > part.largest - ENVELOPE:
+                return PayloadTooLarge(
+                    f"the arguments of {message.task_name!r} have {payload} bytes; "
+                    f"{part.part} takes at most {part.largest} with everything"
+                )
+        return None
 
     def wait(self, uuid: str, reply: Reply[Task | None]) -> None:
         """Answer with the final record of any task, now or when there is one."""
@@ -167,6 +192,11 @@ class Client:
         while record is not None and record.status not in FINAL:
             end = cancelled(record, self.storage.guarantees.retention)
             outcome = (await repeat(partial(self.storage.save, [end]), deadline))[0]
+            if not_taken(outcome):
+                end = within(end, outcome.reason)
+                outcome = (await repeat(partial(self.storage.save, [end]), deadline))[0]
+            if not_taken(outcome):
+                raise Refused(f"task {uuid} cannot be cancelled: {outcome.reason}")
             if outcome.status == "done":
                 await self._tell(Command(name="cancel", target=uuid))
                 return end

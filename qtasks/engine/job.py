@@ -27,7 +27,7 @@ class Job:
 
     __slots__ = (
         "again", "begun", "cancelled", "delivery", "execution", "lone_runs", "lost", "message",
-        "noted", "record", "returned", "started",
+        "noted", "record", "returned", "settling", "started",
     )  # fmt: skip
 
     def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
@@ -39,6 +39,8 @@ class Job:
         """It was handed to the runner."""
         self.returned = False
         """Its function has come to an end."""
+        self.settling = False
+        """Its end is on its way to the server, whose answer says whether it still had the lease."""
         self.noted = False
         """`process` was recorded."""
         self.lost = False

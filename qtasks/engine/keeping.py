@@ -73,7 +73,7 @@ class Keeper:
         for job, delivery in zip(held, extended, strict=True):
             if delivery is not None:
                 job.delivery = delivery
-            elif job in self._jobs:
+            elif job in self._jobs and not job.settling:
                 job.lost = True
                 logger.warning(
                     "task %s %s: the lease was lost; another worker may run it",

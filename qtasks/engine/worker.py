@@ -49,6 +49,7 @@ from qtasks_core import (
     Verdict,
 )
 from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.records import ENVELOPE, within
 
 logger = logging.getLogger("qtasks")
 _End = Job | Completion
@@ -111,6 +112,8 @@ class Worker:
         storage = client.storage
         self._retention = storage.guarantees.retention
         self._least_retention = LEASES * (client.broker.guarantees.lease or 0.0)
+        self._largest = storage.guarantees.largest
+        self._storage_name = storage.guarantees.part
         self._reach = Reach()
         self._jobs = Jobs(self._queues)
         self._keeper = Keeper(self._jobs, storage, self._reach, self._cancel)
@@ -458,7 +461,12 @@ class Worker:
 
     async def _flush(self, subscription: Subscription, batch: list[_End]) -> None:
         # Asked only now: an extension may have replaced a delivery since its job ended.
-        completions = [_completion(end) if isinstance(end, Job) else end for end in batch]
+        completions = [
+            self._fitting(_completion(end) if isinstance(end, Job) else end) for end in batch
+        ]
+        for end in batch:
+            if isinstance(end, Job):
+                end.settling = True
         complete = partial(self._client.composition.complete, subscription, completions)
         try:
             outcomes = await self._reach.persist(complete) or ()
@@ -482,6 +490,20 @@ class Worker:
         if self._suspects.due:
             self._interrupt_receive()
         self.limits.look(self._ended_count)
+
+    def _fitting(self, completion: Completion) -> Completion:
+        """Return what is over the storage's limit without its arguments and result."""
+        largest, task = self._largest, completion.task
+        if largest is None or task is None:
+            return completion
+        size = len(task.args) + len(task.kwargs) + len(task.returning or b"") + ENVELOPE
+        size += 4 * len(task.traceback or "") + 4 * len(task.error or "")
+        if size <= largest:
+            return completion
+        reason = (
+            f"arguments and result have about {size} bytes, {self._storage_name} takes {largest}"
+        )
+        return replace(completion, task=within(task, reason))
 
     # -- commands ------------------------------------------------------------------------
 
