@@ -13,7 +13,7 @@ from typing import Any
 
 from qtasks.definition import TaskDefinition, checked_plugins
 from qtasks.engine.io_thread import refuse_running_loop
-from qtasks.lifecycle import START_TIMEOUT
+from qtasks.lifecycle import START_TIMEOUT, Life
 from qtasks.parts import given_parts
 from qtasks.serializers import MsgpackSerializer
 from qtasks.submitting import Submitting
@@ -67,6 +67,10 @@ class App(Submitting):
                 f"{known.function!r} and {definition.function!r}"
             )
 
+    async def _connect(self, life: Life, deadline: float) -> None:
+        await super()._connect(life, deadline)
+        self.unmet.declared(self.definitions.values(), self.broker, self.storage)
+
     def definition(self, name: str) -> TaskDefinition:
         """Return a known task. Raises `UnknownTask`."""
         if name not in self.definitions:
@@ -90,12 +94,13 @@ class App(Submitting):
         """Run a worker on this loop while the block runs.
 
         `queues`: those of the known tasks by default. At the end it stops receiving, lets running
-        tasks finish for `grace` seconds (None: for ever) and gives the rest back.
+        tasks finish for `grace` seconds (None: for ever) and gives the rest back. Another worker
+        follows one that has failed, but for an error of the configuration.
         """
         options = WorkerOptions(
             queues=_checked(queues), concurrency=concurrency, grace=grace, balancer=balancer
         )
-        return working(self, options, start_timeout)
+        return working(self, options, start_timeout, is_replaced=True)
 
     def run_forever(
         self,

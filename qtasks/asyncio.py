@@ -8,6 +8,7 @@ from uuid import UUID
 
 from qtasks.app import MAX_PAYLOAD, App, default_app
 from qtasks.handle import Task
+from qtasks.lifecycle import START_TIMEOUT
 from qtasks.routers import AsyncRouter, Router
 from qtasks.tasks import AsyncCall
 from qtasks_core import Broker, Plugin, Storage
@@ -38,6 +39,14 @@ class QueueTasks(App):
     def include_router(self, router: Router) -> None:
         """Bring a router's tasks into this app. Raises `ConfigurationError` for a taken name."""
         router.included_by(self)
+
+    async def start(self, timeout: float = START_TIMEOUT) -> None:
+        """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
+        await self.start_async(timeout)
+
+    async def stop(self) -> None:
+        """Disconnect with the last of nested stops."""
+        await self.stop_async()
 
     async def __aenter__(self) -> QueueTasks:
         await self.start()

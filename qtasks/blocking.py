@@ -8,6 +8,7 @@ from uuid import UUID
 
 from qtasks.app import MAX_PAYLOAD, App, default_app
 from qtasks.handle import BlockingTask
+from qtasks.lifecycle import START_TIMEOUT
 from qtasks.routers import Router, SyncRouter
 from qtasks.tasks import SyncCall
 from qtasks_core import Broker, Plugin, Storage
@@ -37,12 +38,20 @@ class QueueTasks(App):
         """Bring a router's tasks into this app. Raises `ConfigurationError` for a taken name."""
         router.included_by(self)
 
+    def start(self, timeout: float = START_TIMEOUT) -> None:
+        """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
+        self.start_blocking(timeout)
+
+    def stop(self) -> None:
+        """Disconnect with the last of nested stops."""
+        self.stop_blocking()
+
     def __enter__(self) -> QueueTasks:
-        self.start_blocking()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop_blocking()
+        self.stop()
 
     def add_tasks(self, calls: Iterable[SyncCall[Any]]) -> list[BlockingTask[Any]]:
         """Enqueue calls of any tasks, in few round trips; return a `new` handle for each."""

@@ -9,15 +9,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from uuid import UUID, uuid5
 
-from qtasks.engine.client import Client
+from msgspec.structs import replace
+
+from qtasks.engine.client import Client, cancelled
 from qtasks.engine.registry import workers_alive
 from qtasks.engine.reply import LoopReply
+from qtasks.lifecycle import Lifecycle
 from qtasks_core import (
     DONE,
     Outcome,
     QueueDepth,
+    Status,
     Task,
     TaskMessage,
     TaskPage,
@@ -34,6 +39,8 @@ _OF_THE_ENGINE = "qtasks-"
 """Headers that begin so are the story of one message, and end with it."""
 _REVIVED = UUID("6d0b6f2e-5a55-4f0c-9d5e-3b6c2a5f8a10")
 _SUBMIT_TIMEOUT = 30.0
+_WAITING: tuple[Status, ...] = ("new", "scheduled", "retry")
+_BATCH = 500
 
 
 def revived_uuid(uuid: str, submission: str = "") -> str:
@@ -61,9 +68,29 @@ async def depths(client: Client, queues: Iterable[str]) -> dict[str, QueueDepth]
 async def purge(client: Client, queue: str) -> int:
     """Drop the messages that wait in a queue; return how many, -1 where that is unknown.
 
-    Their records stay as they were. Raises `NotSupported`, `ConfigurationError` for a wrong name.
+    Their tasks are cancelled, so that nobody waits for them, and so is what was enqueued meanwhile.
+    A storage that cannot list tasks keeps their records as they are. Raises `NotSupported`,
+    `ConfigurationError` for a wrong name.
     """
-    return await client.broker.purge(checked_name(queue, "a queue"))
+    dropped = await client.broker.purge(checked_name(queue, "a queue"))
+    with suppress(NotSupported):
+        await _cancel_waiting(client, queue)
+    return dropped
+
+
+async def _cancel_waiting(client: Client, queue: str) -> None:
+    """Cancel the tasks of a queue that have not begun. Should a message of one be left, no worker
+    runs it.
+    """
+    kept = client.storage.guarantees.retention
+    query = TaskQuery(status=_WAITING, queue=queue, limit=_BATCH)
+    while True:
+        page = await client.storage.query(query)
+        if page.tasks:
+            await client.storage.save([cancelled(record, kept) for record in page.tasks])
+        if page.cursor is None:
+            return
+        query = replace(query, cursor=page.cursor)
 
 
 async def workers(client: Client) -> list[WorkerInfo]:
@@ -71,18 +98,19 @@ async def workers(client: Client) -> list[WorkerInfo]:
     return await workers_alive(client.storage)
 
 
-async def migrate(client: Client) -> dict[str, bool]:
-    """Create or update what each part's server must have; False: that part has nothing to migrate.
+async def migrate(of: Client | Lifecycle) -> dict[str, list[str] | None]:
+    """Create or update what the servers of an app's broker and storage must have.
 
-    Raises `ConfigurationError` where the server was used by a newer release.
+    The app may be stopped. Returns for each of the two what was created or changed, in words; None:
+    it has nothing that could be migrated. Raises `Unavailable`, and `ConfigurationError` where the
+    server was used by a newer release.
     """
-    done = {}
-    for part in (client.broker, client.storage):
+    done: dict[str, list[str] | None] = {}
+    for part in (of.broker, of.storage):
         try:
-            await part.migrate(client.name)
-            done[type(part).__name__] = True
+            done[type(part).__name__] = await part.migrate(of.name)
         except NotSupported:
-            done[type(part).__name__] = False
+            done[type(part).__name__] = None
     return done
 
 
@@ -92,8 +120,8 @@ async def revive(
     """Submit dead tasks again as new tasks; the `there` of an outcome is the new task's record.
 
     `refused`: there is no such record, it is not dead, or it could never be decoded. A task that
-    was revived before is `done` and not submitted again. Tasks named in `without_result` store no
-    result.
+    was revived before is `done`, with a `reason` that says so, and not submitted again. Tasks named
+    in `without_result` store no result.
     """
     records = await client.storage.get(uuids)
     earlier = await client.storage.get(
@@ -107,7 +135,7 @@ async def revive(
         elif record.encoding == "raw":
             outcomes.append(Outcome("refused", f"task {uuid} was never decoded: {record.error}"))
         elif revived is not None:
-            outcomes.append(Outcome("done", there=revived))
+            outcomes.append(Outcome("done", "it was revived before", there=revived))
         else:
             messages.append(_again(record, record.task_name not in without_result))
             outcomes.append(Outcome("done", there=record_of(messages[-1])))

@@ -19,6 +19,7 @@ from qtasks.engine.reply import anew
 from qtasks.parts import built_parts
 from qtasks_core import Broker, Guarantees, Storage
 from qtasks_core.errors import Closed, QTasksError, Unavailable
+from qtasks_core.urls import redact
 
 logger = logging.getLogger("qtasks")
 P = ParamSpec("P")
@@ -56,25 +57,37 @@ class Lifecycle:
         self._closes_at_exit = False
         self.starts_itself = False
         """Start at first use and close at exit: only the process's default app does."""
+        self._was_stopped = False
+        """Also when it could not be started. Starting it, again, takes that back."""
+
+    @property
+    def claims_routers(self) -> bool:
+        """Whether the tasks of a router that it included are meant for it: until it is stopped."""
+        return self.starts_itself or not self._was_stopped
 
     def guarantees(self) -> tuple[Guarantees, Guarantees]:
         """What the broker and the storage promise; complete once the app is started."""
         return self.broker.guarantees, self.storage.guarantees
 
-    async def start(self, timeout: float = START_TIMEOUT) -> None:
+    def addresses(self) -> tuple[str, str]:
+        """Where the broker and the storage are: their URLs without passwords, or what they are."""
+        broker, storage = self._given
+        return _address(broker, self.broker), _address(storage, self.storage)
+
+    async def start_async(self, timeout: float = START_TIMEOUT) -> None:
         """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
         await io_thread().run(self._start, timeout, undo=self._stop)
 
-    async def stop(self) -> None:
+    async def stop_async(self) -> None:
         """Disconnect with the last of nested stops."""
         await io_thread().run(self._stop)
 
     def start_blocking(self, timeout: float = START_TIMEOUT) -> None:
-        """Connect both parts from a thread without a loop."""
+        """Do as `start_async`, from a thread without a loop."""
         io_thread().run_blocking(self._start, timeout, undo=self._stop)
 
     def stop_blocking(self) -> None:
-        """Disconnect from a thread without a loop."""
+        """Do as `stop_async`, from a thread without a loop."""
         io_thread().run_blocking(self._stop)
 
     async def _start(self, timeout: float) -> None:
@@ -114,8 +127,10 @@ class Lifecycle:
             await client.start(deadline)
         except Exception as error:
             life.failed = error
+            self._was_stopped = True
             raise
         life.client, life.failed = client, None
+        self._was_stopped = False
         io_thread().held.add(client)
 
     def _build_anew(self) -> None:
@@ -134,6 +149,7 @@ class Lifecycle:
             life.entered = max(0, life.entered - 1)
             if life.entered == 0 and life.client is not None:
                 client, life.client, life.by_itself = life.client, None, False
+                self._was_stopped = True
                 io_thread().held.discard(client)
                 await client.stop()
                 self._started_in = None
@@ -143,7 +159,7 @@ class Lifecycle:
         """The engine's client while the app is started; it lives on the I/O thread."""
         life = self._lives.get(io_thread())
         if life is None or life.client is None:
-            raise self._not_started()
+            raise not_started(self.name)
         return life.client
 
     async def ready(self, timeout: float | None = None) -> tuple[IOThread, Client]:
@@ -201,12 +217,6 @@ class Lifecycle:
         result: R = thread.run_blocking(repeat, call, time.monotonic() + START_TIMEOUT)
         return result
 
-    def _not_started(self) -> Closed:
-        return Closed(
-            f"the app {self.name!r} is not started; use it inside 'async with app:' "
-            "(or 'with app:'), or in a task that its worker runs"
-        )
-
     def _still_starting(self, timeout: float | None) -> Unavailable:
         return Unavailable(
             f"the app {self.name!r} has not reached its servers within {timeout} s; it goes on "
@@ -224,3 +234,18 @@ class Lifecycle:
             thread.run_blocking(self._stop, timeout=_EXIT_TIMEOUT)
         except (QTasksError, TimeoutError, OSError) as error:
             logger.warning("the app %r was not closed at exit: %s", self.name, error or "too slow")
+
+
+def _address(given: Broker | Storage | str, part: Broker | Storage) -> str:
+    if isinstance(given, str):
+        return redact(given)
+    told = part.guarantees
+    return f"{told.part} on {told.server}" if told.server else told.part
+
+
+def not_started(name: str) -> Closed:
+    """Return the error for a use of an app before its start or after its stop."""
+    return Closed(
+        f"the app {name!r} is not started; use it inside 'async with app:' "
+        "(or 'with app:'), or in a task that its worker runs"
+    )

@@ -16,6 +16,7 @@ from weakref import WeakSet
 
 from qtasks.app import App, default_app
 from qtasks.definition import TaskDefinition, TaskOptions, checked_plugins
+from qtasks.lifecycle import not_started
 from qtasks.tasks import AsyncTask, P, SyncTask
 from qtasks_core import Executor, Plugin
 from qtasks_core.errors import AmbiguousApp, ConfigurationError
@@ -109,21 +110,34 @@ class Inclusions:
 
     def __init__(self) -> None:
         self._apps: WeakSet[App] = WeakSet()
+        self._last: str | None = None
+        """The name of the last app that was noted."""
 
     def add(self, app: App) -> None:
         """Note an app."""
         self._apps.add(app)
+        self._last = app.name
 
     def __iter__(self) -> Iterator[App]:
         return iter(list(self._apps))
 
     def find_app(self) -> App:
-        """Return the only one; without any, the process's default. Raises `AmbiguousApp`."""
+        """Return the only app that is not stopped; if no app included the router, the default app.
+
+        Raises `AmbiguousApp`, and `Closed` when the apps that included it are stopped and gone.
+        """
         apps = list(self)
-        if len(apps) > 1:
-            names = ", ".join(sorted(repr(app.name) for app in apps))
+        # A test that builds an app for itself leaves it stopped, for the garbage collector.
+        claiming = [app for app in apps if app.claims_routers] or apps[:1]
+        if len(claiming) > 1:
+            names = ", ".join(sorted(repr(app.name) for app in claiming))
             raise AmbiguousApp(f"several apps included this router ({names}): task.using(app)")
-        return apps[0] if apps else default_app()
+        if claiming:
+            return claiming[0]
+        if self._last is not None:
+            # The default app would be chosen or not, as the garbage collector has run or not.
+            raise not_started(self._last)
+        return default_app()
 
 
 class Router:

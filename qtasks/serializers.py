@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
 import msgspec
+from msgspec import inspect as kinds
 
-from qtasks.tagging import tag, tag_or, tagger, untag
+from qtasks.tagging import kinds_in, tag, tag_or, tagger, untag
 from qtasks_core import Serializer
 from qtasks_core.errors import SerializationError
 
@@ -19,9 +22,29 @@ _SCALARS: dict[Any, Callable[[Any], Any]] = {
     str: str.__str__,
     bytes: bytes.__bytes__,
 }
-"""Each with what makes it plain: classes derived from them have no encoding."""
+"""Each with what makes it plain: msgspec has no encoding of classes derived from them."""
+_PLAIN: dict[type, Callable[[Any], Any]] = {
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: bytes.__bytes__,
+    bytearray: bytes,
+    Decimal: Decimal,
+    datetime: lambda value: datetime.combine(datetime.date(value), datetime.timetz(value)),
+    date: lambda value: date.fromordinal(date.toordinal(value)),
+    time: lambda value: datetime.timetz(datetime.combine(date.min, value)),
+    timedelta: lambda value: timedelta.__add__(value, timedelta()),
+}
+"""The same for all scalars, wherever they are in a value. A datetime is a date too."""
 _ALSO: dict[Any, tuple[type, ...]] = {float: (int,), bytes: (bytearray, memoryview)}
 """What is encoded alike."""
+_STANDARD = (
+    kinds.NoneType, kinds.BoolType, kinds.IntType, kinds.FloatType, kinds.StrType,
+    kinds.BytesType, kinds.ByteArrayType, kinds.MemoryViewType, kinds.DateTimeType,
+    kinds.DateType, kinds.TimeType, kinds.TimeDeltaType, kinds.UUIDType, kinds.DecimalType,
+    kinds.EnumType, kinds.LiteralType, kinds.ListType, kinds.SetType, kinds.FrozenSetType,
+    kinds.VarTupleType, kinds.TupleType, kinds.DictType, kinds.UnionType,
+)  # fmt: skip
 _NO_TYPE = (TypeError, NameError, AttributeError)
 """What an annotation leads to that is no type, or one with a field whose type is not found."""
 
@@ -40,7 +63,8 @@ class MsgpackSerializer(Serializer):
     def encoder(self, annotation: Any) -> Callable[[Any], Any]:
         """Return what makes a value of this annotation ready for `encode`.
 
-        It refuses what a plain scalar annotation does not allow; of others, decoding does.
+        It refuses what the annotation does not allow where that consists of scalars, unions and the
+        standard collections; of others, decoding does.
         Raises `SerializationError` for an annotation that no value can be decoded by.
         """
         if annotation is Any or annotation is object:
@@ -50,9 +74,21 @@ class MsgpackSerializer(Serializer):
                 return _scalar(annotation)
             if not _can_be_decoded(annotation):
                 return partial(_refuse, annotation)
-            return tagger(annotation) or _as_is
+            if tags := tagger(annotation):
+                return tags
+            return self._checked(annotation) if _is_standard(annotation) else _as_is
         except _NO_TYPE as error:
             raise SerializationError(f"{annotation!r} has no encoding: {error}") from error
+
+    def _checked(self, annotation: Any) -> Callable[[Any], Any]:
+        decode = self.decoder(annotation)
+
+        def check(value: Any) -> msgspec.Raw:
+            data = self.encode(value)
+            decode(data)
+            return msgspec.Raw(data)
+
+        return check
 
     def encode(self, prepared: Any) -> bytes:
         """Return the bytes of prepared values. Raises `SerializationError`."""
@@ -110,6 +146,11 @@ def _can_be_decoded(annotation: Any) -> bool:
     return not isinstance(kind, msgspec.inspect.CustomType) or hasattr(kind.cls, "model_validate")
 
 
+def _is_standard(annotation: Any) -> bool:
+    """Say whether decoding a value builds nothing but what the standard library has."""
+    return all(isinstance(kind, _STANDARD) for kind in kinds_in(annotation))
+
+
 def _refuse(annotation: Any, value: Any) -> Any:
     raise SerializationError(f"{annotation!r} has no encoding")
 
@@ -131,7 +172,10 @@ def _scalar(annotation: type) -> Callable[[Any], Any]:
 
 
 def _to_plain(value: Any) -> Any:
-    """Encode what msgspec does not know: pydantic models."""
+    """Encode what msgspec does not know: pydantic models, and classes derived from a scalar's."""
+    for scalar, plain in _PLAIN.items():
+        if isinstance(value, scalar):
+            return plain(value)
     if not hasattr(value, "model_dump"):
         raise TypeError(f"a {type(value).__qualname__} has no encoding")
     # What is computed from the other fields would not be taken as a field again.

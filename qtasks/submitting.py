@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID, uuid5
 
 from uuid_utils import uuid7
@@ -15,9 +15,10 @@ from uuid_utils import uuid7
 from qtasks.definition import TaskDefinition
 from qtasks.engine.client import Client, unconfirmed
 from qtasks.engine.io_thread import io_thread
-from qtasks.engine.registry import workers_alive
+from qtasks.engine.registry import ever_seen, workers_alive
 from qtasks.engine.reply import LoopReply, ThreadReply
 from qtasks.lifecycle import START_TIMEOUT, Lifecycle
+from qtasks.unmet import Unmet
 from qtasks_core import Broker, Storage, TaskMessage, schemas
 from qtasks_core.errors import (
     Closed,
@@ -49,6 +50,8 @@ class Submitting(Lifecycle):
     ) -> None:
         super().__init__(name, broker, storage)
         self.max_payload = max_payload
+        self.unmet = Unmet()
+        """What tasks ask for that these parts cannot do; each is logged once."""
 
     def message(
         self,
@@ -119,6 +122,7 @@ class Submitting(Lifecycle):
         """
         began = _begin(timeout)
         thread, client = await self.ready(timeout)
+        self.unmet.submitted((message,), self.broker, self.storage)
         reply: LoopReply[schemas.Task | None] = LoopReply()
         deadline = began + (PUBLISH_TIMEOUT if timeout is None else timeout)
         thread.post(client.submit, message, deadline, timeout is not None, reply)
@@ -129,6 +133,7 @@ class Submitting(Lifecycle):
         """Do as `submit`, from a thread without a loop."""
         began = _begin(timeout)
         thread, client = self.ready_blocking(timeout)
+        self.unmet.submitted((message,), self.broker, self.storage)
         reply: ThreadReply[schemas.Task | None] = ThreadReply()
         deadline = began + (PUBLISH_TIMEOUT if timeout is None else timeout)
         thread.post(client.submit, message, deadline, timeout is not None, reply)
@@ -142,6 +147,7 @@ class Submitting(Lifecycle):
         is not submitted.
         """
         thread, client = await self.ready()
+        self.unmet.submitted(messages, self.broker, self.storage)
         for part in _parts(messages):
             await thread.ask(client.submit_all, part, time.monotonic() + PUBLISH_TIMEOUT)
         return [record_of(message) for message in messages]
@@ -149,6 +155,7 @@ class Submitting(Lifecycle):
     def submit_all_blocking(self, messages: Sequence[TaskMessage]) -> list[schemas.Task]:
         """Do as `submit_all`, from a thread without a loop."""
         thread, client = self.ready_blocking()
+        self.unmet.submitted(messages, self.broker, self.storage)
         for part in _parts(messages):
             deadline = time.monotonic() + PUBLISH_TIMEOUT
             thread.ask_blocking(client.submit_all, part, deadline)
@@ -218,8 +225,8 @@ class Submitting(Lifecycle):
             raise
         if submitted is not None and not reply.durable:
             raise unconfirmed(submitted, reply.trouble)
-        record, workers = await io_thread().run(_known, client, uuid, submitted)
-        return _ended_or_late(uuid, timeout, submitted, record, workers)
+        known = await io_thread().run(_known, client, uuid, submitted)
+        return _ended_or_late(uuid, timeout, submitted, known, self._written_to())
 
     def _ended_blocking(
         self,
@@ -239,8 +246,14 @@ class Submitting(Lifecycle):
             raise
         if submitted is not None and not reply.durable:
             raise unconfirmed(submitted, reply.trouble)
-        record, workers = io_thread().run_blocking(_known, client, uuid, submitted)
-        return _ended_or_late(uuid, timeout, submitted, record, workers)
+        known = io_thread().run_blocking(_known, client, uuid, submitted)
+        return _ended_or_late(uuid, timeout, submitted, known, self._written_to())
+
+    def _written_to(self) -> str | None:
+        """Say which broker a default app uses: nobody gave it one in the code."""
+        if not self.starts_itself:
+            return None
+        return f"this process's default app {self.name!r} uses the broker {self.addresses()[0]}"
 
 
 def _parts(messages: Sequence[TaskMessage]) -> Iterator[Sequence[TaskMessage]]:
@@ -264,49 +277,59 @@ def _left(timeout: float | None, began: float) -> float | None:
     return None if timeout is None else began + timeout - time.monotonic()
 
 
-async def _known(
-    client: Client, uuid: str, submitted: TaskMessage | None
-) -> tuple[schemas.Task | None, int | None]:
-    """Return what is known of a late task, and how many workers have its queue (None: unknown).
+class _Known(NamedTuple):
+    """What is known of a late task."""
 
-    It is not worth waiting long for.
-    """
+    record: schemas.Task | None
+    workers: int | None = None
+    """How many workers have its queue; None: unknown."""
+    ever: bool = True
+    """Whether there ever was a worker of this app, as far as known."""
+
+
+async def _known(client: Client, uuid: str, submitted: TaskMessage | None) -> _Known:
+    """Look at a late task. It is not worth waiting long for."""
     record: schemas.Task | None = None
     try:
         async with asyncio.timeout(_LOOK):
             record = (await client.get([uuid], 0.0))[0]
             alive = await workers_alive(client.storage)
+            ever = bool(alive) or await ever_seen(client.storage)
     except (Unavailable, TimeoutError, NotSupported):
-        return record, None
+        return _Known(record)
     task = record or submitted
-    return record, sum(1 for w in alive if task and task.queue in w.queues)
+    return _Known(record, sum(1 for w in alive if task and task.queue in w.queues), ever)
 
 
 def _ended_or_late(
     uuid: str,
     timeout: float | None,
     submitted: TaskMessage | None,
-    record: schemas.Task | None,
-    workers: int | None,
+    known: _Known,
+    where: str | None,
 ) -> schemas.Task:
     """Return the record of a task that has ended after all. Raises `TaskTimeout`."""
+    record = known.record
     if record is not None and record.status in FINAL:
         return record
     task = record or submitted
     if task is None:
-        known = f"task {uuid}: no end within {timeout} s, and no record of it can be read"
-        raise TaskTimeout(known, uuid)
-    if workers is None:
+        late = f"task {uuid}: no end within {timeout} s, and no record of it can be read"
+        raise TaskTimeout(late, uuid, where)
+    if known.workers is None:
         listening = "whether a worker is alive is not known"
-    elif workers:
+    elif known.workers:
         # Not where: this message goes as far as to the clients of an API.
-        listening = f"{workers} alive for that queue"
+        listening = f"{known.workers} alive for that queue"
+    elif not known.ever:
+        listening = "no worker has ever been seen"
     else:
         listening = "no worker for that queue is alive"
     raise TaskTimeout(
         f"task {task.task_name} {uuid} in queue {task.queue!r}: no end within {timeout} s; "
         f"{_stage(record)}; {listening}",
         uuid,
+        where,
     )
 
 

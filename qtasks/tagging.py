@@ -141,17 +141,28 @@ def tagger(annotation: Any) -> _Tagger | None:
     What is returned does not change the value, and passes on what does not fit.
     """
     kind = inspect.type_info(annotation)
-    return _Compiler().tagger(kind) if _is_open(kind, set()) else None
+    return _Compiler().tagger(kind) if _is_open(kind) else None
 
 
-def _is_open(kind: inspect.Type, seen: set[int]) -> bool:
-    """Say whether a type leaves a part open. `seen`: those it is in the middle of."""
-    if id(kind) in seen:
-        return False
-    seen.add(id(kind))
-    if _is_any(kind):
-        return True
-    return any(_is_open(part, seen) for part in _parts(kind))
+def kinds_in(annotation: Any) -> list[inspect.Type]:
+    """Return what msgspec makes of an annotation, with all parts, each once."""
+    return _all_in(inspect.type_info(annotation))
+
+
+def _all_in(kind: inspect.Type) -> list[inspect.Type]:
+    found: dict[int, inspect.Type] = {}
+    left = [kind]
+    while left:
+        kind = left.pop()
+        if id(kind) not in found:  # a type may contain itself
+            found[id(kind)] = kind
+            left += _parts(kind)
+    return list(found.values())
+
+
+def _is_open(kind: inspect.Type) -> bool:
+    """Say whether a type leaves a part open."""
+    return any(map(_is_any, _all_in(kind)))
 
 
 def _is_any(kind: inspect.Type) -> bool:
@@ -193,7 +204,7 @@ class _Compiler:
 
     def tagger(self, kind: inspect.Type) -> _Tagger | None:
         """Return the tagger of a type, None where nothing is open."""
-        if not _is_open(kind, set()):
+        if not _is_open(kind):
             return None
         if id(kind) in self._made:
             return lambda value: (self._made[id(kind)] or _as_is)(value)

@@ -98,9 +98,10 @@ class AsyncCall(Call[R]):
     ) -> Task[R]:
         """Enqueue. With `timeout` (seconds) return the finished task, else a `new` one.
 
-        A run that would begin more than `expires` seconds from now ends in `error` instead. Of all
-        calls with one `key` only the first enqueues, as long as its record is kept: the others
-        return what is there, whatever their arguments.
+        A run that would begin more than `expires` seconds from now ends in `error` instead; the
+        worker compares its clock with the sender's, so they have to agree. Of all calls with one
+        `key` only the first enqueues, as long as its record is kept: the others return what is
+        there, whatever their arguments.
         Raises `TaskTimeout`, `Unavailable`, `Refused`, and what `App.message` raises.
         """
         app = self.owner.find_app()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -19,23 +17,31 @@ from msgspec.structs import replace
 
 from qtasks.balancers import Greedy
 from qtasks.engine import supervised
-from qtasks.engine.ending import Leaving, leave, stop_signals
+from qtasks.engine.backoff import Backoff
+from qtasks.engine.ending import Leaving, leave
 from qtasks.engine.health import answer_probes
 from qtasks.engine.io_thread import IOThread, io_thread
 from qtasks.engine.limits import Limits
 from qtasks.engine.runner import Runner
+from qtasks.engine.stop_signals import StopSignals
 from qtasks.engine.supervisor import Supervisor
 from qtasks.engine.worker import Worker
 from qtasks.executors.child import is_child
 from qtasks.executors.threads import busy_threads
 from qtasks.lifecycle import START_TIMEOUT
 from qtasks_core import Balancer, Guarantees
-from qtasks_core.errors import ConfigurationError
+from qtasks_core.errors import Closed, ConfigurationError, NotSupported
 
 if TYPE_CHECKING:
     from qtasks.app import App
 
 logger = logging.getLogger("qtasks")
+
+
+_LEAST_PAUSE = 1.0
+"""Seconds, at least, until a worker beside a host is replaced."""
+_AGAIN = 60.0
+"""Seconds after which a failure is told again, and one that follows begins anew."""
 
 
 class WorkerOptions(Struct, frozen=True, kw_only=True):
@@ -51,18 +57,25 @@ class WorkerOptions(Struct, frozen=True, kw_only=True):
 
 
 class RunningWorker:
-    """A worker while its block runs."""
+    """A worker while its block runs. Beside a host, another follows it when it has failed."""
 
-    def __init__(self, worker: Worker, thread: IOThread, failed: asyncio.Task[None]) -> None:
-        self.id = worker.id
-        self.engine = worker
-        """What lives on the I/O thread."""
-        self.failed = failed
-        """Done when a part has failed in a way that no repeating mends: nothing more is received.
+    def __init__(self, one: _One, thread: IOThread) -> None:
+        self.one = one
+        self.failed = asyncio.create_task(thread.run(one.worker.failed))
+        """Done when a part has failed in a way that no repeating mends, for the first time.
 
-        Leave the block then, which raises that error.
+        The end of the block raises that error, unless another worker has followed by then.
         """
         self._thread = thread
+
+    @property
+    def id(self) -> str:
+        return self.engine.id
+
+    @property
+    def engine(self) -> Worker:
+        """What lives on the I/O thread."""
+        return self.one.worker
 
     @property
     def ready(self) -> bool:
@@ -74,30 +87,36 @@ class RunningWorker:
         self._thread.post(self.engine.give_back)
 
 
-@asynccontextmanager
-async def working(
-    app: App, options: WorkerOptions, start_timeout: float = START_TIMEOUT
-) -> AsyncIterator[RunningWorker]:
-    """Run a worker of `app` on this loop while the block runs. Raises `ConfigurationError`."""
-    if options.concurrency < 1:
-        raise ConfigurationError(f"concurrency={options.concurrency} is below 1")
-    await app.start(start_timeout)
-    try:
-        runner = Runner(app.definitions, app.max_payload, app.plugins)
-        try:
-            async with _receiving(app, runner, options) as running:
-                yield running
-        finally:
-            runner.stop()
-    finally:
-        await app.stop()
+class _One:
+    """One worker with its runner, from its begin to its end."""
+
+    def __init__(self, worker: Worker, runner: Runner, thread: IOThread) -> None:
+        self.worker = worker
+        self._runner = runner
+        self._thread = thread
+        self._ended = asyncio.create_task(thread.run(worker.run))
+        self._stopping: asyncio.Task[None] | None = None
+
+    def stop(self, grace: float | None) -> set[asyncio.Task[None]]:
+        """Begin its orderly end; return what is done then."""
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._thread.run(self.worker.stop, grace))
+        return {self._ended, self._stopping}
+
+    def close(self) -> Exception | None:
+        """Free what it had, after its end; return how it failed."""
+        self._runner.stop()
+        if self._stopping is not None and (error := self._stopping.exception()) is not None:
+            raise error
+        error = self._ended.exception()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        return error
 
 
-@asynccontextmanager
-async def _receiving(
-    app: App, runner: Runner, options: WorkerOptions
-) -> AsyncIterator[RunningWorker]:
+async def _begin(app: App, options: WorkerOptions) -> _One:
     thread, client = await app.ready()
+    runner = Runner(app.definitions, app.max_payload, app.plugins)
     known = app.definitions
     names = sorted(options.queues or {"default", *(d.options.queue for d in known.values())})
 
@@ -107,8 +126,6 @@ async def _receiving(
         return Worker(client, runner, known.keys(), names, options.concurrency, balancer, limits)
 
     worker = await thread.run(build)
-    for part in app.guarantees():
-        logger.info("%s", describe(part))
     logger.info(
         "worker %s of %r: queues %s, %d tasks at once, knows %s",
         worker.id,
@@ -123,17 +140,69 @@ async def _receiving(
             "include_router(…) brings a router's tasks into the app",
             app.name,
         )
-    ended = asyncio.create_task(thread.run(worker.run))
-    failed = asyncio.create_task(thread.run(worker.failed))
-    running = RunningWorker(worker, thread, failed)
+    return _One(worker, runner, thread)
+
+
+@asynccontextmanager
+async def working(
+    app: App,
+    options: WorkerOptions,
+    start_timeout: float = START_TIMEOUT,
+    *,
+    is_replaced: bool = False,
+) -> AsyncIterator[RunningWorker]:
+    """Run a worker of `app` on this loop while the block runs. Raises `ConfigurationError`.
+
+    With `is_replaced` another follows one that has failed.
+    """
+    if options.concurrency < 1:
+        raise ConfigurationError(f"concurrency={options.concurrency} is below 1")
+    await app.start_async(start_timeout)
     try:
-        yield running
+        for part in app.guarantees():
+            logger.info("%s", describe(part))
+        running = RunningWorker(await _begin(app, options), io_thread())
+        replacing = asyncio.create_task(_replace(app, options, running)) if is_replaced else None
+        try:
+            yield running
+        finally:
+            running.failed.cancel()
+            if replacing is not None:
+                replacing.cancel()
+                await _all_done({replacing}, running)
+            await _all_done(running.one.stop(options.grace), running)
+            if (error := running.one.close()) is not None:
+                raise error
     finally:
-        failed.cancel()
-        stopping = asyncio.create_task(thread.run(worker.stop, options.grace))
-        await _all_done({stopping, ended}, running)
-        ended.result()
-        stopping.result()
+        await app.stop_async()
+
+
+async def _replace(app: App, options: WorkerOptions, running: RunningWorker) -> None:
+    """Have another worker follow one that has failed: its host goes on, and nobody restarts that.
+
+    An error of the configuration would only come again; it is told again each minute.
+    """
+    thread, backoff = io_thread(), Backoff(first=1.0, most=30.0)
+    while True:
+        begun = time.monotonic()
+        await thread.run(running.engine.failed)
+        error = running.engine.failure
+        if error is None:
+            return
+        while isinstance(error, ConfigurationError | NotSupported | Closed):
+            await asyncio.sleep(_AGAIN)
+            logger.error("nothing is received, since worker %s failed: %s", running.id, error)
+        if time.monotonic() - begun > _AGAIN:
+            backoff.reset()
+        pause = _LEAST_PAUSE + backoff.next()
+        logger.warning("another worker follows %s in %.1f s", running.id, pause)
+        await asyncio.sleep(pause)
+        await asyncio.wait(running.one.stop(options.grace))
+        running.one.close()
+        try:
+            running.one = await _begin(app, options)
+        except Exception as error:  # told, and the next attempt follows in its time
+            logger.error("no worker could follow: %s", error, exc_info=error)
 
 
 async def _all_done(ends: set[asyncio.Task[None]], running: RunningWorker) -> None:
@@ -178,10 +247,10 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
     try:
         asyncio.run(Service(app, options, leaving).run())
     except Exception:
-        leaving.done()
+        leaving.come_back(1)
         _leave_threads_behind(1)
         raise
-    leaving.done()
+    leaving.come_back(0)
     _leave_threads_behind(0)
 
 
@@ -204,11 +273,8 @@ class Service:
 
     async def run(self) -> None:
         """Serve until told to stop."""
-        loop = asyncio.get_running_loop()
-        for number in stop_signals():
-            loop.add_signal_handler(number, lambda: None)  # which wakes this loop up
-            signal.signal(number, self._signal_arrived)
-            signal.siginterrupt(number, False)
+        signals = StopSignals(self._signal_arrived)
+        signals.listen()
         try:
             async with self._probed(), self._supervised():
                 if not await self._started():
@@ -219,14 +285,15 @@ class Service:
                         await self._thread.run(self._serve, running.engine)
                     logger.info("worker %s has stopped", running.id)
                 finally:
-                    await self._app.stop()
+                    await self._app.stop_async()
         finally:
             self._thread.post(self._told.set)
+            signals.leave()
 
     async def _started(self) -> bool:
         """Start the app; say whether that was before the end."""
         told = asyncio.create_task(self._thread.run(self._told.wait))
-        starting = asyncio.create_task(self._app.start(float("inf")))
+        starting = asyncio.create_task(self._app.start_async(float("inf")))
         either: set[asyncio.Task[Any]] = {told, starting}
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
@@ -241,7 +308,7 @@ class Service:
         """Let a worker work until it is time to stop, and stop it."""
         self._worker = worker
         if self._line is not None:
-            self._line.tell(True)
+            self._line.say(supervised.READY)
         told = asyncio.create_task(self._told.wait())
         failed = asyncio.create_task(worker.failed())
         worn = asyncio.create_task(worker.limits.reached())
@@ -251,16 +318,20 @@ class Service:
         for end in ends:
             end.cancel()
         grace = self._options.grace
+        if self._line is not None:
+            self._line.say(supervised.STOPS)
         logger.info(
             "worker %s stops (%s); running tasks have %s",
             worker.id, reason, "all the time" if grace is None else f"{grace:g} s",
         )  # fmt: skip
         await worker.stop(grace)
+        if self._line is not None:
+            self._line.say(supervised.OVER)
         self._leaving.begin(0 if worker.failure is None else 1)
 
-    def _signal_arrived(self, number: int, _frame: FrameType | None) -> None:
+    def _signal_arrived(self, name: str) -> None:
         # Not by the mailbox, whose lock this very thread may hold.
-        self._thread.loop.call_soon_threadsafe(self._tell, signal.Signals(number).name)
+        self._thread.loop.call_soon_threadsafe(self._tell, name)
 
     def _tell(self, reason: str) -> None:
         if not self._told.is_set():
@@ -305,6 +376,7 @@ class Service:
             yield
         finally:
             answering.cancel()
+            self._thread.post(self._line.say, supervised.OVER)
             self._thread.post(self._line.close)
 
     async def _answer(self, line: supervised.Line) -> None:

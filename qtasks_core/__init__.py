@@ -10,6 +10,7 @@ from qtasks_core.contracts.plugin import Plugin
 from qtasks_core.contracts.serializer import Serializer
 from qtasks_core.contracts.storage import Storage
 from qtasks_core.contracts.subscription import Subscription
+from qtasks_core.distribution import refuse_other_package
 from qtasks_core.schemas import (
     DONE,
     LOST,
@@ -72,3 +73,5 @@ __all__ = [
     "Verdict",
     "WorkerInfo",
 ]
+
+refuse_other_package()

@@ -19,11 +19,13 @@ class ConfigurationError(QTasksError):
 class MissingDriver(ConfigurationError):
     """A backend's driver is not installed; the message says what brings it.
 
-    `requirement` is what `pip install` takes, for instance `qtasks-shelf[driver]`.
+    `requirement` is what `pip install` takes, for instance `qtasks-shelf[driver]`, or `.[driver]`
+    for what is installed from a checkout.
     """
 
     def __init__(self, backend: str, requirement: str) -> None:
-        super().__init__(f"{backend} needs its driver: pip install '{requirement}'")
+        where = " in the checkout" if requirement.startswith(".") else ""
+        super().__init__(f"{backend} needs its driver: pip install '{requirement}'{where}")
 
 
 class ServerTooOld(ConfigurationError):
@@ -88,10 +90,17 @@ class AmbiguousApp(ConfigurationError):
 class TaskTimeout(QTasksError, TimeoutError):
     """The deadline of a wait has passed; the task itself goes on."""
 
-    def __init__(self, message: str, uuid: str | None = None) -> None:
+    def __init__(self, message: str, uuid: str | None = None, where: str | None = None) -> None:
         super().__init__(message)
         self.uuid = uuid
         """The task's, to ask for it later."""
+        self.where = where
+        """Where the task was written, where that is worth saying. It names a server, so it is not
+        for the clients of an API; `args` are without it."""
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}; {self.where}" if self.where else message
 
 
 class TaskNotFinished(QTasksError):

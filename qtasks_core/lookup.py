@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from qtasks_core.contracts.backend import CONTRACT_VERSION, Backend
 from qtasks_core.contracts.broker import Broker
 from qtasks_core.contracts.storage import Storage
+from qtasks_core.distribution import GROUP, why_unregistered
 from qtasks_core.errors import ConfigurationError
+from qtasks_core.schemas import Guarantees
 from qtasks_core.urls import redact
-
-GROUP = "qtasks.backends"
 
 
 def resolve_broker(url: str) -> Broker:
@@ -32,7 +34,12 @@ def find_backend(url: str) -> Backend:
     if not found and not rest.startswith("//"):
         # A host and its port, most likely; what stands behind may be a password.
         raise ConfigurationError(f"'{scheme}:…' is not a URL; try sqlite:///qtasks.db")
+    plain, plus, _ = scheme.partition("+")
+    if not found and plus and entry_points(group=GROUP, name=plain):
+        raise ConfigurationError(f"{redact(url)}: write {plain}://, without the name of a driver")
     if not found:
+        if (why := why_unregistered()) is not None:
+            raise ConfigurationError(why)
         known = ", ".join(sorted({entry.name for entry in entry_points(group=GROUP)}))
         raise ConfigurationError(f"no backend for {scheme}:// is installed; there are: {known}")
     entry = next(iter(found))
@@ -45,3 +52,21 @@ def find_backend(url: str) -> Backend:
             f"this release of qtasks has contract {CONTRACT_VERSION}"
         )
     return backend
+
+
+def installed_parts(half: Literal["broker", "storage"]) -> list[Guarantees]:
+    """Return what each broker, or storage, that is installed promises; none of them is started."""
+    from importlib.metadata import entry_points  # slow to import
+
+    found: dict[str, Guarantees] = {}
+    for entry in entry_points(group=GROUP):
+        # A server's URL has a host, a file's a path.
+        for url in (f"{entry.name}://localhost", f"{entry.name}:///{entry.name}"):
+            try:
+                backend = find_backend(url)
+                part = backend.broker(url) if half == "broker" else backend.storage(url)
+                told = part.guarantees
+            except Exception:  # noqa: BLE001  # anybody's backend, which nobody asked for here
+                continue
+            found.setdefault(told.part, told)
+    return [found[name] for name in sorted(found)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
@@ -29,7 +29,7 @@ def redact(url: str) -> str:
         netloc = f"{user}{colon and ':***'}@{host}"
     query = urlencode(
         [
-            (key, "***" if any(word in key.lower() for word in SECRET_WORDS) else value)
+            (key, _shown(key, value))
             for key, value in parse_qsl(parts.query, keep_blank_values=True)
         ],
         safe="*/:,",
@@ -38,6 +38,13 @@ def redact(url: str) -> str:
     scheme = f"{parts.scheme}:" if parts.scheme else ""
     slashes = "//" if "://" in url else ""
     return f"{scheme}{slashes}{netloc}{parts.path}{query and '?' + query}"
+
+
+def _shown(key: str, value: str) -> str:
+    """Return what may be shown of an option, which may be a URL itself."""
+    if any(word in key.lower() for word in SECRET_WORDS):
+        return "***"
+    return redact(value) if "://" in value or "@" in value else value
 
 
 def split(url: str) -> SplitResult:
@@ -83,3 +90,16 @@ def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[s
         return url, {}
     head = url.partition("?")[0]
     return head + ("?" + urlencode(left) if left else ""), taken
+
+
+def refuse_options(url: str, known: Iterable[str]) -> None:
+    """Raise `ConfigurationError` for options left in `url`; `known` are those that exist.
+
+    For what no driver reads. A name is told, and no value, which may be a secret.
+    """
+    left = [key for key, _ in parse_qsl(split(url).query, keep_blank_values=True)]
+    if left:
+        raise ConfigurationError(
+            f"{redact(url.partition('?')[0])}: there is no option {left[0]!r}; there are: "
+            f"{', '.join(known) or 'none'}"
+        )

@@ -46,6 +46,8 @@ class KafkaBroker(Broker):
     at most three, are the default of the latter. More workers than partitions stay idle.
     """
 
+    driver_loggers = ("aiokafka",)
+
     def __init__(
         self,
         url: str,
@@ -119,12 +121,11 @@ class KafkaBroker(Broker):
 
     async def append(self, records: Sequence[Record]) -> list[Outcome]:
         """Append records, durable when it returns."""
-        if self._connection.writer is None:
-            raise Closed("KafkaBroker is not started")
+        writer = self._connection.running_writer()
         await self._connection.ensure(list({r.topic for r in records if not r.headers}))
         if any(record.headers for record in records):
             await self._ensure_delayed()
-        written = await self._connection.writer.write(records)
+        written = await writer.write(records)
         return [DONE if w.refused is None else Outcome("refused", str(w.refused)) for w in written]
 
     async def _ensure_delayed(self) -> None:
@@ -143,7 +144,8 @@ class KafkaBroker(Broker):
         member = Membership(self._connection, group, topics, self._lease)
         await member.open()
         if self._mover is None:
-            self._mover = DelayMover(self._connection, self._namespace, self._lease)
+            queue = next(iter(queues))
+            self._mover = DelayMover(self._connection, self._namespace, queue, self._lease)
             self._mover.start()
         subscription = KafkaSubscription(self, member, topics)
         self._subscriptions.add(subscription)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha1
@@ -53,6 +54,11 @@ _WRONG = {
 _TOO_OLD = {"IncompatibleBrokerVersion", "UnsupportedVersionError", "UnrecognizedBrokerVersion"}
 
 
+LONGEST_PREFIX = 150
+"""Characters of a long topic's name that are kept as they are."""
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+
 def topic_name(namespace: str, *parts: str) -> str:
     """Return the topic of a namespace and what follows; different parts, different topics.
 
@@ -60,8 +66,13 @@ def topic_name(namespace: str, *parts: str) -> str:
     """
     name = ".".join([_escaped(namespace), *map(_escaped, parts)])
     if len(name) > 200:
-        name = f"{name[:150]}-{sha1(name.encode(), usedforsecurity=False).hexdigest()}"
+        name = f"{name[:LONGEST_PREFIX]}-{sha1(name.encode(), usedforsecurity=False).hexdigest()}"
     return name
+
+
+def is_topic(name: str) -> bool:
+    """Say whether Kafka takes this as the name of a topic."""
+    return _TOPIC.fullmatch(name) is not None and name not in (".", "..")
 
 
 def _escaped(text: str) -> str:
@@ -89,7 +100,7 @@ class Connection:
             self._errors = import_module("aiokafka.errors")
             admin = import_module("aiokafka.admin")
         except ImportError as error:
-            raise MissingDriver("kafka://", "qtasks[kafka]") from error
+            raise MissingDriver("kafka://", ".[kafka]") from error
         from qtasks_kafka.writer import Writer
 
         await self.stop()
@@ -275,9 +286,16 @@ class Connection:
         description = await admin.describe_cluster()
         return len(description["brokers"])
 
-    def forget_topics(self) -> None:
-        """Look again before the next use whether the topics exist."""
-        self._topics.clear()
+    def forget_topics(self, *topics: str) -> None:
+        """Look again before the next use of these topics, or of any, what there is of them."""
+        for topic in topics or list(self._topics):
+            self._topics.pop(topic, None)
+
+    def running_writer(self) -> Writer:
+        """Return the writer. Raises `Closed` before `start` and after `stop`."""
+        self.started()
+        assert self.writer is not None
+        return self.writer
 
     def started(self) -> AIOKafkaAdminClient:
         """Return the admin client. Raises `Closed` before `start` and after `stop`."""

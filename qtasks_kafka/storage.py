@@ -9,5 +9,7 @@ from qtasks_log.storage import LogStorage
 class KafkaStorage(LogStorage):
     """Remembers tasks in the topic `NAMESPACE.records`."""
 
+    driver_loggers = ("aiokafka",)
+
     def __init__(self, url: str, *, partitions: int = 8, replicas: int | None = None) -> None:
         super().__init__(KafkaLog(url, partitions=partitions, replicas=replicas))

@@ -169,12 +169,14 @@ class Writer:
         sizes: dict[str, int] = {}
         packed: dict[tuple[str, int], list[Batch]] = {}
         turn = next(self._turn)
+        too_large: set[str] = set()
         for at, record in enumerate(records):
             if written[at] is not None:
                 continue
             largest, size = self._connection.largest(record.topic), record.size
             if largest is not None and size > largest:
                 written[at] = Written(_too_large(record, largest), -1)
+                too_large.add(record.topic)
                 continue
             if record.topic not in sizes:
                 sizes[record.topic] = len(await producer.partitions_for(record.topic))
@@ -191,6 +193,9 @@ class Writer:
             ):
                 batches.append(Batch(producer.create_batch()))
                 batches[-1].append(record, at, size, None)
+        if too_large:
+            # Somebody may raise the limit.
+            self._connection.forget_topics(*too_large)
         rounds = zip_longest(*([(place, b) for b in some] for place, some in packed.items()))
         return [batch for some in rounds for batch in some if batch is not None]
 

@@ -1,7 +1,7 @@
 """The shortest honest backend: everything in this process's memory, gone with it."""
 
 from qtasks_core import Backend
-from qtasks_core.urls import take_options
+from qtasks_core.urls import refuse_options, take_options
 from qtasks_memory.broker import MemoryBroker
 from qtasks_memory.storage import MemoryStorage
 
@@ -16,12 +16,14 @@ class MemoryBackend(Backend):
     def broker(self, url: str) -> MemoryBroker:
         """Return the broker of `url`."""
         rest, options = take_options(url, OPTIONS)
+        refuse_options(rest, OPTIONS)
         options.pop("retention", None)
         return MemoryBroker(rest.partition("://")[2], **options)
 
     def storage(self, url: str) -> MemoryStorage:
         """Return the storage of `url`."""
         rest, options = take_options(url, OPTIONS)
+        refuse_options(rest, OPTIONS)
         options.pop("lease", None)
         return MemoryStorage(rest.partition("://")[2], **options)
 

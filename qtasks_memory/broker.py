@@ -100,8 +100,8 @@ class MemoryBroker(Broker):
             memory.listeners.discard(listener)
         raise Closed("MemoryBroker is stopped")
 
-    async def migrate(self, namespace: str) -> None:
-        """Do nothing: there is no server."""
+    async def migrate(self, namespace: str) -> list[str]:
+        return []  # there is no server
 
     def _started(self) -> Memory:
         if self._memory is None:

@@ -153,8 +153,8 @@ class MemoryStorage(Storage):
         ]
         return await self.delete(over)
 
-    async def migrate(self, namespace: str) -> None:
-        """Do nothing: there is no server."""
+    async def migrate(self, namespace: str) -> list[str]:
+        return []  # there is no server
 
     def _started(self) -> Memory:
         if self._memory is None:

@@ -7,19 +7,23 @@ from qtasks_postgres.storage import PostgresStorage
 
 
 class PostgresBackend(Backend):
-    """Answers for `postgresql://USER:PASSWORD@HOST:PORT/DATABASE?lease=SECONDS`."""
+    """Answers for `postgresql://USER:PASSWORD@HOST:PORT/DATABASE?lease=SECONDS`.
+
+    `listen_url=URL` leads around a connection pooler; its special characters are written `%3A` ….
+    """
 
     contract = 1
 
     def broker(self, url: str) -> PostgresBroker:
         """Return the broker of `url`."""
-        rest, options = take_options(url, {"lease": float})
+        rest, options = take_options(url, {"lease": float, "listen_url": str})
         return PostgresBroker(rest, **options)
 
     def storage(self, url: str) -> PostgresStorage:
         """Return the storage of `url`."""
-        rest, _ = take_options(url, {"lease": float})
-        return PostgresStorage(rest)
+        rest, options = take_options(url, {"lease": float, "listen_url": str})
+        options.pop("lease", None)
+        return PostgresStorage(rest, **options)
 
 
 __all__ = ["PostgresBackend", "PostgresBroker", "PostgresStorage"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from qtasks_core import (
@@ -26,10 +26,12 @@ from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.recent import Recent
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
+from qtasks_postgres import floors
 from qtasks_postgres.batches import batches
 from qtasks_postgres.connection import Database, Listener, channel_of, check_lease, storable
+from qtasks_postgres.floors import PRIORITIES, Floors, Lane, lanes_of
 
-PRIORITIES = 10
+RIGHTS = {"messages": ("SELECT", "INSERT", "UPDATE", "DELETE"), **floors.RIGHTS}
 
 LONGEST_DELAY = 100 * 365 * 86400.0
 """Seconds; a longer delay may be past what a timestamp can hold."""
@@ -49,50 +51,63 @@ RING = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS rung (channel)"
 # array of ids, never by a join that it could begin at the table's end, and in an order that only
 # one index has (by the id alone it could walk the primary key, past all that is in other queues).
 
-# For each queue its priorities are gone through one after the other, the highest first, and no
-# further than it takes to have enough: LIMIT ends the loops, so only what is taken is locked.
-TAKE = """
+# Messages never received before: what may be received at once, in the order of their ids.
+READY = """
+    SELECT id FROM qtasks.messages
+    WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
+      AND priority <= level.priority
+      AND (priority, id) >
+          (level.priority, ($4::bigint[])[want.position * 10 - level.priority])
+    ORDER BY priority, id
+    LIMIT want.most
+    FOR UPDATE SKIP LOCKED
+"""
+
+# Messages that have waited for their moment: delayed, given back, or lost by their holders.
+# statement_timestamp() and not clock_timestamp(), which no index can be searched for.
+DUE = """
+    SELECT id FROM qtasks.messages
+    WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
+      AND wake_at > ($7::timestamptz[])[want.position * 10 - level.priority]
+      AND wake_at <= statement_timestamp()
+    ORDER BY wake_at
+    LIMIT want.most
+    FOR UPDATE SKIP LOCKED
+"""
+
+
+def taking(lane: str, *more: str) -> str:
+    """Return a statement that takes messages of each queue.
+
+    Its priorities are gone through one after the other, the highest first, and no further than it
+    takes to have enough: LIMIT ends the loops, so only what is taken is locked.
+    """
+    returned = ", ".join(("id", "queue", "priority", "delivery", "body", *more))
+    return f"""
     UPDATE qtasks.messages
     SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
     WHERE id = ANY(ARRAY(
-        SELECT lane.id
+        SELECT chosen.id
         FROM unnest($2::text[], $3::int[]) WITH ORDINALITY AS want (queue, most, position)
         CROSS JOIN LATERAL (
             SELECT message.id
             FROM generate_series(9, 0, -1) AS level (priority)
-            CROSS JOIN LATERAL (
-                SELECT id FROM qtasks.messages
-                WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
-                  AND priority <= level.priority
-                  AND (priority, id) >
-                      (level.priority, ($4::bigint[])[want.position * 10 - level.priority])
-                ORDER BY priority, id
-                LIMIT want.most
-                FOR UPDATE SKIP LOCKED
-            ) AS message
+            CROSS JOIN LATERAL ({lane}) AS message
             LIMIT want.most
-        ) AS lane
+        ) AS chosen
         LIMIT $5
     ))
-    RETURNING id, queue, priority, delivery, body
-"""
+    RETURNING {returned}
+    """
 
-# statement_timestamp() and not clock_timestamp(), which no index can be searched for.
-WAKE = """
-    UPDATE qtasks.messages
-    SET wake_at = NULL
-    WHERE id = ANY(ARRAY(
-        SELECT due.id
-        FROM unnest($2::text[]) AS want (queue)
-        CROSS JOIN LATERAL (
-            SELECT id FROM qtasks.messages
-            WHERE namespace = $1 AND queue = want.queue AND wake_at <= statement_timestamp()
-            ORDER BY wake_at
-            LIMIT 1000
-            FOR UPDATE SKIP LOCKED
-        ) AS due
-    ))
-"""
+
+TAKE = taking(READY)
+
+# The inner SELECT sees the row as it was before.
+LOOK = taking(
+    f"SELECT id FROM ({DUE}) AS due UNION ALL SELECT id FROM ({READY}) AS ready",
+    "(SELECT wake_at FROM qtasks.messages AS old WHERE old.id = messages.id) IS NULL AS first",
+)
 
 # What SKIP LOCKED passes over is still there to be seen: then the wait is zero.
 NEXT = """
@@ -100,17 +115,22 @@ NEXT = """
         (
             SELECT 0.0 FROM qtasks.messages
             WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
+              AND priority <= level.priority
+              AND (priority, id) >
+                  (level.priority, ($3::bigint[])[want.position * 10 - level.priority])
             ORDER BY priority, id
             LIMIT 1
         ),
         (
             SELECT extract(epoch FROM wake_at - clock_timestamp()) FROM qtasks.messages
-            WHERE namespace = $1 AND queue = want.queue AND wake_at IS NOT NULL
+            WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
+              AND wake_at > ($4::timestamptz[])[want.position * 10 - level.priority]
             ORDER BY wake_at
             LIMIT 1
         )
     ))::float8 AS wait
-    FROM unnest($2::text[]) AS want (queue)
+    FROM unnest($2::text[]) WITH ORDINALITY AS want (queue, position)
+    CROSS JOIN generate_series(9, 0, -1) AS level (priority)
 """
 
 # Whose lease has run out, or whose message was delivered again since, holds nothing. coalesce()
@@ -137,7 +157,9 @@ RETRY = f"""
     SELECT id FROM gone
 """
 
-RELEASE = f"UPDATE qtasks.messages SET wake_at = NULL WHERE {MINE} RETURNING id"
+RELEASE = f"""
+    UPDATE qtasks.messages SET wake_at = clock_timestamp() WHERE {MINE} RETURNING id
+"""
 
 EXTEND = f"""
     UPDATE qtasks.messages
@@ -155,10 +177,16 @@ class Fence(NamedTuple):
 
 
 class PostgresBroker(Broker):
-    """Moves messages through a table. `lease` is in seconds, by the server's clock."""
+    """Moves messages through a table. `lease` is in seconds, by the server's clock.
 
-    def __init__(self, url: str, *, lease: float = 30.0) -> None:
-        self._database = Database(url)
+    `listen_url` leads to the same database without a connection pooler, where `url` leads through
+    one in transaction mode, which has no notifications.
+    """
+
+    driver_loggers = ("asyncpg",)
+
+    def __init__(self, url: str, *, lease: float = 30.0, listen_url: str | None = None) -> None:
+        self._database = Database(url, listen_url)
         self._lease = check_lease(lease)
         self._listener = Listener(self._database)
         self._doorbell = Doorbell(self._database)
@@ -179,12 +207,20 @@ class PostgresBroker(Broker):
             counts_deliveries=True,
             priorities=True,
             transactions=True,
-            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
+            unsupported=("depth", "purge", "broadcast", "commands"),
+            notes=(
+                "`publish(transaction=)` joins the caller's transaction; `add_task` has no way to"
+                " say so yet",
+            ),
         )
 
     async def start(self, namespace: str) -> None:
-        await self._database.start()
-        self._listener.start()
+        await self._database.start(RIGHTS)
+        try:
+            await self._listener.start()
+        except BaseException:
+            await self._database.stop()
+            raise
         self._namespace = namespace
 
     async def stop(self) -> None:
@@ -194,6 +230,9 @@ class PostgresBroker(Broker):
         self._namespace = None
         await self._doorbell.stop()
         await self._database.stop()
+
+    async def migrate(self, namespace: str) -> list[str]:
+        return await self._database.migrate()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -272,6 +311,10 @@ class PostgresSubscription(Subscription):
     BETWEEN_LOOKS = 0.25
     """Seconds after which it is looked for what has become due or came back."""
 
+    CHEAP_LOOK = 0.05
+    """Seconds; a look that takes longer is not repeated for ten times as long. Floors are stuck as
+    long as a transaction is open that has published or settled."""
+
     def __init__(
         self,
         database: Database,
@@ -286,20 +329,24 @@ class PostgresSubscription(Subscription):
         self._namespace = namespace
         self._lease = lease
         self._loop = asyncio.get_running_loop()
+        self._queues: list[str] = []
         self._channels: list[str] = []
         self._bell = asyncio.Event()
         self._fetching: Shielded[float] = Shielded()
         self._fetched: list[Delivery] = []
         self._fetched_at = 0.0
         self._spare: list[Delivery] = []
-        self._floors: dict[tuple[str, int], int] = {}
+        self._floors = Floors(database, namespace)
+        self._passed: dict[Lane, int] = {}
         self._look_at = 0.0
+        self._look_again_at = 0.0
         self._settled = Recent()
         self._open = True
 
     async def open(self, queues: Iterable[str]) -> None:
         """Listen to what is published to `queues`. Raises `Unavailable`."""
-        self._channels = [channel_of(self._namespace, queue) for queue in queues]
+        self._queues = list(queues)
+        self._channels = [channel_of(self._namespace, queue) for queue in self._queues]
         await self._listener.listen(self._channels, self._rung)
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
@@ -360,6 +407,10 @@ class PostgresSubscription(Subscription):
         await self._listener.forget(self._channels, self._rung)
 
     def _rung(self, payload: str | None) -> None:
+        if payload is None:
+            self._floors.forget()
+            self._passed.clear()
+            self._look_at = self._look_again_at = 0.0
         self._bell.set()
 
     async def _sleep(self, pause: float) -> None:
@@ -368,9 +419,9 @@ class PostgresSubscription(Subscription):
             async with asyncio.timeout(pause):
                 await self._bell.wait()
         except TimeoutError:
-            self._look_at = 0.0
+            self._look_at = self._look_again_at
         else:
-            self._look_at = self._loop.time() + self.BETWEEN_LOOKS
+            self._look_at = max(self._loop.time() + self.BETWEEN_LOOKS, self._look_again_at)
 
     async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
         """Fetch deliveries; where there are none, return the seconds that may be slept.
@@ -385,52 +436,75 @@ class PostgresSubscription(Subscription):
         await self._give_back()
         looked = self._loop.time() >= self._look_at
         if looked:
-            await self._look(wanted)
-        await self._take(wanted, limit)
-        if rung and not looked and not self._fetched:
-            looked = True
-            await self._look(wanted)
+            await self._look(wanted, limit)
+        else:
             await self._take(wanted, limit)
+            if rung and not self._fetched:
+                if looked := self._loop.time() >= self._look_again_at:
+                    await self._look(wanted, limit)
+                else:
+                    self._look_at = min(self._look_at, self._look_again_at)
         if self._fetched:
             return 0.0
         return await self._pause(wanted) if looked else self._look_at - self._loop.time()
 
-    async def _look(self, wanted: Mapping[str, int]) -> None:
-        """Make receivable what has become due or was lost by its holder; forget the floors."""
-        await self._database.fetch(WAKE, self._namespace, list(wanted))
-        self._floors.clear()
-        self._look_at = self._loop.time() + self.BETWEEN_LOOKS
+    async def _look(self, wanted: Mapping[str, int], limit: int) -> None:
+        """Take also what has become due or came back, and what was committed late."""
+        await self._floors.raise_(self._queues)
+        begun = self._loop.time()
+        ready, due = self._floors.of(wanted)
+        rows = await self._fetch_rows(LOOK, wanted, ready, limit, due)
+        now = self._loop.time()
+        self._look_again_at = now + 10 * (now - begun) if now - begun > self.CHEAP_LOOK else 0.0
+        self._look_at = max(now + self.BETWEEN_LOOKS, self._look_again_at)
+        if not all(row["first"] for row in rows):
+            self._look_at = 0.0  # there may be more of those
 
     async def _take(self, wanted: Mapping[str, int], limit: int) -> None:
-        """Take what is receivable, starting where the last take ended.
+        """Take what was published since, starting where the last take ended.
 
-        Below that floor lie the index entries of what was taken before, dead until they are
-        vacuumed, and now and then a message that came back. `_look` sees to those.
+        Below lie the index entries of what was taken before, dead until they are vacuumed, and now
+        and then a message whose publisher committed late. `_look` sees to those.
         """
-        floors = [
-            self._floors.get((queue, priority), 0)
-            for queue in wanted
-            for priority in reversed(range(PRIORITIES))
-        ]
+        floors = map(max, self._floors.of(wanted)[0], self._passed_in(wanted))
+        await self._fetch_rows(TAKE, wanted, list(floors), limit)
+
+    def _passed_in(self, wanted: Mapping[str, int]) -> list[int]:
+        return [self._passed.get(lane, 0) for lane in lanes_of(wanted)]
+
+    async def _fetch_rows(
+        self,
+        statement: str,
+        wanted: Mapping[str, int],
+        floors: list[int],
+        limit: int,
+        *more: object,
+    ) -> Sequence[Any]:
         self._fetched_at = self._loop.time()
         rows = await self._database.fetch(
-            TAKE,
+            statement,
             self._namespace,
             list(wanted),
             list(wanted.values()),
             floors,
             limit,
             self._lease,
+            *more,
         )
         rows.sort(key=lambda row: (-row["priority"], row["id"]))
-        for id, queue, priority, delivery, body in rows:
-            self._floors[queue, priority] = id
+        for id, queue, priority, delivery, body, *first in rows:
+            if first != [False]:
+                self._passed[Lane(queue, priority)] = id
+            self._floors.saw(id)
             fence = Fence(id, delivery)
             self._fetched.append(Delivery(decode_message(body), queue, fence, delivery))
+        return rows
 
     async def _pause(self, wanted: Mapping[str, int]) -> float:
         """Return the seconds until something may become receivable without a new message."""
-        rows = await self._database.fetch(NEXT, self._namespace, list(wanted))
+        rows = await self._database.fetch(
+            NEXT, self._namespace, list(wanted), *self._floors.of(wanted)
+        )
         wait = rows[0]["wait"]
         if wait is None:
             return self.SWEEP

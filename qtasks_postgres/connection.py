@@ -6,18 +6,19 @@ import asyncio
 import math
 from collections.abc import (
     AsyncIterator,
-    Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Hashable,
     Iterable,
-    Iterator,
+    Mapping,
+    Sequence,
     Set,
 )
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from hashlib import sha256
-from ssl import SSLCertVerificationError
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from uuid import uuid4
 
 from qtasks_core.errors import (
     Closed,
@@ -26,7 +27,8 @@ from qtasks_core.errors import (
     ServerTooOld,
     Unavailable,
 )
-from qtasks_core.urls import redact, split
+from qtasks_postgres.errors import leads_elsewhere, translated, translated_at_start
+from qtasks_postgres.options import Options, options_of
 from qtasks_postgres.schema import ensure_schema
 
 if TYPE_CHECKING:
@@ -43,14 +45,27 @@ OLDEST = 12
 CONNECTIONS = 4
 """The most connections of one pool. Calls come in batches, so a few serve many tasks."""
 
-# Statements find their rows by indexes, and none is worth compiling.
+# Statements find their rows by indexes, and none is worth compiling. They are set once connected:
+# connection poolers refuse a client that sets them as it connects.
 SETTINGS = {
-    "application_name": "qtasks",
     "default_transaction_isolation": "read committed",
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
     "jit": "off",
 }
+
+SET = ", ".join(f"set_config('{name}', '{value}', $1)" for name, value in SETTINGS.items())
+SET_UP = f"""
+    SELECT pg_backend_pid() AS pid,
+           pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on' AS elsewhere,
+           {SET}
+"""
+SET_LOCALLY = "; ".join(
+    f"SET LOCAL {name} = '{value}'"
+    for name, value in SETTINGS.items()
+    if not name.startswith("default_")
+)
+ELSEWHERE = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'"
 
 
 class Durability(NamedTuple):
@@ -100,30 +115,45 @@ class Database:
     The driver's own pool waits for a connection whose statement timed out; here such a connection
     is dropped, and all idle ones with it, so that a dead server costs one timeout and not one a
     connection.
+
+    Behind a connection pooler (PgBouncer) each transaction may run on another of the server's
+    connections. There nothing is kept on one: no prepared statements, no settings.
     """
 
-    def __init__(self, url: str) -> None:
-        split(url)
-        self.url = url
-        self.shown = redact(url)
+    def __init__(self, url: str, listen_url: str | None = None) -> None:
+        self._options = options_of(url)
+        self._listening = options_of(listen_url) if listen_url else self._options
+        self.shown = self._options.shown
         self.durability = Durability()
         self.calls = Calls()
+        self.pooled = False
+        """A connection pooler stands between here and the server; known once started."""
+        self.left: set[Callable[[], None]] = set()
+        """Called when the server is to be left, by those who keep connections of their own."""
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(CONNECTIONS)
         self._open = False
 
-    async def start(self) -> None:
+    async def start(self, needs: Mapping[str, Collection[str]]) -> None:
         """Connect, create what is missing and read the server's durability.
 
-        Raises `Unavailable`, `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
+        `needs` are the rights on tables. Raises `Unavailable`, `ConfigurationError`,
+        `MissingDriver`, `ServerTooOld`.
         """
-        load_driver()
         self._open = True
         try:
-            self.durability = await self.calls.run(self._with_connection(self._prepare))
+            self.durability, _ = await self.calls.run(self._prepare(needs))
         except BaseException:
             await self.stop()
             raise
+
+    async def migrate(self) -> list[str]:
+        """Create what is missing, by a connection of its own; return what that changed.
+
+        Raises as `start`.
+        """
+        _, changed = await self.calls.run(self._prepare({}))
+        return changed
 
     async def stop(self) -> None:
         """Close all connections. Idempotent."""
@@ -145,51 +175,33 @@ class Database:
             connection = callers_connection(transaction)
             with self.translated():
                 return await connection.fetch(sql, *arguments)
-        return await self.calls.run(
-            self._with_connection(lambda connection: connection.fetch(sql, *arguments))
-        )
+        return await self.calls.run(self._fetch(sql, arguments))
 
     async def connect(self) -> Connection:
-        """Open a connection outside the pool, for the caller to keep. Raises `Unavailable`."""
+        """Open a connection to listen by, for the caller to keep. Raises `Unavailable`."""
         with self.translated():
             async with asyncio.timeout(TIMEOUT):
-                return await self._connect()
+                return await self._connect(self._listening)
 
-    @contextmanager
-    def translated(self) -> Iterator[None]:
+    @property
+    def told_directly(self) -> bool:
+        """Whether notifications come from the very server that statements go to."""
+        return not self.pooled and self._listening is self._options
+
+    def translated(self) -> AbstractContextManager[None]:
         """Turn the driver's errors into those of the contracts; let the others pass."""
-        from asyncpg import exceptions as pg
+        return translated(self.shown, TIMEOUT)
 
-        try:
-            yield
-        except Unavailable:
-            raise
-        except (
-            SSLCertVerificationError,
-            pg.ClientConfigurationError,
-            pg.InvalidAuthorizationSpecificationError,
-            pg.InvalidCatalogNameError,
-            pg.InsufficientPrivilegeError,
-            pg.UndefinedTableError,
-            pg.InvalidSchemaNameError,
-        ) as error:
-            raise ConfigurationError(f"{self.shown}: {error}{advice(error)}") from error
-        except (
-            OSError,
-            TimeoutError,
-            pg.PostgresConnectionError,
-            pg.OperatorInterventionError,
-            pg.InsufficientResourcesError,
-            pg.TransactionRollbackError,
-            pg.ReadOnlySQLTransactionError,
-            # No host of the URL will do, or a farewell of the server's came before the statement.
-            pg.InternalClientError,
-        ) as error:
-            what = str(error) or f"no answer within {TIMEOUT:g} s"
-            raise Unavailable(f"{self.shown}: {what}") from error
+    def leave(self) -> None:
+        """Drop all connections: the server is another one now, or serves no more."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.terminate()
+        for leaving in tuple(self.left):
+            leaving()
 
-    async def _with_connection(self, work: Callable[[Connection], Awaitable[T]]) -> T:
-        """Do `work` on a connection. One left in the middle of a statement is dropped."""
+    async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Any]:
+        """Run a statement on a connection. One left in the middle of it is dropped."""
         from asyncpg import PostgresError
 
         if not self._open:
@@ -199,36 +211,87 @@ class Database:
                 async with asyncio.timeout(TIMEOUT), self._slots:
                     connection = await self._take()
                     try:
-                        result = await work(connection)
-                    except PostgresError:
-                        self._give_back(connection)
+                        rows = await self._run(connection, sql, arguments)
+                    except PostgresError as error:
+                        if leads_elsewhere(error):
+                            connection.terminate()
+                            self.leave()
+                        else:
+                            self._give_back(connection)
                         raise
                     except BaseException:
                         connection.terminate()
                         raise
                     self._give_back(connection)
-                    return result
+                    return rows
             except (OSError, TimeoutError):
                 idle, self._idle = self._idle, []
                 for connection in idle:
                     connection.terminate()
                 raise
 
-    async def _prepare(self, connection: Connection) -> Durability:
-        version = connection.get_server_version()
-        if version.major < OLDEST:
-            raise ServerTooOld(
-                f"{self.shown} is PostgreSQL {version.major}; qtasks needs {OLDEST} or newer"
-            )
-        await ensure_schema(connection)
-        return await read_durability(connection)
+    async def _run(self, connection: Connection, sql: str, arguments: Sequence[Any]) -> list[Any]:
+        if not self.pooled:
+            return await connection.fetch(sql, *arguments)
+        async with connection.transaction(isolation="read_committed"):
+            await connection.execute(SET_LOCALLY)
+            return await connection.fetch(sql, *arguments)
+
+    async def _prepare(self, needs: Mapping[str, Collection[str]]) -> tuple[Durability, list[str]]:
+        """Do what a start does in one transaction on a connection that is closed again.
+
+        Returns the server's durability, and what was changed in the schema.
+
+        A pooler is known by the process ids it gives its clients: they are not the server's.
+        """
+        load_driver()
+        with self.translated():
+            async with asyncio.timeout(TIMEOUT):
+                connection = await self._open_connection(self._options, cache=False)
+                try:
+                    async with connection.transaction(isolation="read_committed"):
+                        (row,) = await connection.fetch(SET_UP, True)
+                        self._check_place(row)
+                        self.pooled = row["pid"] != connection.get_server_pid()
+                        version = connection.get_server_version()
+                        if version.major < OLDEST:
+                            raise ServerTooOld(
+                                f"{self.shown} is PostgreSQL {version.major}; qtasks needs {OLDEST}"
+                                " or newer"
+                            )
+                        changed = await ensure_schema(connection)
+                        await self._check_rights(connection, needs)
+                        durability = await read_durability(connection)
+                except BaseException:
+                    connection.terminate()
+                    raise
+                await close_gently(connection)
+                return durability, changed
+
+    def _check_place(self, row: Any) -> None:
+        if row["elsewhere"]:
+            raise Unavailable(f"{self.shown}: the server is read-only or in recovery")
+
+    async def _check_rights(
+        self, connection: Connection, needs: Mapping[str, Collection[str]]
+    ) -> None:
+        tables = [table for table, rights in needs.items() for _ in rights]
+        rights = [right for table in needs for right in needs[table]]
+        rows = await connection.fetch(
+            "SELECT name, right_ FROM unnest($1::text[], $2::text[]) AS needed (name, right_)"
+            " WHERE NOT has_table_privilege('qtasks.' || name, right_)",
+            tables, rights,
+        )  # fmt: skip
+        if rows:
+            missing = ", ".join(f"{row['right_']} on qtasks.{row['name']}" for row in rows)
+            raise ConfigurationError(f"{self.shown}: the user lacks {missing}: GRANT it")
 
     async def _take(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
             if not connection.is_closed():
                 return connection
-        return await self._connect()
+        return await self._connect(self._options)
 
     def _give_back(self, connection: Connection) -> None:
         if self._open and not connection.is_closed():
@@ -236,20 +299,34 @@ class Database:
         else:
             connection.terminate()
 
-    async def _connect(self) -> Connection:
-        import asyncpg
-        from asyncpg import exceptions as pg
-
+    async def _connect(self, options: Options) -> Connection:
+        """Open a connection that is set up, to a server that can be written to."""
+        pooled = self.pooled and options is self._options
+        connection = await self._open_connection(options, cache=not pooled)
         try:
-            return await asyncpg.connect(self.url, server_settings=SETTINGS)
-        except (
-            ValueError,
-            # What the URL says beside the options of the driver is taken for a server's setting.
-            pg.UndefinedObjectError,
-            pg.InvalidParameterValueError,
-            pg.CantChangeRuntimeParamError,
-        ) as error:
-            raise ConfigurationError(f"{self.shown}: {error}") from None
+            if pooled:
+                async with connection.transaction():
+                    self._check_place(await connection.fetchrow(SET_UP, True))
+            else:
+                self._check_place(await connection.fetchrow(SET_UP, False))
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
+    async def _open_connection(self, options: Options, *, cache: bool) -> Connection:
+        import asyncpg
+
+        more: dict[str, Any] = {} if cache else {"statement_cache_size": 0}
+        if options.several_hosts:
+            more["target_session_attrs"] = "read-write"
+        with translated_at_start(options.shown, TIMEOUT):
+            return await asyncpg.connect(
+                options.url,
+                timeout=options.connect_timeout or 60,
+                server_settings={"application_name": options.application_name},
+                **more,
+            )
 
 
 class Listener:
@@ -267,9 +344,19 @@ class Listener:
         self._busy = asyncio.Lock()
         self._open = False
 
-    def start(self) -> None:
-        """Allow connecting; the connection is made when somebody listens."""
+    async def start(self) -> None:
+        """Allow connecting; the connection is made when somebody listens.
+
+        Raises `ConfigurationError` where notifications do not come through a connection pooler.
+        """
         self._open = True
+        self._database.left.add(self._leave)
+        if not self._database.told_directly:
+            try:
+                await self._prove()
+            except BaseException:
+                await self.stop()
+                raise
 
     async def listen(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> None:
         """Call `callback` with what is sent to `channels` from now on. Raises `Unavailable`."""
@@ -306,11 +393,33 @@ class Listener:
     async def stop(self) -> None:
         """Close the connection. Idempotent."""
         self._open = False
+        self._database.left.discard(self._leave)
         self._callbacks.clear()
         await self._database.calls.ended()
         connection, self._connection = self._connection, None
         if connection is not None:
             await close_gently(connection)
+
+    async def _prove(self) -> None:
+        """Ask by the pool for one notification, and see that it arrives here."""
+        channel, heard = f"qtasks:proof:{uuid4().hex}", asyncio.Event()
+
+        def hear(payload: str | None) -> None:
+            if payload is not None:
+                heard.set()
+
+        await self.listen([channel], hear)
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                await self._database.fetch("SELECT pg_notify($1, '')", channel)
+                await heard.wait()
+        except TimeoutError:
+            raise ConfigurationError(
+                f"{self._database.shown}: no notification comes through: a connection pooler in"
+                " transaction mode has none (set listen_url= to the same database of the server"
+                " itself, or pool_mode = session)"
+            ) from None
+        await self.forget([channel], hear)
 
     async def _listen(self) -> None:
         async with self._using() as connection:
@@ -332,8 +441,9 @@ class Listener:
 
     async def _ping(self) -> None:
         async with self._using() as connection:
-            if connection is not None:
-                await connection.execute("SELECT 1")
+            if connection is not None and await connection.fetchval(ELSEWHERE):
+                self._database.leave()
+                raise Unavailable(f"{self._database.shown}: the server is read-only or in recovery")
 
     @asynccontextmanager
     async def _using(self) -> AsyncIterator[Connection | None]:
@@ -350,6 +460,12 @@ class Listener:
         if self._connection is not None and self._connection.is_closed():
             self._connection = None
         return self._connection
+
+    def _leave(self) -> None:
+        """Have no more to do with this server; all look for themselves at the next."""
+        if self._connection is not None:
+            self._drop()
+            self._tell_all()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
@@ -376,6 +492,9 @@ class Listener:
     def _lost(self, connection: object) -> None:
         if self._connection is connection:
             self._connection = None
+        self._tell_all()
+
+    def _tell_all(self) -> None:
         for callbacks in tuple(self._callbacks.values()):
             for callback in tuple(callbacks):
                 callback(None)
@@ -386,7 +505,7 @@ def load_driver() -> None:
     try:
         import asyncpg  # noqa: F401
     except ImportError:
-        raise MissingDriver("postgresql://", "qtasks[postgres]") from None
+        raise MissingDriver("postgresql://", ".[postgres]") from None
 
 
 def channel_of(namespace: str, queue: str) -> str:
@@ -416,24 +535,6 @@ def callers_connection(transaction: object) -> Connection:
     raise ConfigurationError(
         f"transaction= takes an asyncpg connection, not a {type(transaction).__name__}"
     )
-
-
-def advice(error: BaseException) -> str:
-    """Return what to do about an error that repeating does not cure."""
-    from asyncpg import exceptions as pg
-
-    if isinstance(error, pg.InvalidAuthorizationSpecificationError):
-        return " (check the user and the password in the URL, and pg_hba.conf)"
-    if isinstance(error, pg.InvalidCatalogNameError):
-        return " (create the database, or name another in the URL)"
-    if isinstance(error, pg.InsufficientPrivilegeError):
-        return (
-            " (the first start creates the schema qtasks: let a user start it who may CREATE in"
-            " the database, and grant USAGE on the schema and rights on its tables to this one)"
-        )
-    if isinstance(error, pg.UndefinedTableError | pg.InvalidSchemaNameError):
-        return " (the schema qtasks was removed; starting again creates it)"
-    return ""
 
 
 async def read_durability(connection: Connection) -> Durability:

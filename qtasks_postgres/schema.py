@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 LOCK = 0x7174_6173_6B73
 """The advisory lock that lets one client at a time change the schema ("qtasks" in ASCII)."""
 
-# `wake_at` says everything about a message's state: NULL, it may be received now; else the moment
-# at which its delay or its lease ends. The two partial indexes split on it, so that neither a
-# backlog nor a mass of delayed messages slows the other down. `delivery` counts the deliveries and
-# is half of the fence.
+# `wake_at` says everything about a message's state: NULL, it was published to be received at once,
+# and never was; else the moment from which on it may be received, when its delay or its lease ends
+# or it was given back. The two partial indexes split on it, so that neither a backlog nor a mass of
+# delayed messages slows the other down, and what is new stands at the end of both: see `floors`.
+# `delivery` counts the deliveries and is half of the fence.
 #
 # Every message dies young, and a receiver walks over the index entries of the dead until they are
 # vacuumed; so vacuum comes by a fixed number of dead rows, not by a share of the table, and does
@@ -77,17 +78,34 @@ STEPS = (
         toast.autovacuum_vacuum_cost_delay = 0
     );
     """,
+    """
+    DROP INDEX qtasks.messages_waiting;
+    CREATE INDEX messages_due ON qtasks.messages (namespace, queue, priority, wake_at)
+        WHERE wake_at IS NOT NULL;
+
+    CREATE TABLE qtasks.floors (
+        ready bigint NOT NULL,
+        due timestamptz NOT NULL,
+        priority smallint NOT NULL,
+        namespace text COLLATE "C" NOT NULL,
+        queue text COLLATE "C" NOT NULL,
+        PRIMARY KEY (namespace, queue, priority)
+    ) WITH (fillfactor = 60);
+    """,
 )
 VERSION = len(STEPS)
 
 
-async def ensure_schema(connection: Connection) -> None:
-    """Create or update the tables. Does nothing, and needs no rights to, when they are there.
+async def ensure_schema(connection: Connection) -> list[str]:
+    """Create or update the tables; return what that changed, in words.
+
+    Does nothing, and needs no rights to, when they are there.
 
     Raises `ConfigurationError` when a newer release has been at work here.
     """
     if await _version(connection) == VERSION:
-        return
+        return []
+    # Where a caller's transaction is open, this is a savepoint of it.
     async with connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
         found = await _version(connection)
@@ -103,6 +121,11 @@ async def ensure_schema(connection: Connection) -> None:
         for step in STEPS[found:]:
             await connection.execute(step)
         await connection.execute("UPDATE qtasks.version SET version = $1", VERSION)
+    if found == VERSION:
+        return []  # by somebody else, while this one waited for the lock
+    if found == 0:
+        return [f"the schema qtasks created, now has version {VERSION}"]
+    return [f"the schema qtasks updated from version {found} to {VERSION}"]
 
 
 async def _version(connection: Connection) -> int:

@@ -11,7 +11,7 @@ from weakref import WeakSet
 from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed, WireError
+from qtasks_core.errors import Closed, Unavailable, WireError
 from qtasks_core.records import FINAL, judge, order_of, unreadable
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_task, encode_task
@@ -20,6 +20,8 @@ from qtasks_postgres.connection import Database, Listener, storable
 
 ADDRESS = "qtasks:"
 """What the address of an inbox begins with; the whole is the name of its channel."""
+
+RIGHTS = {"records": ("SELECT", "INSERT", "UPDATE", "DELETE")}
 
 # The WHERE is `judge`, decided under the lock of the row; a row that comes back was accepted. The
 # payload of a notification is limited to 8000 bytes: a larger record is told of by its uuid. Only
@@ -89,13 +91,25 @@ WATCH = """
     ON CONFLICT (namespace, uuid) DO UPDATE SET watchers = array_append(stored.watchers, $3)
     WHERE stored.progress & 7 < 4 AND NOT $3 = ANY(coalesce(stored.watchers, '{}'))
 """
+# A task that never was, and that nobody waits for any more, leaves no row.
+UNWATCH = """
+    UPDATE qtasks.records SET watchers = array_remove(watchers, $3)
+    WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NULL
+"""
+CLEAR = """
+    DELETE FROM qtasks.records
+    WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NULL
+        AND coalesce(cardinality(watchers), 0) = 0
+"""
 
 
 class PostgresStorage(Storage):
-    """Remembers tasks in a table."""
+    """Remembers tasks in a table. `listen_url` is as for `PostgresBroker`."""
 
-    def __init__(self, url: str) -> None:
-        self._database = Database(url)
+    driver_loggers = ("asyncpg",)
+
+    def __init__(self, url: str, *, listen_url: str | None = None) -> None:
+        self._database = Database(url, listen_url)
         self._listener = Listener(self._database)
         self._inboxes: WeakSet[PostgresInbox] = WeakSet()
         self._namespace: str | None = None
@@ -111,13 +125,17 @@ class PostgresStorage(Storage):
             transactions=True,
             unsupported=(
                 "query", "claim", "release", "set", "get_value", "values", "watch_value",
-                "append", "read", "delete", "expire", "migrate",
+                "append", "read", "delete", "expire",
             ),
         )  # fmt: skip
 
     async def start(self, namespace: str) -> None:
-        await self._database.start()
-        self._listener.start()
+        await self._database.start(RIGHTS)
+        try:
+            await self._listener.start()
+        except BaseException:
+            await self._database.stop()
+            raise
         self._namespace = namespace
 
     async def stop(self) -> None:
@@ -126,6 +144,9 @@ class PostgresStorage(Storage):
             await inbox.close()
         self._namespace = None
         await self._database.stop()
+
+    async def migrate(self, namespace: str) -> list[str]:
+        return await self._database.migrate()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         namespace = self._started()
@@ -202,6 +223,8 @@ class PostgresInbox(Inbox):
         self._address = ADDRESS + str(uuid7())
         self._expected: set[str] = set()
         self._watched: set[str] = set()
+        self._left: set[str] = set()
+        """Watched no more, but their rows still say so."""
         self._arrived: list[Task] = []
         self._large: list[str] = []
         self._missed = False
@@ -222,6 +245,7 @@ class PostgresInbox(Inbox):
 
     async def watch(self, uuids: Sequence[str]) -> None:
         self._watched.update(uuids)
+        self._left.difference_update(uuids)
         try:
             await self._listener.ensure()
             await self._register(uuids)
@@ -232,9 +256,12 @@ class PostgresInbox(Inbox):
             self._bell.set()
 
     def forget(self, uuids: Iterable[str]) -> None:
-        for uuid in uuids:
-            self._expected.discard(uuid)
-            self._watched.discard(uuid)
+        uuids = set(uuids)
+        self._expected -= uuids
+        self._left |= self._watched & uuids
+        self._watched -= uuids
+        if self._left:
+            self._bell.set()
 
     async def receive(self) -> list[Task]:
         while self._open:
@@ -255,6 +282,9 @@ class PostgresInbox(Inbox):
         if self._catching_up.pending is not None:
             await asyncio.wait({self._catching_up.pending})
             await self._catching_up.abandon()
+        self._left |= self._watched
+        with suppress(Closed, Unavailable):  # the rows are few and small
+            await self._unwatch()
         await self._listener.forget([self._address], self._heard)
 
     def _waits(self) -> bool:
@@ -273,7 +303,8 @@ class PostgresInbox(Inbox):
         self._bell.set()
 
     def _arrive(self, task: Task) -> None:
-        self.forget((task.uuid,))
+        self._expected.discard(task.uuid)
+        self._watched.discard(task.uuid)
         self._arrived.append(task)
 
     async def _catch_up(self) -> None:
@@ -281,6 +312,7 @@ class PostgresInbox(Inbox):
         told = self._bell.is_set()
         self._bell.clear()
         await self._listener.ensure()
+        await self._unwatch()
         if self._missed:
             self._missed = False
             try:
@@ -293,6 +325,16 @@ class PostgresInbox(Inbox):
             await self._read(self._large[:])
         elif not told and self._waits():
             await self._listener.ping()
+
+    async def _unwatch(self) -> None:
+        """Take back what was written for tasks that are not waited for any more."""
+        left = sorted(self._left)
+        for some in slices(sorted({storable(uuid) for uuid in left})):
+            await self._database.fetch(UNWATCH, self._namespace, some, self._address)
+            await self._database.fetch(CLEAR, self._namespace, some)
+        self._left.difference_update(left)
+        # One that is watched again since then has lost its row, or not.
+        self._missed = self._missed or not self._watched.isdisjoint(left)
 
     async def _register(self, uuids: Sequence[str]) -> None:
         """Have saves of these tasks push their records here, then read once."""

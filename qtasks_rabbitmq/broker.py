@@ -30,6 +30,8 @@ class RabbitMQBroker(Broker):
     stopped receiver. Raises `ConfigurationError` when it is shorter.
     """
 
+    driver_loggers = ("aio_pika", "aiormq")
+
     def __init__(self, url: str = "amqp://localhost", *, lease: float = 30.0) -> None:
         if not lease >= SILENCE:
             raise ConfigurationError(
@@ -63,7 +65,8 @@ class RabbitMQBroker(Broker):
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(
                 "an acknowledgement has no reply: a crash of the server may undo it",
-                "the server takes back what is held beyond its consumer_timeout (30 minutes)",
+                "the server takes back what is held beyond its consumer_timeout (30 minutes), and "
+                "with it all that this worker holds of the same queue",
             ),
         )
 

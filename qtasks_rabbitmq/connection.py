@@ -211,10 +211,8 @@ async def connect(server: Server, purpose: str, heartbeat: int) -> AbstractConne
 
         from qtasks_rabbitmq.transport import Transport
     except ModuleNotFoundError as error:
-        raise MissingDriver(server.url.partition("://")[0] + "://", "qtasks[rabbitmq]") from error
+        raise MissingDriver(server.url.partition("://")[0] + "://", ".[rabbitmq]") from error
     shown = redact(server.url)
-    # Each failed attempt is told by who made it; the driver's own lines would only repeat it.
-    _quieten("aiormq", "connection")
     transport = Transport(await server.context())
     try:
         named = URL(server.url).update_query(heartbeat=str(heartbeat), name=f"qtasks {purpose}")
@@ -259,14 +257,6 @@ def _meaning(error: Exception, shown: str, reader: FrameReader | None) -> Except
             )
         return Unavailable(f"{shown} does not take connections now: {text}")
     return Unavailable(f"{shown} cannot be reached: {error}")
-
-
-def _quieten(package: str, module: str) -> None:
-    """Let a driver's logger tell only what is fatal, unless the user has set its level."""
-    whole = logging.getLogger(package)
-    part = whole.getChild(module)
-    if whole.level == part.level == logging.NOTSET:
-        part.setLevel(logging.CRITICAL)
 
 
 def _names_wrong_vhost(text: str) -> bool:

@@ -67,7 +67,7 @@ def servers_of(url: str) -> list[Server]:
         if option not in OPTIONS:
             hint = "; lease= sets the heartbeat" if option == "heartbeat" else ""
             raise ConfigurationError(
-                f"{redact(url)}: there is no option {option!r}; there are "
+                f"{redact(url.partition('?')[0])}: there is no option {option!r}; there are: "
                 f"{', '.join(OPTIONS)} and, of the broker, lease{hint}"
             )
     if options.get("auth", "plain").lower() not in MECHANISMS:

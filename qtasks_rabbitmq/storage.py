@@ -9,5 +9,7 @@ from qtasks_rabbitmq.log import RabbitMQLog
 class RabbitMQStorage(LogStorage):
     """Remembers tasks in a stream, and reads all of it at the start."""
 
+    driver_loggers = ("aio_pika", "aiormq")
+
     def __init__(self, url: str = "amqp://localhost") -> None:
         super().__init__(RabbitMQLog(url))

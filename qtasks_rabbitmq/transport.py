@@ -22,11 +22,13 @@ class Transport(TransportFactory):
     async def create(
         self, url: URL, **kwargs: Any
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect. Raises what the socket raises."""
+        """Connect. Raises what the socket raises, and `ValueError` for a URL without a host."""
+        if url.host is None or url.port is None:
+            raise ValueError("host and port was not specified")
         loop = asyncio.get_running_loop()
         self.reader = reader = FrameReader()
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         transport, _ = await loop.create_connection(
-            lambda: protocol, url.host or "localhost", url.port or 0, ssl=self._context
+            lambda: protocol, url.host, url.port, ssl=self._context
         )
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)

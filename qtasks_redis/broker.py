@@ -41,6 +41,8 @@ class RedisBroker(Broker):
     Raises `ConfigurationError` for a wrong URL or lease.
     """
 
+    driver_loggers = ("redis", "push_response")
+
     def __init__(self, url: str = "redis://localhost", *, lease: float = 30.0) -> None:
         if not 0.1 <= lease < math.inf:
             raise ConfigurationError(f"lease={lease} is not a time of at least 0.1 seconds")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
-from qtasks_core.urls import redact, split, take_options
+from qtasks_core.urls import redact, refuse_options, split, take_options
 from qtasks_redis.scripts import Script
 
 if TYPE_CHECKING:
@@ -23,6 +23,17 @@ CONNECT_WITHIN: Final = 3.0
 """Seconds to wait for a new connection; the handshake comes on top."""
 _SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "valkey": "redis"}
 _NEEDS: Final = (6, 2)
+_OURS: Final = ("lease", "retention")
+_OPTIONS: Final = (
+    "client_name", "db", "health_check_interval", "lib_name", "lib_version", "max_connections",
+    "password", "protocol", "retry_on_timeout", "socket_connect_timeout", "socket_keepalive",
+    "socket_read_size", "socket_timeout", "username",
+)  # fmt: skip
+"""Options of a URL that the driver reads. Without those that change what it returns."""
+_OPTIONS_OF_TLS: Final = (
+    "ssl_ca_certs", "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile",
+    "ssl_check_hostname", "ssl_ciphers", "ssl_keyfile", "ssl_min_version", "ssl_password",
+)  # fmt: skip
 _MOST_CALLS: Final = 32
 """Calls on the way at once, each on a connection of its own; the others wait their turn."""
 _MOST_ITEMS: Final = 1000
@@ -54,6 +65,8 @@ def checked(url: str) -> str:
         raise ConfigurationError(f"{redact(url)}: a redis:// URL names one host")
     if database and not database.isdecimal():
         raise ConfigurationError(f"{redact(url)}: the path names the database, a number")
+    of_driver = _OPTIONS + (_OPTIONS_OF_TLS if scheme == "rediss" else ())
+    refuse_options(take_options(url, dict.fromkeys(of_driver, str))[0], (*_OURS, *of_driver))
     # The parts read replies of one protocol version, the leaner one; the URL cannot change it.
     return take_options(_SCHEMES[scheme] + url[len(scheme) :], {"protocol": str})[0]
 
@@ -164,7 +177,7 @@ async def connect(url: str, namespace: str) -> Connection:
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
     except ImportError:
-        raise MissingDriver("redis://", "qtasks[redis]") from None
+        raise MissingDriver("redis://", ".[redis]") from None
     rest, options = take_options(url, {"socket_timeout": float})
     try:
         client: Redis = Redis.from_url(
@@ -191,7 +204,7 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
     try:
         hello = _pairs(await call("HELLO"))
     except TypeError as error:
-        # An unknown option of the URL shows only when the first connection is made.
+        # A wrong value of an option may show only when the first connection is made.
         raise ConfigurationError(f"{redact(url)}: {error}") from None
     version = hello["version"]
     name = f"{hello['server'].capitalize()} {version}"

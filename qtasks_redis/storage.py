@@ -52,6 +52,8 @@ class RedisStorage(Storage):
     for ever. Records that are not final stay. Raises `ConfigurationError` for a wrong URL.
     """
 
+    driver_loggers = ("redis", "push_response")
+
     def __init__(
         self, url: str = "redis://localhost", *, retention: float | None = 7 * 86400.0
     ) -> None:

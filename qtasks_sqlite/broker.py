@@ -35,6 +35,7 @@ from qtasks_sqlite.connection import (
     connect,
     disconnect,
     durability,
+    migrated,
     path_of,
     with_server,
 )
@@ -169,12 +170,8 @@ class SqliteBroker(Broker):
         heard = Heard(self._namespace)
         return self._listeners.follow(self.started(), heard.number, heard.look)
 
-    async def migrate(self, namespace: str) -> None:
-        database = await connect(self.path, self.synchronous)
-        try:
-            await database.write(lambda turn: turn.namespace(namespace))
-        finally:
-            await disconnect(database)
+    async def migrate(self, namespace: str) -> list[str]:
+        return await migrated(self.path, self.synchronous, namespace)
 
     def compose(self, storage: Storage) -> Composition:
         from qtasks_sqlite.composition import SqliteComposition

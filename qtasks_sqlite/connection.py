@@ -23,7 +23,7 @@ from qtasks_core.errors import (
     ServerTooOld,
     Unavailable,
 )
-from qtasks_core.urls import redact, take_options
+from qtasks_core.urls import redact, refuse_options, take_options
 from qtasks_sqlite.doorbell import Doorbell
 from qtasks_sqlite.filesystem import warn_of_network
 from qtasks_sqlite.schema import migrate
@@ -64,6 +64,12 @@ class Transaction:
     def namespace(self, name: str) -> int:
         """Return the number of a namespace, new if need be."""
         return self._id(0, name, "qtasks_namespaces (name)", (name,))
+
+    def add_namespace(self, name: str) -> bool:
+        """Add a namespace; say whether it was not there."""
+        known = self.execute("SELECT 1 FROM qtasks_namespaces WHERE name = ?", (name,)).fetchone()
+        self.namespace(name)
+        return known is None
 
     def queue(self, namespace: int, name: str) -> int:
         """Return the number of a queue, new if need be."""
@@ -132,6 +138,8 @@ class Database:
         self.path = path
         self.doorbell = Doorbell(path)
         self.users = 0
+        self.changed: str | None = None
+        """What opening it changed in the file, until `migrated` has told that."""
         self._synchronous = synchronous
         # Held, so that no other loop gets its id, under which this is known.
         self._loop = asyncio.get_running_loop()
@@ -334,7 +342,7 @@ class Database:
             connection.execute("PRAGMA cache_size = -16000")
             connection.execute("PRAGMA wal_autocheckpoint = 4000")
             connection.execute("PRAGMA journal_size_limit = 67108864")
-            migrate(connection, self.path)
+            self.changed = migrate(connection, self.path) or self.changed
             self._ids.clear()
             self.doorbell.open()
         except BaseException:
@@ -418,6 +426,18 @@ async def connect(path: Path, synchronous: Synchronous) -> Database:
     return database
 
 
+async def migrated(path: Path, synchronous: Synchronous, namespace: str) -> list[str]:
+    """Bring a file to this release and add a namespace; return what that changed."""
+    database = await connect(path, synchronous)
+    try:
+        is_new = await database.write(lambda turn: turn.add_namespace(namespace))
+        changed, database.changed = database.changed, None
+    finally:
+        await disconnect(database)
+    added = f"app {namespace!r} added" if is_new else None
+    return [line for line in (changed, added) if line is not None]
+
+
 async def disconnect(database: Database) -> None:
     """Give back what `connect` returned; the last user closes it."""
     database.users -= 1
@@ -437,14 +457,11 @@ def path_of(url: str) -> Path:
 
     Raises `ConfigurationError` when there is a host, no path, or something behind it.
     """
-    scheme, _, location = url.partition("://")
+    refuse_options(url, OPTIONS)
+    scheme, _, location = url.partition("?")[0].partition("://")
     if scheme != "sqlite" or not location.startswith("/") or location == "/":
         raise ConfigurationError(
             f"{redact(url)} names no file: write sqlite:///relative.db or sqlite:////absolute.db"
-        )
-    if "?" in location:
-        raise ConfigurationError(
-            f"{redact(url)} has an unknown option: {', '.join(OPTIONS)} are known"
         )
     if location == "/:memory:":
         raise ConfigurationError("sqlite keeps tasks in a file; use memory:// for memory")

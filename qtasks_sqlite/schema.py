@@ -80,8 +80,11 @@ REMARKABLE = "ord % 8 NOT IN (0, 4)"
 """What a query must say, in these words, for the index of that name."""
 
 
-def migrate(connection: sqlite3.Connection, path: Path) -> None:
-    """Bring a file to this release's version, under the lock. Raises `ConfigurationError`."""
+def migrate(connection: sqlite3.Connection, path: Path) -> str | None:
+    """Bring a file to this release's version, under the lock; return what was done, if anything.
+
+    Raises `ConfigurationError`.
+    """
     connection.execute("BEGIN IMMEDIATE")
     try:
         version = _version(connection)
@@ -100,6 +103,10 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
     finally:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+    if version == len(_STEPS):
+        return None
+    before = f"updated from schema {version}" if version else "created"
+    return f"{path} {before}, now has schema {len(_STEPS)}"
 
 
 def _version(connection: sqlite3.Connection) -> int:

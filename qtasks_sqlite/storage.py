@@ -46,6 +46,7 @@ from qtasks_sqlite.connection import (
     connect,
     disconnect,
     durability,
+    migrated,
     path_of,
     with_server,
 )
@@ -286,12 +287,8 @@ class SqliteStorage(Storage):
         await database.write(shared.tidying(self.namespace, time.time() - self._retention))
         return count
 
-    async def migrate(self, namespace: str) -> None:
-        database = await connect(self.path, self.synchronous)
-        try:
-            await database.write(lambda turn: turn.namespace(namespace))
-        finally:
-            await disconnect(database)
+    async def migrate(self, namespace: str) -> list[str]:
+        return await migrated(self.path, self.synchronous, namespace)
 
     def started(self) -> Database:
         """Return the database. Raises `Closed`."""

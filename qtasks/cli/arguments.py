@@ -1,4 +1,7 @@
-"""Arguments of a task as they are typed in a shell: JSON values, read into the annotated types."""
+"""Arguments of a task as they are typed in a shell: JSON values, read into the annotated types.
+
+A text that is no JSON value of its type is taken as it stands: `2030-01-31` where a date is wanted.
+"""
 
 from __future__ import annotations
 
@@ -55,14 +58,24 @@ def read_arguments(
 
 
 def _read(definition: TaskDefinition, name: str, text: str, kind: Any) -> Any:
-    where = f"{definition.name}: argument {name!r}"
     try:
         value = msgspec.json.decode(text)
+        wrong = None
     except msgspec.DecodeError:
-        raise SerializationError(
-            f"{where}: {text} is not JSON; a text is written in quotes, '\"like this\"'"
-        ) from None
-    try:
-        return msgspec.convert(value, kind, dec_hook=from_plain) if kind is not Any else value
-    except (TypeError, ValueError) as error:
-        raise SerializationError(f"{where}: {error}") from None
+        wrong = f"{text} is not JSON; a text is written in quotes, '\"like this\"'"
+    if kind is Any:
+        if wrong is None:
+            return value
+    else:
+        if wrong is None:
+            try:
+                return msgspec.convert(value, kind, dec_hook=from_plain)
+            except (TypeError, ValueError) as error:
+                wrong = str(error)
+        try:
+            return msgspec.convert(text, kind, dec_hook=from_plain)
+        except (TypeError, ValueError) as error:
+            # Where text is wanted, it is the text that is wrong.
+            if not str(error).startswith("Expected `"):
+                wrong = str(error)
+    raise SerializationError(f"{definition.name}: argument {name!r}: {wrong}")

@@ -21,13 +21,13 @@ def apply(
     uuids: list[str],
     as_json: bool,
     label: str,
-    line: str,
+    line: Callable[[Row], str],
     fields: Callable[[Outcome], Row],
 ) -> None:
     """Work through tasks, batch by batch; raise `Refused` in the end if any was.
 
-    `line` is what is printed of one that was not, with `fields` filled in. In JSON each has its
-    row, whose `error` says why it was refused.
+    `line` returns what is printed of one that was not, from its row with `fields`. In JSON each
+    has its row, whose `error` says why it was refused.
     """
     refused: list[str] = []
     with progress(label, length=len(uuids)) as bar:
@@ -41,7 +41,7 @@ def apply(
                 if as_json:
                     print_json(row)
                 elif error is None:
-                    click.echo(line.format(**row))
+                    click.echo(line(row))
                 bar.update(1)
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""

@@ -12,7 +12,7 @@ from qtasks.app import App
 from qtasks.cli.batches import apply, progress
 from qtasks.cli.output import Row, confirm, json_option, print_rows, task_row
 from qtasks.cli.session import Session, pass_session
-from qtasks.cli.tasks import filters, query_of, records_of
+from qtasks.cli.tasks import filters, nothing_in, query_of, records_of
 from qtasks_core import Outcome
 
 
@@ -33,7 +33,7 @@ def list_dead(session: Session, /, limit: int, as_json: bool, **by: Any) -> None
             task_row(app, record) for record in records_of(app, query_of(dead=True, **by), limit)
         )
         columns = ("uuid", "task_name", "queue", "attempt", "finished_at", "dead", "error")
-        print_rows(rows, columns, as_json)
+        print_rows(rows, columns, as_json, nothing_in(app, "dead task"))
 
 
 def choosing(command: Any) -> Any:
@@ -65,10 +65,15 @@ def revive(
 
         def fields(outcome: Outcome) -> Row:
             new = outcome.there if outcome.status == "done" else None
-            return {"revived_as": new and new.uuid}
+            again = new is not None and bool(outcome.reason)
+            return {"revived_as": new and new.uuid, "revived_before": again}
+
+        def line(row: Row) -> str:
+            before = " (revived before)" if row["revived_before"] else ""
+            return f"{row['uuid']} -> {row['revived_as']}{before}"
 
         chosen = named(app, uuids, by, False)
-        apply(operation, chosen, as_json, "reviving", "{uuid} -> {revived_as}", fields)
+        apply(operation, chosen, as_json, "reviving", line, fields)
 
 
 @dead.command()
@@ -91,7 +96,9 @@ def drop(
         def fields(outcome: Outcome) -> Row:
             return {"dropped": outcome.status == "done"}
 
-        apply(operation, named(app, uuids, by, True), as_json, "dropping", "{uuid}", fields)
+        apply(
+            operation, named(app, uuids, by, True), as_json, "dropping", "{uuid}".format_map, fields
+        )
 
 
 def refuse_both(uuids: tuple[UUID, ...], every: bool, by: dict[str, Any]) -> None:

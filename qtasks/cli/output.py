@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import date, datetime
 from itertools import chain, islice
+from logging.handlers import MemoryHandler
+from shutil import get_terminal_size
 from typing import Any, TypeVar
 
 import click
@@ -25,7 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MEASURED = 200
 """Rows that decide how wide the columns are; what comes later is printed as it arrives."""
 _TIMES = ("created_at", "started_at", "finished_at", "due_at", "seen_at")
-_SHORT = 60
+_NARROW = 5
+"""Columns of a terminal that are left of any cell."""
 
 
 def json_option(command: F) -> F:
@@ -48,11 +52,26 @@ class JsonLines(logging.Formatter):
         return json.dumps(said, ensure_ascii=False)
 
 
-def log_json() -> None:
-    """Have all that is logged in this process printed as JSON."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logging.getLogger().addHandler(handler)
+class JsonLog(MemoryHandler):
+    """The log of a command that prints JSON, held until the end: an error takes it into its own
+    document.
+    """
+
+    def __init__(self) -> None:
+        target = logging.StreamHandler()
+        target.setFormatter(JsonLines())
+        super().__init__(10_000, logging.CRITICAL + 1, target)
+
+    def go_on(self) -> None:
+        """Print each record as it comes from now on: the log of a worker."""
+        self.flushLevel = logging.NOTSET
+        self.flush()
+
+    def take(self) -> list[str]:
+        """Return the messages that are held, which are not printed then."""
+        messages = [record.getMessage() for record in self.buffer]
+        self.buffer.clear()
+        return messages
 
 
 def print_json(value: object) -> None:
@@ -68,8 +87,14 @@ def confirm(question: str, yes: bool, as_json: bool) -> None:
         click.confirm(question, abort=True, err=True)
 
 
-def print_rows(rows: Iterable[Row], columns: Sequence[str], as_json: bool) -> None:
-    """Print rows as they come: one JSON object a line with all they hold, or these columns."""
+def print_rows(
+    rows: Iterable[Row], columns: Sequence[str], as_json: bool, nothing: str = ""
+) -> None:
+    """Print rows as they come: one JSON object a line with all they hold, or these columns.
+
+    On a terminal long cells are cut so that a row fits into a line. `nothing` is said on stderr
+    where there is no row.
+    """
     if as_json:
         for row in rows:
             print_json(row)
@@ -78,10 +103,37 @@ def print_rows(rows: Iterable[Row], columns: Sequence[str], as_json: bool) -> No
     first = list(islice(rest, _MEASURED))
     table = [[text(column, row.get(column)) for column in columns] for row in first]
     widths = [max(map(len, cells)) for cells in zip(columns, *table, strict=True)]
+    cut = sys.stdout.isatty()
+    if cut:
+        widths = fitted(widths, columns, get_terminal_size().columns)
     later = ([text(column, row.get(column)) for column in columns] for row in rest)
     for cells in chain([[column.upper() for column in columns]], table, later):
+        if cut:
+            cells = [shortened(cell, width) for cell, width in zip(cells, widths, strict=True)]
         line = "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
         click.echo(line.rstrip())
+    if not first and nothing:
+        click.echo(nothing, err=True)
+
+
+def fitted(widths: Sequence[int], columns: Sequence[str], terminal: int) -> list[int]:
+    """Return widths of columns that fit into a terminal's line, as far as that can be.
+
+    The widest give way first. A uuid is never cut: it is what the next command needs.
+    """
+    found = list(widths)
+    left = [at for at, name in enumerate(columns) if name not in ("uuid", "id")]
+    while sum(found) + 2 * (len(found) - 1) > terminal:
+        widest = max(left, key=found.__getitem__)
+        if found[widest] <= _NARROW:
+            break
+        found[widest] -= 1
+    return found
+
+
+def shortened(cell: str, width: int) -> str:
+    """Return a cell that is at most so wide."""
+    return cell if len(cell) <= width else cell[: width - 1] + "…"
 
 
 def print_fields(row: Row, as_json: bool) -> None:
@@ -97,7 +149,7 @@ def print_fields(row: Row, as_json: bool) -> None:
 
 
 def text(name: str, value: object, short: bool = True) -> str:
-    """Return a cell; `-` where nothing is known."""
+    """Return a cell, `short` in one line; `-` where nothing is known."""
     if value is None:
         return "-"
     if name in _TIMES and isinstance(value, float):
@@ -109,10 +161,7 @@ def text(name: str, value: object, short: bool = True) -> str:
         found = ("\n" if any(" " in item for item in value) and not short else ", ").join(value)
     else:
         found = json.dumps(plain(value), ensure_ascii=False)
-    if not short:
-        return found or '""'
-    found = " ".join(found.split())
-    return found if len(found) <= _SHORT else found[: _SHORT - 1] + "…"
+    return " ".join(found.split()) if short else found or '""'
 
 
 def task_row(app: App, record: Task) -> Row:

@@ -1,28 +1,70 @@
-"""Commands for the parts an app is made of."""
+"""Commands for the broker and the storage of an app."""
 
 from __future__ import annotations
+
+import time
+from functools import partial
 
 import click
 from msgspec.structs import asdict
 
 from qtasks import control
 from qtasks.cli.output import json_option, print_fields, print_json
-from qtasks.cli.session import Session, pass_session
+from qtasks.cli.session import CONNECT_TIMEOUT, Session, pass_session
+from qtasks.engine.backoff import repeat
+from qtasks.engine.io_thread import io_thread
+from qtasks_core import Guarantees
+
+NEEDED_BY = {
+    "depth": "qtasks queues",
+    "purge": "qtasks purge",
+    "broadcast": "stopping a cancelled task at once",
+    "commands": "stopping a cancelled task at once",
+    "migrate": "qtasks migrate",
+    "query": "qtasks tasks, qtasks dead",
+    "claim": "deleting old records",
+    "release": "deleting old records",
+    "delete": "qtasks dead drop",
+    "expire": "deleting old records",
+    "set": "qtasks workers",
+    "get_value": "qtasks workers",
+    "values": "qtasks workers",
+    "watch_value": "qtasks workers",
+    "append": "progress of tasks",
+    "read": "progress of tasks",
+}
+"""What an operator misses where a broker or storage does not support a method."""
 
 
 @click.command()
 @json_option
 @pass_session
 def guarantees(session: Session, as_json: bool) -> None:
-    """Say what the broker and the storage promise, configured and served as they are."""
+    """Show what the broker and the storage guarantee, as they are configured."""
     with session.started() as app:
-        broker, storage = (asdict(part) for part in app.guarantees())
+        both = app.guarantees()
     if as_json:
+        broker, storage = map(told_of, both)
         print_json({"broker": broker, "storage": storage})
         return
-    for title, part in (("broker", broker), ("storage", storage)):
-        print_fields({title: part.pop("part"), **part}, False)
+    for title, part in zip(("broker", "storage"), both, strict=True):
+        fields = told_of(part)
+        del fields["unsupported"]
+        missing = ", ".join(missing_in(part)) or None
+        print_fields({title: fields.pop("part"), **fields, "not supported": missing}, False)
         click.echo()
+
+
+def told_of(part: Guarantees) -> dict[str, object]:
+    """Return what is said of a part: all but what no call can ask for yet."""
+    fields = asdict(part)
+    del fields["transactions"]
+    return fields
+
+
+def missing_in(part: Guarantees) -> list[str]:
+    """Return what an operator misses in a part, each once."""
+    return list(dict.fromkeys(NEEDED_BY.get(method, method) for method in part.unsupported))
 
 
 @click.command()
@@ -30,7 +72,16 @@ def guarantees(session: Session, as_json: bool) -> None:
 @pass_session
 def migrate(session: Session, as_json: bool) -> None:
     """Create or update what the servers must have. Harmless to repeat, and while others do it."""
-    with session.started() as app:
-        done = app.control_blocking(control.migrate)
-    words = {part: "up to date" if was else "nothing to migrate" for part, was in done.items()}
-    print_fields(words, as_json)
+    migrating = partial(control.migrate, session.quiet())
+    done = io_thread().run_blocking(repeat, migrating, time.monotonic() + CONNECT_TIMEOUT)
+    if as_json:
+        print_json(done)
+        return
+    print_fields({part: told(changes) for part, changes in done.items()}, False)
+
+
+def told(changes: list[str] | None) -> str:
+    """Return the line for what was changed; None: nothing can be."""
+    if changes is None:
+        return "has nothing to migrate"
+    return "; ".join(changes) or "up to date"

@@ -11,6 +11,7 @@ from qtasks import control
 from qtasks.app import App
 from qtasks.cli.output import confirm, json_option, print_json, print_rows
 from qtasks.cli.session import Session, pass_session
+from qtasks.cli.tasks import nothing_in
 from qtasks_core.errors import NotSupported
 
 
@@ -44,15 +45,20 @@ def known_queues(app: App) -> list[str]:
 @json_option
 @pass_session
 def purge(session: Session, queue: str, yes: bool, as_json: bool) -> None:
-    """Drop what waits in a queue. The records of those tasks stay as they are."""
+    """Drop the messages that wait in a queue, and cancel their tasks."""
     confirm(f"Drop all that waits in queue {queue!r}?", yes, as_json)
     with session.started() as app:
         count = app.control_blocking(control.purge, queue)
+        storage = app.guarantees()[1]
     dropped = None if count < 0 else count
     if as_json:
         print_json({"queue": queue, "dropped": dropped})
-    else:
-        click.echo(f"dropped {'an unknown number of' if dropped is None else dropped} messages")
+        return
+    kept = ""
+    if "query" in storage.unsupported:
+        kept = f"; {storage.part} cannot list their tasks, which are not cancelled"
+    number = "an unknown number of" if dropped is None else dropped
+    click.echo(f"dropped {number} messages{kept}")
 
 
 @click.command()
@@ -68,4 +74,4 @@ def workers(session: Session, as_json: bool) -> None:
         columns = (
             "id", "host", "pid", "queues", "concurrency", "started_at", "seen_at", "running",
         )  # fmt: skip
-        print_rows(rows, columns, as_json)
+        print_rows(rows, columns, as_json, nothing_in(app, "worker"))

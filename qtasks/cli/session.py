@@ -11,17 +11,33 @@ from contextlib import contextmanager
 import click
 
 from qtasks.app import App, default_app, import_app, import_named
+from qtasks.cli.output import JsonLog
 from qtasks.routers import Router
+from qtasks_core.errors import ConfigurationError
+from qtasks_core.urls import redact
 
 CONNECT_TIMEOUT = 3.0
 """Seconds: a person waits. A worker waits for its servers instead."""
 
 
-class Session:
-    """What the options before the command said."""
+LEVELS = ("debug", "info", "warning", "error")
 
-    def __init__(self, path: str | None) -> None:
+
+class Session:
+    """What the options before the command said, and the log where that is JSON."""
+
+    def __init__(
+        self, path: str | None, broker: str | None, log_level: str | None, json_log: JsonLog | None
+    ) -> None:
         self.path = path
+        self.broker = broker
+        self.log_level = log_level
+        self.json_log = json_log
+        if broker is not None:
+            os.environ["QTASKS_BROKER_URL"] = broker
+        if log_level is not None:
+            logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+            logging.getLogger("qtasks").setLevel(log_level.upper())
 
     def app(self, include: Iterable[str] = ()) -> App:
         """Import the app and the modules beside it. Raises `ConfigurationError`.
@@ -31,6 +47,11 @@ class Session:
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())
         app = default_app() if self.path is None else import_app(self.path, "-A")
+        if self.broker is not None and app.addresses()[0] != redact(self.broker):
+            raise ConfigurationError(
+                f"-b {redact(self.broker)}: the app {app.name!r} names its own broker in its code, "
+                f"{app.addresses()[0]}"
+            )
         for name in include:
             for value in list(vars(import_named(name, "--include")).values()):
                 if isinstance(value, Router):
@@ -40,15 +61,21 @@ class Session:
     @contextmanager
     def started(self, include: Iterable[str] = ()) -> Iterator[App]:
         """Give the app, connected, for one command. Raises `Unavailable`, `ConfigurationError`."""
-        logging.basicConfig(format="qtasks: %(message)s", level=logging.WARNING)
-        app = self.app(include)
-        # From here on an error is raised, and told in the one line that its command ends with.
-        logging.disable(logging.ERROR)
+        app = self.quiet(include)
         app.start_blocking(CONNECT_TIMEOUT)
         try:
             yield app
         finally:
             app.stop_blocking()
+
+    def quiet(self, include: Iterable[str] = ()) -> App:
+        """Return the app, not connected, for one command. Raises `ConfigurationError`."""
+        logging.basicConfig(format="qtasks: %(message)s", level=logging.WARNING)
+        app = self.app(include)
+        if self.log_level is None:
+            # From here on an error is raised, and told in the one line that its command ends with.
+            logging.disable(logging.ERROR)
+        return app
 
 
 pass_session = click.make_pass_decorator(Session)

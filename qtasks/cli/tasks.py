@@ -41,6 +41,14 @@ class Ended(QTasksError):
     """The task that was waited for has failed or was cancelled."""
 
 
+class Interrupted(QTasksError):
+    """Ctrl-C ended the wait for a task."""
+
+    def __init__(self, message: str, uuid: str) -> None:
+        super().__init__(message)
+        self.uuid = uuid
+
+
 def no_option(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
     """Refuse what looks like an option that does not exist; `-1` is a number."""
     for text in [value] if isinstance(value, str) else value:
@@ -79,13 +87,22 @@ def call(
 ) -> None:
     """Enqueue a task and print its uuid, or with --wait its result.
 
-    Each argument is a JSON value: 1, true, '"text"', '[1, 2]', or name='"text"'.
+    Each argument is a JSON value: 1, true, '"text"', '[1, 2]', or name='"text"'. Where the function
+    wants a text or a date, quotes may be left out: 2030-01-31.
     """
     with session.started(include) as app:
         definition = known(app, name)
         args, kwargs = read_arguments(definition, arguments)
         message = app.message(definition, args, kwargs, **options)
-        record = app.submit_blocking(message, wait)
+        try:
+            record = app.submit_blocking(message, wait)
+        except KeyboardInterrupt:
+            uuid = message.uuid
+            raise Interrupted(
+                f"no longer waiting for task {name} {uuid}, which is not cancelled: see "
+                f"`qtasks status {uuid}`",
+                uuid,
+            ) from None
         if as_json:
             print_fields(task_row(app, record), True)
         if record.status in ("error", "cancel"):
@@ -173,7 +190,12 @@ def tasks(
     with session.started() as app:
         rows = (task_row(app, record) for record in records_of(app, wanted, limit))
         columns = ("uuid", "task_name", "status", "queue", "attempt", "created_at", "error")
-        print_rows(rows, columns, as_json)
+        print_rows(rows, columns, as_json, nothing_in(app, "task"))
+
+
+def nothing_in(app: App, what: str) -> str:
+    """Say that something is not there, and where it was looked for."""
+    return f"no {what} of the app {app.name!r} found in its storage, {app.addresses()[1]}"
 
 
 @click.command()
@@ -191,7 +213,7 @@ def cancel(session: Session, uuids: tuple[UUID, ...], as_json: bool) -> None:
             return {"cancelled": outcome.status == "done"}
 
         named = [str(uuid) for uuid in uuids]
-        apply(operation, named, as_json, "cancelling", "{uuid} cancelled", fields)
+        apply(operation, named, as_json, "cancelling", "{uuid} cancelled".format_map, fields)
 
 
 def cancelled(app: App, uuid: str) -> Outcome:

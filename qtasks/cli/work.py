@@ -73,8 +73,10 @@ def run(
     as_json: bool,
 ) -> None:
     """Run tasks until SIGTERM or SIGINT; a second signal gives running tasks back at once."""
-    if reload or as_json:
+    if session.log_level is None and (reload or as_json):
         logging.getLogger("qtasks").setLevel(logging.INFO)
+    if session.json_log is not None:
+        session.json_log.go_on()
     if reload:
         from qtasks.cli.reload import run_reloading
 

@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
+from qtasks.engine import driver_logs
 from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.cancelling import only_from_outside
 from qtasks.engine.gatherer import Gatherer
@@ -51,6 +52,7 @@ class Client:
         self.name = name
         self.broker = broker
         self.storage = storage
+        self._driver_loggers = {*broker.driver_loggers, *storage.driver_loggers}
         self.composition: Composition = broker.compose(storage)
         self._inbox: Inbox | None = None
         self._outage = Outage("waiting for results")
@@ -64,11 +66,13 @@ class Client:
 
     async def start(self, deadline: float) -> None:
         """Connect both parts. Raises `Unavailable` when that has not worked by the deadline."""
+        driver_logs.quiet(self._driver_loggers)
         try:
             await self._start_parts(deadline)
         except BaseException:
             await self._stop_parts()
             raise
+        driver_logs.cover()
 
     async def _start_parts(self, deadline: float) -> None:
         backoff, outage = Backoff(), Outage()
@@ -85,6 +89,7 @@ class Client:
                 late = asyncio.get_running_loop().time() + pause > deadline
                 if late or not isinstance(error, Unavailable):
                     raise error from None
+                driver_logs.cover()
                 outage.failed(error)
                 await asyncio.sleep(pause)
 
@@ -111,7 +116,10 @@ class Client:
         try:
             await self.broker.stop()
         finally:
-            await self.storage.stop()
+            try:
+                await self.storage.stop()
+            finally:
+                driver_logs.release(self._driver_loggers)
 
     def submit(
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
@@ -157,21 +165,11 @@ class Client:
         """
         record = (await self.get([uuid], deadline))[0]
         while record is not None and record.status not in FINAL:
-            # An execution of its own tells this record from a task's own end.
-            execution = f"cancel/{uuid7()}"
-            cancelled = replace(
-                record,
-                status="cancel",
-                execution=execution,
-                finished_at=time.time(),
-                due_at=None,
-                retention=cancelled_kept_for(record, self.storage.guarantees.retention),
-            )
-            save = partial(self.storage.save, [cancelled])
-            outcome = (await repeat(save, deadline))[0]
+            end = cancelled(record, self.storage.guarantees.retention)
+            outcome = (await repeat(partial(self.storage.save, [end]), deadline))[0]
             if outcome.status == "done":
                 await self._tell(Command(name="cancel", target=uuid))
-                return cancelled
+                return end
             # It has gone on meanwhile: to its end, or to another attempt.
             record = (await self.get([uuid], deadline))[0]
         if record is None:
@@ -321,6 +319,19 @@ class Client:
 
 def _bytes_of(submission: Submission) -> int:
     return len(submission.message.args) + len(submission.message.kwargs)
+
+
+def cancelled(record: Task, retention: float | None) -> Task:
+    """Return the record of a task that is cancelled now; `retention` is the storage's own."""
+    # An execution of its own tells this record from a task's own end.
+    return replace(
+        record,
+        status="cancel",
+        execution=f"cancel/{uuid7()}",
+        finished_at=time.time(),
+        due_at=None,
+        retention=cancelled_kept_for(record, retention),
+    )
 
 
 class _Countdown(Reply[Task | None]):

@@ -11,6 +11,7 @@ import atexit
 import concurrent.futures.thread  # noqa: F401  # for drivers: too late once the main thread ended
 import os
 import selectors
+import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
 from threading import Lock, Thread
@@ -18,6 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from qtasks.engine.mailbox import Mailbox
 from qtasks.engine.reply import LoopReply, Reply, ThreadReply
+from qtasks_core.errors import ConfigurationError
 
 T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[Any, ...]]
@@ -204,6 +206,25 @@ def refuse_running_loop() -> None:
     )
 
 
+def _refuse_greenlets() -> None:
+    """Raise `ConfigurationError` where threads are greenlets: the I/O thread would be one too.
+
+    It and the callers that block for it would then share one real thread.
+    """
+    gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
+    if gevent is not None and gevent.is_module_patched("threading"):
+        library = "gevent"
+    elif eventlet is not None and eventlet.is_monkey_patched("thread"):
+        library = "eventlet"
+    else:
+        return
+    raise ConfigurationError(
+        f"{library} has replaced the threads of this process by greenlets, and QTasks needs a real "
+        "one; with gunicorn take the worker class gthread (-k gthread --threads 8) instead"
+    )
+
+
+_refuse_greenlets()
 _lock = Lock()
 _current: IOThread | None = None
 
@@ -220,6 +241,7 @@ def running_io_thread() -> IOThread | None:
 
 def _begin() -> IOThread:
     global _current
+    _refuse_greenlets()  # which may have come after this module was imported
     with _lock:
         if _current is None:
             _current = IOThread()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 
 from qtasks_core.errors import Unavailable
@@ -11,6 +12,8 @@ logger = logging.getLogger("qtasks")
 
 _AGAIN = 60.0
 """Seconds. Attempts follow each other faster: an outage of an hour would be thousands of lines."""
+_SERVER = re.compile(r".*?\w://[^\s,;]+")
+"""Where an error says which server it is: an outage has many errors, as each call sees it."""
 
 
 class Outage:
@@ -21,11 +24,13 @@ class Outage:
         self._told: dict[str, float] = {}
 
     def failed(self, error: Unavailable) -> None:
-        """Say what failed, unless the same was said within the last minute."""
+        """Say what failed, unless that, or another trouble with that server, was said lately."""
         text, now = str(error), time.monotonic()
+        server = _SERVER.match(text)
+        trouble = server[0] if server else text
         self._told = {what: at for what, at in self._told.items() if now - at < _AGAIN}
-        if text not in self._told:
-            self._told[text] = now
+        if trouble not in self._told:
+            self._told[trouble] = now
             logger.warning("%s%s; trying again", self._prefix, text)
 
     def over(self) -> None:

@@ -15,7 +15,9 @@ import msgspec
 from msgspec.structs import replace
 
 from qtasks.engine.jobs import Jobs
+from qtasks.engine.outage import Outage
 from qtasks_core import Running, Storage, WorkerInfo
+from qtasks_core.distribution import our_distribution
 from qtasks_core.errors import NotSupported, Unavailable
 
 logger = logging.getLogger("qtasks")
@@ -23,6 +25,8 @@ logger = logging.getLogger("qtasks")
 PREFIX = "worker/"
 PERIOD = 10.0
 """Seconds between signs of life: few enough for an idle worker to cost next to nothing."""
+SEEN = "worker-seen"
+"""The shared value that is set once a worker has been there, and stays."""
 STALE = 3 * PERIOD
 """Seconds of silence after which a worker is taken for dead."""
 _GONE = 3600.0
@@ -45,6 +49,7 @@ class Registration:
         self._jobs = jobs
         self._storage = storage
         self._asked = asyncio.Event()
+        self._outage = Outage("the registry of workers")
         self._info = WorkerInfo(
             id=id,
             host=socket.gethostname(),
@@ -65,6 +70,8 @@ class Registration:
         Returns at once where a storage has no values.
         """
         try:
+            with suppress(Unavailable):  # the next worker tries again
+                await self._storage.set(SEEN, b"", expect=None)
             while True:
                 await self._write()
                 self._asked.clear()
@@ -91,7 +98,9 @@ class Registration:
         try:
             await self._storage.set(PREFIX + self._info.id, _encoder.encode(info))
         except Unavailable as error:
-            logger.warning("the registry of workers: %s", error)
+            self._outage.failed(error)
+        else:
+            self._outage.over()
 
     async def _leave(self) -> None:
         with suppress(NotSupported, Unavailable, TimeoutError):
@@ -107,6 +116,11 @@ async def workers_alive(storage: Storage) -> list[WorkerInfo]:
     return [info for info in infos if info.seen_at >= since]
 
 
+async def ever_seen(storage: Storage) -> bool:
+    """Say whether there ever was a worker. Raises `NotSupported`, `Unavailable`."""
+    return await storage.get_value(SEEN) is not None
+
+
 async def forget_silent(storage: Storage) -> None:
     """Take workers off the list that could not do it themselves. Raises `Unavailable`."""
     since = time.time() - _GONE
@@ -118,6 +132,5 @@ async def forget_silent(storage: Storage) -> None:
 
 @cache
 def _version() -> str:
-    from importlib.metadata import version  # slow to import, and only workers need it
-
-    return version("qtasks")
+    found = our_distribution()
+    return "unknown" if found is None else found.version

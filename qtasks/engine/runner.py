@@ -120,7 +120,7 @@ class Runner:
             self._fail(job, f"Reject: {reason}", None, reason)
         except BadArguments as error:
             # They will not fit at the next attempt either.
-            self._fail(job, storable(f"bad arguments: {error}"), None, "bad arguments")
+            self._fail(job, storable(f"BadArguments: {error}"), None, "bad arguments")
         except UnstorableResult as error:
             self._unstorable(job, str(error))
         except BaseException as error:  # recorded as the task's end, but for that of the loop

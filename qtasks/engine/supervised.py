@@ -2,7 +2,8 @@
 
 Over a pair of sockets the supervisor asks `?` and is told `r` (ready) or `n`; `r` comes unasked
 when the worker has reached its servers. `b` means to give back what runs: a signal cannot say so,
-since a service manager that stops all processes of a service sends each its own.
+since a service manager that stops all processes of a service sends each its own. `s` says that the
+worker stops, `o` that it is over: from then on its process has its time to end.
 That the line is cut means that the supervisor is gone.
 """
 
@@ -16,7 +17,7 @@ from contextlib import suppress
 
 VARIABLE = "QTASKS_SUPERVISED_BY"
 """Holds the number of the socket's file descriptor."""
-ASK, READY, NOT_READY, GIVE_BACK = b"?", b"r", b"n", b"b"
+ASK, READY, NOT_READY, GIVE_BACK, STOPS, OVER = b"?", b"r", b"n", b"b", b"s", b"o"
 
 
 def is_supervised() -> bool:
@@ -31,16 +32,16 @@ class Line:
         self._reader = reader
         self._writer = writer
 
-    def tell(self, ready: bool) -> None:
-        """Tell whether the worker is ready."""
-        self._writer.write(READY if ready else NOT_READY)
+    def say(self, word: bytes) -> None:
+        """Say one of the words."""
+        self._writer.write(word)
 
     async def answer(self, ready: Callable[[], bool], give_back: Callable[[], None]) -> None:
         """Answer, and do what is asked for, until the supervisor is gone."""
         with suppress(ConnectionError):
             while word := await self._reader.read(1):
                 if word == ASK:
-                    self.tell(ready())
+                    self.say(READY if ready() else NOT_READY)
                 elif word == GIVE_BACK:
                     give_back()
 

@@ -17,10 +17,11 @@ import time
 from asyncio.subprocess import Process
 from typing import Any
 
+from qtasks.engine import ending
 from qtasks.engine.backoff import Backoff
-from qtasks.engine.ending import stop_signals
 from qtasks.engine.health import answer_probes
-from qtasks.engine.supervised import ASK, GIVE_BACK, READY, VARIABLE
+from qtasks.engine.stop_signals import StopSignals
+from qtasks.engine.supervised import ASK, GIVE_BACK, NOT_READY, OVER, READY, STOPS, VARIABLE
 from qtasks_core.errors import ConfigurationError
 
 logger = logging.getLogger("qtasks")
@@ -44,8 +45,9 @@ class Supervisor:
         if len(sys.orig_argv) < 2:
             raise ConfigurationError("processes= runs this program's command again; there is none")
         self._grace = grace
-        self._slots = [Slot(number + 1) for number in range(count)]
-        self._signals: asyncio.Queue[int] = asyncio.Queue()
+        patience = None if grace is None else grace + _LAST_WORDS
+        self._slots = [Slot(number + 1, patience) for number in range(count)]
+        self._signals: asyncio.Queue[str] = asyncio.Queue()
         self._stopping = asyncio.Event()
         self._failed: int | None = None
 
@@ -55,9 +57,9 @@ class Supervisor:
         `health`: where to answer probes. A worker that ends in error before any was ever up is
         taken for a mistake in the set-up, which ends all.
         """
-        loop = asyncio.get_running_loop()
-        for number in stop_signals():
-            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        tell = asyncio.get_running_loop().call_soon_threadsafe
+        signals = StopSignals(lambda name: tell(self._signals.put_nowait, name))
+        signals.listen()
         probe = await answer_probes(*health, self.ready) if health else None
         logger.info("supervisor %d: %d worker processes", os.getpid(), len(self._slots))
         keeping = {asyncio.create_task(self._keep(slot)) for slot in self._slots}
@@ -70,6 +72,7 @@ class Supervisor:
                 slot.signal(signal.SIGKILL)
             if probe is not None:
                 probe.close()
+            signals.leave()
         for task in keeping:
             task.result()
         return self._failed or 0
@@ -82,7 +85,7 @@ class Supervisor:
         told = asyncio.create_task(self._signals.get())
         await asyncio.wait({told, *keeping}, return_when=asyncio.FIRST_COMPLETED)
         if told.done():
-            logger.info("%s: the workers stop", signal.Signals(told.result()).name)
+            logger.info("%s: the workers stop", told.result())
         told.cancel()
 
     async def _end(self, keeping: set[asyncio.Task[None]]) -> None:
@@ -131,12 +134,15 @@ class Supervisor:
 
 
 class Slot:
-    """The place of one worker process at a time."""
+    """The place of one worker process at a time. `patience`: the seconds that a stop may take."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, patience: float | None) -> None:
         self.was_up = False
         """One of this place has begun to receive."""
         self._number = number
+        self._patience = patience
+        self._end: asyncio.Timeout | None = None
+        """Until when the process has to have ended."""
         self._process: Process | None = None
         self._line: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._answered: asyncio.Future[bool] | None = None
@@ -170,17 +176,39 @@ class Slot:
         self._line = reader, writer = await asyncio.open_unix_connection(sock=ours)
         listening = asyncio.create_task(self._listen(reader))
         try:
-            return await self._process.wait()
+            return await self._ended(self._process)
         finally:
             self._line = None
             self._hear(False)
             listening.cancel()
             writer.close()
 
+    async def _ended(self, process: Process) -> int:
+        """Wait for the end of a process. One whose worker is over, and that stays, is killed."""
+        try:
+            async with asyncio.timeout(None) as self._end:
+                return await process.wait()
+        except TimeoutError:
+            logger.error("%s is held up at its end, and is killed", self)
+            self.signal(signal.SIGKILL)
+            return await process.wait()
+        finally:
+            self._end = None
+
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while word := await reader.read(1):
             self.was_up = self.was_up or word == READY
-            self._hear(word == READY)
+            if word in (READY, NOT_READY):
+                self._hear(word == READY)
+            elif word == STOPS and self._patience is not None:
+                self._end_within(self._patience)
+            elif word == OVER:
+                # The process ends itself before, if it can.
+                self._end_within(ending.PATIENCE + 2 * ending.LAST_RESORT)
+
+    def _end_within(self, seconds: float) -> None:
+        if self._end is not None and not self._end.expired():
+            self._end.reschedule(asyncio.get_running_loop().time() + seconds)
 
     def _hear(self, ready: bool) -> None:
         if self._answered is not None and not self._answered.done():

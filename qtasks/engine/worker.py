@@ -45,6 +45,7 @@ from qtasks_core import (
     Retry,
     Subscription,
     Task,
+    TaskMessage,
     Verdict,
 )
 from qtasks_core.errors import Closed, Unavailable
@@ -62,6 +63,8 @@ _UNWIND = 3.0
 """Seconds in which a function that was cancelled has to end."""
 _LAST_WORDS = 10.0
 """Seconds for recording the last ends when stopping, should the server be out of reach."""
+_SKEW = 1.0
+"""Seconds by which a sender's clock may be ahead before that is told."""
 _UNKNOWN = "qtasks-unknown"
 _UNKNOWN_DELAY = 5.0
 _UNKNOWN_TRIES = 60
@@ -91,6 +94,7 @@ class Worker:
         self._concurrency = concurrency
         self._balancer = balancer
         self._count = 0
+        self._skew_told = False
         self._paused: set[str] = set()
         self._receiving: asyncio.Timeout | None = None
         self._stopping = asyncio.Event()
@@ -361,8 +365,9 @@ class Worker:
             self._finish(job, Completion(None, None))
         elif message.task_name not in self._known:
             self._put_back(job)
-        elif message.expires_at is not None and message.expires_at < time.time():
-            self._bury(job, "expired before it could start", "expired")
+        elif (late := self._late(message)) > 0:
+            said = f"expired {late:.3g} s before it could start, by the clock of this worker"
+            self._bury(job, said, "expired")
         elif not suspicious(job.delivery, record):
             return True
         elif (reason := convicted(record)) is not None:
@@ -370,6 +375,23 @@ class Worker:
         else:
             self._suspects.add(job, record)
         return False
+
+    def _late(self, message: TaskMessage) -> float:
+        """Return for how many seconds a message has expired, by this worker's clock.
+
+        The limit was set by its sender's. That the two differ shows where one is of the future.
+        """
+        if message.expires_at is None:
+            return 0.0
+        now = time.time()
+        if (ahead := message.created_at - now) > _SKEW and not self._skew_told:
+            self._skew_told = True
+            logger.warning(
+                "the clock of a sender is %.1f s ahead of this worker's: expires= is off by that; "
+                "synchronise them",
+                ahead,
+            )
+        return now - message.expires_at
 
     def _put_back(self, job: Job) -> None:
         """Retry a task that this worker does not know later, at last end it."""
@@ -382,7 +404,11 @@ class Worker:
         again = replace(message, headers=headers, delay=_UNKNOWN_DELAY)
         self._finish(job, Completion(Retry(job.delivery, again), None))
         if tries == 1:
-            logger.warning("unknown task %s %s; put back", message.task_name, message.uuid)
+            logger.warning(
+                'unknown task %s %s; put back: another program may use the name "%s", or a '
+                "deployment is under way",
+                message.task_name, message.uuid, self._client.name,
+            )  # fmt: skip
 
     def _bury(self, job: Job, error: str, dead: str) -> None:
         """End a job that does not run."""

@@ -16,6 +16,7 @@ from types import FrameType
 import msgspec
 
 from qtasks.definition import TaskDefinition
+from qtasks.engine.stop_signals import handle
 from qtasks.executors.frames import (
     LARGEST,
     Answer,
@@ -56,7 +57,7 @@ def main() -> None:
     _here = True
     for number in (signal.SIGINT, signal.SIGTERM):
         # Not ignored: that would be inherited by what functions start.
-        signal.signal(number, _let_the_worker_decide)
+        handle(number, _let_the_worker_decide)
     line = socket.socket(fileno=int(sys.argv[1]))
     # What a function starts must not hold the line open when this process is dead.
     line.set_inheritable(False)

@@ -7,9 +7,9 @@ install_error_handlers(api)
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -17,7 +17,21 @@ from starlette.responses import JSONResponse
 from starlette.types import Lifespan, StatefulLifespan
 
 from qtasks.app import App, default_app
-from qtasks_core.errors import TaskCancelled, TaskFailed, TaskTimeout, Unavailable
+from qtasks.control import workers
+from qtasks_core.errors import (
+    Closed,
+    NotSupported,
+    PayloadTooLarge,
+    QTasksError,
+    Refused,
+    SerializationError,
+    TaskCancelled,
+    TaskFailed,
+    TaskNotFinished,
+    TaskTimeout,
+    Unavailable,
+    UnknownTask,
+)
 
 __all__ = ["install_error_handlers", "lifespan"]
 
@@ -31,40 +45,69 @@ def lifespan(app: App | None = None, inner: Lifespan[A] | None = None) -> Statef
 
     `inner` is another lifespan, which runs within this one; what it yields is the API's state. A
     server that is out of reach fails the API's start with `Unavailable` instead of its requests.
+    The default app logs where it writes tasks to if no worker is there.
     """
 
     @asynccontextmanager
     async def started(api: A) -> AsyncIterator[Mapping[str, Any]]:
         queue_app = app or default_app()
-        await queue_app.start()
+        await queue_app.start_async()
         try:
+            if app is None:
+                await _warn_of_no_worker(queue_app)
             if inner is None:
                 yield {}
             else:
                 async with inner(api) as state:
                     yield state or {}
         finally:
-            await queue_app.stop()
+            await queue_app.stop_async()
 
     return started
 
 
-def install_error_handlers(api: Starlette) -> None:
-    """Answer 500 with the task's error where one failed, 504 past a timeout, 503 without a server.
+async def _warn_of_no_worker(app: App) -> None:
+    """Log that no worker takes the tasks of a default app, whose broker no code has named."""
+    with suppress(NotSupported, Unavailable):
+        if not await app.control(workers):
+            logger.warning(
+                "no worker of the app %r is alive at %s: tasks wait until one starts there",
+                app.name, app.addresses()[0],
+            )  # fmt: skip
 
-    The body is JSON with `detail` and, where it is known, the task's `uuid`, by which the client
-    can ask again: past a timeout the task goes on. Tracebacks and addresses of servers stay here.
+
+def install_error_handlers(api: Starlette) -> None:
+    """Answer requests whose endpoint raised an error of QTasks: a status that fits, and JSON.
+
+    The body has `detail` and, where it is known, the task's `uuid`, by which the client can ask
+    again: past a timeout the task goes on. Tracebacks and addresses of servers go to the log alone.
     """
     api.add_exception_handler(TaskFailed, _failed)
     api.add_exception_handler(TaskCancelled, _failed)
-    api.add_exception_handler(TaskTimeout, _late)
-    api.add_exception_handler(Unavailable, _unavailable)
+    for error, status, detail in ANSWERS:
+        api.add_exception_handler(error, _answering(status, detail))
 
 
-# What Starlette wants is a handler of any exception; it calls each with its own.
+ANSWERS: tuple[tuple[type[QTasksError], int, str | None], ...] = (
+    (TaskTimeout, 504, None),
+    (Unavailable, 503, "the task queue cannot be reached"),
+    (Closed, 503, "the task queue is not started"),
+    (NotSupported, 501, None),
+    (UnknownTask, 404, None),
+    (TaskNotFinished, 409, None),
+    (PayloadTooLarge, 413, None),
+    (SerializationError, 422, None),
+    (Refused, 502, "the task queue does not take this task"),
+    (QTasksError, 500, "the task queue has failed"),
+)
+"""Errors, the status of their answer and its `detail`; None: what the error says. The last one is
+for all others: a wrong configuration, a call that does not fit the task."""
+
+Handler: TypeAlias = Callable[[Request, Exception], Awaitable[JSONResponse]]
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:
+    # Starlette wants a handler of any exception; it calls each with its own.
     assert isinstance(error, TaskFailed | TaskCancelled)
     record = error.record
     detail = record.error or "the task was cancelled"
@@ -72,11 +115,21 @@ async def _failed(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(body, 500)
 
 
-async def _late(_: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, TaskTimeout)
-    return JSONResponse({"detail": str(error), "uuid": error.uuid}, 504)
+def _answering(status: int, detail: str | None) -> Handler:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        if status >= 500:
+            # Where it was raised matters only when it should not have been.
+            logger.log(
+                logging.ERROR if status == 500 else logging.WARNING,
+                "%s %s: %s",
+                request.method, request.url.path, error,
+                exc_info=error if status == 500 else None,
+            )  # fmt: skip
+        # `args` are what the error says without the address of a server.
+        told = str(error.args[0]) if error.args else type(error).__name__
+        body = {"detail": told if detail is None else detail}
+        if isinstance(error, TaskTimeout) and error.uuid is not None:
+            body["uuid"] = error.uuid
+        return JSONResponse(body, status)
 
-
-async def _unavailable(request: Request, error: Exception) -> JSONResponse:
-    logger.warning("%s %s: %s", request.method, request.url.path, error)
-    return JSONResponse({"detail": "the task queue cannot be reached"}, 503)
+    return answer

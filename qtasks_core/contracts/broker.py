@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qtasks_core.contracts.subscription import Subscription
 from qtasks_core.errors import NotSupported
@@ -28,6 +28,9 @@ class Broker(ABC):
     engine has cut the connections that it inherited. What else must not cross a fork, such as the
     locks of an open file, the part itself gives up in the child.
     """
+
+    driver_loggers: ClassVar[tuple[str, ...]] = ()
+    """The names of the driver's loggers: the engine keeps them quiet while it is used."""
 
     @property
     @abstractmethod
@@ -87,8 +90,10 @@ class Broker(ABC):
         """
         raise NotSupported(f"{type(self).__name__} has no control channel yet")
 
-    async def migrate(self, namespace: str) -> None:
+    async def migrate(self, namespace: str) -> list[str]:
         """Create or update what the server must have for a namespace, before workers use it.
+
+        Returns what was created or changed, in words for an operator; empty: nothing had to be.
 
         Works on a broker that is not started, and on a started one, whatever namespace that has:
         with its own connection, which is closed again. Afterwards `start(namespace)` has nothing to

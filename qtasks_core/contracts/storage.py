@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
+from typing import ClassVar
 
 from msgspec import UNSET, UnsetType
 
@@ -19,6 +20,9 @@ class Storage(ABC):
     The constructor of one that supports `expire` takes `retention=` (seconds), for records that do
     not say it.
     """
+
+    driver_loggers: ClassVar[tuple[str, ...]] = ()
+    """As those of a `Broker`."""
 
     @property
     @abstractmethod
@@ -131,8 +135,10 @@ class Storage(ABC):
         """
         raise NotSupported(f"{type(self).__name__} cannot expire records yet")
 
-    async def migrate(self, namespace: str) -> None:
+    async def migrate(self, namespace: str) -> list[str]:
         """Create or update what the server must have for a namespace, before workers use it.
+
+        Returns what was created or changed, in words for an operator; empty: nothing had to be.
 
         Works on a storage that is not started, and on a started one, whatever namespace that has:
         with its own connection, which is closed again. Afterwards `start(namespace)` has nothing to

@@ -75,12 +75,11 @@ class Command:
         assert (said.code, said.err) == (0, ""), said
         return said
 
-    def run(self, *arguments: str, app: str | None = SHOP) -> Process:
-        """Return a worker that starts."""
+    def run(self, *arguments: str, app: str | None = SHOP, before: bool = False) -> Process:
+        """Return a worker that starts; its arguments stand behind the command, or before it."""
         named = ("-A", app) if app else ()
-        return Process(
-            "-m", "qtasks", *named, "run", *arguments, environment=self.environment, cwd=self.cwd
-        )
+        words = (*arguments, "run") if before else ("run", *arguments)
+        return Process("-m", "qtasks", *named, *words, environment=self.environment, cwd=self.cwd)
 
 
 def inherited() -> dict[str, str]:

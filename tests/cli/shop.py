@@ -53,6 +53,11 @@ async def apart(x: int) -> int:
     return -x
 
 
+@app.task(name="with_a_name_that_is_much_longer_than_one_likes_to_read")
+async def long_name() -> None:
+    await asyncio.sleep(0)
+
+
 @app.task()
 async def nap() -> None:
     await asyncio.sleep(0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from tests.cli.command import Command
+from tests.processes import ROOT, until
 
 NO_MODULE = (
     "there is no module %r on Python's path; "
@@ -95,11 +97,78 @@ def test_a_module_that_lacks_another_is_not_taken_for_a_wrong_path(tmp_path: Pat
 
 
 @pytest.mark.parametrize("command", [("run",), ("dead", "list")])
-def test_the_app_behind_the_command(qtasks: Command, command: tuple[str, ...]) -> None:
-    said = qtasks(*command, "-A", "tests.cli.shop:app", app=None)
+@pytest.mark.parametrize(
+    ("option", "value", "written"),
+    [
+        ("-A", "tests.cli.shop:app", "MODULE:APP"),
+        ("-b", "redis://h", "URL"),
+        ("--log-level", "info", "LEVEL"),
+    ],
+)
+def test_the_app_behind_the_command(
+    qtasks: Command, command: tuple[str, ...], option: str, value: str, written: str
+) -> None:
+    said = qtasks(*command, option, value, app=None)
     assert said.code == 2
-    right = f"qtasks -A MODULE:APP {' '.join(command)}"
-    assert said.err.splitlines()[-1] == f"Error: -A stands before the command: {right}"
+    right = f"qtasks {option} {written} {' '.join(command)}"
+    assert said.err.splitlines()[-1] == f"Error: {option} stands before the command: {right}"
+
+
+def test_the_broker_of_the_command_line(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/other.db"
+    away = Command({"QTASKS_BROKER_URL": "redis://:hidden@127.0.0.1:1/0"})
+    assert "other.db" in away("-b", url, "tasks", app=None).error
+    assert away.ok("-b", url, "-A", "tests.cli.shop:app", "call", "add", "1", "2", app=None).line
+    (tmp_path / "own.py").write_text(
+        "from qtasks.asyncio import QueueTasks\napp = QueueTasks(broker='memory://own')\n"
+    )
+    said = Command({}, tmp_path)("-b", "redis://me:hidden@h", "-A", "own:app", "tasks", app=None)
+    assert (said.code, said.out) == (2, "")
+    assert said.error == (
+        "qtasks: -b redis://me:***@h: the app 'qtasks' names its own broker in its code, "
+        "memory://own"
+    )
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "memory://x?foo=1&lease=3",
+        "sqlite:////x.db?foo=hidden",
+        "redis://127.0.0.1:1/0?socket_timeout=2&foo=hidden",
+        "rediss://127.0.0.1:1/0?ssl_cert_reqs=none&foo=hidden",
+        "valkey://127.0.0.1:1/0?lease=2&foo=hidden",
+    ],
+)
+def test_an_option_of_a_url_that_does_not_exist(url: str) -> None:
+    said = Command({"QTASKS_BROKER_URL": url})("queues", app=None)
+    assert (said.code, said.out) == (2, "")
+    assert "there is no option 'foo'; there are: lease, " in said.error
+    assert "hidden" not in said.error
+
+
+def test_the_level_of_the_log(qtasks: Command) -> None:
+    with qtasks.run("--log-level", "error", before=True) as worker:
+        until(lambda: bool(qtasks.ok("workers", "--json").rows), 40, "a worker")
+        assert worker.terminate() == 0
+        assert worker.output() == ""
+    with qtasks.run("--log-level", "debug", before=True) as worker:
+        worker.wait_for("knows add")
+        assert worker.terminate() == 0
+
+
+def test_the_version_is_that_of_this_project(qtasks: Command) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert qtasks.ok("--version", app=None).line == f"qtasks, version {project['version']}"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_shells(shell: str) -> None:
+    script = Command({"_QTASKS_COMPLETE": f"{shell}_source"})(app=None).out
+    assert f"_QTASKS_COMPLETE={shell}_complete" in script
+    words = {"COMP_WORDS": "qtasks dead re", "COMP_CWORD": "2"}
+    done = Command({"_QTASKS_COMPLETE": "bash_complete", **words})(app=None)
+    assert done.out.strip() == "plain,revive"
 
 
 @pytest.mark.parametrize(
@@ -167,3 +236,11 @@ def test_the_embedded_default_says_where_it_is(tmp_path: Path) -> None:
     where = f"using the embedded default, sqlite:///{tmp_path}/qtasks/qtasks.db"
     assert said.told["message"].endswith(where)
     assert Command({"XDG_DATA_HOME": str(tmp_path)})("queues", app=None).error.endswith(where)
+
+
+def test_an_error_on_the_embedded_default_is_one_document(tmp_path: Path) -> None:
+    said = Command({"XDG_DATA_HOME": str(tmp_path)})("call", "nope", "--json", app=None)
+    assert (said.code, said.out) == (2, "")
+    assert said.told["error"].startswith("no task 'nope'")
+    (line,) = said.told["log"]
+    assert line.endswith(f"using the embedded default, sqlite:///{tmp_path}/qtasks/qtasks.db")

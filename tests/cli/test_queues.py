@@ -15,7 +15,7 @@ import pytest
 from qtasks_core import Running, WorkerInfo
 from qtasks_core.lookup import resolve_storage
 from tests.cli.command import SHOP, Command, inherited
-from tests.processes import ROOT
+from tests.processes import ROOT, Process, until
 
 REVIVED_FROM = "revived_from"
 
@@ -87,7 +87,10 @@ def test_a_revived_task_names_the_dead_one_and_runs_once(qtasks: Command, tmp_pa
     revived = qtasks.ok("dead", "revive", dead, "--json").json
     assert revived["uuid"] == dead
     assert revived["revived_as"] != dead
-    assert qtasks.ok("dead", "revive", dead).line == f"{dead} -> {revived['revived_as']}"
+    assert revived["revived_before"] is False
+    again = f"{dead} -> {revived['revived_as']} (revived before)"
+    assert qtasks.ok("dead", "revive", dead).line == again
+    assert qtasks.ok("dead", "revive", dead, "--json").json["revived_before"] is True
     found = ended(qtasks, revived["revived_as"])
     assert (found["status"], found["returning"]) == ("success", "done")
     assert found["headers"] == {REVIVED_FROM: dead}
@@ -128,7 +131,9 @@ def test_which_dead_tasks_has_to_be_said(qtasks: Command, command: str) -> None:
     said = qtasks("dead", command, uuid)
     assert (said.code, said.error) == (1, f"qtasks: {reason}")
     (row,) = qtasks("dead", command, uuid, "--json").rows
-    nothing: dict[str, Any] = {"revived_as": None} if command == "revive" else {"dropped": False}
+    nothing: dict[str, Any] = {"dropped": False}
+    if command == "revive":
+        nothing = {"revived_as": None, "revived_before": False}
     assert row == {"uuid": uuid, **nothing, "error": reason}
 
 
@@ -156,12 +161,33 @@ async def test_workers_are_those_that_told_of_themselves(qtasks: Command) -> Non
     ]  # fmt: skip
 
 
-def test_migrate_says_what_each_part_did(qtasks: Command) -> None:
+def test_migrate_says_what_it_did(qtasks: Command) -> None:
+    file = qtasks.environment["QTASKS_BROKER_URL"].removeprefix("sqlite:///")
     assert qtasks.ok("migrate", "--json").json == {
-        "SqliteBroker": "up to date",
-        "SqliteStorage": "up to date",
+        "SqliteBroker": [f"{file} created, now has schema 2", "app 'qtasks' added"],
+        "SqliteStorage": [],
     }
-    assert qtasks.ok("migrate").out.count("up to date") == 2
+    assert qtasks.ok("migrate").out == "SqliteBroker   up to date\nSqliteStorage  up to date\n"
+    other = Command({**qtasks.environment, "QTASKS_NAME": "other"})
+    assert "SqliteBroker   app 'other' added\n" in other.ok("migrate").out
+
+
+def test_what_is_purged_is_cancelled(qtasks: Command) -> None:
+    """Or somebody would wait for it until the end of days."""
+    now, later = (qtasks.ok("call", "add", "1", "2", "--delay", delay).line for delay in "09")
+    elsewhere = qtasks.ok("call", "add", "1", "2", "--queue", "slow").line
+    assert qtasks.ok("purge", "default", "--yes").line == "dropped 2 messages"
+    for uuid, status in ((now, "cancel"), (later, "cancel"), (elsewhere, "new")):
+        assert qtasks.ok("status", uuid, "--json").json["status"] == status
+
+
+def test_who_waits_for_what_is_purged_hears_of_it(qtasks: Command) -> None:
+    arguments = ("-m", "qtasks", "-A", SHOP, "call", "add", "1", "2", "--wait", "600")
+    with Process(*arguments, environment=qtasks.environment) as waiting:
+        until(lambda: bool(qtasks.ok("tasks", "--json").rows), 40, "a task")
+        assert qtasks.ok("purge", "default", "--yes").line == "dropped 1 messages"
+        assert waiting.wait() == 1
+        assert waiting.output().strip().endswith("ended in 'cancel'")
 
 
 def ended(qtasks: Command, uuid: str) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def test_what_a_part_cannot_do_yet_is_one_line(
             assert (said.code, said.out) == (4, ""), arguments
             assert said.error.startswith(f"qtasks: {told[half]['part']} ")
             assert said.error.endswith(
-                " yet; `qtasks guarantees` lists what yours cannot do, another part may"
+                " yet; `qtasks guarantees` lists what else it cannot do; try another backend: "
+                "see docs/guarantees.md"
             )
         else:
             assert (said.code, said.err) == (0, ""), arguments

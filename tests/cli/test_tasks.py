@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from datetime import UTC, date, datetime
 from math import nan
+from typing import Any, Literal
 from uuid import UUID, uuid4
 
 import pytest
 
-from qtasks.cli.output import text
+from qtasks.cli.arguments import read_arguments
+from qtasks.cli.output import fitted, text
+from qtasks.definition import TaskDefinition, TaskOptions
 from tests.cli.command import SHOP, Command, inherited
 from tests.processes import ROOT, Process, until
 
@@ -190,5 +197,104 @@ def test_ctrl_c_ends_a_wait(qtasks: Command) -> None:
     with Process(*arguments, environment=qtasks.environment) as waiting:
         until(lambda: bool(qtasks.ok("tasks", "--json").rows), 40, "a task")
         waiting.signal(signal.SIGINT)
-        assert waiting.wait() == 1
-        assert waiting.output().strip() == "qtasks: Aborted!"
+        assert waiting.wait() == 130
+        uuid = qtasks.ok("tasks", "--json").json["uuid"]
+        assert waiting.output().strip() == (
+            f"qtasks: no longer waiting for task add {uuid}, which is not cancelled: "
+            f"see `qtasks status {uuid}`"
+        )
+
+
+def test_ctrl_c_names_the_task_in_json_too(qtasks: Command) -> None:
+    arguments = ("-m", "qtasks", "-A", SHOP, "call", "add", "1", "2", "--wait", "600", "--json")
+    with Process(*arguments, environment=qtasks.environment) as waiting:
+        until(lambda: bool(qtasks.ok("tasks", "--json").rows), 40, "a task")
+        waiting.signal(signal.SIGINT)
+        assert waiting.wait() == 130
+        told = json.loads(waiting.output())
+    assert (told["uuid"], told["exit_code"]) == (qtasks.ok("tasks", "--json").json["uuid"], 130)
+
+
+@pytest.mark.parametrize("command", [("tasks",), ("dead", "list"), ("workers",)])
+def test_where_nothing_is_found_it_says_where_it_looked(
+    qtasks: Command, command: tuple[str, ...]
+) -> None:
+    said = qtasks(*command)
+    assert said.code == 0
+    assert said.out.startswith(("UUID", "ID"))
+    where = qtasks.environment["QTASKS_BROKER_URL"]
+    assert said.error.endswith(f"of the app 'qtasks' found in its storage, {where}")
+    assert qtasks.ok(*command, "--json").out == ""
+
+
+def bare(day: date, name: str, at: datetime | None, uuid: UUID, size: Literal["s", "m"]) -> None:
+    pass
+
+
+def many(number: int, *names: str, **days: date) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("function", "texts", "args", "kwargs"),
+    [
+        (
+            bare,
+            ["2026-11-29", "Ann", "2026-11-29T12:00:00Z", f"uuid={UUID(int=7)}", "size=m"],
+            [date(2026, 11, 29), "Ann", datetime(2026, 11, 29, 12, tzinfo=UTC), UUID(int=7), "m"],
+            {},
+        ),
+        (
+            bare,
+            ['"2026-11-29"', '"Ann"', "null", f'"{UUID(int=7)}"', '"s"'],
+            [date(2026, 11, 29), "Ann", None, UUID(int=7), "s"],
+            {},
+        ),
+        # What would be another value of JSON is text where nothing but text fits.
+        (
+            many,
+            ["1", "2", "true", "1e3", "[1]", "null"],
+            [1, "2", "true", "1e3", "[1]", "null"],
+            {},
+        ),
+        (many, ["1", "day=2026-11-29"], [1], {"day": date(2026, 11, 29)}),
+    ],
+)
+def test_texts_and_dates_need_no_quotes(
+    function: Callable[..., None], texts: list[str], args: list[Any], kwargs: dict[str, Any]
+) -> None:
+    definition = TaskDefinition(function, "t", TaskOptions())
+    assert read_arguments(definition, texts) == (args, kwargs)
+
+
+def test_a_table_fits_the_terminal() -> None:
+    """Long cells are cut, the widest first; never the uuid, which the next command needs."""
+    columns = ("uuid", "task_name", "error")
+    assert fitted([36, 20, 100], columns, 200) == [36, 20, 100]
+    assert fitted([36, 20, 100], columns, 80) == [36, 20, 20]
+    assert fitted([36, 20, 100], columns, 60) == [36, 10, 10]
+    assert fitted([36, 20, 100], columns, 10) == [36, 5, 5]
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_listing_on_a_terminal_and_into_a_pipe(qtasks: Command, width: int) -> None:
+    name = "with_a_name_that_is_much_longer_than_one_likes_to_read"
+    uuid = qtasks.ok("call", name).line
+    ours, theirs = os.openpty()
+    try:
+        subprocess.run(
+            [sys.executable, "-m", "qtasks", "tasks"],
+            cwd=ROOT,
+            env={**inherited(), **qtasks.environment, "COLUMNS": str(width)},
+            stdout=theirs,
+            timeout=60,
+            check=True,
+        )
+        lines = os.read(ours, 10_000).decode().splitlines()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert lines[1].startswith(uuid)
+    assert all(len(line) <= width for line in lines)
+    assert (name in lines[1]) == (width == 160)
+    assert name in qtasks.ok("tasks").out

@@ -17,10 +17,10 @@ from qtasks_conformance import (
 from tests.services import Service
 
 # Not built yet; what is built is taken off, or its tests would go on being skipped.
-BROKER_LACKS = ("depth", "purge", "broadcast", "commands", "migrate")
+BROKER_LACKS = ("depth", "purge", "broadcast", "commands")
 STORAGE_LACKS = (
     "query", "claim", "release", "set", "get_value", "values", "watch_value", "append", "read",
-    "delete", "expire", "migrate",
+    "delete", "expire",
 )  # fmt: skip
 
 

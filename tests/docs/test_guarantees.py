@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
+from qtasks.cli.parts import missing_in
 from qtasks_core import Broker, Guarantees, Storage
-from qtasks_core.lookup import resolve_broker, resolve_storage
+from qtasks_core.lookup import installed_parts, resolve_broker, resolve_storage
 from tests.pairs import url_of
 from tests.processes import ROOT
 
@@ -64,9 +66,13 @@ def broker_row(told: Guarantees) -> dict[str, str]:
         "leases survive a crash of the server": yes(told.leases_survive),
         "keeps order": {"queue": "yes", "partition": "in each partition", "none": "no"}[told.order],
         "counts deliveries": yes(told.counts_deliveries),
-        "priorities": yes(told.priorities),
-        "the caller's transaction": yes(told.transactions),
+        "has priorities": yes(told.priorities),
     }
+
+
+def named(what: str) -> str:
+    """Return a command in backticks, and other words as they are."""
+    return ", ".join(f"`{w}`" if w.startswith("qtasks ") else w for w in what.split(", "))
 
 
 def yes(value: bool) -> str:
@@ -82,7 +88,26 @@ def table(title: str, told: list[Guarantees], row=storage_row) -> list[str]:  # 
     for guarantees in told:
         notes = list(guarantees.notes)
         if guarantees.unsupported:
-            notes.append(f"Not built yet: {', '.join(f'`{m}`' for m in guarantees.unsupported)}.")
+            notes.append(f"Not supported: {', '.join(map(named, missing_in(guarantees)))}.")
         if notes:
             lines += [f"**{guarantees.part}**", "", *(f"- {note}" for note in notes), ""]
     return lines
+
+
+def test_the_page_promises_nothing_that_no_call_can_ask_for() -> None:
+    """A broker may be able to join the caller's transaction; `add_task` cannot ask it to."""
+    promised = [line for line in PAGE.read_text().splitlines() if "transaction" in line]
+    assert all("`add_task` has no way to say so yet" in line for line in promised)
+
+
+def test_where_order_and_priorities_hold_is_what_the_brokers_say() -> None:
+    """The table in `delivery.md`."""
+    page = (ROOT / "docs" / "delivery.md").read_text()
+    told: dict[str, tuple[str, bool]] = {}
+    for names, order, priority in re.findall(
+        r"^\| (`\w+Broker`.*?) \| (.*?) \| (.*?) \|$", page, re.MULTILINE
+    ):
+        kept = {"in a queue": "queue", "in each partition of a queue": "partition"}[order]
+        for name in re.findall(r"`(\w+)`", names):
+            told[name] = kept, priority == "yes"
+    assert told == {one.part: (one.order, one.priorities) for one in installed_parts("broker")}

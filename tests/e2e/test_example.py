@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +98,48 @@ def test_another_process_answers_and_without_it_nothing_does(
                 x, y = random.randrange(10**6), random.randrange(10**6)
                 answer = client.get(path, params={"x": x, "y": y}).json()
                 assert answer == {"sum": of(x, y), "pid": worker.pid, "api": front.pid}
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """The example, whose worker names its broker in the code, as the README shows."""
+    package = tmp_path / "shop"
+    shutil.copytree(SHOP / "shop", package)
+    app = package / "qtasks_app.py"
+    url = f"sqlite:///{tmp_path}/tasks.db"
+    code = app.read_text()
+    assert "QueueTasks()" in code
+    app.write_text(code.replace("QueueTasks()", f"QueueTasks(broker={url!r})"))
+    return tmp_path
+
+
+def test_a_broker_in_the_workers_code_reaches_the_api_by_the_apps_name(
+    shop: Path, port: int, client: httpx.Client
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (name,) = re.findall(r"^export QTASKS_APP=(\S+)$", readme, re.MULTILINE)
+    environment = {"XDG_DATA_HOME": str(shop / "data")}
+    with (
+        Process("-m", "shop.qtasks_app", environment=environment, cwd=shop) as worker,
+        api("shop.api:app", port, {**environment, "QTASKS_APP": name}, shop),
+    ):
+        up(client)
+        assert client.get("/").json() == {"result": 3}
+        assert worker.terminate() == 0
+    assert not (shop / "data").exists()
+
+
+def test_without_the_apps_name_the_api_says_where_it_writes(
+    shop: Path, port: int, client: httpx.Client
+) -> None:
+    """At its start, and in the answer and the log of a request that nobody serves."""
+    environment = {"XDG_DATA_HOME": str(shop / "data")}
+    where = f"sqlite:///{shop}/data/qtasks/qtasks.db"
+    with api("shop.api:app", port, environment, shop) as front:
+        front.wait_for(f"no worker of the app 'qtasks' is alive at {where}")
+        up(client)
+        late = client.get("/")
+        assert late.status_code == 504
+        assert "no worker has ever been seen" in late.json()["detail"]
+        assert "sqlite" not in late.text
+        front.wait_for(f"default app 'qtasks' uses the broker {where}")

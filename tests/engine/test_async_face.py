@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -27,6 +29,7 @@ from qtasks import (
     TaskFailed,
     TaskNotFinished,
     TaskTimeout,
+    Unavailable,
 )
 from qtasks.asyncio import QueueTasks
 from qtasks.executors import ThreadExecutor
@@ -340,6 +343,56 @@ async def test_a_router_finds_its_app(app: QueueTasks) -> None:
             await one.add_task()
         task: Task[int] = await one.using(app).add_task(timeout=5)
         assert task.returning == 1
+
+
+async def test_a_stopped_app_no_longer_claims_its_routers() -> None:
+    """Each test of an API has an app of its own, and the garbage collector has no say in that."""
+    router = AsyncRouter()
+
+    @router.task()
+    async def one() -> int:
+        return 1
+
+    def build() -> QueueTasks:
+        app = QueueTasks(f"engine-{uuid4().hex[:8]}", "memory://")
+        app.include_router(router)
+        return app
+
+    kept = []
+    for _ in range(3):
+        app = build()
+        kept.append(app)
+        async with app.worker():
+            assert (await one.add_task(timeout=5)).returning == 1
+    away = QueueTasks("away", "redis://127.0.0.1:1/0")
+    away.include_router(router)
+    with pytest.raises(Unavailable):
+        await away.start(0.0)
+    async with app.worker():
+        assert (await one.add_task(timeout=5)).returning == 1, "started again"
+        other = build()
+        with pytest.raises(AmbiguousApp, match="using"):
+            await one.add_task()
+        del other
+
+
+@pytest.mark.parametrize("collected", [False, True])
+async def test_a_router_without_its_app_does_not_go_to_the_default_one(collected: bool) -> None:
+    router = AsyncRouter()
+
+    @router.task()
+    async def one() -> int:
+        return 1
+
+    app = QueueTasks("mine", "memory://")
+    app.include_router(router)
+    async with app:
+        await one.add_task()
+    if collected:
+        del app
+        gc.collect()
+    with pytest.raises(Closed, match="the app 'mine' is not started"):
+        await one.add_task()
 
 
 async def test_a_task_that_waits_for_a_task(app: QueueTasks) -> None:

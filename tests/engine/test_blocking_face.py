@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from qtasks import QueueTasks, SyncResult, TaskTimeout
+from qtasks import Closed, QueueTasks, SyncResult, TaskTimeout
 from qtasks.asyncio import QueueTasks as AsyncQueueTasks
 
 
@@ -62,11 +62,27 @@ def test_enqueue_wait_and_look(app: QueueTasks) -> None:
             thread.join()
 
 
+def test_started_and_stopped_without_a_block(app: QueueTasks) -> None:
+    @app.task()
+    def one() -> int:
+        return 1
+
+    for _ in range(2):
+        app.start()
+        app.start(5.0)
+        app.stop()
+        assert one.add_task().status == "new"
+        app.stop()
+        with pytest.raises(Closed):
+            one.add_task()
+
+
 async def test_inside_a_running_loop_it_names_the_other_face(app: QueueTasks) -> None:
     @app.task()
     def one() -> int:
         return 1
 
     async with AsyncQueueTasks(app.name, "memory://"):
-        with pytest.raises(RuntimeError, match=r"qtasks\.asyncio"):
-            one.add_task()
+        for call in (one.add_task, app.start, app.stop):
+            with pytest.raises(RuntimeError, match=r"qtasks\.asyncio"):
+                call()

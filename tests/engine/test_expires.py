@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from msgspec.structs import replace
 
 import qtasks
 from qtasks import ConfigurationError, Retry
 from qtasks.asyncio import QueueTasks
+from qtasks_core import TaskMessage
 
 
 async def test_a_task_that_waited_too_long_does_not_run(app: QueueTasks) -> None:
@@ -29,6 +31,29 @@ async def test_a_task_that_waited_too_long_does_not_run(app: QueueTasks) -> None
                 assert (ended.status, ended.dead) == ("error", "expired")
             assert (await in_time.wait_result(5)).status == "success"
     assert runs == ["in time"]
+
+
+async def test_clocks_that_differ_are_told_of(
+    app: QueueTasks, caplog: pytest.LogCaptureFixture
+) -> None:
+    @app.task()
+    async def nothing() -> None: ...
+
+    def sent(ahead: float) -> TaskMessage:
+        message = nothing.call().message(app, expires=60)
+        created = message.created_at + ahead
+        return replace(message, created_at=created, expires_at=created + 60)
+
+    async with app.worker():
+        assert (await app.submit(sent(0.0), 5)).status == "success"
+        assert caplog.text == ""
+        late = await app.submit(sent(-100.0), 5)
+        assert (late.status, late.dead) == ("error", "expired")
+        assert (late.error or "").startswith("expired 40")
+        assert (late.error or "").endswith("by the clock of this worker")
+        for _ in range(2):
+            assert (await app.submit(sent(100.0), 5)).status == "success"
+    assert caplog.text.count("s ahead of this worker's: expires= is off by that") == 1
 
 
 async def test_a_retry_that_comes_too_late_does_not_run(app: QueueTasks) -> None:

@@ -10,9 +10,11 @@ from uuid import uuid4
 
 import pytest
 
+from qtasks import working as working_module
 from qtasks.asyncio import QueueTasks
 from qtasks.engine import worker as worker_module
 from qtasks_core import Delivery, Outcome, Subscription, Task
+from qtasks_core.errors import ConfigurationError
 from qtasks_memory import MemoryBroker, MemoryStorage
 from qtasks_memory.storage import MemoryInbox
 from tests.processes import Process
@@ -161,6 +163,52 @@ async def test_a_subscription_that_cannot_be_opened() -> None:
     with pytest.raises(RuntimeError, match="a bug"):
         async with app.worker() as worker:
             await asyncio.wait_for(worker.failed, 5)
+
+
+async def test_beside_a_host_another_worker_follows(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody restarts the host for it, and what it enqueues would wait for ever."""
+    name = uuid4().hex
+    app = QueueTasks(name, FailsOnce(name, lease=1.0), MemoryStorage(name))
+
+    @app.task()
+    async def easy() -> int:
+        return 1
+
+    async with app.worker() as worker:
+        first = worker.id
+        await easy.add_task()
+        await asyncio.wait_for(worker.failed, 5)
+        assert not worker.ready
+        assert (await easy.add_task(timeout=20)).returning == 1
+        assert worker.ready
+        assert worker.id != first
+        assert (await easy.add_task(timeout=20)).returning == 1
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert said[0] == f"worker {first} failed: RuntimeError: a bug"
+    assert said[1].startswith(f"another worker follows {first} in ")
+
+
+async def test_a_worker_that_is_wrongly_configured_is_told_of_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(working_module, "_AGAIN", 0.1)
+    name = uuid4().hex
+    broker = FailsOnce(name)
+    broker.error = ConfigurationError("the queue is of another kind")
+    app = QueueTasks(name, broker, MemoryStorage(name))
+
+    @app.task()
+    async def easy() -> int:
+        return 1
+
+    with pytest.raises(ConfigurationError, match="another kind"):  # noqa: PT012
+        async with app.worker() as worker:
+            await easy.add_task()
+            await asyncio.wait_for(worker.failed, 5)
+            async with asyncio.timeout(10):
+                while caplog.text.count("nothing is received, since worker") < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            assert not worker.ready
 
 
 PROGRAM = """

@@ -390,12 +390,12 @@ async def test_two_apps_in_one_process() -> None:
         ("localhost:6379", r"^'localhost:…' is not a URL; try sqlite:///"),
         ("memory://?lease=soon", r"lease='soon' .* not a float"),
         ("sqlite:////nowhere/tasks.db", r"^/nowhere is not a directory: create it first$"),
-        ("redis://:hidden@127.0.0.1:1/0", r"^redis:// needs .*: pip install 'qtasks\[redis\]'$"),
-        ("amqp://me:hidden@127.0.0.1:1", r"^amqp:// needs .*: pip install 'qtasks\[rabbitmq\]'$"),
-        ("kafka://127.0.0.1:1", r"^kafka:// needs .*: pip install 'qtasks\[kafka\]'$"),
+        ("redis://:hidden@127.0.0.1:1/0", r"^redis:// needs .*: pip install '\.\[redis\]'"),
+        ("amqp://me:hidden@127.0.0.1:1", r"^amqp:// needs .*: pip install '\.\[rabbitmq\]'"),
+        ("kafka://127.0.0.1:1", r"^kafka:// needs .*: pip install '\.\[kafka\]'"),
         (
             "postgresql://127.0.0.1:1/x",
-            r"^postgresql:// .* pip install 'qtasks\[postgres\]'$",
+            r"^postgresql:// .* pip install '\.\[postgres\]'",
         ),
     ],
 )

@@ -60,3 +60,15 @@ def test_each_trouble_is_told_and_told_again_while_it_lasts(
     trouble.over()
     trouble.failed(Unavailable("refused"))
     assert caplog.messages[6:] == ["the server answers again", "refused; trying again"]
+
+
+def test_an_outage_of_one_server_is_one_however_it_shows(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    trouble = Outage()
+    for text in ("cannot be reached", "does not answer", "was closed"):
+        trouble.failed(Unavailable(f"Kafka at kafka://here:1 {text}"))
+        trouble.failed(Unavailable(f"redis://there:2/0: {text}"))
+    assert caplog.messages == [
+        "Kafka at kafka://here:1 cannot be reached; trying again",
+        "redis://there:2/0: cannot be reached; trying again",
+    ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from dataclasses import dataclass, field, make_dataclass
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from enum import Enum, IntEnum
+from enum import Enum, IntEnum, StrEnum
 from functools import partial
 from pathlib import Path
 from typing import (
@@ -521,13 +521,113 @@ def test_a_shell_passes_the_same_types(annotation: Any, text: str, value: Any) -
     assert read_arguments(echo_of(annotation), [f"value={text}"]) == ([value], {})
 
 
-def test_scalars_of_a_kind_go_through() -> None:
-    class Name(str):
-        pass
+class Name(str):
+    pass
 
-    assert echo_of(str).invoke(sent(echo_of(str), Name("x"))) == "x"
-    assert echo_of(int).invoke(sent(echo_of(int), Level.LOW)) == 1
-    assert echo_of(bytes).invoke(sent(echo_of(bytes), bytearray(b"x"))) == b"x"
+
+class Count(int):
+    pass
+
+
+class Share(float):
+    pass
+
+
+class Blob(bytes):
+    pass
+
+
+class Moment(datetime):
+    pass
+
+
+class Day(date):
+    pass
+
+
+class Hour(time):
+    pass
+
+
+class Span(timedelta):
+    pass
+
+
+class Price(Decimal):
+    pass
+
+
+class Key(UUID):
+    pass
+
+
+class Suit(StrEnum):
+    SPADES = "spades"
+
+
+DERIVED = [
+    (str, Name("x"), "x"),
+    (str, Suit.SPADES, "spades"),
+    (int, Count(3), 3),
+    (int, Level.LOW, 1),
+    (float, Share(0.5), 0.5),
+    (float, Count(3), 3.0),
+    (bytes, Blob(b"x"), b"x"),
+    (bytes, bytearray(b"x"), b"x"),
+    (datetime, Moment(2024, 1, 2, 3, 4, tzinfo=UTC), datetime(2024, 1, 2, 3, 4, tzinfo=UTC)),
+    (date, Day(2024, 1, 2), date(2024, 1, 2)),
+    (time, Hour(3, 4, 5, 6), time(3, 4, 5, 6)),
+    (timedelta, Span(1, 2, 3), timedelta(1, 2, 3)),
+    (Decimal, Price("1.50"), Decimal("1.50")),
+    (UUID, Key(int=1), UUID(int=1)),
+]
+
+
+@pytest.mark.parametrize(("scalar", "value", "plain"), DERIVED)
+def test_a_class_derived_from_a_scalar_goes_through_everywhere(
+    scalar: Any, value: Any, plain: Any
+) -> None:
+    """As an argument and as a result: what is accepted in one place is in all."""
+    Holder = make_dataclass("Holder", [("held", scalar)])  # a class
+    places: list[tuple[Any, Any, Any]] = [
+        (scalar, value, plain),
+        (scalar | None, value, plain),
+        (list[scalar], [value], [plain]),
+        (set[scalar], {value} if value.__hash__ else [plain], {plain}),
+        (tuple[scalar, int], (value, 1), (plain, 1)),
+        (dict[str, scalar], {"k": value}, {"k": plain}),
+        (dict[str, list[scalar | None]], {"k": [value]}, {"k": [plain]}),
+        (Holder, Holder(value), Holder(plain)),
+    ]
+    if value.__hash__ and scalar is not bytes:
+        places.append((dict[scalar, int], {value: 1}, {plain: 1}))
+    for annotation, given, expected in places:
+        definition = echo_of(annotation)
+        arrived = definition.invoke(sent(definition, given))
+        assert exactly(arrived) == exactly(expected), annotation
+        result = definition.decode_result(definition.encode_result(given))
+        assert exactly(result) == exactly(expected), annotation
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (int, True),
+        (int | None, True),
+        (list[int], [1, True]),
+        (str | None, 1),
+        (list[str], ["x", 1]),
+        (dict[str, str], {"x": 1}),
+        (dict[str, list[int | None]], {"x": ["y"]}),
+        (Color | None, "puce"),
+        (datetime | None, 1j),
+    ],
+)
+def test_what_standard_types_do_not_allow_is_refused_where_it_is_sent(
+    annotation: Any, value: Any
+) -> None:
+    with pytest.raises(SerializationError, match="argument 'value'"):
+        sent(echo_of(annotation), value)
 
 
 def test_each_argument_has_the_codec_of_its_own_parameter() -> None:

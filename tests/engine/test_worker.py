@@ -132,7 +132,9 @@ async def test_an_unknown_task_is_put_back_and_at_last_dead(
     assert (record.status, record.dead) == ("error", "unknown task")
     assert record.error == "no worker knows 'nobody.knows'"
     assert caplog.messages == [
-        "unknown task nobody.knows u; put back",  # once, not each time
+        # Once, not each time.
+        "unknown task nobody.knows u; put back: another program may use the name "
+        f'"{app.name}", or a deployment is under way',
         "task nobody.knows u is dead: no worker knows 'nobody.knows' (unknown task)",
     ]
 

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import uuid4
@@ -19,11 +19,12 @@ from fastapi.testclient import TestClient
 from httpx import ASGITransport, AsyncClient
 
 import qtasks.app
-from qtasks import Reject, TaskFailed, Unavailable
+from qtasks import Reject, TaskFailed, TaskTimeout, Unavailable, control
 from qtasks.asyncio import QueueTasks
 from qtasks.engine.io_thread import io_thread
 from qtasks.integrations.fastapi import install_error_handlers, lifespan
-from qtasks_core.errors import Closed
+from qtasks_core import Storage, TaskPage, TaskQuery, schemas
+from qtasks_core.errors import Closed, MissingDriver, QTasksError, TaskCancelled
 from qtasks_memory import MemoryBroker, MemoryStorage
 from tests.processes import ROOT
 
@@ -105,6 +106,48 @@ def test_without_an_app_it_is_the_default_one(
 class Away(MemoryBroker):
     async def start(self, namespace: str) -> None:
         raise Unavailable("redis://10.0.0.1 does not answer")
+
+
+async def test_a_default_app_says_where_it_writes_to_and_that_no_worker_was_ever_there(
+    app: QueueTasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An API that was not told of the worker's broker would else wait in silence."""
+    app = QueueTasks(app.name, f"memory://{app.name}?lease=5")
+    app.starts_itself = True
+    monkeypatch.setattr(qtasks.app, "_default", app)
+    late = f"no worker has begun it; no worker has ever been seen; .* memory://{app.name}"
+
+    @app.task()
+    async def add(x: int, y: int) -> int:
+        return x + y
+
+    api = FastAPI(lifespan=lifespan())
+    install_error_handlers(api)
+
+    @api.get("/")
+    async def root() -> None:
+        await add.add_task(1, 2, timeout=0.1)
+
+    def start_of_the_api() -> None:
+        with TestClient(api) as client:
+            answer = client.get("/")
+            assert answer.status_code == 504
+            assert "no worker has ever been seen" in answer.json()["detail"]
+            assert "memory://" not in answer.text
+
+    await asyncio.to_thread(start_of_the_api)
+    where = f"no worker of the app {app.name!r} is alive at memory://{app.name}"
+    assert where in caplog.text
+    assert f"GET /: task {add.name} " in caplog.text
+    async with app:
+        with pytest.raises(TaskTimeout, match=late):
+            await add.add_task(1, 2, timeout=0.1)
+        with pytest.raises(TaskTimeout, match=f"uses the broker memory://{app.name}"):
+            await asyncio.to_thread(app.wait_blocking, str(uuid4()), 0.1)
+        async with app.worker():
+            assert (await add.add_task(1, 2, timeout=10)).returning == 3
+        with pytest.raises(TaskTimeout, match="no worker for that queue is alive; this process's"):
+            await add.add_task(1, 2, timeout=0.1)
 
 
 def test_a_server_out_of_reach_fails_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,6 +246,75 @@ async def test_a_server_out_of_reach_is_a_503_without_its_address(
         503, {"detail": "the task queue cannot be reached"},
     )  # fmt: skip
     assert "GET /away: redis://10.0.0.1 does not answer" in caplog.text
+
+
+def every_error(kind: type[QTasksError] = QTasksError) -> Iterator[type[QTasksError]]:
+    for below in kind.__subclasses__():
+        if below.__module__ == "qtasks_core.errors":
+            yield below
+            yield from every_error(below)
+
+
+STATUS = {
+    "TaskFailed": 500, "TaskCancelled": 500, "TaskTimeout": 504, "TaskNotFinished": 409,
+    "Unavailable": 503, "Closed": 503, "NotSupported": 501, "UnknownTask": 404, "Refused": 502,
+    "PayloadTooLarge": 413, "SerializationError": 422,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*every_error(), QTasksError], ids=lambda kind: kind.__name__)
+async def test_every_error_has_its_answer(
+    kind: type[QTasksError], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sentence where it helps the caller, and nothing of a server."""
+    api = FastAPI()
+    install_error_handlers(api)
+    sentence = "MemoryStorage cannot list tasks yet"
+    arguments: tuple[object, ...] = (sentence,)
+    if kind in (TaskFailed, TaskCancelled):
+        arguments = (schemas.Task(uuid="u", task_name="t", status="error", error=sentence),)
+    elif kind is TaskTimeout:
+        arguments = (sentence, "u", "written to redis://10.0.0.1")
+    elif kind is MissingDriver:
+        arguments = ("redis://10.0.0.1", ".[redis]")
+
+    @api.get("/")
+    async def root() -> None:
+        raise kind(*arguments)
+
+    transport = ASGITransport(api, raise_app_exceptions=False)
+    async with AsyncClient(transport=transport, base_url="http://api") as client:
+        answer = await client.get("/")
+    assert answer.status_code == STATUS.get(kind.__name__, 500)
+    body = answer.json()
+    assert "10.0.0.1" not in answer.text
+    if answer.status_code in (404, 409, 413, 422, 501, 504) or "uuid" in body:
+        assert body["detail"] == sentence
+    else:
+        assert body["detail"].startswith("the task queue ")
+        assert "GET /: " in caplog.text
+    assert ("uuid" in body) == (kind in (TaskFailed, TaskCancelled, TaskTimeout))
+
+
+async def test_what_a_storage_cannot_do_is_a_501_with_the_sentence(app: QueueTasks) -> None:
+    class Unlisted(MemoryStorage):
+        async def query(self, query: TaskQuery) -> TaskPage:
+            return await Storage.query(self, query)
+
+    app = QueueTasks("unlisted", MemoryBroker("unlisted"), Unlisted("unlisted"))
+    api = FastAPI(lifespan=lifespan(app))
+    install_error_handlers(api)
+
+    @api.get("/tasks")
+    async def tasks() -> int:
+        return len((await app.control(control.query, TaskQuery())).tasks)
+
+    with TestClient(api) as client:
+        answer = client.get("/tasks")
+    assert (answer.status_code, answer.json()["detail"]) == (
+        501,
+        "Unlisted cannot list records yet",
+    )
 
 
 async def test_other_errors_are_left_alone(client: AsyncClient) -> None:

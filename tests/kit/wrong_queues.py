@@ -141,9 +141,10 @@ class ListensForEver(Broker):
 class MigratesAnew(Broker):
     """It begins by clearing away what is there."""
 
-    async def migrate(self, namespace: str) -> None:
+    async def migrate(self, namespace: str) -> list[str]:
         if self._memory is not None:
             self._memory.queues.clear()
+        return []
 
 
 class ShufflesABatch(Broker):

@@ -268,6 +268,7 @@ class ExpiresByOneTime(Storage):
 class MigratesAnew(Storage):
     """It begins by clearing away what is there."""
 
-    async def migrate(self, namespace: str) -> None:
+    async def migrate(self, namespace: str) -> list[str]:
         if self._memory is not None:
             self._memory.records.clear()
+        return []

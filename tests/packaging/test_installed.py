@@ -63,7 +63,7 @@ def test_a_missing_driver_is_one_line_that_names_the_extra(
     last = done.stderr.strip().splitlines()[-1]
     assert last == (
         f"qtasks_core.errors.MissingDriver: {scheme}:// needs its driver: "
-        f"pip install 'qtasks[{extra}]'"
+        f"pip install '.[{extra}]' in the checkout"
     )
 
 

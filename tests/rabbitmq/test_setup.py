@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,16 +139,6 @@ async def test_of_two_servers_the_one_that_answers_is_used(
         assert await collect(subscription, "q", 1)
     finally:
         await broker.stop()
-
-
-async def test_the_driver_says_nothing_of_a_server_that_is_away(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    broker = RabbitMQBroker(f"amqp://127.0.0.1:{free_port()}/")
-    with caplog.at_level(logging.WARNING), pytest.raises(Unavailable):
-        await broker.start("app")
-    await broker.stop()
-    assert not [record for record in caplog.records if record.name.startswith("aiormq")]
 
 
 @pytest.fixture(scope="module")

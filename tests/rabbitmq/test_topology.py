@@ -165,9 +165,8 @@ async def test_a_stream_that_is_made_anew_is_answered(
             async with asyncio.timeout(MOST_SECONDS):
                 for saver, reader in ((first, second), (second, first)):
                     uuid = f"new{round_}{saver is first}"
-                    (outcome,) = await saver.save(
-                        [Task(uuid=uuid, task_name="t", status="success")]
-                    )
+                    record = Task(uuid=uuid, task_name="t", status="success")
+                    (outcome,) = await patient(saver.save, [record])
                     assert outcome.status == "done"
                     (found,) = await patient(reader.get, [uuid])
                     assert found is not None

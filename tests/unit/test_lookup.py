@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from qtasks_core import CONTRACT_VERSION, Backend, Broker, Inbox, Storage, Subscription, lookup
+from qtasks_core import CONTRACT_VERSION, Backend, Broker, Inbox, Storage, Subscription
 from qtasks_core.contracts.balancer import Balancer
 from qtasks_core.contracts.composition import Composition
 from qtasks_core.contracts.executor import Executor
 from qtasks_core.contracts.serializer import Serializer
+from qtasks_core.distribution import GROUP
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.lookup import find_backend, resolve_broker, resolve_storage
 from qtasks_log import Log
@@ -47,7 +48,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         "unfinished": f"{__name__}:UnfinishedBackend",
         "none": f"{__name__}:NoBackend",
     }
-    found = EntryPoints(EntryPoint(n, v, lookup.GROUP) for n, v in names.items())
+    found = EntryPoints(EntryPoint(n, v, GROUP) for n, v in names.items())
 
     def entry_points(**params: Any) -> EntryPoints:
         return found.select(**params)

@@ -113,7 +113,7 @@ except MissingDriver as error:
 """
     said = python(code, URLS[scheme]).strip()
     assert said.count("\n") == 0
-    assert said.endswith(f"pip install 'qtasks[{EXTRAS[scheme]}]'")
+    assert said.endswith(f"pip install '.[{EXTRAS[scheme]}]' in the checkout")
 
 
 def test_every_package_is_typed_and_part_of_the_wheel() -> None:

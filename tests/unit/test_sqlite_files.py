@@ -44,7 +44,7 @@ def url(path: Path) -> str:
         ("sqlite://host/x", "names no file"),
         ("sqlite:///", "names no file"),
         ("sqlite:///:memory:", "memory://"),
-        ("sqlite:///x?colour=red", "unknown option"),
+        ("sqlite:///x?colour=red", "there is no option 'colour'; there are: lease"),
         ("sqlite:///x?lease=soon", "float"),
         ("sqlite:///x?lease=0", "above 0"),
         ("sqlite:///x?synchronous=off", "neither normal nor full"),

@@ -1,0 +1,76 @@
+"""What a URL of Postgres may say: libpq's options, as far as the driver has them, and ours."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+from qtasks_core.errors import ConfigurationError
+from qtasks_core.urls import redact, split, take_options
+
+SCHEMES = ("postgresql", "postgres")
+
+FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile", "servicefile")
+
+# libpq has them, the driver has not: it would hand them to the server, which knows none.
+UNKNOWN_TO_THE_DRIVER = frozenset(
+    {
+        "channel_binding", "client_encoding", "fallback_application_name", "gssdelegation",
+        "gssencmode", "hostaddr", "keepalives", "keepalives_count", "keepalives_idle",
+        "keepalives_interval", "load_balance_hosts", "replication", "require_auth", "requirepeer",
+        "sslcertmode", "sslcompression", "sslcrldir", "sslsni", "tcp_user_timeout",
+    }
+)  # fmt: skip
+
+# What other libraries call an option that the driver has.
+OTHER_NAMES = {
+    "ssl": "sslmode=require, verify-ca or verify-full",
+    "sslkeyfile": "sslkey",
+    "sslcertfile": "sslcert",
+    "sslcafile": "sslrootcert",
+    "ssl_ca_certs": "sslrootcert",
+    "timeout": "connect_timeout",
+    "schema": "search_path",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked URL: what the driver gets, and what is ours to see to."""
+
+    url: str
+    shown: str
+    connect_timeout: float | None = None
+    """Seconds; None: no bound beside that of every call."""
+    application_name: str = "qtasks"
+    several_hosts: bool = False
+
+
+def options_of(url: str) -> Options:
+    """Check a URL. Raises `ConfigurationError`, which names what is wrong."""
+    shown = redact(url)
+    scheme = url.partition(":")[0]
+    if scheme.partition("+")[0] in SCHEMES and "+" in scheme:
+        raise ConfigurationError(f"{shown}: write postgresql://, without the name of a driver")
+    parts = split(url)
+    if parts.scheme not in SCHEMES:
+        raise ConfigurationError(f"{shown} is no URL of Postgres: it begins with postgresql://")
+    given = dict(parse_qsl(parts.query, keep_blank_values=True))
+    for name, value in given.items():
+        if name in OTHER_NAMES:
+            raise ConfigurationError(f"{shown}: {name} is no option here; use {OTHER_NAMES[name]}")
+        if name in UNKNOWN_TO_THE_DRIVER:
+            raise ConfigurationError(f"{shown}: the driver does not know {name}; leave it out")
+        if name in FILES and value and not os.access(value, os.R_OK):
+            raise ConfigurationError(f"{shown}: {name}={value} cannot be read")
+    rest, ours = take_options(url, {"connect_timeout": float, "application_name": str})
+    timeout = ours.get("connect_timeout")
+    hosts = parts.netloc.rpartition("@")[2] or given.get("host", "")
+    return Options(
+        rest,
+        shown,
+        timeout if timeout is not None and timeout > 0 else None,  # as libpq: without a bound
+        ours.get("application_name") or "qtasks",
+        "," in hosts and "target_session_attrs" not in given,
+    )

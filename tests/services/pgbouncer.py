@@ -1,0 +1,68 @@
+"""PgBouncer before a Postgres server: the connection pooler that most people have."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from tests.services.install import install_package
+from tests.services.native import Native, free_port
+from tests.services.service import Unobtainable
+
+
+class NativePgBouncer(Native):
+    """Debian's pgbouncer, which refuses to run as root. Settings are those it comes with."""
+
+    account = "postgres"
+
+    def __init__(self, server: str, pool_mode: str) -> None:
+        super().__init__()
+        self._server = urlsplit(server)
+        self._pool_mode = pool_mode
+
+    def find(self) -> None:
+        if not shutil.which("pgbouncer") and not shutil.which("pgbouncer", path="/usr/sbin"):
+            install_package("pgbouncer", "pgbouncer")
+        found = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
+        if not found:
+            raise Unobtainable("pgbouncer is installed, but its program is not found")
+        self._program = found
+
+    def prepare(self) -> str:
+        self.port = free_port()
+        server = self._server
+        self.write("users", f'"{server.username}" "{server.password}"\n')
+        self.write(
+            "pgbouncer.ini",
+            f"[databases]\n* = host={server.hostname} port={server.port}\n"
+            "[pgbouncer]\nlisten_addr = 127.0.0.1\nunix_socket_dir =\n"
+            f"listen_port = {self.port}\nauth_type = plain\nauth_file = users\n"
+            f"pool_mode = {self._pool_mode}\n",
+        )
+        host = f"{server.username}:{server.password}@127.0.0.1:{self.port}"
+        return server._replace(netloc=host).geturl()
+
+    def command(self) -> list[str]:
+        return [self._program, "pgbouncer.ini"]
+
+
+@contextmanager
+def bouncing(server: str, pool_mode: str) -> Iterator[str]:
+    """Give the URL of a pooler before the server of another."""
+    from tests.services.postgres import PostgresServer
+
+    class Pooler(PostgresServer):
+        def native(self) -> Native:
+            return NativePgBouncer(server, pool_mode)
+
+        @property
+        def variable(self) -> str:
+            return "QTASKS_TEST_PGBOUNCER_URL"
+
+    pooler = Pooler()
+    try:
+        yield pooler.start()
+    finally:
+        pooler.stop()
