@@ -92,11 +92,16 @@ class Lane:
         if lack > 0 and channel is not None:
             tag = str(next(self._tags))
             self._active[tag] = lack
-            async with self._connection.answering():
-                await channel.call(
-                    Basic.Qos(prefetch_count=lack),
-                    Basic.Consume(queue=self._source, consumer_tag=tag),
-                )
+            try:
+                async with self._connection.answering():
+                    await channel.call(
+                        Basic.Qos(prefetch_count=lack),
+                        Basic.Consume(queue=self._source, consumer_tag=tag),
+                    )
+            except BaseException:
+                # Nothing may be waited for through a consumer that is perhaps not there.
+                self._active.pop(tag, None)
+                raise
 
     def _lack(self, wanted: int) -> int:
         """Return how many are wanted beyond what is here or may be pushed."""

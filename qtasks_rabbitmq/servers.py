@@ -73,8 +73,7 @@ def servers_of(url: str) -> list[Server]:
     if options.get("auth", "plain").lower() not in MECHANISMS:
         raise ConfigurationError(f"{redact(url)}: auth is one of {', '.join(MECHANISMS)}")
     credentials, at, hosts = parts.netloc.rpartition("@")
-    _, slashes, _ = url.partition("//")
-    rest = url[url.index(slashes) + 2 + len(parts.netloc) :]
+    rest = url.partition("//")[2][len(parts.netloc) :]
     return [
         Server(f"{parts.scheme}://{credentials}{at}{host}{rest}", options)
         for host in hosts.split(",")
