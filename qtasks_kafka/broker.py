@@ -82,10 +82,10 @@ class KafkaBroker(Broker):
                 "messages of a partition that was taken over, and whenever tasks have ended",
                 "when workers come and go, a task that runs longer than the rebalance waits for "
                 "it (half the lease, at most 5 s) may run again where its partition went",
-                "topics are kept for ever (retention.ms=-1): finished records may be deleted up "
-                "to the group's committed offsets",
-                "the server forgets the offsets of a group without workers after "
-                "offsets.retention.minutes (7 days by default)",
+                "finished records are deleted from their topics while workers run, up to the "
+                "group's committed offsets; where the user may not DELETE them, they are "
+                "kept, and run again once the server has forgotten the offsets of a group "
+                "without workers, after offsets.retention.minutes (7 days by default)",
                 "a delayed message is moved to its queue in two steps: a crash in between "
                 "delivers it twice",
             ),

@@ -27,6 +27,7 @@ from uuid_utils import uuid7
 from qtasks_core.errors import Closed, QTasksError, Unavailable
 from qtasks_kafka.assignor import Holdings, KeepingAssignor
 from qtasks_kafka.connection import PAUSE, REQUEST, Connection, close_consumer, heartbeat_ms
+from qtasks_kafka.floor import Floor
 from qtasks_kafka.watermark import Partition, owner_of, restored
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class Membership:
         self._topics = list(topics)
         self._lease = lease
         self._name = uuid7().hex[-12:]
+        self._floor = Floor(connection)
         self._consumer: AIOKafkaConsumer | None = None
         self._opening = asyncio.Lock()
         self._lock = asyncio.Lock()
@@ -129,11 +131,14 @@ class Membership:
         """Commit what is done and leave the group. Idempotent."""
         self._wanting = False
         self.notice_idle(force=True)
+        confirmed = False
         if self._consumer is not None and self._assigned.is_set():
             try:
                 await self.confirm([p for p in self.partitions.values() if p.unconfirmed])
+                confirmed = True
             except QTasksError as error:
                 logger.warning("what was settled last may run again: %s", error)
+        await self._floor.close(delete=confirmed)
         self._closed = True
         self._lose_all()
         self._retire()
@@ -169,6 +174,7 @@ class Membership:
     def note_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Note what is ours now; the next call takes it over."""
         self._to_take = set(assigned)
+        self._floor.forget()
         for tp in self.partitions.keys() - self._to_take:
             self.partitions.pop(tp).lost = True
         self.epoch += 1
@@ -403,6 +409,7 @@ class Membership:
         }
         await self._coordinator._do_commit_offsets(None, offsets)
         self._confirmed_at = time.monotonic()
+        self._floor.note({tp: committed.offset for tp, committed in offsets.items()})
         for partition, offsets_done in covered.items():
             partition.unconfirmed -= offsets_done
 

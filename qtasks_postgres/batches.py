@@ -10,6 +10,11 @@ T = TypeVar("T")
 MOST_ITEMS = 2_000
 MOST_BYTES = 8 * 1024 * 1024
 
+LARGEST = 64 * 1024 * 1024
+"""Bytes of one encoded message or record. The server would take 1 GB, in many seconds."""
+
+TOO_LARGE = f"it is larger than the {LARGEST >> 20} MiB that are kept on Postgres"
+
 
 def batches(items: Iterable[T], encode: Callable[[T], bytes]) -> Iterator[list[tuple[T, bytes]]]:
     """Yield the items with their encodings, in order, a statement's worth at a time."""
@@ -24,6 +29,16 @@ def batches(items: Iterable[T], encode: Callable[[T], bytes]) -> Iterator[list[t
         size += len(data)
     if batch:
         yield batch
+
+
+def fitting(batch: list[tuple[T, bytes]]) -> list[tuple[T, bytes]]:
+    """Return the items of a batch without one that is too large, which is alone in its batch."""
+    return [(item, data) for item, data in batch if len(data) <= LARGEST]
+
+
+def size_of(batch: Sequence[tuple[T, bytes]]) -> int:
+    """Return the bytes of a batch."""
+    return sum(len(data) for _, data in batch)
 
 
 def slices(items: Sequence[T]) -> Iterator[Sequence[T]]:

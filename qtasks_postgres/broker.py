@@ -27,7 +27,7 @@ from qtasks_core.recent import Recent
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres import floors
-from qtasks_postgres.batches import batches
+from qtasks_postgres.batches import TOO_LARGE, batches, fitting, size_of
 from qtasks_postgres.connection import Database, Listener, channel_of, check_lease, storable
 from qtasks_postgres.floors import PRIORITIES, Floors, Lane, lanes_of
 
@@ -238,15 +238,23 @@ class PostgresBroker(Broker):
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
         namespace = self._started()
+        outcomes: list[Outcome] = []
         for batch in batches(messages, encode_message):
-            rows = columns_of(batch)
-            await self._database.fetch(PUBLISH, namespace, *rows, transaction=transaction)
+            fit = fitting(batch)
+            if not fit:
+                outcomes.append(Outcome("refused", TOO_LARGE))
+                continue
+            outcomes += [DONE] * len(fit)
+            rows, size = columns_of(fit), size_of(fit)
+            await self._database.fetch(
+                PUBLISH, namespace, *rows, transaction=transaction, size=size
+            )
             channels = {channel_of(namespace, queue) for queue in rows[0]}
             if transaction is None:
                 self._doorbell.ring(channels)
             else:
                 await self._database.fetch(RING, list(channels), transaction=transaction)
-        return [DONE] * len(messages)
+        return outcomes
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         namespace = self._started()
@@ -546,8 +554,10 @@ class PostgresSubscription(Subscription):
     async def _retry(self, settlements: Sequence[Settlement]) -> set[int]:
         fences = fences_of([settlement.delivery for settlement in settlements])
         messages = [s.message for s in settlements if isinstance(s, Retry)]
-        columns = columns_of([(message, encode_message(message)) for message in messages])
-        rows = await self._database.fetch(RETRY, *fences, self._namespace, *columns)
+        batch = [(message, encode_message(message)) for message in messages]
+        rows = await self._database.fetch(
+            RETRY, *fences, self._namespace, *columns_of(batch), size=size_of(batch)
+        )
         self._doorbell.ring(channel_of(self._namespace, message.queue) for message in messages)
         return {row["id"] for row in rows}
 

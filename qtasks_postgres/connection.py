@@ -39,6 +39,12 @@ T = TypeVar("T")
 TIMEOUT = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
 
+MIGRATION = 3600.0
+"""Seconds for `migrate`, which may have to build an index of a large table."""
+
+SLOWEST = 2 * 1024 * 1024
+"""Bytes a second that any server writes; what is sent adds its time to the timeout."""
+
 OLDEST = 12
 """The oldest major version of the server. Older ones have had no fixes for years."""
 
@@ -152,7 +158,7 @@ class Database:
 
         Raises as `start`.
         """
-        _, changed = await self.calls.run(self._prepare({}))
+        _, changed = await self.calls.run(self._prepare({}, MIGRATION))
         return changed
 
     async def stop(self) -> None:
@@ -165,17 +171,17 @@ class Database:
                 group.create_task(close_gently(connection))
 
     async def fetch(
-        self, sql: str, *arguments: Any, transaction: object | None = None
+        self, sql: str, *arguments: Any, transaction: object | None = None, size: int = 0
     ) -> list[Any]:
         """Run a statement and return its rows; in the caller's transaction where there is one.
 
-        Raises `Unavailable`.
+        `size` are the bytes that it sends, when they are many. Raises `Unavailable`.
         """
         if transaction is not None:
             connection = callers_connection(transaction)
             with self.translated():
                 return await connection.fetch(sql, *arguments)
-        return await self.calls.run(self._fetch(sql, arguments))
+        return await self.calls.run(self._fetch(sql, arguments, TIMEOUT + size / SLOWEST))
 
     async def connect(self) -> Connection:
         """Open a connection to listen by, for the caller to keep. Raises `Unavailable`."""
@@ -200,15 +206,15 @@ class Database:
         for leaving in tuple(self.left):
             leaving()
 
-    async def _fetch(self, sql: str, arguments: Sequence[Any]) -> list[Any]:
+    async def _fetch(self, sql: str, arguments: Sequence[Any], within: float) -> list[Any]:
         """Run a statement on a connection. One left in the middle of it is dropped."""
         from asyncpg import PostgresError
 
         if not self._open:
             raise Closed("not started, or stopped")
-        with self.translated():
+        with translated(self.shown, within):
             try:
-                async with asyncio.timeout(TIMEOUT), self._slots:
+                async with asyncio.timeout(within), self._slots:
                     connection = await self._take()
                     try:
                         rows = await self._run(connection, sql, arguments)
@@ -237,7 +243,9 @@ class Database:
             await connection.execute(SET_LOCALLY)
             return await connection.fetch(sql, *arguments)
 
-    async def _prepare(self, needs: Mapping[str, Collection[str]]) -> tuple[Durability, list[str]]:
+    async def _prepare(
+        self, needs: Mapping[str, Collection[str]], within: float = TIMEOUT
+    ) -> tuple[Durability, list[str]]:
         """Do what a start does in one transaction on a connection that is closed again.
 
         Returns the server's durability, and what was changed in the schema.
@@ -245,8 +253,8 @@ class Database:
         A pooler is known by the process ids it gives its clients: they are not the server's.
         """
         load_driver()
-        with self.translated():
-            async with asyncio.timeout(TIMEOUT):
+        with translated(self.shown, within):
+            async with asyncio.timeout(within):
                 connection = await self._open_connection(self._options, cache=False)
                 try:
                     async with connection.transaction(isolation="read_committed"):

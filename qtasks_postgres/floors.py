@@ -165,7 +165,8 @@ class Floors:
 
     def forget(self) -> None:
         """Begin anew: it may be another server, which lacks the last messages and their ids."""
-        self._floors.clear()
+        self._floors = {}
+        self._stored = {}
         self._highest = 0
         self._mark = None
         self._known = False
@@ -174,64 +175,63 @@ class Floors:
     async def raise_(self, queues: Sequence[str]) -> None:
         """Take the next step for all lanes of the queues when it is time. Raises `Unavailable`."""
         if not self._floors:
-            await self._load(queues)
+            self._floors = await self._load(queues)
         if self._loop.time() < self._next_at:
             return
         self._next_at = self._loop.time() + (self.EVERY if self._received else self.IDLE)
         self._received = False
-        if self._mark is None:
-            self._mark = await self._marked()
-        else:
-            await self._wait_for_writers()
+        # Those of this step: whoever forgets meanwhile begins with others.
+        floors, mark = self._floors, self._mark
+        if mark is None:
+            mark = await self._marked(floors)
+        elif mark.writers:
+            mark.writers.intersection_update(await self._writers())
         if not self._known:
             # Looking from the very start may take for ever. Most who write are done in no time.
             for _ in range(20):
-                if not self._mark.writers:
+                if not mark.writers:
                     break
                 await asyncio.sleep(0.02)
-                await self._wait_for_writers()
-        if not self._mark.writers:
-            mark, self._mark = self._mark, None
-            await self._raise_to(mark, queues)
-        else:
+                mark.writers.intersection_update(await self._writers())
+        if mark.writers:
             self._received = True  # so that it is tried again soon
+        else:
+            await self._raise_to(mark, floors, queues)
+        if floors is self._floors:
+            self._mark = mark if mark.writers else None
+            self._known = self._known or self._mark is None
 
-    async def _load(self, queues: Sequence[str]) -> None:
+    async def _load(self, queues: Sequence[str]) -> dict[Lane, Floor]:
         floors = dict.fromkeys(lanes_of(queues), Floor())
         rows = await self._database.fetch(STORED, self._namespace, list(queues))
         for queue, priority, ready, due in rows:
             lane = Lane(queue, priority)
             floors[lane] = Floor(ready, max(START, due - self.SKEW))
             self._stored[lane] = ready
-        self._floors = floors
         self._known = bool(rows)
+        return floors
 
-    async def _marked(self) -> Mark:
+    async def _marked(self, floors: dict[Lane, Floor]) -> Mark:
         # The end first: who begins to write after that gets a later place.
         ((now, id),) = await self._database.fetch(MARK)
-        highest = max((floor.ready for floor in self._floors.values()), default=0)
-        if id is not None and id < max(self._highest, highest):
+        highest = max(self._highest, *(floor.ready for floor in floors.values()))
+        if id is not None and id < highest:
             # Somebody has emptied the tables and begun to count again.
-            self._floors = dict.fromkeys(self._floors, Floor())
+            floors.update(dict.fromkeys(floors, Floor()))
             self._highest = 0
         return Mark(max(self._highest, id or 0), now, await self._writers())
 
     async def _writers(self) -> set[str]:
         return {row["writer"] for row in await self._database.fetch(WRITERS)}
 
-    async def _wait_for_writers(self) -> None:
-        if self._mark is not None and self._mark.writers:
-            self._mark.writers.intersection_update(await self._writers())
-
-    async def _raise_to(self, mark: Mark, queues: Sequence[str]) -> None:
+    async def _raise_to(self, mark: Mark, floors: dict[Lane, Floor], queues: Sequence[str]) -> None:
         lanes = lanes_of(queues)
         # A clock that was set back would else hide what is written until it has caught up.
-        floors = [self._floors[lane] for lane in lanes]
-        floors = [floor._replace(due=min(floor.due, mark.now)) for floor in floors]
+        old = [floors[lane]._replace(due=min(floors[lane].due, mark.now)) for lane in lanes]
         try:
             async with asyncio.timeout(self.QUICKLY):
                 rows = await self._database.fetch(
-                    LIVING, self._namespace, *columns_of(lanes, floors), mark.id, mark.now
+                    LIVING, self._namespace, *columns_of(lanes, old), mark.id, mark.now
                 )
         except TimeoutError:
             living = await self._survey(mark, queues)
@@ -239,12 +239,12 @@ class Floors:
             living = {Lane(queue, priority): (ready, due) for queue, priority, ready, due in rows}
         for lane in lanes:
             ready, due = living.get(lane, (None, None))
-            self._floors[lane] = Floor(
+            floors[lane] = Floor(
                 mark.id if ready is None else ready - 1,
                 mark.now if due is None else due - timedelta(microseconds=1),
             )
-        self._known = True
-        await self._store(lanes)
+        if floors is self._floors:
+            await self._store(floors)
 
     async def _survey(self, mark: Mark, queues: Sequence[str]) -> dict[Lane, Living]:
         ((blocks, version),) = await self._database.fetch(SIZE)
@@ -261,16 +261,16 @@ class Floors:
                 living[lane] = (least(ready, others[0]), least(due, others[1]))
         return living
 
-    async def _store(self, lanes: Sequence[Lane]) -> None:
+    async def _store(self, floors: Mapping[Lane, Floor]) -> None:
         risen = [
             lane
-            for lane in lanes
-            if self._floors[lane].ready >= self._stored.get(lane, 0) + self.STORE_AFTER
+            for lane, floor in floors.items()
+            if floor.ready >= self._stored.get(lane, 0) + self.STORE_AFTER
         ]
         if risen:
-            floors = [self._floors[lane] for lane in risen]
-            await self._database.fetch(STORE, self._namespace, *columns_of(risen, floors))
-            self._stored.update((lane, self._floors[lane].ready) for lane in risen)
+            columns = columns_of(risen, [floors[lane] for lane in risen])
+            await self._database.fetch(STORE, self._namespace, *columns)
+            self._stored.update((lane, floors[lane].ready) for lane in risen)
 
 
 def least(one: T | None, other: T | None) -> T | None:

@@ -15,7 +15,7 @@ from qtasks_core.errors import Closed, Unavailable, WireError
 from qtasks_core.records import FINAL, judge, order_of, unreadable
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_task, encode_task
-from qtasks_postgres.batches import batches, slices
+from qtasks_postgres.batches import TOO_LARGE, batches, fitting, size_of, slices
 from qtasks_postgres.connection import Database, Listener, storable
 
 ADDRESS = "qtasks:"
@@ -155,17 +155,24 @@ class PostgresStorage(Storage):
             # All savers lock rows in one order, or they could wait for each other.
             places = sorted(wave, key=lambda place: tasks[place].uuid)
             saved: set[str] = set()
-            for batch in batches([tasks[place] for place in places], encode_task):
-                columns = columns_of(batch)
+            large: set[int] = set()
+            for batch in batches(places, lambda place: encode_task(tasks[place])):
+                fit = [(tasks[place], record) for place, record in fitting(batch)]
+                if not fit:
+                    large.add(batch[0][0])
+                    continue
                 rows = await self._database.fetch(
-                    SAVE, namespace, *columns, transaction=transaction
+                    SAVE, namespace, *columns_of(fit), transaction=transaction, size=size_of(fit)
                 )
                 saved.update(row["uuid"] for row in rows)
             others = [place for place in places if storable(tasks[place].uuid) not in saved]
             if others:
                 there = await self._get([tasks[place].uuid for place in others], transaction)
                 for place, record in zip(others, there, strict=True):
-                    if judge(tasks[place], record) != "repeat":
+                    verdict = judge(tasks[place], record)
+                    if place in large and verdict == "accept":
+                        outcomes[place] = Outcome("refused", TOO_LARGE)
+                    elif verdict != "repeat":
                         outcomes[place] = Outcome("refused", "a newer record is there", record)
         return outcomes
 

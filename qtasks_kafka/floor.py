@@ -1,0 +1,93 @@
+"""The beginning of a queue's topic follows what is done, so that nothing done is ever read again.
+
+The server forgets the offsets of a group that has had no member for offsets.retention.minutes (7
+days by default). Whoever comes then begins where the topic does. So records that are done are
+deleted, by the one member that owns their partition, up to what the group has confirmed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from asyncio import Task
+from collections.abc import Mapping
+
+from aiokafka.admin import RecordsToDelete
+from aiokafka.structs import TopicPartition
+
+from qtasks_core.errors import Closed, QTasksError, Unavailable
+from qtasks_kafka.connection import REQUEST, Connection
+
+logger = logging.getLogger(__name__)
+
+PERIOD = 10.0
+"""Seconds between two deletions, each of which is a request a topic."""
+
+
+class Floor:
+    """Deletes what is done in the partitions of one member, a while later, until `close`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._done: dict[TopicPartition, int] = {}
+        self._deleted: dict[TopicPartition, int] = {}
+        self._refused: set[str] = set()
+        self._later: Task[None] | None = None
+        self._closed = False
+
+    def note(self, done: Mapping[TopicPartition, int]) -> None:
+        """Take note of offsets up to which all is done, and the group knows it."""
+        self._done.update(done)
+        if self._later is None and not self._closed and self._pending():
+            self._later = asyncio.create_task(self._delete_later())
+
+    def forget(self) -> None:
+        """Partitions come and go: who owns one notes what is done there with its takeover."""
+        self._done.clear()
+        self._deleted.clear()
+
+    async def close(self, *, delete: bool) -> None:
+        """End, after deleting what is done if the server answers. Idempotent."""
+        self._closed = True
+        later, self._later = self._later, None
+        if later is not None:
+            later.cancel()
+            await asyncio.wait({later})
+        if delete:
+            await self._delete()
+
+    def _pending(self) -> dict[str, dict[TopicPartition, int]]:
+        pending: dict[str, dict[TopicPartition, int]] = {}
+        for tp, offset in self._done.items():
+            if offset > self._deleted.get(tp, 0) and tp.topic not in self._refused:
+                pending.setdefault(tp.topic, {})[tp] = offset
+        return pending
+
+    async def _delete_later(self) -> None:
+        while self._pending():
+            await asyncio.sleep(PERIOD)
+            await self._delete()
+        self._later = None
+
+    async def _delete(self) -> None:
+        for topic, places in self._pending().items():
+            wanted = {tp: RecordsToDelete(offset) for tp, offset in places.items()}
+            try:
+                with self._connection.reaching():
+                    async with asyncio.timeout(REQUEST):
+                        await self._connection.started().delete_records(
+                            wanted, timeout_ms=int(REQUEST * 1000)
+                        )
+            except (Unavailable, Closed) as error:
+                logger.debug("what is done in %s is deleted later: %s", topic, error)
+                return
+            except QTasksError as error:
+                self._refused.add(topic)
+                logger.warning(
+                    "what is done in %s cannot be deleted: %s. It needs the right to DELETE the "
+                    "topic, which must not be compacted. Without that it all runs again once no "
+                    "worker has run for the server's offsets.retention.minutes",
+                    topic, error,
+                )  # fmt: skip
+            else:
+                self._deleted.update(places)
