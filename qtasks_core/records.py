@@ -77,7 +77,7 @@ def within(task: Task, reason: str) -> Task:
     """
     said = f"the record of this task is too large to be stored: {reason}"
     if task.status == "success":
-        task = replace(task, status="error", error=said)
+        task = replace(task, status="error", error=said, dead="unstorable result")
     else:
         task = replace(task, error=f"{task.error[:_SAID]} ({said})" if task.error else said)
     headers = task.headers if sum(map(len, task.headers.values())) < _SAID else {}

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 from msgspec.structs import replace
 
-from qtasks import PayloadTooLarge, Retry
+from qtasks import PayloadTooLarge
 from qtasks.asyncio import QueueTasks
 from qtasks_core import Delivery, Guarantees, Outcome, Settlement, Subscription, Task
 from qtasks_core.wire import encode_task
@@ -63,6 +63,7 @@ async def test_a_result_over_the_limit_is_an_error_and_harms_no_neighbour(
         ended = [await handle.wait_result(timeout=20) for handle in handles]
         assert [task.status for task in ended] == ["success", "error", "success"]
         assert "too large" in str(ended[1].error)
+        assert ended[1].dead == "unstorable result"
         assert str(LARGEST) in str(ended[1].error)
         depth = await app.broker.depth("default")
         assert not depth.ready
@@ -78,7 +79,7 @@ async def test_a_retry_whose_record_is_over_the_limit_runs_again() -> None:
         nonlocal runs
         runs += 1
         if runs == 1:
-            raise Retry("x" * 30_000, after=0)
+            raise ValueError("x" * 30_000)
         return "done"
 
     async with app, app.worker():
