@@ -10,8 +10,10 @@ Imports the driver: only `connection.py` imports this module, and only to connec
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any, TypeAlias, cast
 
@@ -22,16 +24,35 @@ from pamqp.base import Frame
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 
-from qtasks_core.errors import Unavailable
+from qtasks_core.errors import ConfigurationError, Unavailable
+from qtasks_rabbitmq.frames import Deliver, Properties, read_deliver, read_properties
 
 FRAME_OVERHEAD = 8
 PERSISTENT = 2
+ACCESS_REFUSED = 403
 NOT_FOUND = 404
+PRECONDITION_FAILED = 406
+PUBLISH = (60, 40)
+"""Class and method of a publish, in the server's words on why it closed a channel."""
+MAX_SIZE = re.compile(r"larger than configured max size (\d+)")
 REGISTRATION = 1.5
 """Seconds after which the server remembers a new queue; see `Channel.registered`."""
 
-OnDelivery: TypeAlias = Callable[[str, int, dict[str, Any], bytes], None]
-"""Called with consumer tag, delivery tag, headers and body, on the connection's reader."""
+
+class Arrival(Struct, frozen=True):
+    """A message as it came through a consumer."""
+
+    consumer: str
+    tag: int
+    routing_key: str
+    headers: dict[str, Any]
+    body: bytes
+    error: str
+    """Why its properties cannot be read; empty if they can."""
+
+
+OnDelivery: TypeAlias = Callable[[Arrival], None]
+"""Called on the connection's reader."""
 
 
 class Sending(Struct, frozen=True, gc=False):
@@ -79,32 +100,33 @@ class Batch:
 class Channel:
     """A channel of a connection. Every wait ends with `Unavailable` when it is lost."""
 
-    def __init__(self, connection: AbstractConnection, name: str, number: int = 1) -> None:
+    def __init__(self, connection: AbstractConnection, name: str) -> None:
         self._connection = connection
         self._name = name
-        self._number = number
+        self._number = number = next(n for n in count(1) if n not in connection.channels)
         self._loop = asyncio.get_running_loop()
         self._replies: deque[asyncio.Future[Frame]] = deque()
         self._batches: list[Batch] = []
         self._unconfirmed: dict[int, Batch] = {}
         self._published = 0
         self._confirmed = 0
-        self._content: commands.Basic.Deliver | commands.Basic.Return | None = None
-        self._header: ContentHeader | None = None
+        self._content: Deliver | commands.Basic.Return | None = None
+        self._properties: Properties | None = None
         self._parts: list[bytes] = []
         self._missing = 0
         self._publish_frames: dict[tuple[str, str], bytes] = {}
         self._body_size = connection.connection_tune.frame_max - FRAME_OVERHEAD
         self.on_delivery: OnDelivery | None = None
         self.on_lost: Callable[[], None] | None = None
-        self.lost: Unavailable | None = None
+        self.lost: str | None = None
         """Why the channel is gone; None while it is there."""
         self.close_code = 0
         """The server's reply code when it closed the channel itself."""
+        self.largest: int | None = None
+        """The server's limit of a message in bytes, when it closed the channel because of it."""
         self.heard = self._loop.time()
         """When the server was last heard of on this channel, on the loop's clock."""
         self._registered_at = 0.0
-        self._numbers = count(number + 1)
         # The connection hands the frames of a channel to `frames.put`.
         self.frames = self
         connection.channels[number] = cast(AbstractChannel, self)
@@ -115,7 +137,10 @@ class Channel:
         await self.call(commands.Channel.Open(), commands.Confirm.Select())
 
     async def call(self, *methods: Frame) -> list[Frame]:
-        """Send methods in one write and return the server's replies. Raises `Unavailable`."""
+        """Send methods in one write and return the server's replies.
+
+        Raises `Unavailable`, and `ConfigurationError` if the user lacks the right.
+        """
         await self.send(*methods)
         replies: list[asyncio.Future[Frame]] = [self._loop.create_future() for _ in methods]
         self._replies.extend(replies)
@@ -142,13 +167,9 @@ class Channel:
             self._batches.remove(batch)
         return batch.refusals
 
-    async def create(self, queues: Sequence[str], methods: Sequence[Frame]) -> None:
-        """Declare queues by `methods`, and note when the server will remember those it lacked."""
-        if not await self._has(queues):
-            await self.call(*methods)
-            self._registered_at = self._loop.time() + REGISTRATION
-        else:
-            await self.call(*methods)
+    def note_creation(self) -> None:
+        """Note that queues were created just now."""
+        self._registered_at = self._loop.time() + REGISTRATION
 
     async def registered(self) -> None:
         """Wait until what was created is safe from a crash.
@@ -161,73 +182,86 @@ class Channel:
         if young > 0:
             await asyncio.sleep(young)
 
-    async def _has(self, queues: Sequence[str]) -> bool:
-        """Say whether the server has all these queues; the answer no costs a channel."""
-        looking = Channel(self._connection, self._name, next(self._numbers))
+    @asynccontextmanager
+    async def aside(self) -> AsyncIterator[Channel]:
+        """Open another channel of the connection, for methods that may cost theirs."""
+        other = Channel(self._connection, self._name)
+        await other.call(commands.Channel.Open())
         try:
-            await looking.call(commands.Channel.Open())
-            await looking.call(*(commands.Queue.Declare(queue=q, passive=True) for q in queues))
-            await looking.call(commands.Channel.Close(200, "done", 0, 0))
-        except Unavailable:
-            if looking.close_code != NOT_FOUND:
-                raise
-            return False
-        return True
+            yield other
+        finally:
+            if other.lost is None:
+                await other.send(commands.Channel.Close(200, "done", 0, 0))
 
     async def put(self, item: tuple[int, Any]) -> None:
         """Take a frame from the connection's reader."""
         received = item[1]
         self.heard = self._loop.time()
         match received:
-            case commands.Basic.Deliver() | commands.Basic.Return():
-                self._content = received
-            case ContentHeader():
-                self._header = received
-                self._missing = received.body_size
-                self._end_content()
             case ContentBody():
-                self._parts.append(received.value)
-                self._missing -= len(received.value)
-                self._end_content()
+                self._take(received.value)
+            case commands.Basic.Return():
+                self._content = received
             case commands.Basic.Ack():
                 self._confirm(received.delivery_tag or 0, received.multiple, True)
             case commands.Basic.Nack():
                 self._confirm(received.delivery_tag or 0, received.multiple, False)
             case commands.Basic.Cancel():
+                if self.lost is None:
+                    await self.send(commands.Channel.Close(200, "a consumer is gone", 0, 0))
                 self.fail(f"{self._name} cancelled a consumer: its queue was deleted or moved")
             case commands.Channel.Close():
-                self.close_code = received.reply_code or 0
-                await self.send(commands.Channel.CloseOk())
-                self.fail(f"{self._name} closed the channel: {received.reply_text}")
+                await self._on_close(received)
             case _ if self._replies:
                 reply = self._replies.popleft()
                 if not reply.done():
                     reply.set_result(received)
 
     def fail(self, reason: str) -> None:
-        """End every wait with `Unavailable`; the channel is not used again."""
+        """End every wait with what the loss means; the channel is not used again."""
         if self.lost is not None:
             return
-        self.lost = Unavailable(reason)
+        self.lost = reason
         waiting: list[asyncio.Future[Any]] = [*self._replies]
         waiting.extend(batch.confirmed for batch in self._batches)
         for future in waiting:
             if not future.done():
-                future.set_exception(Unavailable(reason))
+                future.set_exception(self._error())
                 # A cancelled caller does not collect it.
                 future.exception()
         if self.on_lost is not None:
             self.on_lost()
 
+    async def _on_close(self, close: commands.Channel.Close) -> None:
+        """Note why the server closes the channel."""
+        self.close_code = close.reply_code or 0
+        text = close.reply_text or ""
+        if (close.class_id, close.method_id) == PUBLISH and (size := MAX_SIZE.search(text)):
+            self.largest = int(size[1])
+        if self.lost is None:
+            await self.send(commands.Channel.CloseOk())
+        self.fail(f"{self._name} closed the channel: {text}")
+
+    def _error(self) -> Exception:
+        """Return what the loss means.
+
+        Of all that a server says when it closes a channel this alone is final: any other may pass,
+        or is the fault of one caller and not of those who wait on the same channel.
+        """
+        reason = self.lost or ""
+        if self.close_code == ACCESS_REFUSED:
+            return ConfigurationError(f"{reason} (docs/rights.md lists the rights that are needed)")
+        return Unavailable(reason)
+
     async def _write(self, payload: bytes) -> None:
         if self.lost is not None:
-            raise Unavailable(str(self.lost))
+            raise self._error()
         # The future makes the driver's writer wait for the socket, which bounds the memory.
         drained = self._loop.create_future()
         await self._connection.write_queue.put(ChannelFrame(payload, False, drained))
         # What follows runs in the same step, so replies are awaited in the order of the writes.
         if self.lost is not None:
-            raise Unavailable(str(self.lost))
+            raise self._error()
 
     def _marshal(self, sending: Sending) -> bytes:
         target = (sending.exchange, sending.routing_key)
@@ -250,27 +284,43 @@ class Channel:
             pieces.append(frame.marshal(part, self._number))
         return b"".join(pieces)
 
-    def _end_content(self) -> None:
-        """Hand over a delivery or a returned message when it is complete."""
-        if self._missing or self._content is None or self._header is None:
+    def _take(self, value: bytes) -> None:
+        """Take the next frame of a message: see `FrameReader` for what comes as a body."""
+        if self._content is None:
+            self._content = read_deliver(value)
             return
-        content, properties = self._content, self._header.properties
+        if self._properties is None:
+            self._properties = read_properties(value)
+            self._missing = self._properties.size
+        else:
+            self._parts.append(value)
+            self._missing -= len(value)
+        if not self._missing:
+            self._end_content(self._content, self._properties)
+
+    def _end_content(
+        self, content: Deliver | commands.Basic.Return, properties: Properties
+    ) -> None:
+        """Hand over a delivery or a returned message that is complete."""
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._content = self._header = None
+        self._content = self._properties = None
         self._parts = []
         if isinstance(content, commands.Basic.Return):
             reason = f"there is no queue for it ({content.reply_text})"
+            exchange, key = content.exchange or "", content.routing_key or ""
             for batch in self._batches:
-                batch.refuse(
-                    content.exchange or "",
-                    content.routing_key or "",
-                    properties.message_id or "",
-                    reason,
-                )
+                batch.refuse(exchange, key, properties.message_id, reason)
         elif self.on_delivery is not None:
-            tag = content.delivery_tag or 0
-            headers = cast("dict[str, Any]", properties.headers or {})
-            self.on_delivery(content.consumer_tag or "", tag, headers, body)
+            self.on_delivery(
+                Arrival(
+                    content.consumer,
+                    content.tag,
+                    content.routing_key,
+                    properties.headers,
+                    body,
+                    properties.error,
+                )
+            )
 
     def _confirm(self, tag: int, multiple: bool, taken: bool) -> None:
         tags = range(self._confirmed + 1, tag + 1) if multiple else range(tag, tag + 1)

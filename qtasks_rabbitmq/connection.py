@@ -1,28 +1,50 @@
-"""One connection to RabbitMQ with one channel: opened on demand, and again after it broke."""
+"""One connection to RabbitMQ with a channel a purpose: opened on demand, again after it broke."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
 from qtasks_core.urls import redact
+from qtasks_rabbitmq.servers import Server, servers_of
 
 if TYPE_CHECKING:
     from aiormq.abc import AbstractConnection
 
-    from qtasks_rabbitmq.channel import Channel
+    from qtasks_rabbitmq.channel import Channel, Sending
+    from qtasks_rabbitmq.frames import FrameReader
 
 PATIENCE = 4.0
 """Seconds in which the server must answer, or it counts as unreachable."""
 OLDEST = (3, 10)
 """The first release with at-least-once dead-lettering on quorum queues."""
+NOT_ALLOWED = 530
+HARD_LIMIT = 512 * 2**20
+"""Bytes that no server's `max_message_size` can be set above."""
+TLS_REFUSALS = frozenset(
+    {
+        "CERTIFICATE_VERIFY_FAILED",
+        "NO_PROTOCOLS_AVAILABLE",
+        "SSLV3_ALERT_BAD_CERTIFICATE",
+        "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+        "SSLV3_ALERT_HANDSHAKE_FAILURE",
+        "TLSV13_ALERT_CERTIFICATE_REQUIRED",
+        "TLSV1_ALERT_INSUFFICIENT_SECURITY",
+        "TLSV1_ALERT_PROTOCOL_VERSION",
+        "TLSV1_ALERT_UNKNOWN_CA",
+        "UNSUPPORTED_PROTOCOL",
+        "WRONG_VERSION_NUMBER",
+    }
+)
+"""What ends a handshake each time until somebody changes the set-up of one side."""
 
-Setup = Callable[["Channel", tuple[int, ...]], Awaitable[None]]
-"""What to declare on each new channel, given it and the server's version."""
+Setup = Callable[["Channel", str, tuple[int, ...]], Awaitable[None]]
+"""What to do on each new channel, given it, its purpose and the server's version."""
 
 log = logging.getLogger(__name__)
 
@@ -31,35 +53,44 @@ class Connection:
     """Owns a connection of one purpose; `heartbeat` is in whole seconds.
 
     The server drops a connection, and hands its deliveries to others, two to three heartbeats
-    after it last heard of it.
+    after it last heard of it. Of several servers in the URL it stays with one that answers.
     """
 
     def __init__(self, url: str, purpose: str, heartbeat: int, setup: Setup) -> None:
         self._url = url
+        self._servers = servers_of(url)
         self._purpose = purpose
         self._heartbeat = heartbeat
         self._setup = setup
         self._connection: AbstractConnection | None = None
-        self._channel: Channel | None = None
+        self._channels: dict[str, Channel] = {}
         self._opening = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
+        self._version: tuple[int, ...] = ()
         self.server = ""
         """Product and version, once it was connected."""
+        self.largest: int | None = None
+        """The server's limit of a message in bytes, once it has refused one for it."""
 
-    async def channel(self) -> Channel:
-        """Return the channel, connecting where there is none.
+    @property
+    def open(self) -> bool:
+        """Whether there is a connection now."""
+        return self._connection is not None and self._connection.is_opened
 
-        Raises `Unavailable`, `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
+    async def channel(self, purpose: str = "") -> Channel:
+        """Return the channel of a purpose, connecting where there is none.
+
+        That of no purpose is the first of a connection, and set up before all others. Raises
+        `Unavailable`, `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
         """
-        if self._channel is not None and self._channel.lost is None:
-            return self._channel
+        if (channel := self._living(purpose)) is not None:
+            return channel
         async with self._opening:
-            if self._channel is None or self._channel.lost is not None:
-                self.discard("reconnecting")
-                async with self.answering():
-                    self._channel = await self._open()
-                await self._channel.registered()
-            return self._channel
+            for each in dict.fromkeys(("", purpose)):
+                if self._living(each) is None:
+                    self._channels[each] = channel = await self._open(each)
+                    await channel.registered()
+            return self._channels[purpose]
 
     @asynccontextmanager
     async def answering(self) -> AsyncIterator[None]:
@@ -70,13 +101,41 @@ class Connection:
         except TimeoutError:
             raise Unavailable(f"{redact(self._url)} does not answer") from None
 
+    async def publish(self, sendings: Sequence[Sending]) -> dict[int, str]:
+        """Publish in one write and return the refused ones, by index, with the reason.
+
+        The server closes the channel on a message that is too large for it. Then its limit is
+        known, and all others are published again. Raises `Unavailable`, `ConfigurationError`.
+        """
+        while True:
+            channel = await self.channel()
+            most = self.largest or HARD_LIMIT
+            refused = {
+                at: f"{len(sending.body)} bytes are over the server's max_message_size of {most}"
+                for at, sending in enumerate(sendings)
+                if len(sending.body) > most
+            }
+            fitting = [at for at in range(len(sendings)) if at not in refused]
+            if not fitting:
+                return refused
+            try:
+                async with self.answering():
+                    answers = await channel.publish([sendings[at] for at in fitting])
+            except Unavailable:
+                if channel.largest is not None:
+                    self.largest = channel.largest
+                    continue
+                self.discard("the server did not confirm in time", only=channel)
+                raise
+            return refused | {fitting[index]: reason for index, reason in answers.items()}
+
     def discard(self, reason: str, only: Channel | None = None) -> None:
-        """Give the connection up (if it is that of `only`); `channel` will make another."""
-        if only is not None and only is not self._channel:
+        """Give the connection up (if `only` is of it); `channel` will make another."""
+        if only is not None and only not in self._channels.values():
             return
         connection, self._connection = self._connection, None
-        channel, self._channel = self._channel, None
-        if channel is not None:
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
             channel.fail(reason)
         if connection is not None and not connection.is_closed:
             closing = asyncio.create_task(_close(connection))
@@ -89,27 +148,49 @@ class Connection:
         if self._retiring:
             await asyncio.wait(self._retiring)
 
-    async def _open(self) -> Channel:
-        connection = await connect(self._url, self._purpose, self._heartbeat)
+    def _living(self, purpose: str) -> Channel | None:
+        channel = self._channels.get(purpose)
+        return channel if channel is not None and channel.lost is None else None
+
+    async def _open(self, purpose: str) -> Channel:
+        connection = self._connection
+        if connection is None or not connection.is_opened:
+            self.discard("reconnecting")
+            self._connection = connection = await self._connect()
+            self.largest = None
         # Only now: it needs the driver, whose absence `connect` tells in one line.
         from qtasks_rabbitmq.channel import Channel
 
         try:
-            version = self._check(connection.server_properties)
-            channel = Channel(connection, redact(self._url))
-            await channel.open()
-            await self._setup(channel, version)
+            async with self.answering():
+                self._version = self._check(connection.server_properties)
+                channel = Channel(connection, redact(self._url))
+                await channel.open()
+                await self._setup(channel, purpose, self._version)
         except BaseException:
-            self._connection = connection
+            # Another server may do what this one does not.
             self.discard("the connection could not be set up")
             raise
-        self._connection = connection
         return channel
+
+    async def _connect(self) -> AbstractConnection:
+        """Connect to the first server that answers, the one that did so last before the others."""
+        error = Unavailable(f"{redact(self._url)} names no server")
+        for server in list(self._servers):
+            try:
+                async with asyncio.timeout(PATIENCE / len(self._servers)):
+                    return await connect(server, self._purpose, self._heartbeat)
+            except TimeoutError:
+                error = Unavailable(f"{redact(server.url)} does not answer")
+            except Unavailable as unavailable:
+                error = unavailable
+            self._servers.append(self._servers.pop(0))
+        raise error
 
     def _check(self, properties: Any) -> tuple[int, ...]:
         name, text = properties.get("product", "?"), str(properties.get("version", "?"))
         self.server = f"{name} {text}"
-        version = tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+        version = tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
         if version < OLDEST:
             needed = ".".join(map(str, OLDEST))
             raise ServerTooOld(
@@ -118,32 +199,69 @@ class Connection:
         return version
 
 
-async def connect(url: str, purpose: str, heartbeat: int) -> AbstractConnection:
-    """Open a connection of the driver, or raise what its failure means."""
+async def connect(server: Server, purpose: str, heartbeat: int) -> AbstractConnection:
+    """Open a connection of the driver, or raise what its failure means.
+
+    This is the one place that tells a wrong set-up from an outage: what is not known to be final
+    is `Unavailable`.
+    """
     try:
         import aiormq
         from yarl import URL
+
+        from qtasks_rabbitmq.transport import Transport
     except ModuleNotFoundError as error:
-        raise MissingDriver(url.partition("://")[0] + "://", ".[rabbitmq]") from error
+        raise MissingDriver(server.url.partition("://")[0] + "://", ".[rabbitmq]") from error
+    shown = redact(server.url)
+    transport = Transport(await server.context())
     try:
-        named = URL(url).update_query(heartbeat=str(heartbeat), name=f"qtasks {purpose}")
-        return await aiormq.connect(named)
-    except (aiormq.exceptions.ProbableAuthenticationError, aiormq.AuthenticationError) as error:
+        named = URL(server.url).update_query(heartbeat=str(heartbeat), name=f"qtasks {purpose}")
+        return await aiormq.connect(named, transport_factory=transport)
+    except aiormq.exceptions.ProbableAuthenticationError as error:
         raise ConfigurationError(
-            f"{redact(url)} refuses the user or password: set them as in amqp://USER:PASSWORD@HOST"
+            f"{shown} refuses the user or password: set them as in amqp://USER:PASSWORD@HOST "
+            f"({error})"
         ) from error
-    except aiormq.exceptions.InvalidFrameError as error:
-        # The driver expected the virtual host to be opened; the server closed instead.
-        if "Connection.Close" in str(error):
-            raise ConfigurationError(
-                f"{redact(url)} has no such virtual host, or the user may not use it: the path of "
-                f"the URL names it"
-            ) from error
-        raise Unavailable(f"{redact(url)} does not speak AMQP: {error}") from error
+    except aiormq.AuthenticationError as error:
+        raise ConfigurationError(
+            f"{shown} does not take this way to log in: {error.reason % error.args}; the option "
+            "auth= of the URL chooses it"
+        ) from error
     except (OSError, aiormq.AMQPError, EOFError) as error:
-        raise Unavailable(f"{redact(url)} cannot be reached: {error}") from error
+        raise _meaning(error, shown, transport.reader) from error
     except ValueError as error:
-        raise ConfigurationError(f"{redact(url)} is no URL of a RabbitMQ server: {error}") from None
+        raise ConfigurationError(f"{shown} is no URL of a RabbitMQ server: {error}") from None
+
+
+def _meaning(error: Exception, shown: str, reader: FrameReader | None) -> Exception:
+    """Return what it means that a connection could not be opened."""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for each in causes:
+        if isinstance(each, ssl.SSLError) and (each.reason or "") in TLS_REFUSALS:
+            detail = getattr(each, "verify_message", "") or each.reason
+            return ConfigurationError(
+                f"{shown}: the TLS handshake failed ({detail}). cafile= in the URL names the "
+                "authority that signed the server's certificate, certfile= and keyfile= your own "
+                "certificate; amqps:// needs the server's TLS port"
+            )
+    if reader is not None and reader.tls:
+        return ConfigurationError(f"{shown} answers in TLS: write amqps:// instead of amqp://")
+    if reader is not None and reader.closed is not None:
+        code, text = reader.closed
+        if code == NOT_ALLOWED and _names_wrong_vhost(text):
+            return ConfigurationError(
+                f"{shown} has no such virtual host, or the user may not use it: the path of the "
+                f"URL names it ({text})"
+            )
+        return Unavailable(f"{shown} does not take connections now: {text}")
+    return Unavailable(f"{shown} cannot be reached: {error}")
+
+
+def _names_wrong_vhost(text: str) -> bool:
+    """Say whether the server means the virtual host itself; a limit of connections may pass."""
+    return "not found" in text or ("refused for user" in text and "limit" not in text)
 
 
 async def _close(connection: AbstractConnection) -> None:

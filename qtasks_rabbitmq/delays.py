@@ -13,6 +13,7 @@ from __future__ import annotations
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from qtasks_core.schemas import LONGEST
 from qtasks_rabbitmq.topology import QUORUM, Names
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ FIRST_LEVELS = 14
 """Declared with the first delay, for all up to 27 minutes; the others with the first longer one."""
 MARGIN = 0.03
 """Seconds added against the server's clock, which cuts off up to a millisecond a level."""
+DIGITS = 20
+"""More digits than any number in a header has."""
 ENTER = "qtasks-enter"
 REST = "qtasks-rest"
 """Header: milliseconds that are left when a message leaves the ladder; it has to enter again."""
@@ -54,28 +57,54 @@ def levels_for(top: int) -> int:
 
 
 def rest_of(headers: dict[str, Any]) -> float:
-    """Return the seconds that a message which left the ladder still has to wait."""
-    rest = headers.get(REST)
-    return int(rest) / 1000 if isinstance(rest, str) and rest.isdigit() else 0.0
+    """Return the seconds that a message which left the ladder still has to wait.
+
+    Raises `ValueError` for a header that is none of ours.
+    """
+    rest = number_of(headers, REST) / 1000
+    if rest > LONGEST:
+        raise ValueError(f"header {REST}: a delay of {rest:.0f} s")
+    return rest
+
+
+def left_of(names: Names, headers: dict[str, Any]) -> float:
+    """Return the seconds that a message still has to wait which found no way within the ladder."""
+    deaths = headers.get("x-death")
+    passed = {
+        death.get("queue")
+        for death in (deaths if isinstance(deaths, list) else [])
+        if isinstance(death, dict)
+    }
+    top = number_of(headers, ENTER) if ENTER in headers else -1
+    waiting = [
+        level
+        for level in range(min(top + 1, LEVELS))
+        if (level == top or headers.get(_digit(level))) and names.level(level) not in passed
+    ]
+    return rest_of(headers) + UNIT * sum(1 << level for level in waiting)
+
+
+def number_of(headers: dict[str, Any], name: str) -> int:
+    """Return a number that stands in a header as text; 0 without the header.
+
+    Raises `ValueError` for what QTasks would not have written.
+    """
+    text = headers.get(name, "0")
+    if not (isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < DIGITS):
+        raise ValueError(f"header {name} is {str(text)[:40]!r}, which is no number")
+    return int(text)
 
 
 def ladder_methods(names: Names, levels: range) -> list[Frame]:
     """Return what declares some levels; those below them must be there."""
-    from pamqp.commands import Exchange, Queue
+    from pamqp.commands import Exchange
 
     methods: list[Frame] = [
-        Queue.Declare(queue=names.lost, durable=True, arguments=dict(QUORUM)),
-        Queue.Bind(queue=names.lost, exchange=names.lost),
         Exchange.Declare(exchange=names.delay, exchange_type="headers", durable=True),
     ]
     for level in levels:
         methods += _level_methods(names, level)
     return methods
-
-
-def ladder_queues(names: Names, levels: range) -> list[str]:
-    """Return the names of the queues that `ladder_methods` declares."""
-    return [names.lost, *(names.level(level) for level in levels)]
 
 
 def _level_methods(names: Names, level: int) -> list[Frame]:

@@ -15,13 +15,13 @@ from uuid_utils import uuid7
 from qtasks_core import Guarantees
 from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.shielded import Shielded
-from qtasks_core.urls import split
 from qtasks_log import Entry, Log
-from qtasks_rabbitmq.connection import Connection
+from qtasks_rabbitmq.connection import HARD_LIMIT, Connection
+from qtasks_rabbitmq.servers import servers_of
 from qtasks_rabbitmq.topology import Names, declare
 
 if TYPE_CHECKING:
-    from qtasks_rabbitmq.channel import Channel
+    from qtasks_rabbitmq.channel import Arrival, Channel
 
 HEARTBEAT = 10
 """Seconds."""
@@ -61,14 +61,17 @@ class RabbitMQLog(Log):
     """One stream a namespace, without a limit of size or age."""
 
     def __init__(self, url: str = "amqp://localhost") -> None:
-        split(url)
+        servers_of(url)
         self._url = url
+        self._names = Names("")
         self._stream = ""
         self._writing: Connection | None = None
         self._reading: Connection | None = None
         self._reader: Channel | None = None
         self._next = 0
         """The offset behind the last record that was returned."""
+        self._first: tuple[int, bytes] | None = None
+        """Offset and body of the first record, by which a stream that was made anew is told."""
         self._arrived: deque[tuple[int, int, bytes]] = deque()
         self._bell = asyncio.Event()
         self._opening: Shielded[Channel] = Shielded()
@@ -90,9 +93,10 @@ class RabbitMQLog(Log):
         return False
 
     async def start(self, namespace: str) -> None:
-        self._stream = Names(namespace).log
+        self._names = Names(namespace)
+        self._stream = self._names.log
         if self._writing is None:
-            self._next = 0
+            self._next, self._first = 0, None
             self._writing = Connection(self._url, "log writer", HEARTBEAT, self._create)
             self._reading = Connection(self._url, "log reader", HEARTBEAT, self._consume)
         await self._writing.channel()
@@ -107,6 +111,7 @@ class RabbitMQLog(Log):
         self._bell.set()
 
     async def append(self, entries: Sequence[Entry]) -> list[str | None]:
+        answers: list[str | None] = []
         chunk: list[bytes] = []
         size = 0
         for entry in entries:
@@ -114,11 +119,11 @@ class RabbitMQLog(Log):
             chunk.append(VERSION + _encoder.encode(record))
             size += len(chunk[-1])
             if len(chunk) == MOST_AT_ONCE or size > MOST_BYTES_AT_ONCE:
-                await self._append(chunk)
+                answers += await self._append(chunk)
                 chunk, size = [], 0
         if chunk:
-            await self._append(chunk)
-        return [None] * len(entries)
+            answers += await self._append(chunk)
+        return answers
 
     async def read(self) -> list[Entry]:
         while True:
@@ -148,21 +153,24 @@ class RabbitMQLog(Log):
     def reached(self, mark: object) -> bool:
         return isinstance(mark, Mark) and mark.reached
 
-    async def _append(self, bodies: Sequence[bytes]) -> None:
+    async def _append(self, bodies: Sequence[bytes]) -> list[str | None]:
+        """Publish records; for each, None or why it is too large to be ever taken."""
         from qtasks_rabbitmq.channel import Sending
 
         if self._writing is None:
             raise Closed("RabbitMQLog is not started")
-        channel = await self._writing.channel()
-        try:
-            async with self._writing.answering():
-                refused = await channel.publish([Sending(body, self._stream) for body in bodies])
-        except Unavailable:
-            self._writing.discard("the server did not confirm in time", only=channel)
-            raise
-        if refused:
-            self._writing.discard("the stream is gone", only=channel)
-            raise Unavailable(f"the stream {self._stream}: {next(iter(refused.values()))}")
+        sendings = [Sending(body, self._stream) for body in bodies]
+        refused = await self._writing.publish(sendings)
+        most = self._writing.largest or HARD_LIMIT
+        gone = [at for at in refused if len(bodies[at]) <= most]
+        if gone:
+            # Connecting anew declares the stream, which has been deleted.
+            self._writing.discard("the stream is gone")
+            again = await self._writing.publish([sendings[at] for at in gone])
+            if again:
+                self._writing.discard("the stream is gone")
+                raise Unavailable(f"the stream {self._stream}: {next(iter(again.values()))}")
+        return [refused.get(at) if at not in gone else None for at in range(len(bodies))]
 
     async def _collect(self, reading: Connection, reader: Channel) -> tuple[bool, list[Entry]]:
         """Return whether a mark of this log was reached, and the entries that have arrived."""
@@ -176,6 +184,7 @@ class RabbitMQLog(Log):
         while self._arrived:
             offset, _, body = self._arrived.popleft()
             self._next = offset + 1
+            self._first = self._first or (offset, body)
             record = _decode(offset, body)
             if record is None:
                 continue
@@ -185,20 +194,24 @@ class RabbitMQLog(Log):
                 mark.reached = reached = True
         return reached, entries
 
-    async def _create(self, channel: Channel, _version: tuple[int, ...]) -> None:
+    async def _create(self, channel: Channel, _purpose: str, _version: tuple[int, ...]) -> None:
         """Declare the stream on a new connection."""
         from pamqp.commands import Queue
 
         arguments: dict[str, Any] = {"x-queue-type": "stream"}
         stream = Queue.Declare(queue=self._stream, durable=True, arguments=arguments)
-        await declare(channel, [stream], [self._stream])
+        await declare(channel, self._names, [stream])
 
-    async def _consume(self, channel: Channel, version: tuple[int, ...]) -> None:
+    async def _consume(self, channel: Channel, purpose: str, version: tuple[int, ...]) -> None:
         """Read on from behind what was returned, on a new connection."""
         from pamqp.commands import Basic
 
-        await self._create(channel, version)
+        await self._create(channel, purpose, version)
         self._arrived.clear()
+        if self._next and await self._read_first(channel) != self._first:
+            # The old offsets mean nothing in it, and may never be reached.
+            log.warning("the stream %s was made anew; it is read from its start", self._stream)
+            self._next, self._first = 0, None
         channel.on_delivery = partial(self._arrive, channel)
         channel.on_lost = self._bell.set
         offset: dict[str, Any] = {"x-stream-offset": self._next or "first"}
@@ -207,12 +220,40 @@ class RabbitMQLog(Log):
             Basic.Consume(queue=self._stream, arguments=offset),
         )
 
-    def _arrive(
-        self, channel: Channel, _tag: str, delivery_tag: int, headers: dict[str, Any], body: bytes
-    ) -> None:
-        offset = headers["x-stream-offset"]
+    async def _read_first(self, channel: Channel) -> tuple[int, bytes]:
+        """Return offset and body of the stream's first record."""
+        from pamqp.commands import Basic, Confirm
+
+        from qtasks_rabbitmq.channel import Sending
+
+        found: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+
+        def arrive(arrival: Arrival) -> None:
+            if not found.done():
+                found.set_result((arrival.headers.get("x-stream-offset", 0), arrival.body))
+
+        def lose() -> None:
+            if not found.done():
+                found.set_exception(Unavailable(f"the stream {self._stream} could not be read"))
+
+        async with channel.aside() as aside:
+            aside.on_delivery, aside.on_lost = arrive, lose
+            # An empty stream would have no answer.
+            mark = VERSION + _encoder.encode(Record("", "", None, Mark().id))
+            await aside.call(Confirm.Select(), Basic.Qos(prefetch_count=1))
+            await aside.publish([Sending(mark, self._stream)])
+            await aside.call(
+                Basic.Consume(queue=self._stream, arguments={"x-stream-offset": "first"})
+            )
+            return await found
+
+    def _arrive(self, channel: Channel, arrival: Arrival) -> None:
+        # Offsets follow one another; the server's own note is missing only if a record's
+        # properties could not be read at all.
+        following = self._arrived[-1][0] + 1 if self._arrived else self._next
+        offset = arrival.headers.get("x-stream-offset", following)
         if channel.lost is None and offset >= self._next:
-            self._arrived.append((offset, delivery_tag, body))
+            self._arrived.append((offset, arrival.tag, arrival.body))
             self._bell.set()
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtasks_core.errors import ConfigurationError, Unavailable
+from qtasks_core.names import is_name
 
 if TYPE_CHECKING:
     from pamqp.base import Frame
+    from pamqp.commands import Exchange, Queue
 
     from qtasks_rabbitmq.channel import Channel
 
 ACCESS_REFUSED = 403
+NOT_FOUND = 404
 PRECONDITION_FAILED = 406
+ESSENTIAL = re.compile("inequivalent arg '(x-queue-type|durable|type|exclusive|auto_delete)'")
+"""What a queue or exchange must have as declared; all else serves as it is."""
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
 UNLIMITED = (4, 0)
 """From this release on the server drops what was delivered 20 times, unless told not to."""
@@ -27,6 +33,7 @@ class Names:
 
     def __init__(self, namespace: str) -> None:
         self._prefix = f"qtasks:{namespace}"
+        self._told: set[str] = set()
         self.due = f"{self._prefix}:due"
         """Direct exchange: what has waited long enough goes to the queue it names."""
         self.lost = f"{self._prefix}:lost"
@@ -40,33 +47,124 @@ class Names:
         """Return the server's name of a task queue."""
         return f"{self._prefix}:queue:{name}"
 
+    def of(self, queue: str) -> str | None:
+        """Return the name of the task queue that the server calls `queue`; None: none of ours."""
+        name = queue.removeprefix(f"{self._prefix}:queue:")
+        return name if name != queue and is_name(name) else None
+
     def level(self, level: int) -> str:
         """Return the name of a level of the ladder, its queue's and its exchange's."""
         return f"{self._prefix}:level:{level}"
 
+    def tell(self, difference: str, *, serves: bool) -> None:
+        """Log once that something is there and not as declared, or raise if it does not serve."""
+        if not serves:
+            raise ConfigurationError(f"{difference}. Delete it, so that it is made anew")
+        if difference not in self._told:
+            self._told.add(difference)
+            log.warning("used as it is: %s", difference)
+            if "x-delivery-limit" in difference:
+                log.warning(
+                    "RabbitMQ drops what was delivered more often than a queue's delivery limit "
+                    "(20 from release 4.0 on); rabbitmqctl set_policy can raise it"
+                )
 
-async def declare(channel: Channel, methods: Sequence[Frame], queues: Sequence[str] = ()) -> None:
-    """Declare in one write; `queues` names the queues among it.
 
-    Raises `ConfigurationError` when the server will never take it.
+async def declare(channel: Channel, names: Names, methods: Sequence[Frame]) -> None:
+    """Declare on channels of its own, so that what fails here costs `channel` nothing.
+
+    What is there already is used as it is, whoever made it: an operator, for a user without the
+    right to, or a release or server that made it otherwise. Raises `ConfigurationError` when
+    something is missing and may not be made, or is there and does not serve.
     """
+    from pamqp.commands import Queue
+
+    queues = [m for m in methods if isinstance(m, Queue.Declare)]
+    known = await _there(channel, queues)
     try:
-        if queues:
-            await channel.create(queues, methods)
-        else:
-            await channel.call(*methods)
+        async with channel.aside() as aside:
+            await aside.call(*methods)
+    except (Unavailable, ConfigurationError):
+        if aside.close_code not in (ACCESS_REFUSED, PRECONDITION_FAILED):
+            raise
+        await _one_by_one(channel, names, methods)
+    if not known:
+        channel.note_creation()
+
+
+async def _there(channel: Channel, methods: Sequence[Queue.Declare]) -> bool:
+    """Say whether the server has all that is declared; the answer no costs a channel."""
+    if not methods:
+        return True
+    try:
+        async with channel.aside() as aside:
+            await aside.call(*(_passive(method) for method in methods))
+    except Unavailable:
+        if aside.close_code != NOT_FOUND:
+            raise
+        return False
+    except ConfigurationError:
+        # May not be asked: then it was not made here either, and what is lacking comes to light.
+        return True
+    return True
+
+
+async def _one_by_one(channel: Channel, names: Names, methods: Sequence[Frame]) -> None:
+    """Declare what is missing; let what differs from its declaration be, and tell of it once."""
+    from pamqp.commands import Exchange, Queue
+
+    may_create = True
+    for method in methods:
+        if not isinstance(method, Queue.Declare | Exchange.Declare):
+            async with channel.aside() as aside:
+                await aside.call(method)
+            continue
+        if may_create:
+            try:
+                async with channel.aside() as aside:
+                    await aside.call(method)
+                continue
+            except ConfigurationError:
+                may_create = False
+            except Unavailable as error:
+                if aside.close_code != PRECONDITION_FAILED:
+                    raise
+                names.tell(str(error), serves=not ESSENTIAL.search(str(error)))
+                continue
+        await _need(channel, method)
+
+
+async def _need(channel: Channel, method: Queue.Declare | Exchange.Declare) -> None:
+    """Raise `ConfigurationError` if something is missing which the user may not create."""
+    try:
+        async with channel.aside() as aside:
+            await aside.call(_passive(method))
     except Unavailable as error:
-        if channel.close_code in (ACCESS_REFUSED, PRECONDITION_FAILED):
-            raise ConfigurationError(str(error)) from error
-        raise
+        if aside.close_code != NOT_FOUND:
+            raise
+        raise ConfigurationError(
+            f"{error}. The user may not create it: create it beforehand, or grant the right to "
+            "configure it (docs/rights.md lists what is needed)"
+        ) from error
+
+
+def _passive(method: Queue.Declare | Exchange.Declare) -> Queue.Declare | Exchange.Declare:
+    """Return what asks whether the queue or exchange of a declaration is there."""
+    from pamqp.commands import Exchange, Queue
+
+    if isinstance(method, Queue.Declare):
+        return Queue.Declare(queue=method.queue, passive=True)
+    return Exchange.Declare(exchange=method.exchange, passive=True)
 
 
 def namespace_methods(names: Names) -> list[Frame]:
-    """Return what declares the exchanges that every queue of a namespace relies on."""
-    from pamqp.commands import Exchange
+    """Return what declares what every queue of a namespace relies on."""
+    from pamqp.commands import Exchange, Queue
 
     return [
+        Queue.Declare(queue=names.lost, durable=True, arguments=dict(QUORUM)),
         Exchange.Declare(exchange=names.lost, exchange_type="fanout", durable=True),
+        Queue.Bind(queue=names.lost, exchange=names.lost),
         Exchange.Declare(
             exchange=names.due,
             exchange_type="direct",

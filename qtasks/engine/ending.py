@@ -25,8 +25,8 @@ servers have that do not answer. A program that goes on after its worker has the
 """
 _LOOK = 0.2
 """Seconds between looks at whether the program has come to its end."""
-_LAST_WORDS = 5.0
-"""Seconds for what has to be done at exit. Something there may be what holds the process up."""
+_LAST_WORDS = 2.0
+"""Seconds for what has to be done at exit, and for the log: both before the last resort."""
 LAST_RESORT = 5.0
 """Seconds beyond `PATIENCE` after which a process ends that no thread of its own can end."""
 
@@ -127,5 +127,6 @@ def _in_time(call: Callable[[], None]) -> None:
         call()
         return
     thread = Thread(target=call, name="qtasks-exit", daemon=True)
-    thread.start()
-    thread.join(_LAST_WORDS)
+    with suppress(RuntimeError):  # too late for another thread
+        thread.start()
+        thread.join(_LAST_WORDS)

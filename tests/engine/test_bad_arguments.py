@@ -48,6 +48,7 @@ async def test_the_task_ends_with_the_arguments_name_and_no_retry(
         task = await as_the_sender_knows_it.add_task(*args, timeout=5)
         assert (task.status, task.attempt, task.dead) == ("error", 1, "bad arguments")
         assert task.error is not None
+        assert task.error.startswith("BadArguments: draw"), "as of any exception, once"
         assert says in task.error
         assert runs == []
         assert (await draw.add_task(Point(1), 2, timeout=5)).status == "success"

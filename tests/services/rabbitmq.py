@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from tests.services.install import need_program
 from tests.services.native import Native, free_port
-from tests.services.service import NotReady, Service, Way
+from tests.services.service import NotOurs, NotReady, Service, Way
 
 NEW_QUEUE_NOTED = 1.2  # seconds
 
@@ -33,6 +35,22 @@ class NativeRabbitMQ(Native):
 
     def command(self) -> list[str]:
         return [self._program]
+
+    def control(self, *arguments: str) -> str:
+        """Run `rabbitmqctl` on the node and return what it prints."""
+        beside = f"{os.path.dirname(self._program)}/rabbitmqctl"
+        done = subprocess.run(
+            [beside if os.access(beside, os.X_OK) else "rabbitmqctl", "-q", *arguments],
+            env={**os.environ, **self.environment()},
+            user=self.user,
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise NotReady(f"rabbitmqctl {arguments[0]}: {done.stderr or done.stdout}")
+        return done.stdout
 
     def kill(self) -> None:
         """Kill it once it has noted every queue that was declared before.
@@ -76,6 +94,18 @@ class RabbitMQServer(Service):
 
     def native(self) -> Way:
         return NativeRabbitMQ()
+
+    def control(self, *arguments: str) -> str:
+        """Run `rabbitmqctl` on the server. Raises `NotOurs` if somebody else runs it."""
+        if not isinstance(self._way, NativeRabbitMQ):
+            raise NotOurs("rabbitmqctl is used on a server of the tests' own only")
+        return self._way.control(*arguments)
+
+    def give(self, file: Path) -> Path:
+        """Copy a file to where the server may read it. Raises `NotOurs`."""
+        if not isinstance(self._way, NativeRabbitMQ):
+            raise NotOurs("files are given to a server of the tests' own only")
+        return self._way.write(file.name, file.read_text())
 
     async def probe(self, url: str) -> str:
         import aiormq

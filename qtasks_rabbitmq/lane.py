@@ -1,0 +1,343 @@
+"""One queue of a subscription, on a channel of its own: what costs it costs no other queue."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
+from typing import TYPE_CHECKING
+
+from qtasks_core import LOST, Ack, Delivery, Outcome, Raw, Retry, Settlement
+from qtasks_core.errors import Unavailable
+from qtasks_core.recent import Recent
+from qtasks_core.wire import decode_message
+from qtasks_rabbitmq.connection import Connection
+from qtasks_rabbitmq.delays import rest_of
+from qtasks_rabbitmq.parcel import Dispatcher, Parcel, copy_of, count_of
+
+if TYPE_CHECKING:
+    from pamqp.base import Frame
+
+    from qtasks_rabbitmq.channel import Arrival, Channel
+
+UNKNOWN = Outcome("unknown", "RabbitMQ does not answer an acknowledgement")
+TWICE = Outcome("unknown", "the retry is published, but the lease of the old delivery was lost")
+
+log = logging.getLogger(__name__)
+epochs = count(1)
+"""Numbers the channels of all lanes; a fence is (epoch, delivery tag)."""
+
+
+class Lane:
+    """Consumers of one queue; the life of their channel is the lease of all that it holds."""
+
+    def __init__(
+        self,
+        queue: str,
+        source: str,
+        capacity: int,
+        connection: Connection,
+        broker: Dispatcher,
+        arrived: Callable[[], None],
+    ) -> None:
+        self.queue = queue
+        self._source = source
+        """The server's name of the queue."""
+        self._capacity = capacity
+        self._connection = connection
+        self._broker = broker
+        self._arrived = arrived
+        """Called when there is something to do or to take."""
+        self._channel: Channel | None = None
+        self._epoch = 0
+        self.held: dict[int, str] = {}
+        """Delivery tags of this epoch, in order, and the consumers they came by."""
+        self._settling: set[int] = set()
+        """Those that a call is settling now."""
+        self.ready: deque[tuple[Delivery, bytes]] = deque()
+        """What `receive` has not returned yet, with its bytes."""
+        self._early: dict[int, Parcel] = {}
+        """What is to be sent on: it came out of the ladder, and not where or when it was due."""
+        self._settled = Recent()
+        self._tags = count(1)
+        self._active: dict[str, int] = {}
+        """Consumer tag -> how many more deliveries the server may push through it."""
+
+    async def open(self) -> None:
+        """Have a channel. Raises `Unavailable`, `ConfigurationError`."""
+        self._channel = await self._connection.channel(self._source)
+
+    def begin(self, channel: Channel) -> None:
+        """Begin a new epoch on a new channel."""
+        self._epoch = epoch = next(epochs)
+        self._drop(epoch)
+        channel.on_delivery = partial(self._arrive, epoch)
+        channel.on_lost = partial(self._drop, epoch)
+
+    def needs(self, wanted: int) -> bool:
+        """Say whether `prepare` has something to do."""
+        return self.lost or bool(self._early) or self._lack(wanted) > 0
+
+    async def prepare(self, wanted: int) -> None:
+        """Reconnect where needed, send on what came too early, and consume what is wanted."""
+        from pamqp.commands import Basic
+
+        await self.open()
+        if self._early:
+            await self._send_on()
+        channel, lack = self._channel, self._lack(wanted)
+        if lack > 0 and channel is not None:
+            tag = str(next(self._tags))
+            self._active[tag] = lack
+            try:
+                async with self._connection.answering():
+                    await channel.call(
+                        Basic.Qos(prefetch_count=lack),
+                        Basic.Consume(queue=self._source, consumer_tag=tag),
+                    )
+            except BaseException:
+                # Nothing may be waited for through a consumer that is perhaps not there.
+                self._active.pop(tag, None)
+                raise
+
+    def _lack(self, wanted: int) -> int:
+        """Return how many are wanted beyond what is here or may be pushed."""
+        coming = sum(self._active.values()) + len(self.ready)
+        return min(wanted, self._capacity) - coming
+
+    async def _send_on(self) -> None:
+        """Publish what waits to be sent on, then acknowledge it; what fails is still here."""
+        early, epoch = dict(self._early), self._epoch
+        outcomes = await self._broker.dispatch(list(early.values()))
+        if epoch != self._epoch:
+            return
+        sent: list[int] = []
+        for (tag, parcel), outcome in zip(early.items(), outcomes, strict=True):
+            if outcome.status == "done":
+                sent.append(tag)
+            else:
+                # Held until this channel ends: given back it would come again at once.
+                log.error("a task for %s cannot be sent on: %s", parcel.queue, outcome.reason)
+                del self._early[tag]
+        await self._acknowledge(sent, [])
+        if epoch == self._epoch:
+            for tag in sent:
+                self._early.pop(tag, None)
+
+    async def rest(self, busy: Callable[[], bool]) -> None:
+        """Stop consuming and hand what is here on as copies, whose count has not been raised.
+
+        Unless `busy` says meanwhile that somebody receives again.
+        """
+        handed = False
+        await self.cancel_consumers()
+        if busy():
+            return
+        epoch = self._epoch
+        leaving = list(self.ready)
+        self.ready.clear()
+        try:
+            outcomes = await self._broker.dispatch([copy_of(*each) for each in leaving])
+            handed = True
+        finally:
+            if not handed and epoch == self._epoch:
+                # They are still here, if the channel is: another time.
+                self.ready.extendleft(reversed(leaving))
+        if epoch == self._epoch:
+            tags: dict[bool, list[int]] = {True: [], False: []}
+            for (delivery, _), outcome in zip(leaving, outcomes, strict=True):
+                tags[outcome.status == "done"].append(delivery.fence[1])
+            await self._acknowledge(tags[True], tags[False])
+
+    async def cancel_consumers(self) -> None:
+        """Have the server push nothing more."""
+        from pamqp.commands import Basic
+
+        tags = list(self._active)
+        self._active.clear()
+        if tags and self._channel is not None:
+            async with self._connection.answering():
+                await self._channel.call(*(Basic.Cancel(consumer_tag=tag) for tag in tags))
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        """Settle deliveries of this queue."""
+        mine = [s for s in settlements if self.mine(s.delivery)]
+        retries = any(isinstance(settlement, Retry) for settlement in mine)
+        if mine and (retries or self._doubtful()):
+            await self.probe()
+        outcomes = [LOST] * len(settlements)
+        done: list[int] = []
+        back: list[int] = []
+        again: dict[int, Retry] = {}
+        taken: set[int] = set()
+        for at, settlement in enumerate(settlements):
+            fence = settlement.delivery.fence
+            if fence in self._settled or (fence[0] == self._epoch and fence[1] in taken):
+                outcomes[at] = UNKNOWN
+            elif self.mine(settlement.delivery):
+                outcomes[at] = UNKNOWN
+                taken.add(fence[1])
+                if isinstance(settlement, Retry):
+                    again[at] = settlement
+                else:
+                    (done if isinstance(settlement, Ack) else back).append(fence[1])
+        await self._acknowledge(done, back)
+        if again:
+            await self._retry(again, outcomes)
+        if taken:
+            # Acknowledgements have no reply, but a channel is served in order: with the answer to
+            # this the server has seen them, and the death of this process cannot undo them.
+            await self.probe()
+        return outcomes
+
+    async def _retry(self, retries: Mapping[int, Retry], outcomes: list[Outcome]) -> None:
+        """Publish the new messages, then acknowledge the old ones."""
+        epoch = self._epoch
+        tags = {at: retry.delivery.fence[1] for at, retry in retries.items()}
+        messages = [retry.message for retry in retries.values()]
+        self._settling.update(tags.values())
+        try:
+            published = await self._broker.publish(messages)
+        finally:
+            if epoch == self._epoch:
+                self._settling.difference_update(tags.values())
+        done: list[int] = []
+        for at, outcome in zip(retries, published, strict=True):
+            if outcome.status == "refused":
+                outcomes[at] = outcome
+            elif epoch == self._epoch:
+                done.append(tags[at])
+            else:
+                outcomes[at] = TWICE
+        await self._acknowledge(done, [])
+
+    async def _acknowledge(self, done: Sequence[int], back: Sequence[int]) -> None:
+        """Acknowledge and give back deliveries of this epoch, in one write."""
+        channel, epoch = self._channel, self._epoch
+        if channel is None or not (done or back):
+            return
+        methods = list(self._methods(done, back))
+        self._settling.update(done, back)
+        try:
+            async with self._connection.answering():
+                await channel.send(*methods)
+        except Unavailable:
+            # Lost in the middle, the outcome is unknown; otherwise nothing was sent, and the
+            # call may be repeated.
+            if channel.lost is None:
+                raise
+        finally:
+            if epoch == self._epoch:
+                self._settling.difference_update(done, back)
+        for tag in (*done, *back):
+            self._settled.add((epoch, tag))
+            consumer = self.held.pop(tag, "") if epoch == self._epoch else ""
+            if consumer in self._active:
+                self._active[consumer] += 1
+
+    def _methods(self, done: Iterable[int], back: Iterable[int]) -> Iterator[Frame]:
+        """Yield acknowledgements: one for all up to the first delivery that is not finished."""
+        from pamqp.commands import Basic
+
+        finished = set(done)
+        covered = 0
+        for tag in self.held:
+            if tag not in finished:
+                break
+            covered = tag
+        if covered:
+            yield Basic.Ack(delivery_tag=covered, multiple=True)
+        for tag in finished:
+            if tag > covered:
+                yield Basic.Ack(delivery_tag=tag)
+        for tag in back:
+            yield Basic.Nack(delivery_tag=tag, requeue=True)
+
+    async def give_back(self) -> None:
+        """Stop consuming, and return to the server what `receive` has not returned."""
+        await self.cancel_consumers()
+        unreturned = [delivery.fence[1] for delivery, _ in self.ready]
+        unreturned += self._early
+        self.ready.clear()
+        self._early.clear()
+        await self._acknowledge([], unreturned)
+
+    def _arrive(self, epoch: int, arrival: Arrival) -> None:
+        if epoch != self._epoch:
+            return
+        self.held[arrival.tag] = arrival.consumer
+        if arrival.consumer in self._active:
+            self._active[arrival.consumer] -= 1
+        self.sort(epoch, arrival)
+        self._arrived()
+
+    def sort(self, epoch: int, arrival: Arrival) -> None:
+        """Put an arrival where it belongs: to be received, or to be sent on."""
+        message = None
+        times = None
+        try:
+            if arrival.error:
+                raise ValueError(arrival.error)
+            times = count_of(arrival.headers)
+            if rest := rest_of(arrival.headers):
+                self.send_on_later(arrival.tag, Parcel(self.queue, rest, "", arrival.body))
+                return
+        except ValueError as error:
+            # From outside: no release of QTasks writes such properties.
+            message = Raw(arrival.body, str(error))
+        delivery = Delivery(
+            message or decode_message(arrival.body), self.queue, (epoch, arrival.tag), times
+        )
+        self.ready.append((delivery, arrival.body))
+
+    def send_on_later(self, tag: int, parcel: Parcel) -> None:
+        """Note that a delivery of this epoch is to be published anew."""
+        self._early[tag] = parcel
+
+    def _drop(self, epoch: int) -> None:
+        """Forget what a lost channel held: the server gives it to others."""
+        if epoch == self._epoch:
+            self.held.clear()
+            self._early.clear()
+            self._active.clear()
+            self._settling.clear()
+            self.ready.clear()
+            self._arrived()
+
+    async def probe(self) -> None:
+        """Ask the server for a sign of this channel: what it lost is no longer held after this.
+
+        A server that is silent without having closed it raises `Unavailable` and loses nothing.
+        """
+        from pamqp.commands import Basic
+
+        channel = self._channel
+        if channel is None or channel.lost is not None:
+            return
+        try:
+            async with self._connection.answering():
+                # Concerns only consumers that are yet to come, of which there are none.
+                await channel.call(Basic.Qos(prefetch_count=1))
+        except Unavailable:
+            if channel.lost is None:
+                raise
+
+    def _doubtful(self) -> bool:
+        """Say whether this process was silent for so long that the server may have let go."""
+        if self._channel is None:
+            return False
+        silence = asyncio.get_running_loop().time() - self._channel.heard
+        return silence >= self._broker.heartbeat
+
+    def mine(self, delivery: Delivery) -> bool:
+        """Say whether a delivery is held now, and no call is settling it."""
+        epoch, tag = delivery.fence
+        return epoch == self._epoch and tag in self.held and tag not in self._settling
+
+    @property
+    def lost(self) -> bool:
+        """Whether there is no channel."""
+        return self._channel is None or self._channel.lost is not None

@@ -1,0 +1,70 @@
+"""Messages on their way to the server, encoded, and what their headers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from qtasks_core import Delivery, Outcome, TaskMessage
+from qtasks_rabbitmq.delays import number_of
+
+MOST_AT_ONCE = 1000
+MOST_BYTES_AT_ONCE = 4 * 2**20
+"""What is written before the server's confirms are awaited."""
+COUNT = "qtasks-count"
+"""Header: deliveries of earlier copies of a message."""
+
+
+class Parcel(Struct, frozen=True, gc=False):
+    """An encoded message, the queue it is for, and how long it has to wait (seconds)."""
+
+    queue: str
+    delay: float
+    message_id: str
+    body: bytes
+    count: int = 0
+    """How often it was delivered before, where the server cannot know."""
+
+
+class Dispatcher(Protocol):
+    """What a lane asks of its broker."""
+
+    heartbeat: int
+
+    async def publish(self, messages: Sequence[TaskMessage]) -> list[Outcome]:
+        """Publish messages."""
+
+    async def dispatch(self, parcels: Sequence[Parcel]) -> list[Outcome]:
+        """Publish encoded messages."""
+
+
+def copy_of(delivery: Delivery, body: bytes) -> Parcel:
+    """Return a message as it came, for another receiver."""
+    name = delivery.message.uuid if isinstance(delivery.message, TaskMessage) else ""
+    return Parcel(delivery.queue, 0.0, name, body, (delivery.count or 1) - 1)
+
+
+def count_of(headers: dict[str, Any]) -> int:
+    """Return how often a message was delivered, this time and earlier copies included.
+
+    Raises `ValueError` for a header that is none of ours.
+    """
+    returned = headers.get("x-delivery-count", 0)
+    count = 1 + returned if isinstance(returned, int) else 1
+    return count + number_of(headers, COUNT)
+
+
+def chunks(parcels: Sequence[Parcel]) -> Iterator[list[int]]:
+    """Split into what is written at once, by number and by size."""
+    chunk: list[int] = []
+    size = 0
+    for at, parcel in enumerate(parcels):
+        if chunk and (len(chunk) == MOST_AT_ONCE or size > MOST_BYTES_AT_ONCE):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(at)
+        size += len(parcel.body)
+    if chunk:
+        yield chunk
