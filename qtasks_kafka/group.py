@@ -95,6 +95,8 @@ class Membership:
             # A worker whose slots are all taken does not poll, for hours if need be.
             max_poll_interval_ms=2**31 - 1,
             fetch_max_wait_ms=500,
+            # Offsets that are gone mean that the topic was cut or made anew: `_take_over` looks.
+            auto_offset_reset="none",
         )
         try:
             with self._connection.reaching():
@@ -369,8 +371,8 @@ class Membership:
         consumer, epoch = self._running(), self.epoch
         taking = sorted(self._to_take)
         committed = await self._coordinator.fetch_committed_offsets(taking)
-        unknown = [tp for tp in taking if tp not in committed]
-        first = await consumer.beginning_offsets(unknown) if unknown else {}
+        first = await consumer.beginning_offsets(taking)
+        end = await consumer.end_offsets(taking)
         taken: dict[TopicPartition, Partition] = {}
         for tp in taking:
             known = self.partitions.get(tp)
@@ -378,10 +380,16 @@ class Membership:
                 taken[tp] = Partition(first[tp])
             elif known is not None and owner_of(committed[tp].metadata) == self._name:
                 taken[tp] = known
-                continue
             else:
                 taken[tp] = restored(committed[tp].offset, committed[tp].metadata)
-            if known is not None:
+            if taken[tp].position > end[tp]:
+                logger.warning(
+                    "partition %d of %s is shorter than it was: it is read from its beginning",
+                    tp.partition, tp.topic,
+                )  # fmt: skip
+                taken[tp] = Partition(first[tp])
+            taken[tp].begin(first[tp])
+            if known is not None and taken[tp] is not known:
                 known.lost = True
         if epoch != self.epoch:
             return

@@ -253,6 +253,7 @@ class KafkaLog(Log):
         asker = self._asker
         if asker is None:
             raise Unavailable("the log is being opened anew")
+        read = dict(self._positions)  # Reading goes on while the answer is on its way.
         try:
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST):
@@ -261,7 +262,7 @@ class KafkaLog(Log):
         except Unavailable:
             self._retire()
             raise
-        if any(end < self._positions.get(place, 0) for place, end in ends.items()):
+        if any(end < read.get(place, 0) for place, end in ends.items()):
             self._retire()
             raise Unavailable("the log is shorter than it was; it is being opened anew")
         return ends

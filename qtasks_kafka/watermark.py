@@ -52,6 +52,12 @@ class Partition:
         """How many records are delivered and not settled."""
         return 0 if self.lost else len(self.open) - len(self.returning)
 
+    def begin(self, first: int) -> None:
+        """Take note of the first offset of the log: what is in front of it cannot be fetched."""
+        while self.returning and self.returning[0] < first:
+            del self.open[self.returning.popleft()]
+        self.position = max(self.position, first)
+
     def fetch_from(self, offset: int, *, again: bool = False) -> None:
         """Take note that fetching goes on here; `again`, to see what is in a gap."""
         self.expected = offset
