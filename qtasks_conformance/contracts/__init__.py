@@ -9,8 +9,8 @@ import pytest
 
 for _theme in (
     "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
-    "delivering", "depth", "idling", "inboxes", "keys", "leases", "migrating", "outages", "pairs",
-    "poison", "querying", "records", "repeating", "retention", "streams", "submitting",
+    "delivering", "depth", "faults", "idling", "inboxes", "keys", "leases", "migrating", "outages",
+    "pairs", "poison", "querying", "records", "repeating", "retention", "streams", "submitting",
     "transactions", "undecodable", "values",
 ):  # fmt: skip
     pytest.register_assert_rewrite(f"{__name__}.{_theme}")
@@ -24,6 +24,7 @@ from qtasks_conformance.contracts.declared_storage import DeclaredStorageContrac
 from qtasks_conformance.contracts.delays import DelayContract  # noqa: E402
 from qtasks_conformance.contracts.delivering import DeliveringContract  # noqa: E402
 from qtasks_conformance.contracts.depth import DepthContract  # noqa: E402
+from qtasks_conformance.contracts.faults import FaultContract  # noqa: E402
 from qtasks_conformance.contracts.idling import (  # noqa: E402
     BrokerIdleContract,
     StorageIdleContract,
@@ -65,6 +66,7 @@ class BrokerContract(
     LeaseContract,
     DelayContract,
     CancellingContract,
+    FaultContract,
     BrokerRepeatContract,
     BrokerIdleContract,
     UndecodableContract,

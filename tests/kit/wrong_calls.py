@@ -25,7 +25,7 @@ from qtasks_core import (
 from qtasks_core.errors import Unavailable
 from qtasks_core.separate import SeparateComposition, record_of
 from qtasks_memory.broker import MemorySubscription
-from qtasks_memory.connection import Memory
+from qtasks_memory.connection import Entry, Memory
 from qtasks_memory.storage import MemoryInbox
 from tests.kit.served import Broker, Storage, servers
 from tests.kit.wrong_brokers import Composes
@@ -115,6 +115,58 @@ class SubscribesForNobody(Broker):
             held = self._started().queues[delivery.queue]
             held.put(held.in_flight.pop(delivery.fence))
         return subscription
+
+
+class DropsWhatItTook(Broker):
+    """It looks around once more before it hands over, and what it has is lost if that fails."""
+
+    class subscription(MemorySubscription):
+        dropped_on: type[BaseException] = BaseException
+
+        async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+            deliveries = await super().receive(wanted, limit)
+            try:
+                await asyncio.sleep(0)
+            except self.dropped_on:
+                await super().settle([Ack(delivery) for delivery in deliveries])
+                raise
+            return deliveries
+
+
+class DropsWhatItTookOnErrors(Broker):
+    """A cancel it survives, but not an error."""
+
+    class subscription(DropsWhatItTook.subscription):
+        dropped_on = OSError
+
+
+class RetriesInTwoSteps(Broker):
+    """The old message goes, and then the new one comes, unless the call is over by then."""
+
+    class subscription(MemorySubscription):
+        async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+            first = [Ack(s.delivery) if isinstance(s, Retry) else s for s in settlements]
+            fresh = [s.delivery.fence not in self._settled for s in settlements]
+            outcomes = await super().settle(first)
+            await asyncio.sleep(0)
+            for settlement, new in zip(settlements, fresh, strict=True):
+                if isinstance(settlement, Retry) and new:
+                    message = settlement.message
+                    self._memory.queues[message.queue].put(Entry(message))
+            return outcomes
+
+
+class HidesACancel(Broker):
+    """A cancelled call is told as an outage, and its task goes on."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        try:
+            await asyncio.sleep(0)
+        except BaseException as error:
+            raise Unavailable("the call failed") from error
+        return await super().publish(messages)
 
 
 class ForcesWhatItTook(Broker):

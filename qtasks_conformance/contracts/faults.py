@@ -1,0 +1,252 @@
+"""A fault at each await inside a call loses nothing: one place after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
+
+import pytest
+from msgspec.structs import replace
+
+from qtasks_conformance.commands import message_of
+from qtasks_conformance.contracts.base import Contract
+from qtasks_conformance.contracts.delivering import assert_done, assert_settled
+from qtasks_conformance.rig import Rig
+from qtasks_conformance.waiting import PATIENCE, persist
+from qtasks_core import Ack, Broker, Delivery, Release, Retry, Settlement, Subscription, TaskMessage
+from qtasks_core.errors import Unavailable
+
+T = TypeVar("T")
+Kind = Literal["cancel", "error"]
+Moment = Literal["early", "late"]
+
+CALLS = ("receive what is there", "receive what comes", "settle", "extend", "publish")
+MOMENTS: tuple[Moment, ...] = ("early", "late")
+FEW = 4
+"""Places a call that are tried without `--full`."""
+ALL = 100
+"""Places a call at most: a call that has more never ends."""
+
+
+class FaultContract(Contract):
+    """Between taking something and handing it over there is no place where it can get lost."""
+
+    @pytest.mark.parametrize("kind", ["cancel", "error"])
+    async def test_a_fault_inside_a_call_loses_nothing(
+        self, rig: Rig, request: pytest.FixtureRequest, kind: Kind
+    ) -> None:
+        """After a fault at any await every message is received, settled, and gone at last.
+
+        The fault comes instead of what is awaited (early), and in place of its answer (late).
+        A message may come twice. Each call is tried on a broker of its own, all side by side.
+        """
+        full = request.config.getoption("full", default=False)
+        trials = [
+            rig.background(_try(rig, call, kind, moment, full))
+            for call in CALLS
+            for moment in MOMENTS
+        ]
+        await asyncio.wait(trials, return_when="FIRST_EXCEPTION")
+        for trial in trials:
+            if trial.done():
+                trial.result()
+
+
+@dataclass
+class Fault:
+    """What goes wrong, at which suspension of a call, and whether the call came so far."""
+
+    kind: Kind
+    moment: Moment
+    at: int
+    reached: bool = False
+
+
+class Faulted(Generic[T]):
+    """Awaits a call step by step, and lets it fail at one of its suspensions.
+
+    It sees the awaits of the call's own task alone: what a part does in tasks of its own goes on.
+    """
+
+    def __init__(self, call: Coroutine[Any, Any, T], fault: Fault) -> None:
+        self._call = call
+        self._fault = fault
+
+    def __await__(self) -> Generator[Any, None, T]:
+        task = asyncio.current_task()
+        assert task is not None
+        fault, suspensions = self._fault, 0
+        error: BaseException | None = None
+        while True:
+            try:
+                awaited = self._call.send(None) if error is None else self._call.throw(error)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            error = None
+            suspensions += 1
+            here = suspensions == fault.at
+            fault.reached = fault.reached or here
+            if here and fault.kind == "cancel":
+                self._cancel(task, awaited)
+            if here and fault.kind == "error" and fault.moment == "early":
+                if awaited is not None:
+                    awaited.cancel()  # what has failed does not go on
+            else:
+                try:
+                    yield awaited
+                except BaseException as raised:  # noqa: BLE001 (passed on to the call)
+                    error = raised
+            if here and fault.kind == "error":
+                error = ConnectionResetError("a fault of the test")
+
+    def _cancel(self, task: asyncio.Task[Any], awaited: asyncio.Future[Any] | None) -> None:
+        """Cancel the task as anybody would: now, or when the answer is there and not yet seen."""
+        if self._fault.moment == "early" or awaited is None:
+            task.cancel()
+        else:
+            awaited.add_done_callback(lambda _: task.cancel())
+
+
+async def _try(rig: Rig, call: str, kind: Kind, moment: Moment, full: bool) -> None:
+    """Let a call fail at its first suspension, its second and so on, until it has no more."""
+    # Apart from the others, so that a message that comes to the wrong one is found out.
+    namespace = f"{rig.namespace}-{CALLS.index(call)}-{moment}"
+    trial = Trial(rig, await rig.broker(namespace=namespace))
+    at = 0
+    try:
+        trial.subscription = await trial.broker.subscribe({"q": 10})
+        for at in range(1, (ALL if full else FEW) + 1):
+            fault = Fault(kind, moment, at)
+            await trial.go(call, fault)
+            if not fault.reached:
+                break
+        await trial.expect_empty(rig.subject.lease + 0.5 if full else 0.3)
+    except (AssertionError, Unavailable, OSError) as error:
+        error.add_note(f"{kind} ({moment}) in: {call}, suspension {at}")
+        raise
+
+
+class Trial:
+    """A broker, a subscription, and what has been published and must not be lost."""
+
+    subscription: Subscription
+
+    def __init__(self, rig: Rig, broker: Broker) -> None:
+        self.broker = broker
+        self._rig = rig
+        self._published: set[str] = set()
+
+    async def go(self, call: str, fault: Fault) -> None:
+        """Make a call fail once, repeat it, and see every message settled."""
+        messages = self._rig.messages(3)
+        uuids = {message.uuid for message in messages}
+        self._published |= uuids
+        if call == "publish":
+            publish = partial(self.broker.publish, messages)
+            await self._fail(publish(), fault)
+            assert_done(await persist(publish))
+            await self._finish(uuids)
+        elif call == "receive what comes":
+            publishing = self._rig.background(self._publish_soon(messages))
+            taken = await self._fail(self.subscription.receive({"q": 3}, 3), fault)
+            await publishing
+            await self._finish(uuids, taken or [])
+        else:
+            assert_done(await persist(partial(self.broker.publish, messages)))
+            if call == "receive what is there":
+                taken = await self._fail(self.subscription.receive({"q": 3}, 3), fault)
+                await self._finish(uuids, taken or [])
+            elif call == "extend":
+                await self._extend(uuids, fault)
+            else:
+                await self._settle(uuids, fault)
+
+    async def _publish_soon(self, messages: list[TaskMessage]) -> None:
+        await asyncio.sleep(0.05)
+        assert_done(await persist(partial(self.broker.publish, messages)))
+
+    async def _extend(self, uuids: set[str], fault: Fault) -> None:
+        held = await self._receive(len(uuids))
+        extend = partial(self.subscription.extend, held)
+        await self._fail(extend(), fault)
+        extended = await persist(extend)
+        await self._finish(uuids, [delivery for delivery in extended if delivery is not None])
+
+    async def _settle(self, uuids: set[str], fault: Fault) -> None:
+        held: dict[str, Delivery] = {}
+        while not uuids <= held.keys():
+            held |= {message_of(d).uuid: d for d in await self._receive(len(uuids))}
+        acked, retried, released = [held[uuid] for uuid in sorted(uuids)]
+        again = replace(message_of(retried), attempt=2)
+        ends: list[Settlement] = [Ack(acked), Retry(retried, again), Release(released)]
+        settle = partial(self.subscription.settle, ends)
+        await self._fail(settle(), fault)
+        outcomes = await persist(settle)
+        left = set(uuids)
+        if outcomes[0].status != "refused":
+            assert_settled(outcomes[:1], self.broker.guarantees)
+            left.discard(message_of(acked).uuid)
+        await self._finish(left)
+
+    async def _fail(self, call: Coroutine[Any, Any, T], fault: Fault) -> T | None:
+        """Make a call with its fault; return what it returned all the same."""
+
+        async def make() -> T:
+            return await Faulted(call, fault)
+
+        making = self._rig.background(make())
+        await asyncio.wait({making}, timeout=PATIENCE)
+        assert making.done(), "the call goes on waiting"
+        if making.cancelled():
+            assert fault.kind == "cancel", "it was never cancelled"
+            return None
+        try:
+            return making.result()
+        except (Unavailable, ConnectionResetError):
+            assert fault.reached, "there was no fault yet"
+            assert fault.kind == "error", "a cancelled call must end as cancelled"
+            return None
+
+    async def _finish(self, uuids: set[str], held: list[Delivery] | None = None) -> None:
+        """Acknowledge what is held and receive the rest, again where its lease was lost."""
+        left = uuids - await self._acknowledge(held or [])
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while left:
+                    left -= await self._acknowledge(await self._receive(10))
+        except TimeoutError:
+            raise AssertionError(f"{len(left)} of {len(uuids)} messages are lost") from None
+
+    async def _receive(self, most: int) -> list[Delivery]:
+        return await persist(lambda: self.subscription.receive({"q": most}, most))
+
+    async def _acknowledge(self, deliveries: list[Delivery]) -> set[str]:
+        """Return the uuids of those that are settled."""
+        came = [message_of(delivery).uuid for delivery in deliveries]
+        assert set(came) <= self._published, "it received what it never published"
+        if not deliveries:
+            return set()
+        ends = [Ack(delivery) for delivery in deliveries]
+        outcomes = await persist(partial(self.subscription.settle, ends))
+        mine = [outcome for outcome in outcomes if outcome.status != "refused"]
+        if mine:
+            assert_settled(mine, self.broker.guarantees)
+        return {u for u, o in zip(came, outcomes, strict=True) if o.status != "refused"}
+
+    async def expect_empty(self, silent: float) -> None:
+        """Take what comes a second time until nothing does for so many seconds."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                while True:
+                    try:
+                        async with asyncio.timeout(silent):
+                            again = await self._receive(10)
+                    except TimeoutError:
+                        return
+                    await self._acknowledge(again)
+        except TimeoutError:
+            raise AssertionError("what was settled comes again and again") from None
