@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
+from weakref import WeakSet
 
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
 from qtasks_core.urls import redact, refuse_options, split, take_options
@@ -38,8 +40,25 @@ _MOST_CALLS: Final = 32
 """Calls on the way at once, each on a connection of its own; the others wait their turn."""
 _MOST_ITEMS: Final = 1000
 _MOST_BYTES: Final = 4 * 1024 * 1024
-_PASSING: Final = ("OOM", "READONLY", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY")
-"""Error codes of a server that is there and cannot work now."""
+_FINAL: Final = (
+    "NOPERM", "ACL failure", "NOAUTH", "WRONGPASS", "NOPROTO", "WRONGTYPE", "CROSSSLOT", "DB index",
+    "SELECT is not allowed", "unknown command", "Unknown Redis command", "unknown subcommand",
+    "wrong number of arg", "syntax error",
+)  # fmt: skip
+"""What answers say that time does not mend. Every other error of the server is one that passes.
+
+Matched anywhere in the text: before Redis 7 an error within a script is quoted by another one.
+"""
+_ELSEWHERE: Final = (
+    "READONLY",
+    "MASTERDOWN",
+    "LOADING",
+    "UNBLOCKED",
+    "CLUSTERDOWN",
+    "MOVED",
+    "ASK ",
+)
+"""What a server says that is not, or not any more, the one to talk to: look the name up anew."""
 
 
 class Server(NamedTuple):
@@ -74,9 +93,12 @@ def checked(url: str) -> str:
 class Connection:
     """A pool to one server, and the names of what one namespace keeps there."""
 
-    def __init__(self, client: Redis, url: str, namespace: str, within: float) -> None:
-        self._client = client
-        self._execute: Callable[..., Awaitable[Any]] = client.execute_command
+    def __init__(self, make: Callable[[], Redis], url: str, namespace: str, within: float) -> None:
+        self._make = make
+        self._client = make()
+        self._busy: Counter[Redis] = Counter()
+        """How many calls each client has on the way; more than one client while one is given up."""
+        self._lines: WeakSet[AbstractConnection] = WeakSet()
         self._url = url
         self.server = UNKNOWN
         self._slots = asyncio.Semaphore(_MOST_CALLS)
@@ -98,9 +120,8 @@ class Connection:
         The driver's own timeout is off: it waits with `asyncio.wait_for`, which before Python 3.12
         can swallow a cancellation.
         """
-        with self.reachable():
-            async with asyncio.timeout(self.answer_within), self._slots:
-                return await self._execute(*command)
+        async with self._slots:
+            return await self._execute(*command)
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
         """Run a script, and load it first if the server has forgotten it."""
@@ -122,9 +143,7 @@ class Connection:
         Less than the time in which the server must answer, so that a dead one is noticed.
         """
         seconds = f"{0.8 * self.answer_within:.3f}"
-        with self.reachable():
-            async with asyncio.timeout(self.answer_within):
-                heard = await self._execute("BLPOP", *bells, seconds)
+        heard = await self._execute("BLPOP", *bells, seconds)
         return None if heard is None else heard[0].decode()
 
     async def line(self) -> AbstractConnection:
@@ -134,40 +153,86 @@ class Connection:
         with self.reachable():
             async with asyncio.timeout(self.answer_within):
                 await line.connect()  # type: ignore[no-untyped-call]
+        self._lines.add(line)
         return line
 
     async def close(self) -> None:
         """Close the pool, whoever still waits in it."""
         await self._client.aclose()
 
+    async def _execute(self, *command: str | bytes | int) -> Any:
+        client = self._client
+        self._busy[client] += 1
+        try:
+            with self.reachable():
+                async with asyncio.timeout(self.answer_within):
+                    execute: Callable[..., Awaitable[Any]] = client.execute_command
+                    return await execute(*command)
+        except Elsewhere:
+            await self._move(client)
+            raise
+        finally:
+            self._busy[client] -= 1
+            if not self._busy[client]:
+                del self._busy[client]
+                if client is not self._client:
+                    await client.aclose()
+
+    async def _move(self, client: Redis) -> None:
+        """Let no call and no line go on with a server that is not the one to talk to any more."""
+        if client is not self._client:
+            return
+        # Calls that are on the way end as they end; the last of them closes the pool they are in.
+        self._client = self._make()
+        for line in list(self._lines):
+            await line.disconnect(nowait=True)
+
     @contextmanager
     def reachable(self) -> Iterator[None]:
-        """Turn the driver's errors into `Unavailable` and `ConfigurationError`."""
+        """Turn the driver's errors into `Unavailable` and `ConfigurationError`.
+
+        Final is only what is known to be; the rest may pass. `NoScriptError` is for `run`.
+        """
         from redis import exceptions
 
         where = redact(self._url)
         try:
             yield
+        except exceptions.NoScriptError:
+            raise
         except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
             raise ConfigurationError(f"{where} refuses the user or password: {error}") from None
         except exceptions.NoPermissionError as error:
             raise ConfigurationError(
                 f"{where}: the user's rights do not suffice: {error}"
             ) from None
-        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
-            raise Unavailable(f"{where}: {str(error) or 'no answer in time'}") from error
-        except exceptions.ResponseError as error:
-            passing = (
-                exceptions.OutOfMemoryError,
-                exceptions.ReadOnlyError,
-                exceptions.MasterDownError,
-                exceptions.ClusterDownError,
-            )
-            if isinstance(error, passing) or any(code in str(error) for code in _PASSING):
-                raise Unavailable(f"{where} cannot work now: {error}") from error
-            if "DB index" in str(error):
+        except (exceptions.RedisError, OSError) as error:
+            told = f"{type(error).__name__}: {error}"
+            if isinstance(error, exceptions.ResponseError) and _says(error, _FINAL):
                 raise ConfigurationError(f"{where}: {error}") from None
-            raise
+            if isinstance(error, _elsewhere()) or _says(error, _ELSEWHERE):
+                raise Elsewhere(f"{where} cannot work now: {told}") from error
+            if isinstance(error, exceptions.ResponseError):
+                raise Unavailable(f"{where} cannot work now: {error}") from error
+            raise Unavailable(f"{where}: {str(error) or 'no answer in time'}") from error
+
+
+class Elsewhere(Unavailable):
+    """The server is there, and is not the one to talk to any more."""
+
+
+def _says(error: Exception, words: Sequence[str]) -> bool:
+    return any(word in str(error) for word in words)
+
+
+def _elsewhere() -> tuple[type[Exception], ...]:
+    """Return the classes from which the driver has cut the words away."""
+    from redis import exceptions
+
+    return (
+        exceptions.ReadOnlyError, exceptions.BusyLoadingError, exceptions.ClusterDownError,
+        exceptions.AskError,
+    )  # fmt: skip
 
 
 async def connect(url: str, namespace: str) -> Connection:
@@ -179,18 +244,21 @@ async def connect(url: str, namespace: str) -> Connection:
     except ImportError:
         raise MissingDriver("redis://", ".[redis]") from None
     rest, options = take_options(url, {"socket_timeout": float})
-    try:
-        client: Redis = Redis.from_url(
+
+    def make() -> Redis:
+        return Redis.from_url(
             rest,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
             socket_timeout=None,
             socket_connect_timeout=CONNECT_WITHIN,
         )
+
+    within = options.get("socket_timeout", ANSWER_WITHIN)
+    try:
+        connection = Connection(make, url, namespace, within)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{redact(url)}: {error}") from None
-    within = options.get("socket_timeout", ANSWER_WITHIN)
-    connection = Connection(client, url, namespace, within)
     try:
         connection.server = await _ask(connection.call, url)
     except BaseException:
@@ -224,8 +292,6 @@ async def _durability(
     call: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
 ) -> Server:
     """Derive what the server survives from INFO and, where it may be asked, CONFIG."""
-    from redis.exceptions import ResponseError
-
     notes: list[str] = []
     policy = str(info.get("maxmemory_policy", "unknown"))
     if policy not in ("noeviction", "unknown") and info.get("maxmemory", 0):
@@ -236,7 +302,7 @@ async def _durability(
         # With a pattern: servers before Redis 7 answer one name a call.
         told = _pairs(await call("CONFIG GET", "*appendfsync*"))
         fsync = told["appendfsync"]
-    except (ConfigurationError, ResponseError, KeyError):
+    except (ConfigurationError, KeyError):
         notes.append("appendfsync is unknown: the user may not call CONFIG GET")
         return Server(name, "client crash", "appendonly yes", tuple(notes))
     durability = f"appendonly yes, appendfsync {fsync}"
