@@ -11,6 +11,7 @@ record itself, and repeats `judge` in its own language:
 
 from __future__ import annotations
 
+import time
 from math import isinf
 from typing import Literal
 
@@ -123,11 +124,13 @@ def retention_note(retention: float) -> str:
 
 
 def expiry_of(task: Task, retention: float) -> float | None:
-    """Return the Unix time from which a record may be deleted; None: never.
+    """Return the Unix time from which a record that is saved now counts as gone; None: never.
 
-    `retention` is the storage's own, for records that have none; infinity keeps for ever.
+    `retention` is the storage's own, for records that have none; infinity keeps for ever. It counts
+    from `finished_at`; a record that does not say it has ended now.
     """
     if task.status not in FINAL:
         return None
     keep = retention if task.retention is None else task.retention
-    return None if isinf(keep) else (task.finished_at or task.created_at) + keep
+    finished = time.time() if task.finished_at is None else task.finished_at
+    return None if isinf(keep) else finished + keep

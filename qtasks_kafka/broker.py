@@ -73,6 +73,7 @@ class KafkaBroker(Broker):
             durability="acks=all with an idempotent producer; on how many machines say the "
             "topics' replication factor and min.insync.replicas, of one the page cache",
             lease=self._lease,
+            largest=self._connection.largest_of_all,
             order="partition",
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(

@@ -278,6 +278,14 @@ class Connection:
                         )  # fmt: skip
         return limits
 
+    @property
+    def largest_of_all(self) -> int:
+        """Bytes that a batch may have in a topic made here, or in one that is known to take more.
+
+        A topic that takes less refuses what is too large for it, by itself.
+        """
+        return max([LARGEST_MESSAGE, *(size for size in self._topics.values() if size)])
+
     def largest(self, topic: str) -> int | None:
         """Return the bytes that a batch of this topic may have; None while that is unknown."""
         return self._topics.get(topic)

@@ -27,6 +27,8 @@ QUIET = 0.5
 """Seconds after which a read without entries looks whether the log's end moved all the same."""
 
 
+BESIDE = 1024
+"""Bytes of a batch beside the record in it: its key, and what surrounds both."""
 LAYOUT_KEY = b"\nlayout"
 
 
@@ -62,12 +64,14 @@ class KafkaLog(Log):
 
     @property
     def guarantees(self) -> Guarantees:
+        largest = self._connection.largest(self._topic)
         return Guarantees(
             part="KafkaStorage",
             server="Apache Kafka",
             survives="machine crash",
             durability="acks=all with an idempotent producer; on how many machines say the "
             "topic's replication factor and min.insync.replicas, of one the page cache",
+            largest=None if largest is None else largest - BESIDE,
             notes=("every process reads the whole topic at its start and keeps it in memory",),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from heapq import heappop, heappush
 from itertools import count
@@ -88,6 +89,8 @@ class Memory:
         self.receivers: set[asyncio.Event] = set()
         self.listeners: set[asyncio.Queue[Command | None]] = set()
         self.records: dict[str, Task] = {}
+        self.expiries: dict[str, float | None] = {}
+        """The Unix time from which each record counts as gone; None: never."""
         self.values: dict[str, bytes] = {}
         self.value_watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self.claims: dict[str, tuple[str, float]] = {}
@@ -96,6 +99,11 @@ class Memory:
         self.inboxes: dict[str, asyncio.Queue[Task | None]] = {}
         """What has arrived at each address; None ends it."""
         self.watchers: defaultdict[str, set[str]] = defaultdict(set)
+
+    def record(self, uuid: str) -> Task | None:
+        """Return a record whose time has not passed, though `expire` may not have come to it."""
+        expiry = self.expiries.get(uuid)
+        return None if expiry is not None and expiry <= time.time() else self.records.get(uuid)
 
     def ring(self) -> None:
         """Wake every receiver: something became receivable, or may have."""

@@ -53,12 +53,13 @@ class MemoryStorage(Storage):
         return [self._save(memory, task) for task in tasks]
 
     def _save(self, memory: Memory, task: Task) -> Outcome:
-        stored = memory.records.get(task.uuid)
+        stored = memory.record(task.uuid)
         verdict = judge(task, stored)
         if verdict == "refuse":
             return Outcome("refused", "a newer record is there", stored)
         if verdict == "accept":
             memory.records[task.uuid] = task
+            memory.expiries[task.uuid] = expiry_of(task, self._retention)
             if task.status in FINAL:
                 addresses = memory.watchers.pop(task.uuid, set())
                 if task.reply_to is not None:
@@ -68,8 +69,8 @@ class MemoryStorage(Storage):
         return DONE
 
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
-        records = self._started().records
-        return [records.get(uuid) for uuid in uuids]
+        record = self._started().record
+        return [record(uuid) for uuid in uuids]
 
     async def inbox(self) -> Inbox:
         inbox = MemoryInbox(self._started())
@@ -142,16 +143,12 @@ class MemoryStorage(Storage):
         memory = self._started()
         for uuid in uuids:
             memory.streams.pop(uuid, None)
+            memory.expiries.pop(uuid, None)
         return sum(memory.records.pop(uuid, None) is not None for uuid in uuids)
 
     async def expire(self) -> int:
-        now = time.time()
-        over = [
-            uuid
-            for uuid, task in self._started().records.items()
-            if (expiry := expiry_of(task, self._retention)) is not None and expiry <= now
-        ]
-        return await self.delete(over)
+        memory = self._started()
+        return await self.delete([uuid for uuid in memory.records if memory.record(uuid) is None])
 
     async def migrate(self, namespace: str) -> list[str]:
         return []  # there is no server
@@ -179,7 +176,7 @@ class MemoryInbox(Inbox):
 
     async def watch(self, uuids: Sequence[str]) -> None:
         for uuid in uuids:
-            record = self._memory.records.get(uuid)
+            record = self._memory.record(uuid)
             if record is not None and record.status in FINAL:
                 self._arrived.put_nowait(record)
             else:

@@ -27,7 +27,7 @@ from qtasks_core.recent import Recent
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres import floors
-from qtasks_postgres.batches import TOO_LARGE, batches, fitting, size_of
+from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
 from qtasks_postgres.connection import Database, Listener, channel_of, check_lease, storable
 from qtasks_postgres.floors import PRIORITIES, Floors, Lane, lanes_of
 
@@ -201,6 +201,7 @@ class PostgresBroker(Broker):
             server=durability.server,
             survives=durability.survives,
             durability=durability.settings,
+            largest=LARGEST,
             lease=self._lease,
             leases_survive=True,
             order="queue",

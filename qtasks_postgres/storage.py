@@ -15,7 +15,7 @@ from qtasks_core.errors import Closed, Unavailable, WireError
 from qtasks_core.records import FINAL, judge, order_of, unreadable
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_task, encode_task
-from qtasks_postgres.batches import TOO_LARGE, batches, fitting, size_of, slices
+from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of, slices
 from qtasks_postgres.connection import Database, Listener, storable
 
 ADDRESS = "qtasks:"
@@ -122,6 +122,7 @@ class PostgresStorage(Storage):
             server=durability.server,
             survives=durability.survives,
             durability=durability.settings,
+            largest=LARGEST,
             transactions=True,
             unsupported=(
                 "query", "claim", "release", "set", "get_value", "values", "watch_value",

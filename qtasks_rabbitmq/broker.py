@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMessage
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable, refuse_transaction
 from qtasks_core.wire import encode_message
-from qtasks_rabbitmq.connection import Connection
+from qtasks_rabbitmq.connection import HARD_LIMIT, Connection
 from qtasks_rabbitmq.delays import ladder_methods, levels_for, route
 from qtasks_rabbitmq.parcel import COUNT, Parcel, chunks
 from qtasks_rabbitmq.servers import servers_of
@@ -59,6 +59,7 @@ class RabbitMQBroker(Broker):
             survives="machine crash",
             durability="quorum queues: confirmed when a majority has written and synced its log",
             lease=self._lease,
+            largest=(self._publishing and self._publishing.largest) or HARD_LIMIT,
             order="queue",
             settle_confirmed=False,
             counts_deliveries=True,

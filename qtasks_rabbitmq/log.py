@@ -85,6 +85,7 @@ class RabbitMQLog(Log):
             survives="server crash",
             durability="a stream: confirmed when a majority has written it; RabbitMQ does not sync "
             "streams to disk, so one machine alone may forget the last seconds when it fails",
+            largest=(self._writing and self._writing.largest) or HARD_LIMIT,
             notes=("the stream has no limit of size or age: it grows until it is deleted",),
         )
 

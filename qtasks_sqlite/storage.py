@@ -64,6 +64,8 @@ ON CONFLICT DO UPDATE SET ord = excluded.ord, execution = excluded.execution,
     expires_at = excluded.expires_at, data = excluded.data
 """
 _THESE = "namespace = ? AND uuid IN (SELECT value FROM json_each(?))"
+_KEPT = f"{_THESE} AND (expires_at IS NULL OR expires_at > ?)"
+"""Whose time has passed counts as gone, though `expire` has not come to it yet."""
 
 
 class SqliteStorage(Storage):
@@ -177,8 +179,8 @@ class SqliteStorage(Storage):
         rows = batches.select(
             turn.execute,
             "uuid, ord, execution",
-            f"FROM qtasks_records WHERE {_THESE}",
-            (self.namespace, batches.array(uuids)),
+            f"FROM qtasks_records WHERE {_KEPT}",
+            (self.namespace, batches.array(uuids), time.time()),
         )
         return {uuid: (order, execution) for uuid, order, execution in rows}
 
@@ -217,10 +219,11 @@ class SqliteStorage(Storage):
         self, uuids: Iterable[str], *, final: bool = False
     ) -> Callable[[Transaction], dict[str, Task]]:
         """Return the work that reads what there is of these records, or of the final of them."""
-        these = self.namespace, batches.array(uuids)
-        where = f"{_THESE} AND ord % 8 >= {FIRST_FINAL}" if final else _THESE
+        wanted = batches.array(uuids)
+        where = f"{_KEPT} AND ord % 8 >= {FIRST_FINAL}" if final else _KEPT
 
         def get(turn: Transaction) -> dict[str, Task]:
+            these = self.namespace, wanted, time.time()
             rows = batches.select_blobs(turn.execute, "qtasks_records", "uuid", "ord", where, these)
             found: dict[str, Task] = {}
             for (uuid, _), data in rows:

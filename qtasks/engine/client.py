@@ -61,6 +61,8 @@ class Client:
         self.storage = storage
         self._driver_loggers = {*broker.driver_loggers, *storage.driver_loggers}
         self.composition: Composition = broker.compose(storage)
+        self._limits: list[tuple[str, int]] = []
+        """The parts that take only so much, and how many bytes; told after their start."""
         self._inbox: Inbox | None = None
         self._outage = Outage("waiting for results")
         self._listening: asyncio.Task[None] | None = None
@@ -79,6 +81,8 @@ class Client:
         except BaseException:
             await self._stop_parts()
             raise
+        told = (self.broker.guarantees, self.storage.guarantees)
+        self._limits = [(g.part, g.largest) for g in told if g.largest is not None]
         driver_logs.cover()
 
     async def _start_parts(self, deadline: float) -> None:
@@ -151,11 +155,11 @@ class Client:
     def _too_large(self, message: TaskMessage) -> PayloadTooLarge | None:
         """Return the error of a message that the broker or the storage would not take."""
         payload = len(message.args) + len(message.kwargs)
-        for part in (self.broker.guarantees, self.storage.guarantees):
-            if part.largest is not None and payload > part.largest - ENVELOPE:
+        for part, largest in self._limits:
+            if payload > largest - ENVELOPE:
                 return PayloadTooLarge(
                     f"the arguments of {message.task_name!r} have {payload} bytes; "
-                    f"{part.part} takes at most {part.largest} with everything"
+                    f"{part} takes at most {largest} with everything"
                 )
         return None
 

@@ -26,13 +26,16 @@ class Job:
     """What a worker holds: a delivery, the message in it, and what became of the run."""
 
     __slots__ = (
-        "again", "begun", "cancelled", "delivery", "execution", "lone_runs", "lost", "message",
-        "noted", "record", "returned", "settling", "started",
+        "again", "also", "begun", "cancelled", "delivery", "execution", "lone_runs", "lost",
+        "message", "noted", "record", "returned", "settling", "started",
     )  # fmt: skip
 
     def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
         self.delivery = delivery
         self.message = message
+        self.also: list[Delivery] = []
+        """Deliveries of the same message beside it. One may have come because the lease of another
+        was lost, as with a connection, or the message was published twice."""
         self.execution = execution
         self.started = time.time()
         self.begun = False
@@ -53,6 +56,18 @@ class Job:
         """How the run ended; None for a run that was given back."""
         self.again: TaskMessage | None = None
         """The message of the next attempt."""
+
+    def adopt(self, delivery: Delivery) -> None:
+        """Take another delivery of the message: the newest is ours in any case, and is settled.
+
+        The others are kept until then, so that nobody else runs them meanwhile.
+        """
+        if self.settling:
+            self.also.append(delivery)
+            return
+        self.also.append(self.delivery)
+        self.delivery = delivery
+        self.lost = False
 
     def as_record(
         self,

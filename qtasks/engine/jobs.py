@@ -14,6 +14,7 @@ class Jobs:
 
     def __init__(self, queues: Iterable[str]) -> None:
         self._held: set[Job] = set()
+        self._by_message: dict[tuple[str, str, int, str], Job] = {}
         self.running = dict.fromkeys(queues, 0)
         """How many functions run, by queue."""
         self._changed = asyncio.Event()
@@ -36,7 +37,12 @@ class Jobs:
     def hold(self, job: Job) -> None:
         """Hold a job: its lease is kept from now on."""
         self._held.add(job)
+        self._by_message[_message_of(job)] = job
         self._present.set()
+
+    def same(self, job: Job) -> Job | None:
+        """Return the job that is held for the message of this one, which was delivered again."""
+        return self._by_message.get(_message_of(job))
 
     def begun(self, job: Job) -> None:
         """Count a job that is handed to the runner."""
@@ -54,6 +60,8 @@ class Jobs:
     def drop(self, job: Job) -> None:
         """Let go of a job that is completed; `notice` tells who waits."""
         self._held.discard(job)
+        if self._by_message.get(_message_of(job)) is job:
+            del self._by_message[_message_of(job)]
 
     def notice(self) -> None:
         """Have everybody look again who waits in `until`."""
@@ -74,3 +82,8 @@ class Jobs:
         while not self._held:
             self._present.clear()
             await self._present.wait()
+
+
+def _message_of(job: Job) -> tuple[str, str, int, str]:
+    message = job.message
+    return job.delivery.queue, message.uuid, message.attempt, message.submission

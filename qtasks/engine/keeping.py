@@ -68,11 +68,17 @@ class Keeper:
             self._asked.set()
 
     async def _extend(self, subscription: Subscription, held: list[Job]) -> None:
-        extend = partial(subscription.extend, [job.delivery for job in held])
+        asked = [(job, d) for job in held for d in (job.delivery, *job.also)]
+        extend = partial(subscription.extend, [delivery for _, delivery in asked])
         extended = await self._reach.persist(extend) or ()
-        for job, delivery in zip(held, extended, strict=True):
-            if delivery is not None:
+        for (job, asked_for), delivery in zip(asked, extended, strict=True):
+            if job.delivery is not asked_for:
+                others = [other for other in job.also if other is not asked_for]
+                job.also = others if delivery is None else [*others, delivery]
+            elif delivery is not None:
                 job.delivery = delivery
+            elif job.also:
+                job.delivery = job.also.pop(0)
             elif job in self._jobs and not job.settling:
                 job.lost = True
                 logger.warning(

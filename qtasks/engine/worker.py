@@ -318,11 +318,17 @@ class Worker:
 
     async def _admit(self, deliveries: list[Delivery]) -> None:
         """Run what has to run. The leases are kept already while the storage is asked."""
-        jobs = [job for delivery in deliveries if (job := self._job(delivery)) is not None]
+        jobs: list[Job] = []
+        for delivery in deliveries:
+            if (job := self._job(delivery)) is None:
+                continue
+            if (running := self._jobs.same(job)) is not None:
+                running.adopt(delivery)
+                continue
+            self._jobs.hold(job)
+            jobs.append(job)
         if not jobs:
             return
-        for job in jobs:
-            self._jobs.hold(job)
         admit = partial(self._client.composition.admit, [job.delivery for job in jobs])
         verdicts = None
         try:
@@ -452,8 +458,14 @@ class Worker:
 
     def _finish(self, job: Job, completion: Completion) -> None:
         """Complete a job that did not run, in its own way."""
-        self._jobs.drop(job)
         self._complete(completion)
+        self._let_go(job)
+
+    def _let_go(self, job: Job) -> None:
+        """Drop a job, and give back other deliveries of its message: its record stops them."""
+        self._jobs.drop(job)
+        for delivery in job.also:
+            self._complete(Completion(Release(delivery), None))
 
     def _complete(self, completion: Completion) -> None:
         """Complete what never became a job, or record a word in between."""
@@ -477,7 +489,7 @@ class Worker:
         for end, outcome in zip(batch, outcomes, strict=True):
             if not isinstance(end, Job):
                 continue
-            self._jobs.drop(end)
+            self._let_go(end)
             self._ended_count += 1
             if outcome.status == "refused" and not end.cancelled:
                 logger.warning(

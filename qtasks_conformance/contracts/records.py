@@ -49,7 +49,7 @@ class RecordContract(Contract):
             encoding="json", priority=9, attempt=4, execution="e1", returning=b"\xff\x00",
             error="ValueError: größer\0", traceback="Traceback\n  …\0", dead="too often",
             worker="w:1", reply_to="client", created_at=1.5, started_at=2.5, finished_at=3.25,
-            due_at=4.0, retention=0.5, headers={"ключ": "значение\0"}, submission="publishing",
+            due_at=4.0, retention=3e9, headers={"ключ": "значение\0"}, submission="publishing",
         )  # fmt: skip
         assert_done(await saver.save([record]))
         assert await reader.get([record.uuid]) == [record]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
+import pytest
 from msgspec.structs import replace
 
 from qtasks_conformance.contracts.base import Contract, needs
 from qtasks_conformance.contracts.delivering import assert_done
 from qtasks_conformance.rig import Rig, new_uuid
-from qtasks_core import Status, Task, TaskQuery
+from qtasks_core import Status, Storage, Task, TaskQuery
 
 
 class RetentionContract(Contract):
@@ -61,6 +63,21 @@ class RetentionContract(Contract):
         assert await storage.get([r.uuid for r in kept]) == kept
         assert await storage.expire() == 0
 
+    async def test_what_has_had_its_time_is_gone_by_itself(self, rig: Rig) -> None:
+        """Nobody calls `expire`: within 10 s a key is free, for a first record too."""
+        storage, other = await rig.storage(), await rig.storage()
+        if storage.guarantees.retention is None:
+            pytest.skip("it keeps records until they are deleted, and its guarantees say so")
+        record = ended(rig, "success", 0.0, retention=1.0)
+        assert_done(await storage.save([record]))
+        again = replace(rig.record("new"), uuid=record.uuid, execution="another publishing")
+        (outcome,) = await other.save([again])
+        assert outcome.status == "refused"
+        assert outcome.there == record
+        await until_gone(other, record.uuid)
+        assert_done(await other.save([again]))
+        assert await storage.get([record.uuid]) == [again]
+
     async def test_what_expires_takes_its_stream_along(self, rig: Rig) -> None:
         """What was appended to it is gone too, that of others is not."""
         storage = await rig.storage()
@@ -93,8 +110,15 @@ class RetentionContract(Contract):
         assert_done(await other.save([record]))
         assert await storage.delete([record.uuid]) == 0
         assert await storage.expire() == 0
-        assert await other.get([record.uuid]) == [record]
         assert await other.expire() == 1
+
+
+async def until_gone(storage: Storage, uuid: str) -> None:
+    """Wait for a record whose time has passed to be gone; it has 10 s for that."""
+    began = time.monotonic()
+    while await storage.get([uuid]) != [None]:
+        assert time.monotonic() - began < 12.0, "a record is there 10 s after its time"
+        await asyncio.sleep(0.1)
 
 
 def ended(rig: Rig, status: Status, ago: float, retention: float | None = None) -> Task:

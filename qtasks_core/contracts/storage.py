@@ -131,7 +131,9 @@ class Storage(ABC):
         """Delete the final records whose retention has passed; return how many.
 
         That is the record's own, else the storage's, in seconds from `finished_at`
-        (`qtasks_core.records.expiry_of`).
+        (`qtasks_core.records.expiry_of`). Where there is an `expire`, such a record counts as gone
+        from then on, whether it has been called since or not: at most 10 s later `get` does not
+        find it, and a first record may take its place.
         """
         raise NotSupported(f"{type(self).__name__} cannot expire records yet")
 

@@ -55,7 +55,13 @@ def storage_row(told: Guarantees) -> dict[str, str]:
         "part": f"`{told.part}`",
         "survives": told.survives,
         "because": told.durability,
+        "takes at most": size(told.largest),
     }
+
+
+def size(largest: int | None) -> str:
+    """Return how much an item may have; what is left out for its envelope is not worth a word."""
+    return "no bound known" if largest is None else f"{-(-largest // 2**20)} MiB"
 
 
 def broker_row(told: Guarantees) -> dict[str, str]:
