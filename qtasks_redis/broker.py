@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from secrets import token_hex
+from typing import Any, Final
 from weakref import WeakSet
 
 from qtasks_core import (
@@ -33,6 +34,13 @@ from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, conne
 from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
 
 _MOST_TAKEN = 1000
+# All that the scripts and the blocking read call. The key holds text, so that most of it fails.
+_TRIALS: Final[Sequence[tuple[Any, ...]]] = (
+    ("SET", "", "PX", 1000), ("GET",), ("EXISTS",), ("LPUSH", "1"), ("BLPOP", 0.01),
+    ("ZADD", "XX", 0, "m"), ("ZREM", "m"), ("ZSCORE", "m"), ("ZRANGE", 0, 0),
+    ("ZRANGEBYSCORE", 0, 0), ("XADD", "NOMKSTREAM", "*", "m", ""), ("XRANGE", "-", "+"),
+    ("XDEL", "0-1"),
+)  # fmt: skip
 
 
 class RedisBroker(Broker):
@@ -70,6 +78,11 @@ class RedisBroker(Broker):
     async def start(self, namespace: str) -> None:
         self._connection = await connect(self._url, namespace)
         self._server = self._connection.server
+        try:
+            await self._connection.check_rights(_TRIALS)
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         for subscription in list(self._subscriptions):

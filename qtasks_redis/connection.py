@@ -60,6 +60,11 @@ _ELSEWHERE: Final = (
 )
 """What a server says that is not, or not any more, the one to talk to: look the name up anew."""
 
+_TRIALS: Final[Sequence[tuple[Any, ...]]] = (
+    ("TIME",), ("PING",), ("EVAL", "return 1", 0), ("EVALSHA", "none", 0),
+)  # fmt: skip
+"""What every part calls beside the commands on its keys."""
+
 
 class Server(NamedTuple):
     """What the server said of itself, in the words of the guarantees."""
@@ -155,6 +160,49 @@ class Connection:
                 await line.connect()  # type: ignore[no-untyped-call]
         self._lines.add(line)
         return line
+
+    async def check_rights(
+        self, trials: Sequence[tuple[str | float, ...]], channels: Sequence[str] = ()
+    ) -> None:
+        """Try what the part will do, and name each right that is missing.
+
+        Raises `ConfigurationError`. A user that may ask the server for its rights is a powerful
+        one, so none is asked for; the trials are on a key and on channels that nobody uses, and
+        what they do or answer does not matter: rights are looked at before all else.
+        """
+        from redis.exceptions import NoPermissionError, ResponseError
+
+        missing: list[str] = []
+
+        async def attempt(call: Awaitable[Any], name: str) -> None:
+            try:
+                async with asyncio.timeout(self.answer_within):
+                    await call
+            except NoPermissionError as error:
+                missing.append(f"{name} ({error})")
+            except ResponseError:
+                return
+
+        with self.reachable():
+            execute: Callable[..., Awaitable[Any]] = self._client.execute_command
+            for command, *args in _TRIALS:
+                await attempt(execute(command, *args), command)
+            for command, *args in trials:
+                key = self.key("rights", "")
+                await attempt(execute(command, key, *args), f"{command} on keys")
+            for channel in channels:
+                await attempt(execute("PUBLISH", channel, ""), f"PUBLISH to {channel}*")
+                line = await self.line()
+                try:
+                    await line.send_command("SUBSCRIBE", channel)
+                    await attempt(line.read_response(), f"SUBSCRIBE to {channel}*")
+                finally:
+                    await line.disconnect(nowait=True)
+        if missing:
+            raise ConfigurationError(
+                f"{redact(self._url)}: the user lacks rights that docs/rights.md lists: "
+                + "; ".join(missing)
+            )
 
     async def close(self) -> None:
         """Close the pool, whoever still waits in it."""

@@ -37,6 +37,10 @@ _RECORD: Final = "record"
 _INBOX: Final = "inbox"
 _WATCH: Final = "final"
 _MOST_READ: Final = 500
+_TRIALS: Final[Sequence[tuple[Any, ...]]] = (
+    ("SET", "", "PX", 1000), ("GET",), ("MGET",), ("GETRANGE", 0, 0), ("PTTL",), ("PERSIST",),
+)  # fmt: skip
+"""All that the script and `get` call on keys."""
 _PING_AFTER: Final = 2.0
 """Seconds of silence after which a server that owes results is asked whether it is there."""
 _PONG_WITHIN: Final = 2.5
@@ -83,6 +87,12 @@ class RedisStorage(Storage):
     async def start(self, namespace: str) -> None:
         self._connection = await connect(self._url, namespace)
         self._server = self._connection.server
+        key = self._connection.key
+        try:
+            await self._connection.check_rights(_TRIALS, (key(_INBOX, ""), key(_WATCH, "")))
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         for inbox in list(self._inboxes):
