@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -309,10 +310,77 @@ async def connect(url: str, namespace: str) -> Connection:
         raise ConfigurationError(f"{redact(url)}: {error}") from None
     try:
         connection.server = await _ask(connection.call, url)
+    except Unavailable as error:
+        await connection.close()
+        told = await _wrong_with_tls(url, error)
+        if told is None:
+            raise
+        raise ConfigurationError(f"{redact(url)}: {told}") from None
     except BaseException:
         await connection.close()
         raise
     return connection
+
+
+async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
+    """Return what to set so that TLS works, or None if it is not the reason for the error."""
+    parts = split(url)
+    where = parts.hostname or "localhost", parts.port or 6379
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if parts.scheme != "rediss":
+        if any(isinstance(one, ConnectionError) for one in chain) and await _speaks_tls(*where):
+            return "the server speaks TLS there; write rediss:// and its port"
+        return None
+    for one in chain:
+        if isinstance(one, ssl.SSLCertVerificationError):
+            return (
+                f"the server's certificate is not trusted: {one.verify_message}; set ssl_ca_certs "
+                "to a file with its authority, and the host to a name in the certificate"
+            )
+        if isinstance(one, (FileNotFoundError, IsADirectoryError, PermissionError)):
+            return f"{one.strerror}: see the files of ssl_ca_certs, ssl_certfile and ssl_keyfile"
+        if isinstance(one, ssl.SSLError) and not isinstance(one, ssl.SSLEOFError):
+            return (
+                f"TLS fails: {one}; see ssl_ca_certs, ssl_certfile and ssl_keyfile, and whether "
+                "the server speaks TLS on this port"
+            )
+        if "SSL Certificate Requirements" in str(one):
+            return "ssl_cert_reqs is one of none, optional, required"
+    if await _speaks_plainly(*where):
+        return "the server speaks no TLS there; write redis://, or the port on which it does"
+    return None
+
+
+async def _speaks_tls(host: str, port: int) -> bool:
+    """Tell whether a server begins a handshake of TLS. Nothing is sent to it over that."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(CONNECT_WITHIN):
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
+    except OSError:  # TimeoutError and SSLError are ones
+        return False
+    writer.close()
+    return True
+
+
+async def _speaks_plainly(host: str, port: int) -> bool:
+    """Tell whether a server answers a PING without TLS, with or without a login."""
+    try:
+        async with asyncio.timeout(CONNECT_WITHIN):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(b"PING\r\n")
+                return (await reader.read(1)) in (b"+", b"-")
+            finally:
+                writer.close()
+    except OSError:  # TimeoutError is one
+        return False
 
 
 async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
