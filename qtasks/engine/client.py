@@ -136,7 +136,7 @@ class Client:
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
     ) -> None:
         """Submit a message with all others of this turn of the loop."""
-        if (error := self._too_large(message)) is not None:
+        if self._limits and (error := self._too_large(message)) is not None:
             reply.fail(error)
             return
         self._submissions.add(Submission(message, deadline, reply, wait))
@@ -145,10 +145,11 @@ class Client:
         self, messages: Sequence[TaskMessage], deadline: float, reply: Reply[Task | None]
     ) -> None:
         """Submit many messages; answer once all writes are durable, or with the first error."""
-        for message in messages:
-            if (error := self._too_large(message)) is not None:
-                reply.fail(error)
-                return
+        if self._limits:
+            for message in messages:
+                if (error := self._too_large(message)) is not None:
+                    reply.fail(error)
+                    return
         share = _Countdown(reply, len(messages))
         self._submissions.extend([Submission(m, deadline, share, False) for m in messages])
 

@@ -464,8 +464,8 @@ class Worker:
     def _let_go(self, job: Job) -> None:
         """Drop a job, and give back other deliveries of its message: its record stops them."""
         self._jobs.drop(job)
-        for delivery in job.also:
-            self._complete(Completion(Release(delivery), None))
+        if job.also:
+            self._ends.extend([Completion(Release(delivery), None) for delivery in job.also])
 
     def _complete(self, completion: Completion) -> None:
         """Complete what never became a job, or record a word in between."""
@@ -473,9 +473,9 @@ class Worker:
 
     async def _flush(self, subscription: Subscription, batch: list[_End]) -> None:
         # Asked only now: an extension may have replaced a delivery since its job ended.
-        completions = [
-            self._fitting(_completion(end) if isinstance(end, Job) else end) for end in batch
-        ]
+        completions = [_completion(end) if isinstance(end, Job) else end for end in batch]
+        if self._largest is not None:
+            completions = [self._fitting(completion, self._largest) for completion in completions]
         for end in batch:
             if isinstance(end, Job):
                 end.settling = True
@@ -503,10 +503,10 @@ class Worker:
             self._interrupt_receive()
         self.limits.look(self._ended_count)
 
-    def _fitting(self, completion: Completion) -> Completion:
+    def _fitting(self, completion: Completion, largest: int) -> Completion:
         """Return what is over the storage's limit without its arguments and result."""
-        largest, task = self._largest, completion.task
-        if largest is None or task is None:
+        task = completion.task
+        if task is None:
             return completion
         size = len(task.args) + len(task.kwargs) + len(task.returning or b"") + ENVELOPE
         size += 4 * len(task.traceback or "") + 4 * len(task.error or "")
