@@ -111,6 +111,9 @@ class RedisBroker(Broker):
         self._subscriptions.add(subscription)
         return subscription
 
+    async def clock(self) -> float | None:
+        return await self._started().time()
+
     def _started(self) -> Connection:
         if self._connection is None:
             raise Closed("RedisBroker is not started")

@@ -129,6 +129,11 @@ class Connection:
         async with self._slots:
             return await self._execute(*command)
 
+    async def time(self) -> float:
+        """Return the server's Unix time, in seconds."""
+        seconds, microseconds = await self.call("TIME")
+        return int(seconds) + int(microseconds) / 1e6
+
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
         """Run a script, and load it first if the server has forgotten it."""
         from redis.exceptions import NoScriptError

@@ -147,6 +147,9 @@ class RedisStorage(Storage):
         self._inboxes.add(inbox)
         return inbox
 
+    async def clock(self) -> float | None:
+        return await self._started().time()
+
     def _started(self) -> Connection:
         if self._connection is None:
             raise Closed("RedisStorage is not started")
