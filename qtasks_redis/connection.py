@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
+from qtasks_core import Outcome
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
 from qtasks_core.urls import redact, refuse_options, split, take_options
 from qtasks_redis.scripts import Script
@@ -74,6 +75,9 @@ class Server(NamedTuple):
     survives: Literal["client crash", "server crash", "machine crash"]
     durability: str
     notes: tuple[str, ...]
+    largest: int = 64 * 2**20
+    """Bytes that an item may have. Redis takes 512 MiB unless it is told otherwise
+    (`proto-max-bulk-len`), but not within the seconds in which it has to answer."""
 
 
 UNKNOWN: Final = Server("Redis", "client crash", "known after start", ())
@@ -406,7 +410,13 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
         return Server(name, "client crash", unknown, ("its eviction policy is unknown",))
     if "valkey_version" in info:
         name = f"Valkey {info['valkey_version']}"
-    return await _durability(call, name, info)
+    server = await _durability(call, name, info)
+    try:
+        told = _pairs(await call("CONFIG GET", "proto-max-bulk-len"))
+        # The head of a record comes on top of it.
+        return server._replace(largest=min(server.largest, int(told["proto-max-bulk-len"]) - 1024))
+    except (ConfigurationError, KeyError):
+        return server
 
 
 async def _durability(
@@ -469,3 +479,10 @@ async def ended(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
         task.exception()
+
+
+def too_large(size: int, largest: int) -> Outcome | None:
+    """Return the refusal of an item that is larger than the server takes, else None."""
+    if size <= largest:
+        return None
+    return Outcome("refused", f"{size} bytes are more than the {largest} that Redis takes here")

@@ -27,6 +27,7 @@ from qtasks_redis.connection import (
     checked,
     connect,
     ended,
+    too_large,
 )
 from qtasks_redis.scripts import SAVE
 
@@ -77,6 +78,7 @@ class RedisStorage(Storage):
             survives=self._server.survives,
             durability=self._server.durability,
             retention=self._retention,
+            largest=self._server.largest,
             unsupported=(
                 "query", "claim", "release", "set", "get_value", "values", "watch_value",
                 "append", "read", "delete", "expire", "migrate",
@@ -105,17 +107,17 @@ class RedisStorage(Storage):
         refuse_transaction(self, transaction)
         connection = self._started()
         encoded = [encode_task(task) for task in tasks]
-        outcomes: list[Outcome] = []
-        for part in batches(tasks, [len(data) for data in encoded]):
-            keys = [connection.key(_RECORD, task.uuid) for task in tasks[part]]
+        outcomes = [too_large(len(data), connection.server.largest) or DONE for data in encoded]
+        taken = [at for at, outcome in enumerate(outcomes) if outcome is DONE]
+        for part in batches(taken, [len(encoded[at]) for at in taken]):
+            keys = [connection.key(_RECORD, tasks[at].uuid) for at in taken[part]]
             args: list[str | bytes] = []
-            for task, data in zip(tasks[part], encoded[part], strict=True):
-                args += self._record(connection, task, data)
+            for at in taken[part]:
+                args += self._record(connection, tasks[at], encoded[at])
             answers = await connection.run(SAVE, keys, args)
-            outcomes += (
-                DONE if answer == 1 else _refused(task.uuid, answer)
-                for task, answer in zip(tasks[part], answers, strict=True)
-            )
+            for at, answer in zip(taken[part], answers, strict=True):
+                if answer != 1:
+                    outcomes[at] = _refused(tasks[at].uuid, answer)
         return outcomes
 
     def _record(self, connection: Connection, task: Task, data: bytes) -> tuple[str | bytes, ...]:
