@@ -341,7 +341,9 @@ async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     if parts.scheme != "rediss":
-        if any(isinstance(one, ConnectionError) for one in chain) and await _speaks_tls(*where):
+        # One that speaks TLS closes the connection at once; one that says nothing is away.
+        silent = any(isinstance(one, TimeoutError) for one in chain)
+        if not silent and await _speaks_tls(*where):
             return "the server speaks TLS there; write rediss:// and its port"
         return None
     for one in chain:
