@@ -115,7 +115,8 @@ class Connection:
                     await client.start()
         except BaseException as error:
             await client.close()
-            if isinstance(error, Unavailable):
+            # One that is set up otherwise answers at once; one that says nothing is away.
+            if isinstance(error, Unavailable) and not isinstance(error.__cause__, TimeoutError):
                 await self._diagnose()
             raise
         self._admin = client

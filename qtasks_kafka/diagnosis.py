@@ -8,7 +8,7 @@ from typing import Any
 
 from qtasks_core.errors import ConfigurationError
 
-LOOK = 5.0
+LOOK = 2.0
 """Seconds for each look at a server."""
 
 

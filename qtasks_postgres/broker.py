@@ -232,6 +232,10 @@ class PostgresBroker(Broker):
         await self._doorbell.stop()
         await self._database.stop()
 
+    async def clock(self) -> float | None:
+        self._started()
+        return await self._database.clock()
+
     async def migrate(self, namespace: str) -> list[str]:
         return await self._database.migrate()
 

@@ -183,6 +183,11 @@ class Database:
                 return await connection.fetch(sql, *arguments)
         return await self.calls.run(self._fetch(sql, arguments, TIMEOUT + size / SLOWEST))
 
+    async def clock(self) -> float:
+        """Return the server's Unix time, in seconds."""
+        (row,) = await self.fetch("SELECT extract(epoch FROM clock_timestamp())::float8")
+        return float(row[0])
+
     async def connect(self) -> Connection:
         """Open a connection to listen by, for the caller to keep. Raises `Unavailable`."""
         with self.translated():

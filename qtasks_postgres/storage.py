@@ -146,6 +146,10 @@ class PostgresStorage(Storage):
         self._namespace = None
         await self._database.stop()
 
+    async def clock(self) -> float | None:
+        self._started()
+        return await self._database.clock()
+
     async def migrate(self, namespace: str) -> list[str]:
         return await self._database.migrate()
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from secrets import token_hex
+from typing import Any, Final
 from weakref import WeakSet
 
 from qtasks_core import (
@@ -29,10 +30,17 @@ from qtasks_core.errors import (
 )
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
-from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended
+from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended, too_large
 from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
 
 _MOST_TAKEN = 1000
+# All that the scripts and the blocking read call. The key holds text, so that most of it fails.
+_TRIALS: Final[Sequence[tuple[Any, ...]]] = (
+    ("SET", "", "PX", 1000), ("GET",), ("EXISTS",), ("LPUSH", "1"), ("BLPOP", 0.01),
+    ("ZADD", "XX", 0, "m"), ("ZREM", "m"), ("ZSCORE", "m"), ("ZRANGE", 0, 0),
+    ("ZRANGEBYSCORE", 0, 0), ("XADD", "NOMKSTREAM", "*", "m", ""), ("XRANGE", "-", "+"),
+    ("XDEL", "0-1"),
+)  # fmt: skip
 
 
 class RedisBroker(Broker):
@@ -60,6 +68,7 @@ class RedisBroker(Broker):
             survives=self._server.survives,
             durability=self._server.durability,
             lease=self._lease,
+            largest=self._server.largest,
             leases_survive=self._server.survives in ("server crash", "machine crash"),
             order="queue",
             counts_deliveries=True,
@@ -70,6 +79,11 @@ class RedisBroker(Broker):
     async def start(self, namespace: str) -> None:
         self._connection = await connect(self._url, namespace)
         self._server = self._connection.server
+        try:
+            await self._connection.check_rights(_TRIALS)
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         for subscription in list(self._subscriptions):
@@ -84,19 +98,25 @@ class RedisBroker(Broker):
         refuse_transaction(self, transaction)
         connection = self._started()
         encoded = [encode_message(message) for message in messages]
-        for part in batches(messages, [len(data) for data in encoded]):
+        outcomes = [too_large(len(data), connection.server.largest) or DONE for data in encoded]
+        taken = [at for at, outcome in enumerate(outcomes) if outcome is DONE]
+        for part in batches(taken, [len(encoded[at]) for at in taken]):
             queues = Queues(connection)
             args: list[str | bytes] = []
-            for message, data in zip(messages[part], encoded[part], strict=True):
-                args += (queues.position(message.queue), _milliseconds(message.delay), data)
+            for at in taken[part]:
+                delay = _milliseconds(messages[at].delay)
+                args += (queues.position(messages[at].queue), delay, encoded[at])
             await connection.run(PUBLISH, queues.keys, args)
-        return [DONE] * len(messages)
+        return outcomes
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         subscription = RedisSubscription(self._started, self._lease)
         self._started()
         self._subscriptions.add(subscription)
         return subscription
+
+    async def clock(self) -> float | None:
+        return await self._started().time()
 
     def _started(self) -> Connection:
         if self._connection is None:
@@ -248,11 +268,24 @@ class RedisSubscription(Subscription):
             await self._ring(self._bells)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        fresh = [s for s in settlements if not s.delivery.fence.settled]
-        encoded = [encode_message(s.message) if isinstance(s, Retry) else b"" for s in fresh]
+        fresh: list[Settlement] = []
+        encoded: list[bytes] = []
+        refused: dict[int, Outcome] = {}
+        for at, settlement in enumerate(settlements):
+            if settlement.delivery.fence.settled:
+                continue
+            data = encode_message(settlement.message) if isinstance(settlement, Retry) else b""
+            if data and (refusal := too_large(len(data), self._connection().server.largest)):
+                refused[at] = refusal
+                continue
+            fresh.append(settlement)
+            encoded.append(data)
         for part in batches(fresh, [len(data) for data in encoded]):
             await self._settle(fresh[part], encoded[part])
-        return [DONE if s.delivery.fence.settled else LOST for s in settlements]
+        return [
+            DONE if s.delivery.fence.settled else refused.get(at, LOST)
+            for at, s in enumerate(settlements)
+        ]
 
     async def _settle(self, settlements: Sequence[Settlement], encoded: Sequence[bytes]) -> None:
         connection = self._connection()

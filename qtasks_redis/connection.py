@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
+from weakref import WeakSet
 
+from qtasks_core import Outcome
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
 from qtasks_core.urls import redact, refuse_options, split, take_options
 from qtasks_redis.scripts import Script
@@ -38,8 +42,30 @@ _MOST_CALLS: Final = 32
 """Calls on the way at once, each on a connection of its own; the others wait their turn."""
 _MOST_ITEMS: Final = 1000
 _MOST_BYTES: Final = 4 * 1024 * 1024
-_PASSING: Final = ("OOM", "READONLY", "MISCONF", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "BUSY")
-"""Error codes of a server that is there and cannot work now."""
+_FINAL: Final = (
+    "NOPERM", "ACL failure", "NOAUTH", "WRONGPASS", "NOPROTO", "WRONGTYPE", "CROSSSLOT", "DB index",
+    "SELECT is not allowed", "unknown command", "Unknown Redis command", "unknown subcommand",
+    "wrong number of arg", "syntax error",
+)  # fmt: skip
+"""What answers say that time does not mend. Every other error of the server is one that passes.
+
+Matched anywhere in the text: before Redis 7 an error within a script is quoted by another one.
+"""
+_ELSEWHERE: Final = (
+    "READONLY",
+    "MASTERDOWN",
+    "LOADING",
+    "UNBLOCKED",
+    "CLUSTERDOWN",
+    "MOVED",
+    "ASK ",
+)
+"""What a server says that is not, or not any more, the one to talk to: look the name up anew."""
+
+_TRIALS: Final[Sequence[tuple[Any, ...]]] = (
+    ("TIME",), ("PING",), ("EVAL", "return 1", 0), ("EVALSHA", "none", 0),
+)  # fmt: skip
+"""What every part calls beside the commands on its keys."""
 
 
 class Server(NamedTuple):
@@ -49,6 +75,9 @@ class Server(NamedTuple):
     survives: Literal["client crash", "server crash", "machine crash"]
     durability: str
     notes: tuple[str, ...]
+    largest: int = 64 * 2**20
+    """Bytes that an item may have. Redis takes 512 MiB unless it is told otherwise
+    (`proto-max-bulk-len`), but not within the seconds in which it has to answer."""
 
 
 UNKNOWN: Final = Server("Redis", "client crash", "known after start", ())
@@ -74,9 +103,12 @@ def checked(url: str) -> str:
 class Connection:
     """A pool to one server, and the names of what one namespace keeps there."""
 
-    def __init__(self, client: Redis, url: str, namespace: str, within: float) -> None:
-        self._client = client
-        self._execute: Callable[..., Awaitable[Any]] = client.execute_command
+    def __init__(self, make: Callable[[], Redis], url: str, namespace: str, within: float) -> None:
+        self._make = make
+        self._client = make()
+        self._busy: Counter[Redis] = Counter()
+        """How many calls each client has on the way; more than one client while one is given up."""
+        self._lines: WeakSet[AbstractConnection] = WeakSet()
         self._url = url
         self.server = UNKNOWN
         self._slots = asyncio.Semaphore(_MOST_CALLS)
@@ -98,9 +130,13 @@ class Connection:
         The driver's own timeout is off: it waits with `asyncio.wait_for`, which before Python 3.12
         can swallow a cancellation.
         """
-        with self.reachable():
-            async with asyncio.timeout(self.answer_within), self._slots:
-                return await self._execute(*command)
+        async with self._slots:
+            return await self._execute(*command)
+
+    async def time(self) -> float:
+        """Return the server's Unix time, in seconds."""
+        seconds, microseconds = await self.call("TIME")
+        return int(seconds) + int(microseconds) / 1e6
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
         """Run a script, and load it first if the server has forgotten it."""
@@ -122,9 +158,7 @@ class Connection:
         Less than the time in which the server must answer, so that a dead one is noticed.
         """
         seconds = f"{0.8 * self.answer_within:.3f}"
-        with self.reachable():
-            async with asyncio.timeout(self.answer_within):
-                heard = await self._execute("BLPOP", *bells, seconds)
+        heard = await self._execute("BLPOP", *bells, seconds)
         return None if heard is None else heard[0].decode()
 
     async def line(self) -> AbstractConnection:
@@ -134,40 +168,129 @@ class Connection:
         with self.reachable():
             async with asyncio.timeout(self.answer_within):
                 await line.connect()  # type: ignore[no-untyped-call]
+        self._lines.add(line)
         return line
+
+    async def check_rights(
+        self, trials: Sequence[tuple[str | float, ...]], channels: Sequence[str] = ()
+    ) -> None:
+        """Try what the part will do, and name each right that is missing.
+
+        Raises `ConfigurationError`. A user that may ask the server for its rights is a powerful
+        one, so none is asked for; the trials are on a key and on channels that nobody uses, and
+        what they do or answer does not matter: rights are looked at before all else.
+        """
+        from redis.exceptions import NoPermissionError, ResponseError
+
+        missing: list[str] = []
+
+        async def attempt(call: Awaitable[Any], name: str) -> None:
+            try:
+                async with asyncio.timeout(self.answer_within):
+                    await call
+            except NoPermissionError as error:
+                missing.append(f"{name} ({error})")
+            except ResponseError:
+                return
+
+        with self.reachable():
+            execute: Callable[..., Awaitable[Any]] = self._client.execute_command
+            for command, *args in _TRIALS:
+                await attempt(execute(command, *args), command)
+            for command, *args in trials:
+                key = self.key("rights", "")
+                await attempt(execute(command, key, *args), f"{command} on keys")
+            for channel in channels:
+                await attempt(execute("PUBLISH", channel, ""), f"PUBLISH to {channel}*")
+                line = await self.line()
+                try:
+                    await line.send_command("SUBSCRIBE", channel)
+                    await attempt(line.read_response(), f"SUBSCRIBE to {channel}*")
+                finally:
+                    await line.disconnect(nowait=True)
+        if missing:
+            raise ConfigurationError(
+                f"{redact(self._url)}: the user lacks rights that docs/rights.md lists: "
+                + "; ".join(missing)
+            )
 
     async def close(self) -> None:
         """Close the pool, whoever still waits in it."""
         await self._client.aclose()
 
+    async def _execute(self, *command: str | bytes | int) -> Any:
+        client = self._client
+        self._busy[client] += 1
+        try:
+            with self.reachable():
+                async with asyncio.timeout(self.answer_within):
+                    execute: Callable[..., Awaitable[Any]] = client.execute_command
+                    return await execute(*command)
+        except Elsewhere:
+            await self._move(client)
+            raise
+        finally:
+            self._busy[client] -= 1
+            if not self._busy[client]:
+                del self._busy[client]
+                if client is not self._client:
+                    await client.aclose()
+
+    async def _move(self, client: Redis) -> None:
+        """Let no call and no line go on with a server that is not the one to talk to any more."""
+        if client is not self._client:
+            return
+        # Calls that are on the way end as they end; the last of them closes the pool they are in.
+        self._client = self._make()
+        for line in list(self._lines):
+            await line.disconnect(nowait=True)
+
     @contextmanager
     def reachable(self) -> Iterator[None]:
-        """Turn the driver's errors into `Unavailable` and `ConfigurationError`."""
+        """Turn the driver's errors into `Unavailable` and `ConfigurationError`.
+
+        Final is only what is known to be; the rest may pass. `NoScriptError` is for `run`.
+        """
         from redis import exceptions
 
         where = redact(self._url)
         try:
             yield
+        except exceptions.NoScriptError:
+            raise
         except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
             raise ConfigurationError(f"{where} refuses the user or password: {error}") from None
         except exceptions.NoPermissionError as error:
             raise ConfigurationError(
                 f"{where}: the user's rights do not suffice: {error}"
             ) from None
-        except (exceptions.ConnectionError, exceptions.TimeoutError, OSError) as error:
-            raise Unavailable(f"{where}: {str(error) or 'no answer in time'}") from error
-        except exceptions.ResponseError as error:
-            passing = (
-                exceptions.OutOfMemoryError,
-                exceptions.ReadOnlyError,
-                exceptions.MasterDownError,
-                exceptions.ClusterDownError,
-            )
-            if isinstance(error, passing) or any(code in str(error) for code in _PASSING):
-                raise Unavailable(f"{where} cannot work now: {error}") from error
-            if "DB index" in str(error):
+        except (exceptions.RedisError, OSError) as error:
+            told = f"{type(error).__name__}: {error}"
+            if isinstance(error, exceptions.ResponseError) and _says(error, _FINAL):
                 raise ConfigurationError(f"{where}: {error}") from None
-            raise
+            if isinstance(error, _elsewhere()) or _says(error, _ELSEWHERE):
+                raise Elsewhere(f"{where} cannot work now: {told}") from error
+            if isinstance(error, exceptions.ResponseError):
+                raise Unavailable(f"{where} cannot work now: {error}") from error
+            raise Unavailable(f"{where}: {str(error) or 'no answer in time'}") from error
+
+
+class Elsewhere(Unavailable):
+    """The server is there, and is not the one to talk to any more."""
+
+
+def _says(error: Exception, words: Sequence[str]) -> bool:
+    return any(word in str(error) for word in words)
+
+
+def _elsewhere() -> tuple[type[Exception], ...]:
+    """Return the classes from which the driver has cut the words away."""
+    from redis import exceptions
+
+    return (
+        exceptions.ReadOnlyError, exceptions.BusyLoadingError, exceptions.ClusterDownError,
+        exceptions.AskError,
+    )  # fmt: skip
 
 
 async def connect(url: str, namespace: str) -> Connection:
@@ -179,24 +302,96 @@ async def connect(url: str, namespace: str) -> Connection:
     except ImportError:
         raise MissingDriver("redis://", ".[redis]") from None
     rest, options = take_options(url, {"socket_timeout": float})
-    try:
-        client: Redis = Redis.from_url(
+
+    def make() -> Redis:
+        return Redis.from_url(
             rest,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
             socket_timeout=None,
             socket_connect_timeout=CONNECT_WITHIN,
         )
+
+    within = options.get("socket_timeout", ANSWER_WITHIN)
+    try:
+        connection = Connection(make, url, namespace, within)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{redact(url)}: {error}") from None
-    within = options.get("socket_timeout", ANSWER_WITHIN)
-    connection = Connection(client, url, namespace, within)
     try:
         connection.server = await _ask(connection.call, url)
+    except Unavailable as error:
+        await connection.close()
+        told = await _wrong_with_tls(url, error)
+        if told is None:
+            raise
+        raise ConfigurationError(f"{redact(url)}: {told}") from None
     except BaseException:
         await connection.close()
         raise
     return connection
+
+
+async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
+    """Return what to set so that TLS works, or None if it is not the reason for the error."""
+    parts = split(url)
+    where = parts.hostname or "localhost", parts.port or 6379
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if parts.scheme != "rediss":
+        # One that speaks TLS closes the connection at once; one that says nothing is away.
+        silent = any(isinstance(one, TimeoutError) for one in chain)
+        if not silent and await _speaks_tls(*where):
+            return "the server speaks TLS there; write rediss:// and its port"
+        return None
+    for one in chain:
+        if isinstance(one, ssl.SSLCertVerificationError):
+            return (
+                f"the server's certificate is not trusted: {one.verify_message}; set ssl_ca_certs "
+                "to a file with its authority, and the host to a name in the certificate"
+            )
+        if isinstance(one, (FileNotFoundError, IsADirectoryError, PermissionError)):
+            return f"{one.strerror}: see the files of ssl_ca_certs, ssl_certfile and ssl_keyfile"
+        if isinstance(one, ssl.SSLError) and not isinstance(one, ssl.SSLEOFError):
+            return (
+                f"TLS fails: {one}; see ssl_ca_certs, ssl_certfile and ssl_keyfile, and whether "
+                "the server speaks TLS on this port"
+            )
+        if "SSL Certificate Requirements" in str(one):
+            return "ssl_cert_reqs is one of none, optional, required"
+    if await _speaks_plainly(*where):
+        return "the server speaks no TLS there; write redis://, or the port on which it does"
+    return None
+
+
+async def _speaks_tls(host: str, port: int) -> bool:
+    """Tell whether a server begins a handshake of TLS. Nothing is sent to it over that."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    try:
+        async with asyncio.timeout(CONNECT_WITHIN):
+            _, writer = await asyncio.open_connection(host, port, ssl=context)
+    except OSError:  # TimeoutError and SSLError are ones
+        return False
+    writer.close()
+    return True
+
+
+async def _speaks_plainly(host: str, port: int) -> bool:
+    """Tell whether a server answers a PING without TLS, with or without a login."""
+    try:
+        async with asyncio.timeout(CONNECT_WITHIN):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(b"PING\r\n")
+                return (await reader.read(1)) in (b"+", b"-")
+            finally:
+                writer.close()
+    except OSError:  # TimeoutError is one
+        return False
 
 
 async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
@@ -217,15 +412,19 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
         return Server(name, "client crash", unknown, ("its eviction policy is unknown",))
     if "valkey_version" in info:
         name = f"Valkey {info['valkey_version']}"
-    return await _durability(call, name, info)
+    server = await _durability(call, name, info)
+    try:
+        told = _pairs(await call("CONFIG GET", "proto-max-bulk-len"))
+        # The head of a record comes on top of it.
+        return server._replace(largest=min(server.largest, int(told["proto-max-bulk-len"]) - 1024))
+    except (ConfigurationError, KeyError):
+        return server
 
 
 async def _durability(
     call: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
 ) -> Server:
     """Derive what the server survives from INFO and, where it may be asked, CONFIG."""
-    from redis.exceptions import ResponseError
-
     notes: list[str] = []
     policy = str(info.get("maxmemory_policy", "unknown"))
     if policy not in ("noeviction", "unknown") and info.get("maxmemory", 0):
@@ -236,7 +435,7 @@ async def _durability(
         # With a pattern: servers before Redis 7 answer one name a call.
         told = _pairs(await call("CONFIG GET", "*appendfsync*"))
         fsync = told["appendfsync"]
-    except (ConfigurationError, ResponseError, KeyError):
+    except (ConfigurationError, KeyError):
         notes.append("appendfsync is unknown: the user may not call CONFIG GET")
         return Server(name, "client crash", "appendonly yes", tuple(notes))
     durability = f"appendonly yes, appendfsync {fsync}"
@@ -282,3 +481,10 @@ async def ended(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
         task.exception()
+
+
+def too_large(size: int, largest: int) -> Outcome | None:
+    """Return the refusal of an item that is larger than the server takes, else None."""
+    if size <= largest:
+        return None
+    return Outcome("refused", f"{size} bytes are more than the {largest} that Redis takes here")

@@ -27,6 +27,7 @@ from qtasks_redis.connection import (
     checked,
     connect,
     ended,
+    too_large,
 )
 from qtasks_redis.scripts import SAVE
 
@@ -37,6 +38,10 @@ _RECORD: Final = "record"
 _INBOX: Final = "inbox"
 _WATCH: Final = "final"
 _MOST_READ: Final = 500
+_TRIALS: Final[Sequence[tuple[Any, ...]]] = (
+    ("SET", "", "PX", 1000), ("GET",), ("MGET",), ("GETRANGE", 0, 0), ("PTTL",), ("PERSIST",),
+)  # fmt: skip
+"""All that the script and `get` call on keys."""
 _PING_AFTER: Final = 2.0
 """Seconds of silence after which a server that owes results is asked whether it is there."""
 _PONG_WITHIN: Final = 2.5
@@ -73,6 +78,7 @@ class RedisStorage(Storage):
             survives=self._server.survives,
             durability=self._server.durability,
             retention=self._retention,
+            largest=self._server.largest,
             unsupported=(
                 "query", "claim", "release", "set", "get_value", "values", "watch_value",
                 "append", "read", "delete", "expire", "migrate",
@@ -83,6 +89,12 @@ class RedisStorage(Storage):
     async def start(self, namespace: str) -> None:
         self._connection = await connect(self._url, namespace)
         self._server = self._connection.server
+        key = self._connection.key
+        try:
+            await self._connection.check_rights(_TRIALS, (key(_INBOX, ""), key(_WATCH, "")))
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         for inbox in list(self._inboxes):
@@ -95,17 +107,17 @@ class RedisStorage(Storage):
         refuse_transaction(self, transaction)
         connection = self._started()
         encoded = [encode_task(task) for task in tasks]
-        outcomes: list[Outcome] = []
-        for part in batches(tasks, [len(data) for data in encoded]):
-            keys = [connection.key(_RECORD, task.uuid) for task in tasks[part]]
+        outcomes = [too_large(len(data), connection.server.largest) or DONE for data in encoded]
+        taken = [at for at, outcome in enumerate(outcomes) if outcome is DONE]
+        for part in batches(taken, [len(encoded[at]) for at in taken]):
+            keys = [connection.key(_RECORD, tasks[at].uuid) for at in taken[part]]
             args: list[str | bytes] = []
-            for task, data in zip(tasks[part], encoded[part], strict=True):
-                args += self._record(connection, task, data)
+            for at in taken[part]:
+                args += self._record(connection, tasks[at], encoded[at])
             answers = await connection.run(SAVE, keys, args)
-            outcomes += (
-                DONE if answer == 1 else _refused(task.uuid, answer)
-                for task, answer in zip(tasks[part], answers, strict=True)
-            )
+            for at, answer in zip(taken[part], answers, strict=True):
+                if answer != 1:
+                    outcomes[at] = _refused(tasks[at].uuid, answer)
         return outcomes
 
     def _record(self, connection: Connection, task: Task, data: bytes) -> tuple[str | bytes, ...]:
@@ -136,6 +148,9 @@ class RedisStorage(Storage):
         await inbox.open()
         self._inboxes.add(inbox)
         return inbox
+
+    async def clock(self) -> float | None:
+        return await self._started().time()
 
     def _started(self) -> Connection:
         if self._connection is None:

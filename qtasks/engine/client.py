@@ -18,6 +18,7 @@ from uuid_utils import uuid7
 from qtasks.engine import driver_logs
 from qtasks.engine.backoff import Backoff, repeat
 from qtasks.engine.cancelling import only_from_outside
+from qtasks.engine.clock import Clock
 from qtasks.engine.gatherer import Gatherer
 from qtasks.engine.outage import Outage
 from qtasks.engine.reply import Reply, anew
@@ -61,6 +62,7 @@ class Client:
         self.storage = storage
         self._driver_loggers = {*broker.driver_loggers, *storage.driver_loggers}
         self.composition: Composition = broker.compose(storage)
+        self.clock = Clock(broker, storage)
         self._limits: list[tuple[str, int]] = []
         """The parts that take only so much, and how many bytes; told after their start."""
         self._inbox: Inbox | None = None
@@ -136,7 +138,7 @@ class Client:
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
     ) -> None:
         """Submit a message with all others of this turn of the loop."""
-        if (error := self._too_large(message)) is not None:
+        if self._limits and (error := self._too_large(message)) is not None:
             reply.fail(error)
             return
         self._submissions.add(Submission(message, deadline, reply, wait))
@@ -145,10 +147,11 @@ class Client:
         self, messages: Sequence[TaskMessage], deadline: float, reply: Reply[Task | None]
     ) -> None:
         """Submit many messages; answer once all writes are durable, or with the first error."""
-        for message in messages:
-            if (error := self._too_large(message)) is not None:
-                reply.fail(error)
-                return
+        if self._limits:
+            for message in messages:
+                if (error := self._too_large(message)) is not None:
+                    reply.fail(error)
+                    return
         share = _Countdown(reply, len(messages))
         self._submissions.extend([Submission(m, deadline, share, False) for m in messages])
 
@@ -226,7 +229,7 @@ class Client:
         while batch:
             try:
                 async with asyncio.timeout_at(max(s.deadline for s in batch)):
-                    messages = await self._addressed(batch)
+                    messages = await self._dated(await self._addressed(batch))
                     outcomes = await self.composition.submit(messages)
             except (Unavailable, TimeoutError) as error:
                 pause = backoff.next()
@@ -261,6 +264,16 @@ class Client:
             if submission.reply not in replies:
                 replies.append(submission.reply)
         return [replace(s.message, reply_to=inbox.address) if s.wait else s.message for s in batch]
+
+    async def _dated(self, messages: list[TaskMessage]) -> list[TaskMessage]:
+        """Return the messages; what expires does so by the clock that workers have too."""
+        if all(message.expires_at is None for message in messages):
+            return messages
+        await self.clock.ask()
+        return [
+            m if m.expires_at is None else replace(m, expires_at=self.clock.shown_at(m.expires_at))
+            for m in messages
+        ]
 
     def _answer(self, submission: Submission, outcome: Outcome) -> None:
         message = submission.message

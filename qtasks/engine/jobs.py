@@ -14,7 +14,8 @@ class Jobs:
 
     def __init__(self, queues: Iterable[str]) -> None:
         self._held: set[Job] = set()
-        self._by_message: dict[tuple[str, str, int, str], Job] = {}
+        self._by_uuid: dict[str, Job] = {}
+        """The newest of each task: it may be held for two attempts, one of them at its end."""
         self.running = dict.fromkeys(queues, 0)
         """How many functions run, by queue."""
         self._changed = asyncio.Event()
@@ -37,12 +38,13 @@ class Jobs:
     def hold(self, job: Job) -> None:
         """Hold a job: its lease is kept from now on."""
         self._held.add(job)
-        self._by_message[_message_of(job)] = job
+        self._by_uuid[job.message.uuid] = job
         self._present.set()
 
     def same(self, job: Job) -> Job | None:
         """Return the job that is held for the message of this one, which was delivered again."""
-        return self._by_message.get(_message_of(job))
+        held = self._by_uuid.get(job.message.uuid)
+        return held if held is not None and _message_of(held) == _message_of(job) else None
 
     def begun(self, job: Job) -> None:
         """Count a job that is handed to the runner."""
@@ -60,8 +62,8 @@ class Jobs:
     def drop(self, job: Job) -> None:
         """Let go of a job that is completed; `notice` tells who waits."""
         self._held.discard(job)
-        if self._by_message.get(_message_of(job)) is job:
-            del self._by_message[_message_of(job)]
+        if self._by_uuid.get(job.message.uuid) is job:
+            del self._by_uuid[job.message.uuid]
 
     def notice(self) -> None:
         """Have everybody look again who waits in `until`."""

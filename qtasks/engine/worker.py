@@ -329,6 +329,8 @@ class Worker:
             jobs.append(job)
         if not jobs:
             return
+        if any(job.message.expires_at is not None for job in jobs):
+            await self._reach.persist(self._client.clock.ask, self._stopping)
         admit = partial(self._client.composition.admit, [job.delivery for job in jobs])
         verdicts = None
         try:
@@ -375,7 +377,8 @@ class Worker:
         elif message.task_name not in self._known:
             self._put_back(job)
         elif (late := self._late(message)) > 0:
-            said = f"expired {late:.3g} s before it could start, by the clock of this worker"
+            whose = "the server" if self._client.clock.shared else "this worker"
+            said = f"expired {late:.3g} s before it could start, by the clock of {whose}"
             self._bury(job, said, "expired")
         elif not suspicious(job.delivery, record):
             return True
@@ -386,21 +389,23 @@ class Worker:
         return False
 
     def _late(self, message: TaskMessage) -> float:
-        """Return for how many seconds a message has expired, by this worker's clock.
+        """Return for how many seconds a message has expired.
 
-        The limit was set by its sender's. That the two differ shows where one is of the future.
+        Where no server tells the time the limit was set by its sender's clock, and is looked at by
+        this worker's. That the two differ shows where one is of the future.
         """
         if message.expires_at is None:
             return 0.0
-        now = time.time()
-        if (ahead := message.created_at - now) > _SKEW and not self._skew_told:
+        clock = self._client.clock
+        ahead = message.created_at - time.time()
+        if ahead > _SKEW and not (clock.shared or self._skew_told):
             self._skew_told = True
             logger.warning(
                 "the clock of a sender is %.1f s ahead of this worker's: expires= is off by that; "
                 "synchronise them",
                 ahead,
             )
-        return now - message.expires_at
+        return clock.now() - message.expires_at
 
     def _put_back(self, job: Job) -> None:
         """Retry a task that this worker does not know later, at last end it."""
@@ -464,8 +469,8 @@ class Worker:
     def _let_go(self, job: Job) -> None:
         """Drop a job, and give back other deliveries of its message: its record stops them."""
         self._jobs.drop(job)
-        for delivery in job.also:
-            self._complete(Completion(Release(delivery), None))
+        if job.also:
+            self._ends.extend([Completion(Release(delivery), None) for delivery in job.also])
 
     def _complete(self, completion: Completion) -> None:
         """Complete what never became a job, or record a word in between."""
@@ -473,9 +478,9 @@ class Worker:
 
     async def _flush(self, subscription: Subscription, batch: list[_End]) -> None:
         # Asked only now: an extension may have replaced a delivery since its job ended.
-        completions = [
-            self._fitting(_completion(end) if isinstance(end, Job) else end) for end in batch
-        ]
+        completions = [_completion(end) if isinstance(end, Job) else end for end in batch]
+        if self._largest is not None:
+            completions = [self._fitting(completion, self._largest) for completion in completions]
         for end in batch:
             if isinstance(end, Job):
                 end.settling = True
@@ -503,10 +508,10 @@ class Worker:
             self._interrupt_receive()
         self.limits.look(self._ended_count)
 
-    def _fitting(self, completion: Completion) -> Completion:
+    def _fitting(self, completion: Completion, largest: int) -> Completion:
         """Return what is over the storage's limit without its arguments and result."""
-        largest, task = self._largest, completion.task
-        if largest is None or task is None:
+        task = completion.task
+        if task is None:
             return completion
         size = len(task.args) + len(task.kwargs) + len(task.returning or b"") + ENVELOPE
         size += 4 * len(task.traceback or "") + 4 * len(task.error or "")

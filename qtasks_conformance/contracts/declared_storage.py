@@ -62,6 +62,14 @@ class DeclaredStorageContract(Contract):
             }
             await assert_closed(calls, storage.guarantees.unsupported)
 
+    async def test_the_clock_is_the_servers(self, rig: Rig) -> None:
+        """Whoever asks hears one time, which goes on; or nobody is told any."""
+        one, other = await rig.storage(), await rig.storage()
+        told = [await part.clock() for part in (one, other, one)]
+        times = [time for time in told if time is not None]
+        assert len(times) in (0, 3)
+        assert times == sorted(times)
+
     async def test_nothing_unknown_is_declared_unsupported(self, rig: Rig) -> None:
         """What is abstract cannot be left out, and what does not exist is a slip of the pen."""
         storage = await rig.storage()

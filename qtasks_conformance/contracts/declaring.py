@@ -41,13 +41,13 @@ ORDERS = ("none", "partition", "queue")
 
 
 def optional_methods(contract: type) -> list[str]:
-    """Return the methods a part may leave out: those that are not abstract, but for `compose`."""
+    """Return the methods a part may leave out: those that raise `NotSupported` by themselves."""
     return [
         name
         for name, _ in inspect.getmembers(contract, inspect.isfunction)
         if not name.startswith("_")
         and name not in contract.__abstractmethods__  # type: ignore[attr-defined]
-        and name != "compose"
+        and name not in ("clock", "compose")
     ]
 
 

@@ -66,6 +66,14 @@ class Broker(ABC):
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         """Open a subscription to `queues`, each with the most deliveries held at once."""
 
+    async def clock(self) -> float | None:
+        """Return the server's Unix time, in seconds; None where it does not tell.
+
+        All processes of an app ask the same servers, so by this they compare times that one of
+        them has set, whatever their own clocks show. Raises `Unavailable`.
+        """
+        return None
+
     async def depth(self, queue: str) -> QueueDepth:
         """Count what is in a queue, as far as the transport knows; a queue never used is empty."""
         raise NotSupported(f"{type(self).__name__} cannot tell the depth of a queue yet")

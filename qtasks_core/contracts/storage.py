@@ -60,6 +60,14 @@ class Storage(ABC):
     async def inbox(self) -> Inbox:
         """Open an inbox; its address is ready to be used in messages."""
 
+    async def clock(self) -> float | None:
+        """Return the server's Unix time, in seconds; None where it does not tell.
+
+        All processes of an app ask the same servers, so by this they compare times that one of
+        them has set, whatever their own clocks show. Raises `Unavailable`.
+        """
+        return None
+
     async def query(self, query: TaskQuery) -> TaskPage:
         """List records, newest (`created_at`, then uuid) first, a page at a time.
 

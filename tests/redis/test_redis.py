@@ -440,20 +440,37 @@ async def test_eviction_is_noted(redis_server: Service, server: Redis) -> None:
         await server.config_set("maxmemory", "0")
 
 
-async def test_full_memory_is_a_passing_state(
+async def test_a_full_server_takes_nothing_new_and_lets_what_is_there_be_finished(
     parts: tuple[RedisBroker, RedisStorage], server: Redis
 ) -> None:
-    broker, _ = parts
+    broker, storage = parts
     subscription = await subscribed(broker)
-    await broker.publish([message(), message()])
-    (held,) = await subscription.receive({"default": 1}, 1)
+    messages = [message(), message(), message(delay=0.1)]
+    uuids = [message.uuid for message in messages]
+    await storage.save([replace(final(uuid), status="new") for uuid in uuids])
+    await broker.publish(messages)
     await server.config_set("maxmemory", "1mb")
     try:
+        for new in (message(), message(delay=0.1)):
+            with pytest.raises(Unavailable, match="maxmemory"):
+                await broker.publish([new])
         with pytest.raises(Unavailable, match="maxmemory"):
-            await broker.publish([message()])
-        with pytest.raises(Unavailable, match="maxmemory"):
-            await subscription.receive({"default": 1}, 1)
-        assert await subscription.settle([Ack(held)]) == [DONE]
+            await storage.save([replace(final(str(uuid4())), status="new")])
+        left = set(uuids)
+        again = True
+        while left:
+            for delivery in await subscription.receive({"default": 9}, 9):
+                assert await subscription.extend([delivery]) == [delivery]
+                if again:
+                    again = False
+                    retry = Retry(delivery, replace(sent(delivery), attempt=2))
+                    assert await subscription.settle([retry]) == [DONE]
+                    continue
+                uuid = sent(delivery).uuid
+                assert await storage.save([replace(final(uuid), status="process")]) == [DONE]
+                assert await storage.save([final(uuid, returning=b"small")]) == [DONE]
+                assert await subscription.settle([Ack(delivery)]) == [DONE]
+                left.discard(uuid)
     finally:
         await server.config_set("maxmemory", "0")
-    assert len(await subscription.receive({"default": 9}, 9)) == 1
+    assert [task and task.status for task in await storage.get(uuids)] == ["success"] * 3
