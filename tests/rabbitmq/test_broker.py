@@ -22,7 +22,7 @@ def message(queue: str = "q", **fields: object) -> TaskMessage:
 
 async def collect(subscription: Subscription, queue: str, count: int) -> list[Delivery]:
     deliveries: list[Delivery] = []
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while len(deliveries) < count:
             missing = count - len(deliveries)
             deliveries += await subscription.receive({queue: missing}, missing)
@@ -98,7 +98,7 @@ async def test_a_deleted_queue_is_made_again(
     await connection.close()
     (outcome,) = await broker.publish([message()])
     assert outcome.status == "done"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             try:
                 deliveries = await subscription.receive({"q": 5}, 5)
