@@ -81,12 +81,17 @@ async def declare(channel: Channel, names: Names, methods: Sequence[Frame]) -> N
 
     queues = [m for m in methods if isinstance(m, Queue.Declare)]
     known = await _there(channel, queues)
-    try:
-        async with channel.aside() as aside:
+    differs = False
+    # Opened outside of each `try` here: a channel that cannot be opened has no code, and is an
+    # outage whatever else was to be found out.
+    async with channel.aside() as aside:
+        try:
             await aside.call(*methods)
-    except (Unavailable, ConfigurationError):
-        if aside.close_code not in (ACCESS_REFUSED, PRECONDITION_FAILED):
-            raise
+        except (Unavailable, ConfigurationError):
+            differs = aside.close_code in (ACCESS_REFUSED, PRECONDITION_FAILED)
+            if not differs:
+                raise
+    if differs:
         await _one_by_one(channel, names, methods)
     if not known:
         channel.note_creation()
@@ -96,16 +101,16 @@ async def _there(channel: Channel, methods: Sequence[Queue.Declare]) -> bool:
     """Say whether the server has all that is declared; the answer no costs a channel."""
     if not methods:
         return True
-    try:
-        async with channel.aside() as aside:
+    async with channel.aside() as aside:
+        try:
             await aside.call(*(_passive(method) for method in methods))
-    except Unavailable:
-        if aside.close_code != NOT_FOUND:
-            raise
-        return False
-    except ConfigurationError:
-        # May not be asked: then it was not made here either, and what is lacking comes to light.
-        return True
+        except Unavailable:
+            if aside.close_code != NOT_FOUND:
+                raise
+            return False
+        except ConfigurationError:
+            # May not be asked: then it was not made here either, and what lacks comes to light.
+            return True
     return True
 
 
@@ -120,32 +125,32 @@ async def _one_by_one(channel: Channel, names: Names, methods: Sequence[Frame]) 
                 await aside.call(method)
             continue
         if may_create:
-            try:
-                async with channel.aside() as aside:
+            async with channel.aside() as aside:
+                try:
                     await aside.call(method)
-                continue
-            except ConfigurationError:
-                may_create = False
-            except Unavailable as error:
-                if aside.close_code != PRECONDITION_FAILED:
-                    raise
-                names.tell(str(error), serves=not ESSENTIAL.search(str(error)))
+                except ConfigurationError:
+                    may_create = False
+                except Unavailable as error:
+                    if aside.close_code != PRECONDITION_FAILED:
+                        raise
+                    names.tell(str(error), serves=not ESSENTIAL.search(str(error)))
+            if may_create:
                 continue
         await _need(channel, method)
 
 
 async def _need(channel: Channel, method: Queue.Declare | Exchange.Declare) -> None:
     """Raise `ConfigurationError` if something is missing which the user may not create."""
-    try:
-        async with channel.aside() as aside:
+    async with channel.aside() as aside:
+        try:
             await aside.call(_passive(method))
-    except Unavailable as error:
-        if aside.close_code != NOT_FOUND:
-            raise
-        raise ConfigurationError(
-            f"{error}. The user may not create it: create it beforehand, or grant the right to "
-            "configure it (docs/rights.md lists what is needed)"
-        ) from error
+        except Unavailable as error:
+            if aside.close_code != NOT_FOUND:
+                raise
+            raise ConfigurationError(
+                f"{error}. The user may not create it: create it beforehand, or grant the right to "
+                "configure it (docs/rights.md lists what is needed)"
+            ) from error
 
 
 def _passive(method: Queue.Declare | Exchange.Declare) -> Queue.Declare | Exchange.Declare:

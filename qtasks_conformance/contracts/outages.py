@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
@@ -87,11 +87,10 @@ class BrokerOutageContract(Contract):
         idle = await broker.subscribe({"other": 1})
         await asyncio.sleep(0.3)
         late = rig.subject.broker.broker()
-        await asyncio.to_thread(server.kill)
-        await gives_up(lambda: broker.publish(rig.messages(1)))
-        await gives_up(lambda: idle.receive({"other": 1}, 1))
-        await gives_up(lambda: late.start(rig.namespace))
-        await asyncio.to_thread(server.restart)
+        async with killed(server):
+            await gives_up(lambda: broker.publish(rig.messages(1)))
+            await gives_up(lambda: idle.receive({"other": 1}, 1))
+            await gives_up(lambda: late.start(rig.namespace))
         await persist(lambda: late.start(rig.namespace))
         await late.stop()
         messages = rig.messages(3)
@@ -113,11 +112,10 @@ class StorageOutageContract(Contract):
         open_ = rig.record("process", execution="b")
         assert_done(await storage.save([final, open_]))
         late = rig.subject.storage.storage()
-        await asyncio.to_thread(server.kill)
-        await gives_up(lambda: storage.save([rig.record("new")]))
-        await gives_up(lambda: storage.get([final.uuid]))
-        await gives_up(lambda: late.start(rig.namespace))
-        await asyncio.to_thread(server.restart)
+        async with killed(server):
+            await gives_up(lambda: storage.save([rig.record("new")]))
+            await gives_up(lambda: storage.get([final.uuid]))
+            await gives_up(lambda: late.start(rig.namespace))
         await persist(lambda: late.start(rig.namespace))
         assert await late.get([final.uuid]) == [final]
         await late.stop()
@@ -144,12 +142,11 @@ class StorageOutageContract(Contract):
         inbox.expect([early.uuid, mine.uuid])
         await inbox.watch([watched.uuid])
         assert_done(await saver.save([early]))
-        await asyncio.to_thread(server.kill)
-        waiting = rig.background(hear_through(inbox, {early.uuid, mine.uuid, watched.uuid}))
-        with suppress(Unavailable):
-            async with asyncio.timeout(FEW):
-                await deaf.watch([late.uuid])
-        await asyncio.to_thread(server.restart)
+        async with killed(server):
+            waiting = rig.background(hear_through(inbox, {early.uuid, mine.uuid, watched.uuid}))
+            with suppress(Unavailable):
+                async with asyncio.timeout(FEW):
+                    await deaf.watch([late.uuid])
         assert_done(await persist(lambda: saver.save([mine, own, watched, late])))
         heard = await waiting
         assert heard == {record.uuid: record for record in (early, mine, watched)}
@@ -163,6 +160,16 @@ async def gives_up(call: Callable[[], Awaitable[object]]) -> None:
     with pytest.raises(Unavailable):
         async with asyncio.timeout(FEW):
             await call()
+
+
+@asynccontextmanager
+async def killed(server: Server) -> AsyncIterator[None]:
+    """Have the server be gone inside; it runs afterwards whatever came of that, for other tests."""
+    await asyncio.to_thread(server.kill)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(server.restart)
 
 
 def server_of(rig: Rig, guarantees: Guarantees) -> Server:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qtasks_core import Ack, Delivery, Subscription
+from qtasks_core import DONE, Ack, Delivery, Subscription
 from qtasks_core.errors import Unavailable
 from qtasks_core.wire import encode_message
 from qtasks_log import Entry
@@ -154,6 +154,25 @@ async def test_an_error_at_any_write_strands_nothing(
         if not failed:
             break
     assert number > 5
+
+
+async def test_an_error_at_any_write_of_a_declaration_is_an_outage(
+    broker: RabbitMQBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a queue that is not there yet: the channels on which it is declared cannot be opened."""
+    failing = Failing(monkeypatch)
+    for number in range(200):
+        queue = f"q{number}"
+        failing.failed, failing.left = False, number
+        try:
+            await broker.publish([message(queue)])
+        except Unavailable:
+            assert failing.failed
+        failed, failing.left = failing.failed, -1
+        assert await patient(broker.publish, [message(queue)]) == [DONE]
+        if not failed:
+            break
+    assert number > 2
 
 
 async def test_a_cancelled_receive_strands_nothing(
