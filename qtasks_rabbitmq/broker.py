@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMessage
@@ -19,6 +19,9 @@ from qtasks_rabbitmq.topology import Names, declare, namespace_methods, queue_me
 if TYPE_CHECKING:
     from qtasks_rabbitmq.channel import Channel, Sending
 
+NOTICE = 1.0
+"""Seconds in which the server tells the consumers of a queue that it was deleted: some hundredths
+on a machine at rest."""
 SILENCE = 3
 """Heartbeats after which the server has surely let go of a receiver that fell silent."""
 
@@ -107,12 +110,26 @@ class RabbitMQBroker(Broker):
             refused = await self._dispatch(parcels, chunk)
             if refused:
                 # A queue may have been deleted since it was declared: declare it and try again.
+                gone = {parcels[at].queue for at in refused if parcels[at].delay <= 0}
+                if gone:
+                    await self._let_go(gone)
                 self._declared.difference_update(parcels[at].queue for at in refused)
                 self._levels = 0
                 refused = await self._dispatch(parcels, list(refused))
             for at, reason in refused.items():
                 outcomes[at] = Outcome("refused", reason)
         return outcomes
+
+    async def _let_go(self, queues: Collection[str]) -> None:
+        """Have nobody consume from queues that were deleted, before they are made anew.
+
+        The server tells consumers of a deletion a little later. Those of a quorum queue that is
+        there again by then are not told: they stay, and what comes to them is dropped on its way
+        (seen on RabbitMQ 3.10). Ours leave at once; the sleep is for those of other processes.
+        """
+        for subscription in list(self._subscriptions):
+            await subscription.let_go(queues)
+        await asyncio.sleep(NOTICE)
 
     async def _dispatch(self, parcels: Sequence[Parcel], which: Sequence[int]) -> dict[int, str]:
         """Publish some of the parcels in one write; return why the server refused which."""

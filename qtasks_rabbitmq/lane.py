@@ -152,6 +152,19 @@ class Lane:
                 tags[outcome.status == "done"].append(delivery.fence[1])
             await self._acknowledge(tags[True], tags[False])
 
+    async def let_go(self) -> None:
+        """Give up the channel: the queue was deleted, and with it all that is held here."""
+        from pamqp.commands import Channel as Methods
+
+        channel = self._channel
+        if channel is not None and channel.lost is None:
+            try:
+                async with self._connection.answering():
+                    await channel.send(Methods.Close(200, "its queue was deleted", 0, 0))
+            except Unavailable as error:
+                log.debug("%s: %s", self._source, error)  # then it is lost anyway
+            channel.fail(f"the queue {self._source} was deleted")
+
     async def cancel_consumers(self) -> None:
         """Have the server push nothing more."""
         from pamqp.commands import Basic

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -167,6 +167,10 @@ class RabbitMQSubscription(Subscription):
 
     def _holds(self) -> bool:
         return any(lane.held for lane in self._lanes.values())
+
+    async def let_go(self, queues: Collection[str]) -> None:
+        """Give up the channels of queues that were deleted; `receive` opens others."""
+        await _all([lane.let_go() for queue, lane in self._lanes.items() if queue in queues])
 
     async def close(self) -> None:
         self._open = False
