@@ -12,7 +12,7 @@ from collections.abc import (
     Sequence,
 )
 from typing import Any, Protocol, TypedDict, TypeVar, Unpack, cast, overload
-from weakref import WeakSet
+from weakref import ref
 
 from qtasks.app import App, default_app
 from qtasks.definition import TaskDefinition, TaskOptions, checked_plugins
@@ -109,23 +109,25 @@ class Inclusions:
     """The apps of this process that included a router."""
 
     def __init__(self) -> None:
-        self._apps: WeakSet[App] = WeakSet()
+        self._apps: list[ref[App]] = []
         self._last: str | None = None
         """The name of the last app that was noted."""
 
     def add(self, app: App) -> None:
         """Note an app."""
-        self._apps.add(app)
+        self._apps = [*(ref(known) for known in self if known is not app), ref(app)]
         self._last = app.name
 
     def __iter__(self) -> Iterator[App]:
-        return iter(list(self._apps))
+        return iter([app for known in self._apps if (app := known()) is not None])
 
     def find_app(self) -> App:
         """Return the only app that is not stopped; if no app included the router, the default app.
 
         Raises `AmbiguousApp`, and `Closed` when the apps that included it are stopped and gone.
         """
+        if len(self._apps) == 1 and (only := self._apps[0]()) is not None:
+            return only
         apps = list(self)
         # A test that builds an app for itself leaves it stopped, for the garbage collector.
         claiming = [app for app in apps if app.claims_routers] or apps[:1]

@@ -36,6 +36,8 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
     timedelta: lambda value: timedelta.__add__(value, timedelta()),
 }
 """The same for all scalars, wherever they are in a value. A datetime is a date too."""
+_ALONE = (None, type(None), bool)
+"""Scalars that no class can be derived from."""
 _ALSO: dict[Any, tuple[type, ...]] = {float: (int,), bytes: (bytearray, memoryview)}
 """What is encoded alike."""
 _STANDARD = (
@@ -72,6 +74,8 @@ class MsgpackSerializer(Serializer):
         try:
             if annotation in _SCALARS:
                 return _scalar(annotation)
+            if annotation in _ALONE:
+                return _true_or_false if annotation is bool else _null
             if not _can_be_decoded(annotation):
                 return partial(_refuse, annotation)
             if tags := tagger(annotation):
@@ -169,6 +173,18 @@ def _scalar(annotation: type) -> Callable[[Any], Any]:
         raise SerializationError(f"Expected `{annotation.__name__}`, got `{type(value).__name__}`")
 
     return check
+
+
+def _true_or_false(value: Any) -> Any:
+    if value is True or value is False:
+        return value
+    raise SerializationError(f"Expected `bool`, got `{type(value).__name__}`")
+
+
+def _null(value: Any) -> Any:
+    if value is None:
+        return value
+    raise SerializationError(f"Expected `null`, got `{type(value).__name__}`")
 
 
 def _to_plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ record itself, and repeats `judge` in its own language:
 from __future__ import annotations
 
 import time
-from math import isinf
+from math import inf
 from typing import Literal
 
 from msgspec.structs import replace
@@ -118,7 +118,7 @@ def unreadable(
 
 def retention_note(retention: float) -> str:
     """Return what the guarantees of a storage with this retention have to say of it."""
-    if isinf(retention):
+    if retention == inf:
         return "final records are kept for ever unless they say otherwise"
     return f"final records are kept for {retention / 86_400:g} days unless they say otherwise"
 
@@ -133,4 +133,4 @@ def expiry_of(task: Task, retention: float) -> float | None:
         return None
     keep = retention if task.retention is None else task.retention
     finished = time.time() if task.finished_at is None else task.finished_at
-    return None if isinf(keep) else finished + keep
+    return None if keep == inf else finished + keep

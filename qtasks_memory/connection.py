@@ -9,6 +9,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from qtasks_core import Command, QueueDepth, Task, TaskMessage
+from qtasks_core.records import FINAL
 
 
 class Entry:
@@ -90,7 +91,7 @@ class Memory:
         self.listeners: set[asyncio.Queue[Command | None]] = set()
         self.records: dict[str, Task] = {}
         self.expiries: dict[str, float | None] = {}
-        """The Unix time from which each record counts as gone; None: never."""
+        """The Unix time from which each final record counts as gone; None: never."""
         self.values: dict[str, bytes] = {}
         self.value_watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self.claims: dict[str, tuple[str, float]] = {}
@@ -102,8 +103,11 @@ class Memory:
 
     def record(self, uuid: str) -> Task | None:
         """Return a record whose time has not passed, though `expire` may not have come to it."""
+        record = self.records.get(uuid)
+        if record is None or record.status not in FINAL:
+            return record
         expiry = self.expiries.get(uuid)
-        return None if expiry is not None and expiry <= time.time() else self.records.get(uuid)
+        return None if expiry is not None and expiry <= time.time() else record
 
     def ring(self) -> None:
         """Wake every receiver: something became receivable, or may have."""

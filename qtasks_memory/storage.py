@@ -59,8 +59,8 @@ class MemoryStorage(Storage):
             return Outcome("refused", "a newer record is there", stored)
         if verdict == "accept":
             memory.records[task.uuid] = task
-            memory.expiries[task.uuid] = expiry_of(task, self._retention)
             if task.status in FINAL:
+                memory.expiries[task.uuid] = expiry_of(task, self._retention)
                 addresses = memory.watchers.pop(task.uuid, set())
                 if task.reply_to is not None:
                     addresses = addresses | {task.reply_to}

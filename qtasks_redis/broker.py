@@ -30,7 +30,7 @@ from qtasks_core.errors import (
 )
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
-from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended, too_large
+from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended, fitting
 from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
 
 _MOST_TAKEN = 1000
@@ -98,8 +98,7 @@ class RedisBroker(Broker):
         refuse_transaction(self, transaction)
         connection = self._started()
         encoded = [encode_message(message) for message in messages]
-        outcomes = [too_large(len(data), connection.server.largest) or DONE for data in encoded]
-        taken = [at for at, outcome in enumerate(outcomes) if outcome is DONE]
+        outcomes, taken = fitting(encoded, connection.server.largest)
         for part in batches(taken, [len(encoded[at]) for at in taken]):
             queues = Queues(connection)
             args: list[str | bytes] = []
@@ -268,24 +267,14 @@ class RedisSubscription(Subscription):
             await self._ring(self._bells)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        fresh: list[Settlement] = []
-        encoded: list[bytes] = []
-        refused: dict[int, Outcome] = {}
-        for at, settlement in enumerate(settlements):
-            if settlement.delivery.fence.settled:
-                continue
-            data = encode_message(settlement.message) if isinstance(settlement, Retry) else b""
-            if data and (refusal := too_large(len(data), self._connection().server.largest)):
-                refused[at] = refusal
-                continue
-            fresh.append(settlement)
-            encoded.append(data)
-        for part in batches(fresh, [len(data) for data in encoded]):
-            await self._settle(fresh[part], encoded[part])
-        return [
-            DONE if s.delivery.fence.settled else refused.get(at, LOST)
-            for at, s in enumerate(settlements)
-        ]
+        fresh = [s for s in settlements if not s.delivery.fence.settled]
+        encoded = [encode_message(s.message) if isinstance(s, Retry) else b"" for s in fresh]
+        outcomes, taken = fitting(encoded, self._connection().server.largest)
+        refused = {s: o for s, o in zip(fresh, outcomes, strict=True) if o is not DONE}
+        for part in batches(taken, [len(encoded[at]) for at in taken]):
+            ats = taken[part]
+            await self._settle([fresh[at] for at in ats], [encoded[at] for at in ats])
+        return [DONE if s.delivery.fence.settled else refused.get(s, LOST) for s in settlements]
 
     async def _settle(self, settlements: Sequence[Settlement], encoded: Sequence[bytes]) -> None:
         connection = self._connection()

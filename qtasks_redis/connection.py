@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
-from qtasks_core import Outcome
+from qtasks_core import DONE, Outcome
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
 from qtasks_core.urls import redact, refuse_options, split, take_options
 from qtasks_redis.scripts import Script
@@ -106,7 +105,7 @@ class Connection:
     def __init__(self, make: Callable[[], Redis], url: str, namespace: str, within: float) -> None:
         self._make = make
         self._client = make()
-        self._busy: Counter[Redis] = Counter()
+        self._busy: dict[Redis, int] = {}
         """How many calls each client has on the way; more than one client while one is given up."""
         self._lines: WeakSet[AbstractConnection] = WeakSet()
         self._url = url
@@ -220,7 +219,7 @@ class Connection:
 
     async def _execute(self, *command: str | bytes | int) -> Any:
         client = self._client
-        self._busy[client] += 1
+        self._busy[client] = self._busy.get(client, 0) + 1
         try:
             with self.reachable():
                 async with asyncio.timeout(self.answer_within):
@@ -230,11 +229,11 @@ class Connection:
             await self._move(client)
             raise
         finally:
-            self._busy[client] -= 1
-            if not self._busy[client]:
-                del self._busy[client]
-                if client is not self._client:
-                    await client.aclose()
+            left = self._busy.pop(client) - 1
+            if left:
+                self._busy[client] = left
+            elif client is not self._client:
+                await client.aclose()
 
     async def _move(self, client: Redis) -> None:
         """Let no call and no line go on with a server that is not the one to talk to any more."""
@@ -483,8 +482,16 @@ async def ended(task: asyncio.Task[Any]) -> None:
         task.exception()
 
 
-def too_large(size: int, largest: int) -> Outcome | None:
-    """Return the refusal of an item that is larger than the server takes, else None."""
-    if size <= largest:
-        return None
-    return Outcome("refused", f"{size} bytes are more than the {largest} that Redis takes here")
+def fitting(encoded: Sequence[bytes], largest: int) -> tuple[list[Outcome], Sequence[int]]:
+    """Return an outcome for each item, and which of them are no larger than the server takes."""
+    if max(map(len, encoded), default=0) <= largest:
+        return [DONE] * len(encoded), range(len(encoded))
+    outcomes = [
+        DONE
+        if len(data) <= largest
+        else Outcome(
+            "refused", f"{len(data)} bytes are more than the {largest} that Redis takes here"
+        )
+        for data in encoded
+    ]
+    return outcomes, [at for at, outcome in enumerate(outcomes) if outcome is DONE]

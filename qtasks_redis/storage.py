@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 from uuid_utils import uuid7
 
-from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
+from qtasks_core import Guarantees, Inbox, Outcome, Storage, Task
 from qtasks_core.errors import (
     Closed,
     ConfigurationError,
@@ -27,7 +27,7 @@ from qtasks_redis.connection import (
     checked,
     connect,
     ended,
-    too_large,
+    fitting,
 )
 from qtasks_redis.scripts import SAVE
 
@@ -107,8 +107,7 @@ class RedisStorage(Storage):
         refuse_transaction(self, transaction)
         connection = self._started()
         encoded = [encode_task(task) for task in tasks]
-        outcomes = [too_large(len(data), connection.server.largest) or DONE for data in encoded]
-        taken = [at for at, outcome in enumerate(outcomes) if outcome is DONE]
+        outcomes, taken = fitting(encoded, connection.server.largest)
         for part in batches(taken, [len(encoded[at]) for at in taken]):
             keys = [connection.key(_RECORD, tasks[at].uuid) for at in taken[part]]
             args: list[str | bytes] = []

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
+from math import inf
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -63,8 +64,9 @@ class Client:
         self._driver_loggers = {*broker.driver_loggers, *storage.driver_loggers}
         self.composition: Composition = broker.compose(storage)
         self.clock = Clock(broker, storage)
-        self._limits: list[tuple[str, int]] = []
-        """The parts that take only so much, and how many bytes; told after their start."""
+        self._least: tuple[float, str] = (inf, "")
+        """How many bytes each part takes at least, and the part that takes no more; known after the
+        start."""
         self._inbox: Inbox | None = None
         self._outage = Outage("waiting for results")
         self._listening: asyncio.Task[None] | None = None
@@ -84,7 +86,7 @@ class Client:
             await self._stop_parts()
             raise
         told = (self.broker.guarantees, self.storage.guarantees)
-        self._limits = [(g.part, g.largest) for g in told if g.largest is not None]
+        self._least = min((inf if g.largest is None else g.largest, g.part) for g in told)
         driver_logs.cover()
 
     async def _start_parts(self, deadline: float) -> None:
@@ -138,8 +140,8 @@ class Client:
         self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
     ) -> None:
         """Submit a message with all others of this turn of the loop."""
-        if self._limits and (error := self._too_large(message)) is not None:
-            reply.fail(error)
+        if _payload(message) > self._least[0] - ENVELOPE:
+            reply.fail(self._too_large(message))
             return
         self._submissions.add(Submission(message, deadline, reply, wait))
 
@@ -147,24 +149,20 @@ class Client:
         self, messages: Sequence[TaskMessage], deadline: float, reply: Reply[Task | None]
     ) -> None:
         """Submit many messages; answer once all writes are durable, or with the first error."""
-        if self._limits:
-            for message in messages:
-                if (error := self._too_large(message)) is not None:
-                    reply.fail(error)
-                    return
+        largest = max(messages, key=_payload, default=None)
+        if largest is not None and _payload(largest) > self._least[0] - ENVELOPE:
+            reply.fail(self._too_large(largest))
+            return
         share = _Countdown(reply, len(messages))
         self._submissions.extend([Submission(m, deadline, share, False) for m in messages])
 
-    def _too_large(self, message: TaskMessage) -> PayloadTooLarge | None:
+    def _too_large(self, message: TaskMessage) -> PayloadTooLarge:
         """Return the error of a message that the broker or the storage would not take."""
-        payload = len(message.args) + len(message.kwargs)
-        for part, largest in self._limits:
-            if payload > largest - ENVELOPE:
-                return PayloadTooLarge(
-                    f"the arguments of {message.task_name!r} have {payload} bytes; "
-                    f"{part} takes at most {largest} with everything"
-                )
-        return None
+        largest, part = self._least
+        return PayloadTooLarge(
+            f"the arguments of {message.task_name!r} have {_payload(message)} bytes; "
+            f"{part} takes at most {largest} with everything"
+        )
 
     def wait(self, uuid: str, reply: Reply[Task | None]) -> None:
         """Answer with the final record of any task, now or when there is one."""
@@ -267,7 +265,7 @@ class Client:
 
     async def _dated(self, messages: list[TaskMessage]) -> list[TaskMessage]:
         """Return the messages; what expires does so by the clock that workers have too."""
-        if all(message.expires_at is None for message in messages):
+        if not [message for message in messages if message.expires_at is not None]:
             return messages
         await self.clock.ask()
         return [
@@ -365,7 +363,11 @@ class Client:
 
 
 def _bytes_of(submission: Submission) -> int:
-    return len(submission.message.args) + len(submission.message.kwargs)
+    return _payload(submission.message)
+
+
+def _payload(message: TaskMessage) -> int:
+    return len(message.args) + len(message.kwargs)
 
 
 def cancelled(record: Task, retention: float | None) -> Task:

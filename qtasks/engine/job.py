@@ -33,7 +33,7 @@ class Job:
     def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
         self.delivery = delivery
         self.message = message
-        self.also: list[Delivery] = []
+        self.also: tuple[Delivery, ...] = ()
         """Deliveries of the same message beside it. One may have come because the lease of another
         was lost, as with a connection, or the message was published twice."""
         self.execution = execution
@@ -63,48 +63,35 @@ class Job:
         The others are kept until then, so that nobody else runs them meanwhile.
         """
         if self.settling:
-            self.also.append(delivery)
+            self.also += (delivery,)
             return
-        self.also.append(self.delivery)
+        self.also += (self.delivery,)
         self.delivery = delivery
         self.lost = False
 
-    def as_record(
-        self,
-        status: Status,
-        *,
-        returning: bytes | None = None,
-        error: str | None = None,
-        traceback: str | None = None,
-        dead: str | None = None,
-    ) -> Task:
-        """Return the record of this run with the given status."""
-        final = status in ("success", "error", "cancel")
+    def as_record(self, status: Status, **fields: str | bytes | float | None) -> Task:
+        """Return the record of this run with the given status and fields."""
         return replace(
             record_of(self.message),
             status=status,
             execution=self.execution,
-            returning=returning,
-            error=error,
-            traceback=traceback,
-            dead=dead,
             worker=self.execution.partition("/")[0],
             started_at=self.started,
-            finished_at=time.time() if final else None,
-            due_at=time.time() + self.again.delay if self.again else None,
+            **fields,  # no more of them than needed: each costs time
         )
 
     def retry(self, delay: float, error: str, traceback: str | None) -> None:
         """End this run with another attempt after `delay` seconds."""
         delay = min(delay, LONGEST)
         self.again = replace(self.message, attempt=self.message.attempt + 1, delay=delay)
-        self.record = self.as_record("retry", error=error, traceback=traceback)
+        due = time.time() + delay
+        self.record = self.as_record("retry", error=error, traceback=traceback, due_at=due)
 
     def end(
         self, status: Literal["success", "error", "cancel"], **fields: str | bytes | None
     ) -> None:
         """End this run for good."""
-        self.record = self.as_record(status, **fields)  # type: ignore[arg-type]
+        self.record = self.as_record(status, finished_at=time.time(), **fields)
 
     def completion(self) -> Completion:
         """Return what the composition has to do now that the run is over."""

@@ -35,16 +35,25 @@ class Jobs:
         """Whether no function runs."""
         return not any(self.running.values())
 
-    def hold(self, job: Job) -> None:
-        """Hold a job: its lease is kept from now on."""
-        self._held.add(job)
-        self._by_uuid[job.message.uuid] = job
-        self._present.set()
+    def hold(self, jobs: list[Job]) -> list[Job]:
+        """Hold jobs: their leases are kept from now on; return those that are new.
 
-    def same(self, job: Job) -> Job | None:
-        """Return the job that is held for the message of this one, which was delivered again."""
-        held = self._by_uuid.get(job.message.uuid)
-        return held if held is not None and _message_of(held) == _message_of(job) else None
+        The delivery of another, whose message was delivered again, goes to the job that is held
+        for it.
+        """
+        new: list[Job] = []
+        for job in jobs:
+            held = self._by_uuid.setdefault(job.message.uuid, job)
+            if held is job:
+                new.append(job)
+            elif _message_of(held) == _message_of(job):
+                held.adopt(job.delivery)
+            else:
+                self._by_uuid[job.message.uuid] = job
+                new.append(job)
+        self._held.update(new)
+        self._present.set()
+        return new
 
     def begun(self, job: Job) -> None:
         """Count a job that is handed to the runner."""
@@ -59,11 +68,13 @@ class Jobs:
             self.running[job.delivery.queue] -= 1
         self._changed.set()
 
-    def drop(self, job: Job) -> None:
-        """Let go of a job that is completed; `notice` tells who waits."""
-        self._held.discard(job)
-        if self._by_uuid.get(job.message.uuid) is job:
-            del self._by_uuid[job.message.uuid]
+    def drop(self, jobs: list[Job]) -> None:
+        """Let go of jobs that are completed; `notice` tells who waits."""
+        self._held.difference_update(jobs)
+        for job in jobs:
+            uuid = job.message.uuid
+            if self._by_uuid.get(uuid) is job:
+                del self._by_uuid[uuid]
 
     def notice(self) -> None:
         """Have everybody look again who waits in `until`."""

@@ -73,12 +73,12 @@ class Keeper:
         extended = await self._reach.persist(extend) or ()
         for (job, asked_for), delivery in zip(asked, extended, strict=True):
             if job.delivery is not asked_for:
-                others = [other for other in job.also if other is not asked_for]
-                job.also = others if delivery is None else [*others, delivery]
+                others = tuple(other for other in job.also if other is not asked_for)
+                job.also = others if delivery is None else (*others, delivery)
             elif delivery is not None:
                 job.delivery = delivery
             elif job.also:
-                job.delivery = job.also.pop(0)
+                job.delivery, job.also = job.also[0], job.also[1:]
             elif job in self._jobs and not job.settling:
                 job.lost = True
                 logger.warning(

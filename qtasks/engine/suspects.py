@@ -85,7 +85,6 @@ class Suspects:
         """Take a suspect that waits for its lone run."""
         job.noted = True  # by its own record, just before it runs
         self._waiting.append((job, lone_runs(record)))
-        self._jobs.hold(job)
 
     async def run_next(self, stopping: asyncio.Event) -> None:
         """Run one suspect, once nothing else runs; return when others may run again."""

@@ -60,6 +60,8 @@ _FLIGHTS = 2
 """While one batch of ends waits for the server, the next is on its way."""
 _UNSETTLED = 1000
 """How many ended jobs may wait for their completion before no more are received."""
+_AMPLE = 16 * 1024 * 1024
+"""Bytes that no record of a batch of several has: see `Gatherer`."""
 _UNWIND = 3.0
 """Seconds in which a function that was cancelled has to end."""
 _LAST_WORDS = 10.0
@@ -318,18 +320,11 @@ class Worker:
 
     async def _admit(self, deliveries: list[Delivery]) -> None:
         """Run what has to run. The leases are kept already while the storage is asked."""
-        jobs: list[Job] = []
-        for delivery in deliveries:
-            if (job := self._job(delivery)) is None:
-                continue
-            if (running := self._jobs.same(job)) is not None:
-                running.adopt(delivery)
-                continue
-            self._jobs.hold(job)
-            jobs.append(job)
+        came = [job for delivery in deliveries if (job := self._job(delivery)) is not None]
+        jobs = self._jobs.hold(came)
         if not jobs:
             return
-        if any(job.message.expires_at is not None for job in jobs):
+        if [job for job in jobs if job.message.expires_at is not None]:
             await self._reach.persist(self._client.clock.ask, self._stopping)
         admit = partial(self._client.composition.admit, [job.delivery for job in jobs])
         verdicts = None
@@ -376,7 +371,7 @@ class Worker:
             self._finish(job, Completion(None, None))
         elif message.task_name not in self._known:
             self._put_back(job)
-        elif (late := self._late(message)) > 0:
+        elif message.expires_at is not None and (late := self._late(message)) > 0:
             whose = "the server" if self._client.clock.shared else "this worker"
             said = f"expired {late:.3g} s before it could start, by the clock of {whose}"
             self._bury(job, said, "expired")
@@ -464,13 +459,13 @@ class Worker:
     def _finish(self, job: Job, completion: Completion) -> None:
         """Complete a job that did not run, in its own way."""
         self._complete(completion)
-        self._let_go(job)
+        self._let_go([job])
 
-    def _let_go(self, job: Job) -> None:
-        """Drop a job, and give back other deliveries of its message: its record stops them."""
-        self._jobs.drop(job)
-        if job.also:
-            self._ends.extend([Completion(Release(delivery), None) for delivery in job.also])
+    def _let_go(self, jobs: list[Job]) -> None:
+        """Drop jobs, and give back other deliveries of their messages: their records stop them."""
+        self._jobs.drop(jobs)
+        also = [Completion(Release(delivery), None) for job in jobs for delivery in job.also]
+        self._ends.extend([*also])
 
     def _complete(self, completion: Completion) -> None:
         """Complete what never became a job, or record a word in between."""
@@ -479,11 +474,11 @@ class Worker:
     async def _flush(self, subscription: Subscription, batch: list[_End]) -> None:
         # Asked only now: an extension may have replaced a delivery since its job ended.
         completions = [_completion(end) if isinstance(end, Job) else end for end in batch]
-        if self._largest is not None:
+        if self._largest is not None and (len(batch) == 1 or self._largest < _AMPLE):
             completions = [self._fitting(completion, self._largest) for completion in completions]
-        for end in batch:
-            if isinstance(end, Job):
-                end.settling = True
+        jobs = [end for end in batch if isinstance(end, Job)]
+        for job in jobs:
+            job.settling = True
         complete = partial(self._client.composition.complete, subscription, completions)
         try:
             outcomes = await self._reach.persist(complete) or ()
@@ -491,12 +486,10 @@ class Worker:
             # As far as is known these are neither recorded nor settled: they run again elsewhere.
             outcomes = [Outcome("unknown")] * len(batch)
             self._fail(error)
+        self._let_go(jobs)
+        self._ended_count += len(jobs)
         for end, outcome in zip(batch, outcomes, strict=True):
-            if not isinstance(end, Job):
-                continue
-            self._let_go(end)
-            self._ended_count += 1
-            if outcome.status == "refused" and not end.cancelled:
+            if outcome.status == "refused" and isinstance(end, Job) and not end.cancelled:
                 logger.warning(
                     "task %s %s: its end was refused (%s); another run of it counts",
                     end.message.task_name,
