@@ -190,6 +190,8 @@ async def test_a_poison_candidate_without_a_recorded_end_is_not_acknowledged() -
         handle = await suspect.add_task()
         async with app.worker():
             assert await asyncio.to_thread(storage.untaken_end.wait, 10)
-        assert (await app.get(handle.uuid)).status == "new"
+        record = await app.get(handle.uuid)
+        assert record is not None
+        assert record.status == "new"
         depth = await app.broker.depth("default")
     assert (depth.ready or 0) + (depth.in_flight or 0) == 1
