@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from secrets import token_hex
 from typing import Any, Final
 from weakref import WeakSet
@@ -28,6 +28,7 @@ from qtasks_core.errors import (
     Unavailable,
     refuse_transaction,
 )
+from qtasks_core.recent import effect_of
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended, too_large
@@ -133,9 +134,10 @@ class Held:
         self.token = token
         self.until = until
         """Before this time of the loop's clock nobody else can have taken it over."""
-        self.settled = False
-        self.unsure = False
-        """A settle was sent and its answer never came."""
+        self.settled: Hashable = None
+        """What it was settled with; None: it was not."""
+        self.unsure: Hashable = None
+        """What a settle was sent with whose answer never came."""
 
 
 class Queues:
@@ -272,7 +274,7 @@ class RedisSubscription(Subscription):
         encoded: list[bytes] = []
         refused: dict[int, Outcome] = {}
         for at, settlement in enumerate(settlements):
-            if settlement.delivery.fence.settled:
+            if settlement.delivery.fence.settled is not None:
                 continue
             data = encode_message(settlement.message) if isinstance(settlement, Retry) else b""
             if data and (refusal := too_large(len(data), self._connection().server.largest)):
@@ -283,7 +285,7 @@ class RedisSubscription(Subscription):
         for part in batches(fresh, [len(data) for data in encoded]):
             await self._settle(fresh[part], encoded[part])
         return [
-            DONE if s.delivery.fence.settled else refused.get(at, LOST)
+            DONE if s.delivery.fence.settled == effect_of(s) else refused.get(at, LOST)
             for at, s in enumerate(settlements)
         ]
 
@@ -300,17 +302,20 @@ class RedisSubscription(Subscription):
                 args += ("retry", queues.position(message.queue), delay, data)
             else:
                 args.append("release" if isinstance(settlement, Release) else "ack")
-        fences: list[Held] = [settlement.delivery.fence for settlement in settlements]
+        asked: list[tuple[Held, Hashable]] = [(s.delivery.fence, effect_of(s)) for s in settlements]
         try:
             answers = await connection.run(SETTLE, queues.keys, args)
         except BaseException:
-            for fence in fences:
-                fence.unsure = True
+            for fence, effect in asked:
+                fence.unsure = fence.unsure or effect
             raise
         now = self._loop.time()
-        for fence, answer in zip(fences, answers, strict=True):
-            # What is gone before anyone else could have it went by the settle without an answer.
-            fence.settled |= answer == 1 or (fence.unsure and now < fence.until)
+        for (fence, effect), answer in zip(asked, answers, strict=True):
+            if answer == 1:
+                fence.settled = effect
+            elif fence.settled is None and now < fence.until:
+                # What is gone before anyone else could have it went by the settle without answer.
+                fence.settled = fence.unsure
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         if not deliveries:

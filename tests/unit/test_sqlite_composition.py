@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from qtasks_core.records import within
 from qtasks_core.schemas import (
     DONE,
+    LOST,
     Ack,
     Completion,
     Delivery,
@@ -200,4 +202,21 @@ async def test_what_is_not_taken_at_all_is_not_acknowledged(
     assert "its record is not taken" in caplog.text
     storage.most = 0
     assert await broker.compose(storage).complete(subscription, ends[:1]) == [DONE]
+    assert await broker.depth("default") == QueueDepth(0, 0, 0)
+
+
+async def test_settlements_in_one_transaction_see_each_other(
+    small: tuple[SqliteBroker, SmallStorage],
+) -> None:
+    """Calls of one turn of the loop share a transaction."""
+    broker, storage = small
+    subscription, (delivery,) = await received(broker, storage, "a")
+    again = TaskMessage(uuid="a", task_name="t", attempt=2)
+    outcomes = await asyncio.gather(
+        subscription.settle([Ack(delivery)]),
+        subscription.settle([Retry(delivery, again)]),
+        subscription.settle([Ack(delivery)]),
+    )
+    assert list(outcomes) == [[DONE], [LOST], [DONE]]
+    assert await subscription.settle([Retry(delivery, again)]) == [LOST]
     assert await broker.depth("default") == QueueDepth(0, 0, 0)
