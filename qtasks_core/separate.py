@@ -120,7 +120,8 @@ class SeparateComposition(Composition):
         if dead:
             await self._save_within(dead)
         if keyed:
-            saved = await self._storage.save([record_of(messages[at]) for at in keyed], transaction)
+            records = [record_of(messages[at]) for at in keyed]
+            saved = await self._save_within(records, transaction)
             for at, outcome in zip(keyed, saved, strict=True):
                 outcomes[at] = outcome
         return outcomes
@@ -151,7 +152,7 @@ class SeparateComposition(Composition):
         ]
         if missing:
             first = [record_of(messages[at]) for at in missing]
-            saved = await self._storage.save(first)
+            saved = await self._save_within(first)
             for at, record, outcome in zip(missing, first, saved, strict=True):
                 records[at] = outcome.there if outcome.status == "refused" else record
         return records
@@ -194,14 +195,16 @@ class SeparateComposition(Composition):
             for at, outcome in zip(which, await self._save_within(tasks), strict=True):
                 outcomes[at] = outcome
 
-    async def _save_within(self, tasks: Sequence[Task]) -> list[Outcome]:
+    async def _save_within(
+        self, tasks: Sequence[Task], transaction: object | None = None
+    ) -> list[Outcome]:
         """Save; of what the storage does not take, save what is left without the payload.
 
         `unknown` is what not even that was taken of: its message must not be acknowledged.
         """
-        outcomes = await self._storage.save(tasks)
+        outcomes = await self._storage.save(tasks, transaction)
         if smaller := smaller_of(tasks, outcomes):
-            saved = await self._storage.save(list(smaller.values()))
+            saved = await self._storage.save(list(smaller.values()), transaction)
             say_not_taken(tasks, outcomes, dict(zip(smaller, saved, strict=True)))
             for at, outcome in zip(smaller, saved, strict=True):
                 outcomes[at] = instead(outcome)

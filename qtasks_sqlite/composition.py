@@ -60,7 +60,7 @@ class SqliteComposition(SeparateComposition):
                 if message.submission:
                     there[message.uuid] = fresh[-1][1]
             self._broker.publishing([message for message, _ in fresh])(turn)
-            self._storage.saving([record for _, record in fresh])(turn)
+            self._saving([record for _, record in fresh])(turn)
             return outcomes
 
         return submit

@@ -100,7 +100,7 @@ async def test_a_lease_that_another_has_is_said_to_be_lost(
     async def long() -> None:
         await go_on.wait()
 
-    async with app, app.worker():
+    async with app, app.worker(concurrency=1):  # else it takes its own again
         handle = await long.add_task()
         await asyncio.to_thread(until, lambda: "was lost" in caplog.text, 10, "the lost lease")
         go_on.set()
@@ -121,7 +121,7 @@ async def test_a_retry_that_comes_after_the_lease_is_not_said_to_lose_to_another
         await asyncio.to_thread(broker.stolen.wait, 10)
         raise ValueError("too late")
 
-    async with app, app.worker():
+    async with app, app.worker(concurrency=1):  # else it takes its own again
         await fails.add_task()
         await asyncio.to_thread(until, lambda: "was lost" in caplog.text, 10, "the lost lease")
     assert "its message was not settled (the lease was lost); it may run again" in caplog.text
