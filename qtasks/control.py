@@ -31,7 +31,7 @@ from qtasks_core import (
 )
 from qtasks_core.errors import NotSupported
 from qtasks_core.names import checked_name
-from qtasks_core.separate import record_of
+from qtasks_core.separate import record_of, say_not_taken, smaller_of
 
 REVIVED_FROM = "revived_from"
 """The header by which a revived task names the dead one."""
@@ -87,7 +87,11 @@ async def _cancel_waiting(client: Client, queue: str) -> None:
     while True:
         page = await client.storage.query(query)
         if page.tasks:
-            await client.storage.save([cancelled(record, kept) for record in page.tasks])
+            ends = [cancelled(record, kept) for record in page.tasks]
+            outcomes = await client.storage.save(ends)
+            if smaller := smaller_of(ends, outcomes):
+                saved = await client.storage.save(list(smaller.values()))
+                say_not_taken(ends, outcomes, dict(zip(smaller, saved, strict=True)))
         if page.cursor is None:
             return
         query = replace(query, cursor=page.cursor)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+from qtasks_core.schemas import Retry, Settlement
+
 
 class Recent:
     """A set of the newest `limit` keys at the least, and of twice as many at the most."""
@@ -31,3 +33,19 @@ class Recent:
 
     def __bool__(self) -> bool:
         return bool(self._young or self._old)
+
+
+def repeat_key(settlement: Settlement) -> Hashable:
+    """Return what a settlement has in common with its repeats, and with no others."""
+    return settlement.delivery.fence, effect_of(settlement)
+
+
+def effect_of(settlement: Settlement) -> Hashable:
+    """Return what tells a settlement from others of its delivery.
+
+    What was acknowledged must not be said to be retried.
+    """
+    if isinstance(settlement, Retry):
+        message = settlement.message
+        return message.uuid, message.attempt, message.queue
+    return type(settlement)

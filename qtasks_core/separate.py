@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from asyncio import gather
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 from msgspec.structs import replace
 
@@ -120,7 +120,8 @@ class SeparateComposition(Composition):
         if dead:
             await self._save_within(dead)
         if keyed:
-            saved = await self._storage.save([record_of(messages[at]) for at in keyed], transaction)
+            records = [record_of(messages[at]) for at in keyed]
+            saved = await self._save_within(records, transaction)
             for at, outcome in zip(keyed, saved, strict=True):
                 outcomes[at] = outcome
         return outcomes
@@ -151,7 +152,7 @@ class SeparateComposition(Composition):
         ]
         if missing:
             first = [record_of(messages[at]) for at in missing]
-            saved = await self._storage.save(first)
+            saved = await self._save_within(first)
             for at, record, outcome in zip(missing, first, saved, strict=True):
                 records[at] = outcome.there if outcome.status == "refused" else record
         return records
@@ -194,32 +195,51 @@ class SeparateComposition(Composition):
             for at, outcome in zip(which, await self._save_within(tasks), strict=True):
                 outcomes[at] = outcome
 
-    async def _save_within(self, tasks: Sequence[Task]) -> list[Outcome]:
+    async def _save_within(
+        self, tasks: Sequence[Task], transaction: object | None = None
+    ) -> list[Outcome]:
         """Save; of what the storage does not take, save what is left without the payload.
 
         `unknown` is what not even that was taken of: its message must not be acknowledged.
         """
-        outcomes = await self._storage.save(tasks)
-        if outcomes.count(DONE) == len(outcomes):
-            return outcomes
-        large = [at for at, outcome in enumerate(outcomes) if not_taken(outcome)]
-        if large:
-            smaller = [within(tasks[at], outcomes[at].reason) for at in large]
-            for at, task, outcome in zip(
-                large, smaller, await self._storage.save(smaller), strict=True
-            ):
-                name, uuid, reason = task.task_name, task.uuid, outcomes[at].reason
-                if not_taken(outcome):
-                    outcomes[at] = Outcome("unknown", outcome.reason)
-                    logger.error("task %s %s: its record is not taken: %s", name, uuid, reason)
-                else:
-                    outcomes[at] = outcome
-                    logger.error(
-                        "task %s %s: its record is not taken (%s); it is kept without arguments "
-                        "and result",
-                        name, uuid, reason,
-                    )  # fmt: skip
+        outcomes = await self._storage.save(tasks, transaction)
+        if smaller := smaller_of(tasks, outcomes):
+            saved = await self._storage.save(list(smaller.values()), transaction)
+            say_not_taken(tasks, outcomes, dict(zip(smaller, saved, strict=True)))
+            for at, outcome in zip(smaller, saved, strict=True):
+                outcomes[at] = instead(outcome)
         return outcomes
+
+
+def smaller_of(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> dict[int, Task]:
+    """Return, by place, what to save instead of those records that the storage does not take."""
+    if outcomes.count(DONE) == len(outcomes):
+        return {}
+    return {
+        at: within(tasks[at], outcome.reason)
+        for at, outcome in enumerate(outcomes)
+        if not_taken(outcome)
+    }
+
+
+def instead(smaller: Outcome) -> Outcome:
+    """Return the outcome of a record of which only the smaller one was saved, or not even that."""
+    return Outcome("unknown", smaller.reason) if not_taken(smaller) else smaller
+
+
+def say_not_taken(
+    tasks: Sequence[Task], outcomes: Sequence[Outcome], smaller: Mapping[int, Outcome]
+) -> None:
+    """Log what became of the records that the storage did not take; `outcomes` are the first."""
+    for at, outcome in smaller.items():
+        name, uuid, reason = tasks[at].task_name, tasks[at].uuid, outcomes[at].reason
+        if not_taken(outcome):
+            logger.error("task %s %s: its record is not taken: %s", name, uuid, reason)
+        else:
+            logger.error(
+                "task %s %s: its record is not taken (%s); it is kept without arguments and result",
+                name, uuid, reason,
+            )  # fmt: skip
 
 
 def record_of(message: TaskMessage) -> Task:

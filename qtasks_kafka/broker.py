@@ -27,6 +27,7 @@ from qtasks_core.errors import (
     Unavailable,
     refuse_transaction,
 )
+from qtasks_core.recent import effect_of
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_kafka.connection import Connection, topic_name
 from qtasks_kafka.watermark import Partition
@@ -300,11 +301,15 @@ class KafkaSubscription(Subscription):
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         outcomes: list[Outcome | None] = [None] * len(settlements)
-        replaced = [
-            at
-            for at, settlement in enumerate(settlements)
-            if not isinstance(settlement, Ack) and _held(settlement.delivery)
-        ]
+        first: dict[tuple[Partition, int], int] = {}
+        replaced: list[int] = []
+        for at, settlement in enumerate(settlements):
+            before = first.setdefault(settlement.delivery.fence[:2], at)
+            if before != at:
+                if effect_of(settlements[before]) != effect_of(settlement):
+                    outcomes[at] = LOST
+            elif not isinstance(settlement, Ack) and _held(settlement.delivery):
+                replaced.append(at)
         if replaced:
             await self._replace(settlements, replaced, outcomes)
         touched: set[Partition] = set()

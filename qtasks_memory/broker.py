@@ -22,7 +22,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
-from qtasks_core.recent import Recent
+from qtasks_core.recent import Recent, repeat_key
 from qtasks_memory.connection import Entry, Memory, connect
 
 
@@ -159,14 +159,15 @@ class MemorySubscription(Subscription):
 
     def _settle(self, settlement: Settlement) -> Outcome:
         delivery = settlement.delivery
-        if delivery.fence in self._settled:
+        key = repeat_key(settlement)
+        if key in self._settled:
             return DONE
         queue = self._memory.queues[delivery.queue]
         entry = self._mine(delivery)
         if entry is None:
             return LOST
         del queue.in_flight[delivery.fence]
-        self._settled.add(delivery.fence)
+        self._settled.add(key)
         if isinstance(settlement, Ack):
             return DONE
         if isinstance(settlement, Retry):

@@ -23,7 +23,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
-from qtasks_core.recent import Recent
+from qtasks_core.recent import Recent, effect_of, repeat_key
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres import floors
@@ -384,11 +384,15 @@ class PostgresSubscription(Subscription):
     async def _settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         outcomes = [LOST] * len(settlements)
         places: dict[type[Settlement], list[int]] = {Ack: [], Retry: [], Release: []}
+        first: dict[Fence, int] = {}
+        repeats: list[tuple[int, int]] = []
         for place, settlement in enumerate(settlements):
-            if settlement.delivery.fence in self._settled:
+            if repeat_key(settlement) in self._settled:
                 outcomes[place] = DONE
-            else:
+            elif (before := first.setdefault(settlement.delivery.fence, place)) == place:
                 places[type(settlement)].append(place)
+            elif effect_of(settlements[before]) == effect_of(settlement):
+                repeats.append((before, place))
         for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
             if not places[kind]:
                 continue
@@ -396,10 +400,11 @@ class PostgresSubscription(Subscription):
             places[kind].sort(key=lambda place: settlements[place].delivery.fence)
             done = await run([settlements[place] for place in places[kind]])
             for place in places[kind]:
-                fence = settlements[place].delivery.fence
-                if fence.id in done:
-                    self._settled.add(fence)
+                if settlements[place].delivery.fence.id in done:
+                    self._settled.add(repeat_key(settlements[place]))
                     outcomes[place] = DONE
+        for before, place in repeats:
+            outcomes[place] = outcomes[before]
         return outcomes
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qtasks_core import LOST, Ack, Delivery, Outcome, Raw, Retry, Settlement
 from qtasks_core.errors import Unavailable
-from qtasks_core.recent import Recent
+from qtasks_core.recent import Recent, effect_of
 from qtasks_core.wire import decode_message
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import rest_of
@@ -185,14 +185,17 @@ class Lane:
         done: list[int] = []
         back: list[int] = []
         again: dict[int, Retry] = {}
-        taken: set[int] = set()
+        taken: dict[int, Settlement] = {}
         for at, settlement in enumerate(settlements):
             fence = settlement.delivery.fence
-            if fence in self._settled or (fence[0] == self._epoch and fence[1] in taken):
+            before = taken.get(fence[1]) if fence[0] == self._epoch else None
+            if before is not None:
+                outcomes[at] = UNKNOWN if effect_of(before) == effect_of(settlement) else LOST
+            elif fence in self._settled:
                 outcomes[at] = UNKNOWN
             elif self.mine(settlement.delivery):
                 outcomes[at] = UNKNOWN
-                taken.add(fence[1])
+                taken[fence[1]] = settlement
                 if isinstance(settlement, Retry):
                     again[at] = settlement
                 else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from secrets import token_hex
 from typing import Any, Final
 from weakref import WeakSet
@@ -28,6 +28,7 @@ from qtasks_core.errors import (
     Unavailable,
     refuse_transaction,
 )
+from qtasks_core.recent import effect_of
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended, fitting
@@ -132,9 +133,10 @@ class Held:
         self.token = token
         self.until = until
         """Before this time of the loop's clock nobody else can have taken it over."""
-        self.settled = False
-        self.unsure = False
-        """A settle was sent and its answer never came."""
+        self.settled: Hashable = None
+        """What it was settled with; None: it was not."""
+        self.unsure: Hashable = None
+        """What a settle was sent with whose answer never came."""
 
 
 class Queues:
@@ -267,14 +269,17 @@ class RedisSubscription(Subscription):
             await self._ring(self._bells)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        fresh = [s for s in settlements if not s.delivery.fence.settled]
+        fresh = [s for s in settlements if s.delivery.fence.settled is None]
         encoded = [encode_message(s.message) if isinstance(s, Retry) else b"" for s in fresh]
         outcomes, taken = fitting(encoded, self._connection().server.largest)
         refused = {s: o for s, o in zip(fresh, outcomes, strict=True) if o is not DONE}
         for part in batches(taken, [len(encoded[at]) for at in taken]):
             ats = taken[part]
             await self._settle([fresh[at] for at in ats], [encoded[at] for at in ats])
-        return [DONE if s.delivery.fence.settled else refused.get(s, LOST) for s in settlements]
+        return [
+            DONE if s.delivery.fence.settled == effect_of(s) else refused.get(s, LOST)
+            for s in settlements
+        ]
 
     async def _settle(self, settlements: Sequence[Settlement], encoded: Sequence[bytes]) -> None:
         connection = self._connection()
@@ -289,17 +294,20 @@ class RedisSubscription(Subscription):
                 args += ("retry", queues.position(message.queue), delay, data)
             else:
                 args.append("release" if isinstance(settlement, Release) else "ack")
-        fences: list[Held] = [settlement.delivery.fence for settlement in settlements]
+        asked: list[tuple[Held, Hashable]] = [(s.delivery.fence, effect_of(s)) for s in settlements]
         try:
             answers = await connection.run(SETTLE, queues.keys, args)
         except BaseException:
-            for fence in fences:
-                fence.unsure = True
+            for fence, effect in asked:
+                fence.unsure = fence.unsure or effect
             raise
         now = self._loop.time()
-        for fence, answer in zip(fences, answers, strict=True):
-            # What is gone before anyone else could have it went by the settle without an answer.
-            fence.settled |= answer == 1 or (fence.unsure and now < fence.until)
+        for (fence, effect), answer in zip(asked, answers, strict=True):
+            if answer == 1:
+                fence.settled = effect
+            elif fence.settled is None and now < fence.until:
+                # What is gone before anyone else could have it went by the settle without answer.
+                fence.settled = fence.unsure
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         if not deliveries:

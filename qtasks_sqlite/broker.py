@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from qtasks_core import (
@@ -24,7 +24,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
-from qtasks_core.recent import Recent
+from qtasks_core.recent import Recent, repeat_key
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_sqlite import batches
@@ -322,21 +322,24 @@ class SqliteSubscription(Subscription):
 
         def settle(turn: Transaction) -> list[Outcome]:
             mine = self._mine(turn, [settlement.delivery for settlement in settlements])
-            settled: set[Fence] = set()
+            settled: list[Hashable] = []
             ended: list[int] = []
             released: list[int] = []
             retried: list[TaskMessage] = []
             outcomes: list[Outcome] = []
             for settlement in settlements:
                 fence = settlement.delivery.fence
-                if fence in self._settled or fence in settled:
+                key = repeat_key(settlement)
+                if key in self._settled or key in turn.settled:
                     outcomes.append(DONE)
                     continue
                 if fence not in mine:
                     outcomes.append(LOST)
                     continue
                 outcomes.append(DONE)
-                settled.add(fence)
+                mine.discard(fence)  # what else is wanted with it comes too late
+                settled.append(key)
+                turn.settled.add(key)
                 if isinstance(settlement, Release):
                     released.append(fence[0])
                     turn.rung_queues.add(self._broker.number(turn, settlement.delivery.queue))
@@ -350,9 +353,9 @@ class SqliteSubscription(Subscription):
 
         return settle
 
-    def _remember(self, settled: Iterable[Fence]) -> None:
-        for fence in settled:
-            self._settled.add(fence)
+    def _remember(self, settled: Iterable[Hashable]) -> None:
+        for key in settled:
+            self._settled.add(key)
 
     def _mine(self, turn: Transaction, deliveries: Sequence[Delivery]) -> set[Fence]:
         """Return the fences of those deliveries whose lease holds."""

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 
 from qtasks_core import DONE, Completion, Outcome, Retry, Subscription, Task, TaskMessage
 from qtasks_core.errors import refuse_transaction
-from qtasks_core.separate import SeparateComposition, record_of, taken
+from qtasks_core.separate import (
+    SeparateComposition,
+    instead,
+    record_of,
+    say_not_taken,
+    smaller_of,
+    taken,
+)
 from qtasks_sqlite.broker import SqliteBroker, SqliteSubscription
 from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.storage import SqliteStorage
@@ -53,7 +60,7 @@ class SqliteComposition(SeparateComposition):
                 if message.submission:
                     there[message.uuid] = fresh[-1][1]
             self._broker.publishing([message for message, _ in fresh])(turn)
-            self._storage.saving([record for _, record in fresh])(turn)
+            self._saving([record for _, record in fresh])(turn)
             return outcomes
 
         return submit
@@ -68,17 +75,20 @@ class SqliteComposition(SeparateComposition):
             for at, completion in enumerate(completions)
             if completion.task is not None and not isinstance(completion.settlement, Retry)
         }
-        save = self._storage.saving(list(ends.values()))
+        save = self._saving(list(ends.values()))
         settlements = {
             at: completion.settlement
             for at, completion in enumerate(completions)
             if completion.settlement is not None
         }
-        settle = subscription.settling(list(settlements.values()))
 
         def complete(turn: Transaction) -> list[Outcome]:
-            settled = dict(zip(settlements, settle(turn), strict=True))
             saved = dict(zip(ends, save(turn), strict=True))
+            # Without a recorded end it must not be acknowledged: it runs again.
+            left = settlements
+            if untaken := {at for at, outcome in saved.items() if outcome.status == "unknown"}:
+                left = {at: s for at, s in settlements.items() if at not in untaken}
+            settled = dict(zip(left, subscription.settling(list(left.values()))(turn), strict=True))
             retried: dict[int, Task] = {
                 at: task
                 for at, completion in enumerate(completions)
@@ -86,8 +96,27 @@ class SqliteComposition(SeparateComposition):
                 and at not in ends
                 and settled[at].status == "done"
             }
-            saved |= zip(retried, self._storage.saving(list(retried.values()))(turn), strict=True)
+            saved |= zip(retried, self._saving(list(retried.values()))(turn), strict=True)
             # A record's outcome stands for both; a retry that was refused has none.
             return [saved.get(at) or settled.get(at, DONE) for at, _ in enumerate(completions)]
 
         return await self._broker.started().write(complete)
+
+    def _saving(self, tasks: Sequence[Task]) -> Callable[[Transaction], list[Outcome]]:
+        """Return the work that saves records, without payload those that are not taken with it."""
+        save = self._storage.saving(tasks)
+
+        def save_within(turn: Transaction) -> list[Outcome]:
+            outcomes = save(turn)
+            smaller = smaller_of(tasks, outcomes)
+            if not smaller:
+                return outcomes
+            saved = self._storage.saving(list(smaller.values()))(turn)
+            became = dict(zip(smaller, saved, strict=True))
+            turn.after_commit(lambda: say_not_taken(tasks, outcomes, became))
+            return [
+                instead(became[at]) if at in became else outcome
+                for at, outcome in enumerate(outcomes)
+            ]
+
+        return save_within

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,8 @@ class Transaction:
         """Queues in which something became receivable, or will be earlier than it was."""
         self.letters: dict[str, list[str]] = {}
         """For each inbox the uuids whose records have become final."""
+        self.settled: set[Hashable] = set()
+        """What was settled in this turn, and will be so for others once it is durable."""
         self._ids = ids
         self._found: dict[tuple[int, str], int] = {}
         self._after: list[Callable[[], None]] = []

@@ -20,7 +20,8 @@ from msgspec.structs import replace
 from qtasks.engine.job import Job, count_in
 from qtasks.engine.jobs import Jobs
 from qtasks.engine.reach import Reach
-from qtasks_core import Delivery, Storage, Task
+from qtasks_core import Delivery, Outcome, Storage, Task
+from qtasks_core.records import not_taken, within
 
 logger = logging.getLogger("qtasks")
 
@@ -101,12 +102,22 @@ class Suspects:
             "task %s %s was delivered often and never ended; it runs alone (%d)",
             job.message.task_name, job.message.uuid, runs + 1,
         )  # fmt: skip
-        save = partial(self._storage.save, [_begun(job, runs + 1)])
-        outcomes = await self._reach.persist(save, stopping)
-        if outcomes is None:
+        record = _begun(job, runs + 1)
+        outcome = await self._save(record, stopping)
+        if outcome is not None and not_taken(outcome):
+            # The count is what matters: it is kept without arguments, as other records are.
+            record = counted(within(record, outcome.reason), runs + 1)
+            outcome = await self._save(record, stopping)
+        if outcome is None:
             return
         self._waiting.popleft()
-        if outcomes[0].status == "refused":
+        if not_taken(outcome):
+            job.end("error", error=record.error, dead="unstorable record")
+            self._end(job)
+            name, uuid = job.message.task_name, job.message.uuid
+            logger.error("task %s %s is dead: %s", name, uuid, record.error)
+            return
+        if outcome.status == "refused":
             # Cancelled meanwhile, or another run has ended it: there is nothing left to be done.
             job.cancelled = True
             self._end(job)
@@ -122,6 +133,10 @@ class Suspects:
                 await self._jobs.until(lambda: job not in self._jobs or stopping.is_set())
         except TimeoutError:
             return
+
+    async def _save(self, record: Task, stopping: asyncio.Event) -> Outcome | None:
+        outcomes = await self._reach.persist(partial(self._storage.save, [record]), stopping)
+        return None if outcomes is None else outcomes[0]
 
     def surrender(self) -> list[Job]:
         """Return those that have not run, to be given back."""

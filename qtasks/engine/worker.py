@@ -490,12 +490,7 @@ class Worker:
         self._ended_count += len(jobs)
         for end, outcome in zip(batch, outcomes, strict=True):
             if outcome.status == "refused" and isinstance(end, Job) and not end.cancelled:
-                logger.warning(
-                    "task %s %s: its end was refused (%s); another run of it counts",
-                    end.message.task_name,
-                    end.message.uuid,
-                    outcome.reason,
-                )
+                _tell_refused(end, outcome)
         self._jobs.notice()
         if self._suspects.due:
             self._interrupt_receive()
@@ -559,6 +554,15 @@ def _bytes_of(end: _End) -> int:
     if record is None:
         return 0
     return len(record.args) + len(record.kwargs) + len(record.returning or b"")
+
+
+def _tell_refused(job: Job, outcome: Outcome) -> None:
+    said = (
+        "its end was refused (%s); another run of it counts"
+        if outcome.there is not None
+        else "its message was not settled (%s); it may run again"
+    )
+    logger.warning(f"task %s %s: {said}", job.message.task_name, job.message.uuid, outcome.reason)
 
 
 def _completion(job: Job) -> Completion:

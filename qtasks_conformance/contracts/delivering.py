@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -244,6 +245,40 @@ class DeliveringContract(Contract):
         back = await collect(subscription, 2)
         assert uuids(back) == sorted([again.uuid, message_of(released).uuid])
         await assert_silent(subscription, 0.5)
+
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [("ack", "retry"), ("retry", "ack"), ("retry", "another"), ("release", "ack")],
+    )
+    async def test_one_of_two_settlements_of_a_delivery_is_obeyed(
+        self, rig: Rig, first: str, second: str
+    ) -> None:
+        """Settled in two ways at once, one has its effect, and the other is not `done`."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        assert_done(await broker.publish([rig.message()]))
+        subscription = await broker.subscribe({"q": 10})
+        (delivery,) = await collect(subscription, 1)
+        message = message_of(delivery)
+        ways: dict[str, Settlement] = {
+            "ack": Ack(delivery),
+            "retry": Retry(delivery, replace(message, attempt=2)),
+            "another": Retry(delivery, replace(message, attempt=3)),
+            "release": Release(delivery),
+        }
+        left = {"ack": [], "retry": [2], "another": [3], "release": [1]}
+        outcomes = await subscription.settle([ways[first], ways[second]])
+        came: list[Delivery] = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.7):
+                while True:
+                    came += await subscription.receive({"q": 10}, 10)
+        attempts = [message_of(each).attempt for each in came]
+        assert attempts in (left[first], left[second])
+        told = [way for way, o in zip((first, second), outcomes, strict=True) if o.status == "done"]
+        if broker.guarantees.settle_confirmed:
+            assert len(told) == 1
+        for way in told:
+            assert attempts == left[way]
 
     async def test_deliveries_are_counted_where_declared(self, rig: Rig) -> None:
         """Where deliveries are counted, the first is 1 and a released one comes back as 2."""

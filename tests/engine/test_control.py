@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from datetime import date, timedelta
 from decimal import Decimal
 
@@ -14,7 +15,7 @@ from qtasks import NotSupported, control
 from qtasks.asyncio import QueueTasks
 from qtasks.cli.output import plain, task_row
 from qtasks.engine.client import Client
-from qtasks_core import Task, TaskQuery
+from qtasks_core import Outcome, Task, TaskQuery
 from qtasks_memory import MemoryStorage
 
 
@@ -152,3 +153,24 @@ def test_values_that_json_does_not_know_are_said_as_text() -> None:
         "complex": "1j",
         "delta": "PT90S",
     }
+
+
+class TakesNoLargeEnd(MemoryStorage):
+    """Takes no `cancel` that has arguments; nothing is there instead."""
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        large = [task.status == "cancel" and bool(task.args) for task in tasks]
+        saved = iter(await super().save([t for t, no in zip(tasks, large, strict=True) if not no]))
+        return [Outcome("refused", "over 0 bytes") if no else next(saved) for no in large]
+
+
+async def test_what_is_purged_ends_though_its_record_is_not_taken_with_its_arguments() -> None:
+    app = QueueTasks("purged", "memory://", TakesNoLargeEnd("purged"))
+
+    @app.task()
+    async def never(text: str) -> None: ...
+
+    async with app:
+        task = await never.add_task("large")
+        assert await app.control(control.purge, "default") == 1
+        assert (await task.wait_result(5)).status == "cancel"

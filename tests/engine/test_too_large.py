@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
+from threading import Event
 from uuid import uuid4
 
 import pytest
@@ -12,9 +12,11 @@ from msgspec.structs import replace
 
 from qtasks import PayloadTooLarge
 from qtasks.asyncio import QueueTasks
-from qtasks_core import Delivery, Guarantees, Outcome, Settlement, Subscription, Task
+from qtasks.engine import suspects
+from qtasks_core import Guarantees, Outcome, Status, Task
 from qtasks_core.wire import encode_task
 from qtasks_memory import MemoryBroker, MemoryStorage
+from tests.engine.test_suspects import Counting
 
 LARGEST = 20_000
 
@@ -103,45 +105,93 @@ async def test_arguments_over_the_limit_are_refused_before_anything_is_written()
         assert not (await app.broker.depth("default")).ready
 
 
-class SlowToAnswer(MemoryBroker):
-    """Settles at once, and answers only after the next extension of the leases."""
+class PickyStorage(MemoryStorage):
+    """Takes no record with one of the statuses in `untaken`; nothing is there instead."""
 
-    async def subscribe(self, queues):  # type: ignore[no-untyped-def]
-        return SlowSubscription(await super().subscribe(queues))
+    untaken: frozenset[Status] = frozenset({"process"})
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.untaken_end = Event()
+        """Set once a final record was not taken either."""
 
-class SlowSubscription(Subscription):
-    def __init__(self, inner: Subscription) -> None:
-        self._inner = inner
-
-    async def receive(self, queues, limit):  # type: ignore[no-untyped-def]
-        return await self._inner.receive(queues, limit)
-
-    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        settled = await self._inner.settle(settlements)
-        await asyncio.sleep(0.5)  # the answer is on its way
-        return settled
-
-    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        return await self._inner.extend(deliveries)
-
-    async def close(self) -> None:
-        await self._inner.close()
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        outcomes = []
+        for task in tasks:
+            if task.status in self.untaken:
+                if task.status == "error" and not task.args:
+                    self.untaken_end.set()
+                outcomes.append(Outcome("refused", f"over the limit of {LARGEST} bytes"))
+            else:
+                outcomes += await super().save([task], transaction)
+        return outcomes
 
 
-async def test_what_is_being_settled_is_not_said_to_have_lost_its_lease(
+class PickiestStorage(PickyStorage):
+    untaken = frozenset({"process", "error", "success"})
+
+
+async def test_a_poison_candidate_over_the_limit_ends_as_an_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.WARNING)
+    """Its isolated run is counted in a record without arguments."""
     name = uuid4().hex
-    app = QueueTasks(broker=SlowToAnswer(name, lease=0.3), storage=MemoryStorage(name))
+    app = QueueTasks(broker=Counting(name), storage=SmallStorage(name))
+    counts: list[int] = []
 
-    @app.task()
-    async def short() -> None:
-        pass
+    @app.task(name="suspect")
+    async def echo(text: str) -> str:
+        (record,) = await app.client.storage.get([uuid])
+        counts.append(suspects.lone_runs(record))
+        return text
+
+    async with app:
+        handle = await echo.add_task("a" * 30_000)
+        uuid = handle.uuid
+        async with app.worker():
+            ended = await handle.wait_result(timeout=20)
+        depth = await app.broker.depth("default")
+    assert (ended.status, ended.dead) == ("error", "unstorable result")
+    assert str(LARGEST) in str(ended.error)
+    assert counts == [1]
+    assert not depth.ready
+    assert not depth.in_flight
+    assert "cancelled" not in caplog.text
+
+
+async def test_a_poison_candidate_that_cannot_be_counted_does_not_run() -> None:
+    name = uuid4().hex
+    app = QueueTasks(broker=Counting(name), storage=PickyStorage(name))
+    runs: list[int] = []
+
+    @app.task(name="suspect")
+    async def suspect() -> None:
+        runs.append(1)
 
     async with app, app.worker():
-        handles = await short.map([() for _ in range(20)])
-        for handle in handles:
-            await handle.wait_result(timeout=20)
-    assert "lease was lost" not in caplog.text
+        ended = await suspect.add_task(timeout=20)
+        depth = await app.broker.depth("default")
+    assert (ended.status, ended.dead) == ("error", "unstorable record")
+    assert str(LARGEST) in str(ended.error)
+    assert runs == []
+    assert not depth.ready
+    assert not depth.in_flight
+
+
+async def test_a_poison_candidate_without_a_recorded_end_is_not_acknowledged() -> None:
+    name = uuid4().hex
+    storage = PickiestStorage(name)
+    app = QueueTasks(broker=Counting(name, lease=60), storage=storage)
+
+    @app.task(name="suspect")
+    async def suspect() -> None: ...
+
+    async with app:
+        handle = await suspect.add_task()
+        async with app.worker():
+            assert await asyncio.to_thread(storage.untaken_end.wait, 10)
+        record = await app.get(handle.uuid)
+        assert record is not None
+        assert record.status == "new"
+        depth = await app.broker.depth("default")
+    assert (depth.ready or 0) + (depth.in_flight or 0) == 1

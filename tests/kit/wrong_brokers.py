@@ -241,6 +241,16 @@ class ForgetsWhatItSettled(Broker):
             return super()._settle(settlement)
 
 
+class SaysDoneToWhatDiffers(Broker):
+    class subscription(MemorySubscription):
+        def _settle(self, settlement: Settlement) -> Outcome:
+            seen = self.__dict__.setdefault("seen", set())
+            outcome = super()._settle(settlement)
+            outcome = DONE if settlement.delivery.fence in seen else outcome
+            seen.add(settlement.delivery.fence)
+            return outcome
+
+
 class GivesTooMuch(Broker):
     class subscription(MemorySubscription):
         async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:

@@ -23,6 +23,7 @@ from qtasks_core import (
     Verdict,
 )
 from qtasks_core.errors import Unavailable
+from qtasks_core.recent import repeat_key
 from qtasks_core.separate import SeparateComposition, record_of
 from qtasks_memory.broker import MemorySubscription
 from qtasks_memory.connection import Entry, Memory
@@ -85,7 +86,7 @@ class RefusesWhatWasCancelled(Broker):
                 await asyncio.sleep(ON_ITS_WAY)
             except asyncio.CancelledError:
                 for settlement in settlements:
-                    self._settled.discard(settlement.delivery.fence)
+                    self._settled.discard(repeat_key(settlement))
                 raise
             return outcomes
 
@@ -146,7 +147,7 @@ class RetriesInTwoSteps(Broker):
     class subscription(MemorySubscription):
         async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
             first = [Ack(s.delivery) if isinstance(s, Retry) else s for s in settlements]
-            fresh = [s.delivery.fence not in self._settled for s in settlements]
+            fresh = [repeat_key(settlement) not in self._settled for settlement in first]
             outcomes = await super().settle(first)
             await asyncio.sleep(0)
             for settlement, new in zip(settlements, fresh, strict=True):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtasks_core.recent import Recent
+from qtasks_core import Ack, Delivery, Release, Retry, TaskMessage
+from qtasks_core.recent import Recent, repeat_key
 
 
 @given(st.lists(st.integers(0, 30), max_size=100), st.integers(1, 10))
@@ -44,3 +47,13 @@ def test_limit() -> None:
     assert 0 not in recent
     assert 20_001 in recent
     assert 40_000 in recent
+
+
+def test_a_repeat_is_told_from_what_differs() -> None:
+    first, second = (TaskMessage(uuid="u", task_name="t", attempt=n) for n in (1, 2))
+    delivery = Delivery(first, "q", ("stream", 1), 1)
+    for settlement in (Ack(delivery), Release(delivery), Retry(delivery, first)):
+        assert repeat_key(settlement) == repeat_key(copy(settlement))
+    assert repeat_key(Ack(delivery)) != repeat_key(Release(delivery))
+    assert repeat_key(Ack(delivery)) != repeat_key(Retry(delivery, first))
+    assert repeat_key(Retry(delivery, first)) != repeat_key(Retry(delivery, second))

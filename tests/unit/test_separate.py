@@ -35,7 +35,7 @@ from qtasks_core import (
 )
 from qtasks_core.errors import Unavailable
 from qtasks_core.records import FINAL, RANK, judge
-from qtasks_core.separate import SeparateComposition, record_of, verdict_of
+from qtasks_core.separate import SeparateComposition, record_of, taken, verdict_of
 
 
 class Crash(BaseException):
@@ -535,3 +535,34 @@ def test_record_of_a_message_leaves_nothing_out() -> None:
     # What a record has no use for: when it was due, and how long the message is good.
     missing = set(TaskMessage.__struct_fields__) - set(Task.__struct_fields__)
     assert missing == {"delay", "expires_at", "store_result"}
+
+
+class SmallStorage(FakeStorage):
+    """Takes no record with arguments; nothing is there instead."""
+
+    def save_one(self, task: Task) -> Outcome:
+        return Outcome("refused", "over 0 bytes") if task.args else super().save_one(task)
+
+
+async def test_a_key_is_held_though_the_record_is_not_taken_with_its_arguments() -> None:
+    """Its message is published: to say that it was refused would be wrong."""
+    world = World()
+    composition = SeparateComposition(FakeBroker(world), SmallStorage(world))
+    keyed = replace(message("a"), submission="s", args=b"large")
+    assert await composition.submit([keyed]) == [DONE]
+    assert world.records["a"].submission == "s"
+    assert world.queue == [keyed]
+    (outcome,) = await composition.submit([replace(keyed, submission="other")])
+    assert outcome == taken(world.records["a"])
+
+
+async def test_who_admits_first_has_the_key_of_a_record_that_is_not_taken_with_its_arguments() -> (
+    None
+):
+    world = World()
+    composition = SeparateComposition(FakeBroker(world), SmallStorage(world))
+    first, second = (replace(message("a"), submission=s, args=b"large") for s in ("s", "other"))
+    ((verdict, _),) = await composition.admit([world.deliver(first)])
+    assert verdict == "run"
+    ((verdict, _),) = await composition.admit([world.deliver(second)])
+    assert verdict == "stale"

@@ -20,7 +20,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, refuse_transaction
-from qtasks_core.recent import Recent
+from qtasks_core.recent import Recent, repeat_key
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_shelf.shelf import Row, Shelf, connect
 
@@ -121,12 +121,13 @@ class ShelfSubscription(Subscription):
 
     def _settle(self, settlement: Settlement) -> Outcome:
         fence = settlement.delivery.fence
-        if fence in self._settled:
+        key = repeat_key(settlement)
+        if key in self._settled:
             return DONE
         row = self._mine(fence)
         if row is None:
             return LOST
-        self._settled.add(fence)
+        self._settled.add(key)
         if isinstance(settlement, Release):
             row.wake_at = row.holder = 0
             self._shelf.ring()
