@@ -69,12 +69,6 @@ class Receive(Struct, frozen=True, tag=True):
     count: int
 
 
-class Churn(Struct, frozen=True, tag=True):
-    """Receive, and retry or release what comes, until it is killed."""
-
-    most: int
-
-
 class Settle(Struct, frozen=True, tag=True):
     """Settle held deliveries by their positions; answers with outcomes."""
 
@@ -155,7 +149,6 @@ Command = (
     Publish
     | Stream
     | Receive
-    | Churn
     | Settle
     | Extend
     | Save
@@ -240,8 +233,6 @@ class Hands:
             case Receive(wanted, count):
                 await self._receive(wanted, count)
                 return Answer(held=[Seen(message_of(d), d.count) for d in self._held])
-            case Churn(most):
-                await self._churn(most)
             case Settle(how):
                 settlements = [settlement(self._held[at], kind) for at, kind in how]
                 return Answer(await self._open().settle(settlements))
@@ -347,16 +338,6 @@ class Hands:
         enough = len(self._held) + count
         while (missing := enough - len(self._held)) > 0:
             self._held += await persist(partial(self._subscription.receive, wanted, missing))
-
-    async def _churn(self, most: int) -> None:
-        subscription = await self._broker.subscribe({"q": most})
-        hows: tuple[How, How] = ("retry", "release")
-        while True:
-            deliveries = await subscription.receive({"q": most}, most)
-            await subscription.settle(
-                [settlement(delivery, hows[at % 2]) for at, delivery in enumerate(deliveries)]
-            )
-            await asyncio.sleep(0)  # a part in memory never waits
 
     def _record(self, at: int, status: Status) -> Task:
         message = message_of(self._held[at])

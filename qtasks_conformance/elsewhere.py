@@ -17,7 +17,6 @@ from qtasks_conformance.commands import (
     Answer,
     Append,
     Broadcast,
-    Churn,
     Command,
     Complete,
     Extend,
@@ -87,10 +86,6 @@ class Elsewhere(ABC):
         """Receive and hold `count` more there; returns all that is held."""
         wanted = dict.fromkeys(queues or ("q",), count)
         return (await self._tell(Receive(wanted, count))).held
-
-    async def churn(self, most: int) -> None:
-        """Receive, retry and release there until it is killed; never returns."""
-        await self._tell(Churn(most))
 
     async def settle(self, *how: tuple[int, How]) -> list[Outcome]:
         """Settle held deliveries there, by position."""

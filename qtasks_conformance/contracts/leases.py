@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from random import Random
 
 import pytest
 
@@ -12,8 +11,12 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delays import clock
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
 from qtasks_conformance.rig import Rig
-from qtasks_conformance.waiting import assert_silent, collect, keeping, persist
+from qtasks_conformance.waiting import PATIENCE, SOON, assert_silent, collect, keeping, persist
 from qtasks_core import Ack, Delivery, Guarantees, Release, Subscription
+
+MOMENTS = (0.0, 0.001, 0.004, 0.016, SOON)
+"""Seconds after which a process that settles is killed. By the last of them it has settled, and
+dies at once; one that takes as long is in the midst of it."""
 
 
 class LeaseContract(Contract):
@@ -58,22 +61,38 @@ class LeaseContract(Contract):
         assert clock() - before <= rig.within
 
     async def test_a_process_killed_while_it_settles_loses_nothing(self, rig: Rig) -> None:
-        """Retrying and releasing all the time, it is killed at any moment: all are there."""
-        broker, victim = await rig.broker(), await rig.elsewhere()
-        messages = rig.messages(20)
-        assert_done(await broker.publish(messages))
-        churning = rig.background(victim.churn(20))
-        await asyncio.sleep(Random().uniform(0.2, 0.5))
-        assert not churning.done()
+        """Killed before its settle, at several moments in it, and after it: all messages come."""
+        broker = await rig.broker()
+        queues = [f"q{at}" for at in range(len(MOMENTS))]
+        messages = {queue: rig.messages(4, queue=queue) for queue in queues}
+        for queue in queues:
+            assert_done(await broker.publish(messages[queue]))
+        await asyncio.gather(
+            *(
+                self._killed_while_it_settles(rig, queue, moment)
+                for queue, moment in zip(queues, MOMENTS, strict=True)
+            )
+        )
+        subscription = await broker.subscribe(dict.fromkeys(queues, 10))
+        deadline = clock() + rig.within + PATIENCE
+        for queue in queues:
+            missing = {message.uuid for message in messages[queue]}
+            while missing:
+                assert clock() < deadline, f"{len(missing)} messages are lost"
+                deliveries = await collect(subscription, 1, rig.within, queue)
+                missing -= set(uuids(deliveries))
+                await subscription.settle([Ack(d) for d in deliveries])
+
+    @staticmethod
+    async def _killed_while_it_settles(rig: Rig, queue: str, moment: float) -> None:
+        """Let a process hold what is in a queue, retry one half and release the other, and die."""
+        victim = await rig.elsewhere()
+        await victim.receive(4, queue)
+        settling = rig.background(
+            victim.settle((0, "retry"), (1, "release"), (2, "retry"), (3, "release"))
+        )
+        await asyncio.wait({settling}, timeout=moment)
         await victim.kill()
-        subscription = await broker.subscribe({"q": 100})
-        missing = {message.uuid for message in messages}
-        deadline = clock() + rig.within
-        while missing and clock() < deadline:
-            deliveries = await collect(subscription, 1, rig.within)
-            missing -= set(uuids(deliveries))
-            await subscription.settle([Ack(d) for d in deliveries])
-        assert not missing, f"{len(missing)} of {len(messages)} are lost"
 
     async def test_extend_answers_for_each(self, rig: Rig) -> None:
         """In order, and only for what is still held: what is settled cannot be had back."""
