@@ -6,6 +6,7 @@ It keeps no bytes, and no other program can reach it: so nothing in it is ever u
 import pytest
 
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -22,6 +23,9 @@ def subject() -> Subject:
         storage=Part("qtasks_memory:MemoryStorage"),
         lease=1.0,
         ends_with_process=True,
+        url="memory://one",
+        other_url="memory://other",
+        options=("lease", "retention"),
         least_broker=Least(
             settle_confirmed=True, counts_deliveries=True, priorities=True, order="queue"
         ),
@@ -38,4 +42,8 @@ class TestMemoryStorage(StorageContract):
 
 
 class TestMemoryPair(CompositionContract):
+    pass
+
+
+class TestMemoryBackend(BackendContract):
     pass
