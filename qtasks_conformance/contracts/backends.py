@@ -59,9 +59,10 @@ class BackendContract(Contract):
         """Each receives what was published by its own URL, and nothing else."""
         urls = url_of(rig.subject), other_url_of(rig.subject)
         brokers = [await started_broker(rig, url) for url in urls]
-        for broker in brokers:
-            message = rig.message()
+        messages = rig.messages(len(brokers))
+        for broker, message in zip(brokers, messages, strict=True):
             assert_done(await broker.publish([message]))
+        for broker, message in zip(brokers, messages, strict=True):
             subscription = await broker.subscribe({"q": 10})
             (delivery,) = await collect(subscription, 1)
             assert delivery.message == message, "it came from the other URL"
