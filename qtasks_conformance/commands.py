@@ -62,6 +62,12 @@ class Stream(Struct, frozen=True, tag=True):
     pause: float
 
 
+class Subscribe(Struct, frozen=True, tag=True):
+    """Subscribe to queues and receive nothing yet."""
+
+    queues: dict[str, int]
+
+
 class Receive(Struct, frozen=True, tag=True):
     """Receive `count` more deliveries and hold them; answers with all that are held."""
 
@@ -148,6 +154,7 @@ class Append(Struct, frozen=True, tag=True):
 Command = (
     Publish
     | Stream
+    | Subscribe
     | Receive
     | Settle
     | Extend
@@ -230,6 +237,8 @@ class Hands:
                 return Answer(await self._broker.publish(messages))
             case Stream(messages, pause):
                 return Answer(await self._stream(messages, pause))
+            case Subscribe(queues):
+                self._subscription = await self._broker.subscribe(queues)
             case Receive(wanted, count):
                 await self._receive(wanted, count)
                 return Answer(held=[Seen(message_of(d), d.count) for d in self._held])

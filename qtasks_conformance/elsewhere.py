@@ -34,6 +34,7 @@ from qtasks_conformance.commands import (
     SetValue,
     Stream,
     Submit,
+    Subscribe,
     TakeClaim,
     answer_decoder,
     encode,
@@ -81,6 +82,10 @@ class Elsewhere(ABC):
         """Publish there one by one, with a pause (seconds) after each."""
         within = PATIENCE + 3 * pause * len(messages)
         return (await self._tell(Stream(list(messages), pause), within)).outcomes
+
+    async def subscribe(self, capacity: int) -> None:
+        """Subscribe to queue `q` there, before anything is received."""
+        await self._tell(Subscribe({"q": capacity}))
 
     async def receive(self, count: int, *queues: str) -> list[Seen]:
         """Receive and hold `count` more there; returns all that is held."""

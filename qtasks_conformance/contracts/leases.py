@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
@@ -10,7 +11,7 @@ from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delays import clock
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
-from qtasks_conformance.rig import Rig
+from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_conformance.waiting import PATIENCE, SOON, assert_silent, collect, keeping, persist
 from qtasks_core import Ack, Delivery, Guarantees, Release, Subscription
 
@@ -175,6 +176,41 @@ class LeaseContract(Contract):
         other.cancel()
         await asyncio.wait({other})
 
+    @pytest.mark.parametrize("first", ["short", "long"])
+    async def test_a_lease_is_the_receivers(self, rig: Rig, first: str) -> None:
+        """Two receivers of one queue have leases of their own, whichever subscribed first.
+
+        What the dead one held comes back within its short lease; the other keeps what it holds.
+        """
+        short, holder = await rig.elsewhere(), await rig.broker(lease=LONG_LEASE)
+        broker = await rig.broker()
+        if first == "short":
+            await short.subscribe(1)
+        long = await holder.subscribe({"q": 1})
+        if first == "long":
+            await short.subscribe(1)
+        others = await broker.subscribe({"q": 10})
+        taking, receiving = rig.background(short.receive(1)), rig.background(collect(long, 1))
+        deadline = clock() + PATIENCE
+        while not (taking.done() and receiving.done()):
+            assert clock() < deadline, "not every receiver of a queue gets of its messages"
+            assert_done(await broker.publish(rig.messages(3)))
+            waiting = {task for task in (taking, receiving) if not task.done()}
+            await asyncio.wait(waiting, timeout=0.5)
+        ((lost,), (kept,)) = taking.result(), receiving.result()
+        since = clock()
+        await short.kill()
+        came: list[Delivery] = []
+        while lost.message.uuid not in uuids(came):
+            within = since + max(rig.within, SOON) - clock()
+            came += await collect(others, 1, max(within, 0.1))
+            assert_settled(await others.settle([Ack(came[-1])]), broker.guarantees)
+        # By then a short lease would be over that began with the long one.
+        left = max(since + rig.subject.lease - clock(), 0.0) + 1.0
+        came += await acknowledge_for(others, left)
+        assert message_of(kept).uuid not in uuids(came), "another got what is held"
+        assert_settled(await long.settle([Ack(kept)]), holder.guarantees)
+
     async def test_settling_follows_a_replaced_fence(self, rig: Rig) -> None:
         """Where `extend` hands back a replacement, the old delivery can still be settled."""
         broker = await rig.broker()
@@ -186,3 +222,15 @@ class LeaseContract(Contract):
             assert new is not None
         assert_settled(await subscription.settle([Ack(old)]), broker.guarantees)
         await assert_silent(subscription, rig.subject.lease)
+
+
+async def acknowledge_for(subscription: Subscription, seconds: float) -> list[Delivery]:
+    """Acknowledge what comes within so many seconds, and return it."""
+    came: list[Delivery] = []
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while True:
+                some = await subscription.receive({"q": 10}, 10)
+                came += some
+                await subscription.settle([Ack(delivery) for delivery in some])
+    return came

@@ -164,6 +164,8 @@ TRIES = (
     of_pair(calls.PublishesOnlyWhatIsNew,
             "test_a_client_killed_while_submitting_loses_nothing[recorded-plain]"),
     of_broker(brokers.LosesOnCrash, "test_a_killed_receiver_loses_nothing"),
+    of_broker(brokers.SharesTheFirstLease, "test_a_lease_is_the_receivers[short]",
+              "test_a_lease_is_the_receivers[long]"),
     of_broker(brokers.StartsEarly, "test_a_published_delay_passes"),
     of_broker(brokers.StartsLate, "test_a_published_delay_passes"),
     of_broker(brokers.RetriesEarly, "test_a_retry_delay_passes"),
