@@ -71,6 +71,7 @@ class Least:
     counts_deliveries: bool = False
     priorities: bool = False
     transactions: bool = False
+    atomic_retries: bool = False
     leases_survive: bool = False
     order: Order = "none"
     lacks: tuple[str, ...] = ()

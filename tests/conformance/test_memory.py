@@ -27,7 +27,11 @@ def subject() -> Subject:
         other_url="memory://other",
         options=("lease", "retention"),
         least_broker=Least(
-            settle_confirmed=True, counts_deliveries=True, priorities=True, order="queue"
+            settle_confirmed=True,
+            atomic_retries=True,
+            counts_deliveries=True,
+            priorities=True,
+            order="queue",
         ),
         least_storage=Least(settle_confirmed=True),
     )

@@ -68,6 +68,7 @@ def subject(postgres_server: Service) -> Subject:
         least_broker=Least(
             survives="machine crash",
             settle_confirmed=True,
+            atomic_retries=True,
             counts_deliveries=True,
             priorities=True,
             transactions=True,

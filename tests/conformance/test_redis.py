@@ -57,6 +57,7 @@ def subject(redis_server: Service) -> Subject:
         least_broker=Least(
             survives="server crash",
             settle_confirmed=True,
+            atomic_retries=True,
             counts_deliveries=True,
             leases_survive=True,
             order="queue",

@@ -32,6 +32,7 @@ def subject(tmp_path: Path) -> Subject:
         least_broker=Least(
             survives="server crash",
             settle_confirmed=True,
+            atomic_retries=True,
             counts_deliveries=True,
             priorities=True,
             leases_survive=True,

@@ -48,7 +48,11 @@ def subject_in_memory(wrong: Wrong | None) -> Subject:
         server=servers["the"],
         ends_with_process=True,
         least_broker=Least(
-            settle_confirmed=True, counts_deliveries=True, priorities=True, order="queue"
+            settle_confirmed=True,
+            atomic_retries=True,
+            counts_deliveries=True,
+            priorities=True,
+            order="queue",
         ),
         least_storage=Least(survives="server crash"),
     )
