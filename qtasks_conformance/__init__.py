@@ -1,7 +1,7 @@
 """The contracts as tests: subclass them, say in one fixture which parts to test, run pytest.
 
     from qtasks_conformance import (
-        BrokerContract, CompositionContract, Part, StorageContract, Subject,
+        BackendContract, BrokerContract, CompositionContract, Part, StorageContract, Subject,
     )
 
     @pytest.fixture
@@ -10,11 +10,13 @@
             broker=Part("my_package:MyBroker", {"url": "my://…", "lease": 2.0}),
             storage=Part("my_package:MyStorage", {"url": "my://…"}),
             lease=2.0,
+            url="my://…",
         )
 
     class TestMyBroker(BrokerContract): ...
     class TestMyStorage(StorageContract): ...
     class TestMyPair(CompositionContract): ...
+    class TestMyBackend(BackendContract): ...
 
 It needs the extra `conformance` (pytest, pytest-asyncio) and no option of either.
 """
@@ -26,9 +28,15 @@ from typing import TYPE_CHECKING, Any
 from qtasks_conformance.subject import Least, Part, Server, Subject
 
 if TYPE_CHECKING:
-    from qtasks_conformance.contracts import BrokerContract, CompositionContract, StorageContract
+    from qtasks_conformance.contracts import (
+        BackendContract,
+        BrokerContract,
+        CompositionContract,
+        StorageContract,
+    )
 
 __all__ = [
+    "BackendContract",
     "BrokerContract",
     "CompositionContract",
     "Least",

@@ -62,17 +62,17 @@ class Stream(Struct, frozen=True, tag=True):
     pause: float
 
 
+class Subscribe(Struct, frozen=True, tag=True):
+    """Subscribe to queues and receive nothing yet."""
+
+    queues: dict[str, int]
+
+
 class Receive(Struct, frozen=True, tag=True):
     """Receive `count` more deliveries and hold them; answers with all that are held."""
 
     wanted: dict[str, int]
     count: int
-
-
-class Churn(Struct, frozen=True, tag=True):
-    """Receive, and retry or release what comes, until it is killed."""
-
-    most: int
 
 
 class Settle(Struct, frozen=True, tag=True):
@@ -154,8 +154,8 @@ class Append(Struct, frozen=True, tag=True):
 Command = (
     Publish
     | Stream
+    | Subscribe
     | Receive
-    | Churn
     | Settle
     | Extend
     | Save
@@ -237,11 +237,11 @@ class Hands:
                 return Answer(await self._broker.publish(messages))
             case Stream(messages, pause):
                 return Answer(await self._stream(messages, pause))
+            case Subscribe(queues):
+                self._subscription = await self._broker.subscribe(queues)
             case Receive(wanted, count):
                 await self._receive(wanted, count)
                 return Answer(held=[Seen(message_of(d), d.count) for d in self._held])
-            case Churn(most):
-                await self._churn(most)
             case Settle(how):
                 settlements = [settlement(self._held[at], kind) for at, kind in how]
                 return Answer(await self._open().settle(settlements))
@@ -347,16 +347,6 @@ class Hands:
         enough = len(self._held) + count
         while (missing := enough - len(self._held)) > 0:
             self._held += await persist(partial(self._subscription.receive, wanted, missing))
-
-    async def _churn(self, most: int) -> None:
-        subscription = await self._broker.subscribe({"q": most})
-        hows: tuple[How, How] = ("retry", "release")
-        while True:
-            deliveries = await subscription.receive({"q": most}, most)
-            await subscription.settle(
-                [settlement(delivery, hows[at % 2]) for at, delivery in enumerate(deliveries)]
-            )
-            await asyncio.sleep(0)  # a part in memory never waits
 
     def _record(self, at: int, status: Status) -> Task:
         message = message_of(self._held[at])

@@ -17,7 +17,6 @@ from qtasks_conformance.commands import (
     Answer,
     Append,
     Broadcast,
-    Churn,
     Command,
     Complete,
     Extend,
@@ -35,6 +34,7 @@ from qtasks_conformance.commands import (
     SetValue,
     Stream,
     Submit,
+    Subscribe,
     TakeClaim,
     answer_decoder,
     encode,
@@ -83,14 +83,14 @@ class Elsewhere(ABC):
         within = PATIENCE + 3 * pause * len(messages)
         return (await self._tell(Stream(list(messages), pause), within)).outcomes
 
+    async def subscribe(self, capacity: int) -> None:
+        """Subscribe to queue `q` there, before anything is received."""
+        await self._tell(Subscribe({"q": capacity}))
+
     async def receive(self, count: int, *queues: str) -> list[Seen]:
         """Receive and hold `count` more there; returns all that is held."""
         wanted = dict.fromkeys(queues or ("q",), count)
         return (await self._tell(Receive(wanted, count))).held
-
-    async def churn(self, most: int) -> None:
-        """Receive, retry and release there until it is killed; never returns."""
-        await self._tell(Churn(most))
 
     async def settle(self, *how: tuple[int, How]) -> list[Outcome]:
         """Settle held deliveries there, by position."""

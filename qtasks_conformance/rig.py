@@ -15,6 +15,7 @@ from qtasks_conformance.subject import Subject
 from qtasks_core import Broker, Inbox, Status, Storage, Task, TaskMessage
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Broker | Storage)
 
 LONG_LEASE = 30.0
 """Seconds: longer than any test that must not lose a lease."""
@@ -33,10 +34,7 @@ class Rig:
     async def broker(self, *, namespace: str | None = None, lease: float | None = None) -> Broker:
         """Start one more broker; with a lease of its own (seconds) where the test needs it."""
         part = self.subject.broker if lease is None else self.subject.broker.but(lease=lease)
-        broker = part.broker()
-        self._end.push_async_callback(broker.stop)
-        await broker.start(namespace or self.namespace)
-        return broker
+        return await self.started(part.broker(), namespace)
 
     async def storage(
         self, *, namespace: str | None = None, retention: float | None = None
@@ -44,9 +42,13 @@ class Rig:
         """Start one more storage; with a retention of its own (seconds) where the test needs it."""
         part = self.subject.storage
         storage = (part if retention is None else part.but(retention=retention)).storage()
-        self._end.push_async_callback(storage.stop)
-        await storage.start(namespace or self.namespace)
-        return storage
+        return await self.started(storage, namespace)
+
+    async def started(self, part: P, namespace: str | None = None) -> P:
+        """Start a part that is built already."""
+        self._end.push_async_callback(part.stop)
+        await part.start(namespace or self.namespace)
+        return part
 
     async def inbox(self, storage: Storage) -> Inbox:
         """Open an inbox."""

@@ -71,6 +71,7 @@ class Least:
     counts_deliveries: bool = False
     priorities: bool = False
     transactions: bool = False
+    atomic_retries: bool = False
     leases_survive: bool = False
     order: Order = "none"
     lacks: tuple[str, ...] = ()
@@ -109,6 +110,14 @@ class Subject:
     """Open a transaction as a caller would: `async with begin() as transaction`.
 
     Needed by a part that declares `transactions`; it commits at the end, or rolls back an error."""
+    url: str | None = None
+    """A URL for which a backend is registered. None: the tests of `BackendContract` are skipped."""
+    other_url: str | None = None
+    """One that leads elsewhere: another database, file or path. What is put there stays there.
+
+    None where there is no such place, and the tests of two URLs are skipped."""
+    options: tuple[str, ...] = ("lease",)
+    """Options of the URL that must be listed when another one is refused."""
     slack: float = 4.0
     """Seconds by which a busy machine may be late."""
     least_broker: Least = Least()

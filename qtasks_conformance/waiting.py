@@ -34,6 +34,17 @@ async def persist(call: Callable[[], Awaitable[T]], within: float = PATIENCE) ->
         pause = min(pause * 2, 1.0)
 
 
+async def limited(call: Awaitable[T], within: float, what: str) -> T:
+    """Await a call; fails when it takes longer than so many seconds."""
+    try:
+        async with asyncio.timeout(within) as limit:
+            return await call
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise AssertionError(f"{what} took longer than {within:g} s") from None
+
+
 async def collect(
     subscription: Subscription,
     count: int,

@@ -186,6 +186,10 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     """Storages only: seconds that final records are kept which do not say so; None: for ever."""
     settle_confirmed: bool = True
     """Brokers: the server answers a settle, so its outcome is known."""
+    atomic_retries: bool = False
+    """Brokers: a retry takes the place of its delivery in one step, so there is one message of the
+    task whenever a crash comes, and however often the settle is made again. Otherwise the new one
+    is there before the old one is gone: each try that is cut off may leave one message more."""
     leases_survive: bool = False
     """Brokers: a lease outlives a crash of the server, so what is held stays held."""
     order: Literal["none", "queue", "partition"] = "none"

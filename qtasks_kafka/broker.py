@@ -88,6 +88,9 @@ class KafkaBroker(Broker):
                 "group's committed offsets; where the user may not DELETE them, they are "
                 "kept, and run again once the server has forgotten the offsets of a group "
                 "without workers, after offsets.retention.minutes (7 days by default)",
+                "a retry is published before the message that it replaces is finished: a "
+                "crash in between leaves both, of which the engine drops the old one; a settle "
+                "that was cut off and is made again may run the next attempt twice",
                 "a delayed message is moved to its queue in two steps: a crash in between "
                 "delivers it twice",
             ),

@@ -47,6 +47,7 @@ class MemoryBroker(Broker):
             lease=self._lease,
             order="queue",
             counts_deliveries=True,
+            atomic_retries=True,
             priorities=True,
         )
 

@@ -206,6 +206,7 @@ class PostgresBroker(Broker):
             leases_survive=True,
             order="queue",
             counts_deliveries=True,
+            atomic_retries=True,
             priorities=True,
             transactions=True,
             unsupported=("depth", "purge", "broadcast", "commands"),

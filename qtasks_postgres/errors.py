@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from qtasks_core.errors import ConfigurationError, QTasksError, Unavailable
+from qtasks_postgres.options import OF_THE_DRIVER, OURS
 
 LOGIN = "check the user and the password in the URL, and pg_hba.conf"
 RIGHTS = (
@@ -18,6 +19,10 @@ RIGHTS = (
     " this one"
 )
 SCHEMA = "the schema qtasks was removed, or is another's; starting again creates what is missing"
+NO_OPTION = (
+    f"there are: {', '.join((*OURS, *OF_THE_DRIVER))}; any other name behind the ? of the URL has"
+    " to be a setting of the server"
+)
 OPTION = "what the URL says behind the ? and the driver does not know is set at the server"
 
 # By SQLSTATE, else by its class, the first two characters.
@@ -32,7 +37,7 @@ FINAL: Mapping[str, str] = {
 
 # Only in the answer to a new connection.
 FINAL_AT_START: Mapping[str, str] = {
-    "42704": OPTION,  # no such setting
+    "42704": NO_OPTION,  # no such setting
     "22023": OPTION,  # no such value of it
     "55P02": OPTION,  # it can be set in the server's configuration only
 }

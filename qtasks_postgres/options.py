@@ -11,6 +11,14 @@ from qtasks_core.urls import redact, split, take_options
 
 SCHEMES = ("postgresql", "postgres")
 
+OURS = ("lease", "listen_url", "connect_timeout", "application_name")
+OF_THE_DRIVER = (
+    "host", "port", "user", "password", "dbname", "passfile", "sslmode", "sslrootcert", "sslcert",
+    "sslkey", "sslpassword", "sslcrl", "ssl_min_protocol_version", "ssl_max_protocol_version",
+    "target_session_attrs", "krbsrvname",
+)  # fmt: skip
+"""All others are settings of the server, which refuses those that it does not have."""
+
 FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile", "servicefile")
 
 # libpq has them, the driver has not: it would hand them to the server, which knows none.

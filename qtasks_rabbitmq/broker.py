@@ -69,6 +69,9 @@ class RabbitMQBroker(Broker):
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(
                 "an acknowledgement has no reply: a crash of the server may undo it",
+                "a retry is published before the message that it replaces is acknowledged: a "
+                "crash in between leaves both, of which the engine drops the old one; a settle "
+                "that was cut off and is made again may run the next attempt twice",
                 "the server takes back what is held beyond its consumer_timeout (30 minutes), and "
                 "with it all that this worker holds of the same queue",
             ),

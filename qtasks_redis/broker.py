@@ -73,6 +73,7 @@ class RedisBroker(Broker):
             leases_survive=self._server.survives in ("server crash", "machine crash"),
             order="queue",
             counts_deliveries=True,
+            atomic_retries=True,
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=self._server.notes,
         )

@@ -96,6 +96,7 @@ class SqliteBroker(Broker):
             leases_survive=True,
             order="queue",
             counts_deliveries=True,
+            atomic_retries=True,
             priorities=True,
             notes=(
                 "delays and leases follow the machine's clock: when it is set, they shift by it",

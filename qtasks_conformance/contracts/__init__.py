@@ -1,4 +1,4 @@
-"""The three classes to subclass, put together from a file a theme.
+"""The four classes to subclass, put together from a file a theme.
 
 Test modules are named for what they test, so pytest is told to explain their assertions too.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 for _theme in (
-    "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
+    "backends", "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
     "delivering", "depth", "faults", "idling", "inboxes", "keys", "leases", "migrating", "outages",
     "pairs", "poison", "querying", "records", "repeating", "retention", "streams", "submitting",
     "transactions", "undecodable", "values",
@@ -16,6 +16,7 @@ for _theme in (
     pytest.register_assert_rewrite(f"{__name__}.{_theme}")
 pytest.register_assert_rewrite("qtasks_conformance.waiting")
 
+from qtasks_conformance.contracts.backends import BackendContract  # noqa: E402
 from qtasks_conformance.contracts.cancelling import CancellingContract  # noqa: E402
 from qtasks_conformance.contracts.claims import ClaimContract  # noqa: E402
 from qtasks_conformance.contracts.commands import CommandContract  # noqa: E402
@@ -107,4 +108,4 @@ class CompositionContract(
     """All that a broker and a storage must do together. Needs a fixture `subject`."""
 
 
-__all__ = ["BrokerContract", "CompositionContract", "StorageContract"]
+__all__ = ["BackendContract", "BrokerContract", "CompositionContract", "StorageContract"]

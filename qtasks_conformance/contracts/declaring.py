@@ -59,6 +59,7 @@ def assert_at_least(guarantees: Guarantees, least: Least) -> None:
     assert ORDERS.index(guarantees.order) >= ORDERS.index(least.order)
     for name in (
         "settle_confirmed", "counts_deliveries", "priorities", "transactions", "leases_survive",
+        "atomic_retries",
     ):  # fmt: skip
         assert getattr(guarantees, name) >= getattr(least, name), name
     assert set(guarantees.unsupported) == set(least.lacks)

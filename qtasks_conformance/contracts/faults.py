@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar
@@ -14,8 +15,9 @@ from msgspec.structs import replace
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
-from qtasks_conformance.rig import Rig
-from qtasks_conformance.waiting import PATIENCE, persist
+from qtasks_conformance.contracts.keys import QUIET
+from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.waiting import PATIENCE, collect, persist
 from qtasks_core import Ack, Broker, Delivery, Release, Retry, Settlement, Subscription, TaskMessage
 from qtasks_core.errors import Unavailable
 
@@ -27,6 +29,8 @@ CALLS = ("receive what is there", "receive what comes", "settle", "extend", "pub
 MOMENTS: tuple[Moment, ...] = ("early", "late")
 FEW = 4
 """Places a call that are tried without `--full`."""
+CUTS = 2
+"""How often a retry is cut off before it is let through."""
 ALL = 100
 """Places a call at most: a call that has more never ends."""
 
@@ -49,6 +53,22 @@ class FaultContract(Contract):
             for call in CALLS
             for moment in MOMENTS
         ]
+        await asyncio.wait(trials, return_when="FIRST_EXCEPTION")
+        for trial in trials:
+            if trial.done():
+                trial.result()
+
+    @pytest.mark.parametrize("kind", ["cancel", "error"])
+    async def test_a_retry_that_is_cut_off_leaves_few_messages(
+        self, rig: Rig, request: pytest.FixtureRequest, kind: Kind
+    ) -> None:
+        """Cut off twice at each await, then made again by who still holds the delivery.
+
+        Where `atomic_retries` is declared the next attempt is there, once. Elsewhere each try may
+        leave it, and the old message be there too; none comes again that is acknowledged.
+        """
+        full = request.config.getoption("full", default=False)
+        trials = [rig.background(_try_to_retry(rig, kind, moment, full)) for moment in MOMENTS]
         await asyncio.wait(trials, return_when="FIRST_EXCEPTION")
         for trial in trials:
             if trial.done():
@@ -130,6 +150,26 @@ async def _try(rig: Rig, call: str, kind: Kind, moment: Moment, full: bool) -> N
         raise
 
 
+async def _try_to_retry(rig: Rig, kind: Kind, moment: Moment, full: bool) -> None:
+    """Cut retries off at their first suspension, the next one at its second, and so on."""
+    broker = await rig.broker(namespace=f"{rig.namespace}-retry-{moment}", lease=LONG_LEASE)
+    trial = Trial(rig, broker)
+    trial.subscription = await broker.subscribe({"q": 10})
+    came: dict[str, list[int]] = {}
+    for at in range(1, (ALL if full else FEW) + 1):
+        fault = Fault(kind, moment, at)
+        came[await trial.retry(fault, came)] = []
+        if not fault.reached:
+            break
+    await trial.drain(came)
+    for at, attempts in enumerate(came.values(), 1):
+        told = f"{kind} ({moment}) in a retry, suspension {at}: attempts {attempts} are there"
+        if broker.guarantees.atomic_retries:
+            assert attempts == [2], told
+        assert len(attempts) <= CUTS + 2, told
+        assert set(attempts) <= {1, 2}, told
+
+
 class Trial:
     """A broker, a subscription, and what has been published and must not be lost."""
 
@@ -164,6 +204,44 @@ class Trial:
                 await self._extend(uuids, fault)
             else:
                 await self._settle(uuids, fault)
+
+    async def retry(self, fault: Fault, came: dict[str, list[int]]) -> str:
+        """Publish a message, receive it, and retry it, cut off at first; return its uuid.
+
+        What else comes meanwhile of those in `came` is acknowledged, and its attempt noted there.
+        """
+        message = self._rig.message()
+        self._published.add(message.uuid)
+        assert_done(await persist(partial(self.broker.publish, [message])))
+        held: Delivery | None = None
+        while held is None:
+            (delivery,) = await collect(self.subscription, 1)
+            if message_of(delivery).uuid == message.uuid:
+                held = delivery
+            else:
+                await self._note(delivery, came)
+        settle = partial(self.subscription.settle, [Retry(held, replace(message, attempt=2))])
+        for _ in range(CUTS):
+            await self._fail(settle(), fault)
+        await persist(settle)
+        return message.uuid
+
+    async def drain(self, came: dict[str, list[int]]) -> None:
+        """Note what comes until there is something of each message, and then nothing more."""
+        while not all(came.values()):
+            (delivery,) = await collect(self.subscription, 1)
+            await self._note(delivery, came)
+        with suppress(TimeoutError):
+            while True:
+                async with asyncio.timeout(QUIET):
+                    (delivery,) = await self.subscription.receive({"q": 1}, 1)
+                await self._note(delivery, came)
+
+    async def _note(self, delivery: Delivery, came: dict[str, list[int]]) -> None:
+        message = message_of(delivery)
+        came[message.uuid].append(message.attempt)
+        assert len(came[message.uuid]) <= CUTS + 2, "a message comes again and again"
+        await self._acknowledge([delivery])
 
     async def _publish_soon(self, messages: list[TaskMessage]) -> None:
         await asyncio.sleep(0.05)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from random import Random
+from contextlib import suppress
 
 import pytest
 
@@ -11,9 +11,13 @@ from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delays import clock
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
-from qtasks_conformance.rig import Rig
-from qtasks_conformance.waiting import assert_silent, collect, keeping, persist
+from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.waiting import PATIENCE, SOON, assert_silent, collect, keeping, persist
 from qtasks_core import Ack, Delivery, Guarantees, Release, Subscription
+
+MOMENTS = (0.0, 0.001, 0.004, 0.016, SOON)
+"""Seconds after which a process that settles is killed. By the last of them it has settled, and
+dies at once; one that takes as long is in the midst of it."""
 
 
 class LeaseContract(Contract):
@@ -58,22 +62,48 @@ class LeaseContract(Contract):
         assert clock() - before <= rig.within
 
     async def test_a_process_killed_while_it_settles_loses_nothing(self, rig: Rig) -> None:
-        """Retrying and releasing all the time, it is killed at any moment: all are there."""
-        broker, victim = await rig.broker(), await rig.elsewhere()
-        messages = rig.messages(20)
-        assert_done(await broker.publish(messages))
-        churning = rig.background(victim.churn(20))
-        await asyncio.sleep(Random().uniform(0.2, 0.5))
-        assert not churning.done()
+        """Killed before its settle, at several moments in it, and after it: all messages come.
+
+        A retry is there as the old message or as the new one, at worst as both; as one alone where
+        `atomic_retries` is declared.
+        """
+        broker = await rig.broker()
+        queues = [f"q{at}" for at in range(len(MOMENTS))]
+        messages = {queue: rig.messages(4, queue=queue) for queue in queues}
+        for queue in queues:
+            assert_done(await broker.publish(messages[queue]))
+        await asyncio.gather(
+            *(
+                self._killed_while_it_settles(rig, queue, moment)
+                for queue, moment in zip(queues, MOMENTS, strict=True)
+            )
+        )
+        subscription = await broker.subscribe(dict.fromkeys(queues, 10))
+        came: list[Delivery] = []
+        deadline = clock() + rig.within + PATIENCE
+        for queue in queues:
+            sent = {message.uuid for message in messages[queue]}
+            while not sent <= set(uuids(came)):
+                assert clock() < deadline, "messages come again and again"
+                some = await collect(subscription, 1, rig.within, queue)
+                assert_settled(await subscription.settle([Ack(some[0])]), broker.guarantees)
+                came += some
+        came += await acknowledge_for(subscription, rig.subject.lease + 0.5, *queues)
+        times = {uuid: uuids(came).count(uuid) for uuid in uuids(came)}
+        most = 1 if broker.guarantees.atomic_retries else 2
+        assert max(times.values()) <= most, f"more than the old and the new message: {times}"
+        assert {message_of(delivery).attempt for delivery in came} <= {1, 2}
+
+    @staticmethod
+    async def _killed_while_it_settles(rig: Rig, queue: str, moment: float) -> None:
+        """Let a process hold what is in a queue, retry one half and release the other, and die."""
+        victim = await rig.elsewhere()
+        await victim.receive(4, queue)
+        settling = rig.background(
+            victim.settle((0, "retry"), (1, "release"), (2, "retry"), (3, "release"))
+        )
+        await asyncio.wait({settling}, timeout=moment)
         await victim.kill()
-        subscription = await broker.subscribe({"q": 100})
-        missing = {message.uuid for message in messages}
-        deadline = clock() + rig.within
-        while missing and clock() < deadline:
-            deliveries = await collect(subscription, 1, rig.within)
-            missing -= set(uuids(deliveries))
-            await subscription.settle([Ack(d) for d in deliveries])
-        assert not missing, f"{len(missing)} of {len(messages)} are lost"
 
     async def test_extend_answers_for_each(self, rig: Rig) -> None:
         """In order, and only for what is still held: what is settled cannot be had back."""
@@ -156,6 +186,41 @@ class LeaseContract(Contract):
         other.cancel()
         await asyncio.wait({other})
 
+    @pytest.mark.parametrize("first", ["short", "long"])
+    async def test_a_lease_is_the_receivers(self, rig: Rig, first: str) -> None:
+        """Two receivers of one queue have leases of their own, whichever subscribed first.
+
+        What the dead one held comes back within its short lease; the other keeps what it holds.
+        """
+        short, holder = await rig.elsewhere(), await rig.broker(lease=LONG_LEASE)
+        broker = await rig.broker()
+        if first == "short":
+            await short.subscribe(1)
+        long = await holder.subscribe({"q": 1})
+        if first == "long":
+            await short.subscribe(1)
+        others = await broker.subscribe({"q": 10})
+        taking, receiving = rig.background(short.receive(1)), rig.background(collect(long, 1))
+        deadline = clock() + PATIENCE
+        while not (taking.done() and receiving.done()):
+            assert clock() < deadline, "not every receiver of a queue gets of its messages"
+            assert_done(await broker.publish(rig.messages(3)))
+            waiting = {task for task in (taking, receiving) if not task.done()}
+            await asyncio.wait(waiting, timeout=0.5)
+        ((lost,), (kept,)) = taking.result(), receiving.result()
+        since = clock()
+        await short.kill()
+        came: list[Delivery] = []
+        while lost.message.uuid not in uuids(came):
+            within = since + max(rig.within, SOON) - clock()
+            came += await collect(others, 1, max(within, 0.1))
+            assert_settled(await others.settle([Ack(came[-1])]), broker.guarantees)
+        # By then a short lease would be over that began with the long one.
+        left = max(since + rig.subject.lease - clock(), 0.0) + 1.0
+        came += await acknowledge_for(others, left)
+        assert message_of(kept).uuid not in uuids(came), "another got what is held"
+        assert_settled(await long.settle([Ack(kept)]), holder.guarantees)
+
     async def test_settling_follows_a_replaced_fence(self, rig: Rig) -> None:
         """Where `extend` hands back a replacement, the old delivery can still be settled."""
         broker = await rig.broker()
@@ -167,3 +232,18 @@ class LeaseContract(Contract):
             assert new is not None
         assert_settled(await subscription.settle([Ack(old)]), broker.guarantees)
         await assert_silent(subscription, rig.subject.lease)
+
+
+async def acknowledge_for(
+    subscription: Subscription, seconds: float, *queues: str
+) -> list[Delivery]:
+    """Acknowledge what comes within so many seconds, and return it."""
+    came: list[Delivery] = []
+    wanted = dict.fromkeys(queues or ("q",), 10)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while True:
+                some = await subscription.receive(wanted, 10)
+                came += some
+                await subscription.settle([Ack(delivery) for delivery in some])
+    return came

@@ -14,7 +14,9 @@ CONTRACT_VERSION = 1
 class Backend(ABC):
     """Named by an entry point in the group `qtasks.backends`, a line a scheme.
 
-    Importing it, and building its parts, must not import a driver: that happens in `start`.
+    Importing it, and building its parts, must not import a driver: that happens in `start`. Both
+    parts use the whole URL, and show its password nowhere. An option that does not exist is
+    refused with `ConfigurationError` that lists those that do, here or in `start`.
     """
 
     @property

@@ -35,8 +35,9 @@ class Subscription(ABC):
         `refused` when the lease was lost: then nothing is changed. `unknown` where the server
         gives no answer. Settling again what this subscription settled lately is `done`, also when
         the call was cancelled. Of two that differ only one is obeyed, and the other is not `done`.
-        A retry never loses the message: a crash, or a cancel, between the new one and the end of
-        the old leaves both.
+        A retry never loses the message. Where the guarantees do not say `atomic_retries`, a crash
+        or a cancel between the new one and the end of the old leaves both, and each further try
+        that is cut off may add one.
         """
 
     @abstractmethod

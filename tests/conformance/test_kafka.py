@@ -4,6 +4,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -39,6 +40,8 @@ def subject(kafka_server: Service) -> Subject:
         inject=inject,
         server=kafka_server,
         driver="aiokafka",
+        url=kafka_server.url,
+        options=("lease", "partitions", "replicas", "sasl_mechanism"),
         least_broker=Least(
             survives="machine crash", settle_confirmed=True, order="partition", lacks=BROKER_LACKS
         ),
@@ -55,4 +58,8 @@ class TestKafkaStorage(StorageContract):
 
 
 class TestKafkaPair(CompositionContract):
+    pass
+
+
+class TestKafkaBackend(BackendContract):
     pass

@@ -6,6 +6,7 @@ It keeps no bytes, and no other program can reach it: so nothing in it is ever u
 import pytest
 
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -22,8 +23,15 @@ def subject() -> Subject:
         storage=Part("qtasks_memory:MemoryStorage"),
         lease=1.0,
         ends_with_process=True,
+        url="memory://one",
+        other_url="memory://other",
+        options=("lease", "retention"),
         least_broker=Least(
-            settle_confirmed=True, counts_deliveries=True, priorities=True, order="queue"
+            settle_confirmed=True,
+            atomic_retries=True,
+            counts_deliveries=True,
+            priorities=True,
+            order="queue",
         ),
         least_storage=Least(settle_confirmed=True),
     )
@@ -38,4 +46,8 @@ class TestMemoryStorage(StorageContract):
 
 
 class TestMemoryPair(CompositionContract):
+    pass
+
+
+class TestMemoryBackend(BackendContract):
     pass

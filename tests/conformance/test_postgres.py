@@ -2,11 +2,15 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from urllib.parse import urlsplit
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -59,9 +63,12 @@ def subject(postgres_server: Service) -> Subject:
         begin=begin,
         server=postgres_server,
         driver="asyncpg",
+        url=postgres_server.url,
+        options=("lease", "listen_url", "connect_timeout", "sslmode"),
         least_broker=Least(
             survives="machine crash",
             settle_confirmed=True,
+            atomic_retries=True,
             counts_deliveries=True,
             priorities=True,
             transactions=True,
@@ -85,3 +92,17 @@ class TestPostgresStorage(StorageContract):
 
 class TestPostgresPair(CompositionContract):
     pass
+
+
+class TestPostgresBackend(BackendContract):
+    @pytest.fixture
+    async def subject(self, subject: Subject) -> AsyncIterator[Subject]:
+        """With a database beside that of the URL."""
+        assert subject.url is not None
+        name = f"other_{uuid4().hex}"
+        connection = await asyncpg.connect(subject.url)
+        await connection.execute(f"CREATE DATABASE {name}")
+        other_url = urlsplit(subject.url)._replace(path=f"/{name}").geturl()
+        yield replace(subject, other_url=other_url)
+        await connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        await connection.close()

@@ -4,6 +4,7 @@ import aiormq
 import pytest
 
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -37,6 +38,8 @@ def subject(rabbitmq_server: Service) -> Subject:
         inject=inject,
         server=rabbitmq_server,
         driver="aiormq",
+        url=rabbitmq_server.url,
+        options=("lease", "cafile"),
         least_broker=Least(
             survives="machine crash", counts_deliveries=True, order="queue", lacks=BROKER_LACKS
         ),
@@ -53,4 +56,8 @@ class TestRabbitMQStorage(StorageContract):
 
 
 class TestRabbitMQPair(CompositionContract):
+    pass
+
+
+class TestRabbitMQBackend(BackendContract):
     pass

@@ -1,8 +1,11 @@
 """The kit on Redis."""
 
+from urllib.parse import urlsplit
+
 import pytest
 
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -48,9 +51,13 @@ def subject(redis_server: Service) -> Subject:
         spoil=spoil,
         server=redis_server,
         driver="redis",
+        url=redis_server.url,
+        other_url=urlsplit(redis_server.url)._replace(path="/1").geturl(),
+        options=("lease", "retention", "socket_timeout"),
         least_broker=Least(
             survives="server crash",
             settle_confirmed=True,
+            atomic_retries=True,
             counts_deliveries=True,
             leases_survive=True,
             order="queue",
@@ -69,4 +76,8 @@ class TestRedisStorage(StorageContract):
 
 
 class TestRedisPair(CompositionContract):
+    pass
+
+
+class TestRedisBackend(BackendContract):
     pass

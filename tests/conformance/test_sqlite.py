@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -25,9 +26,13 @@ def subject(tmp_path: Path) -> Subject:
         inject=injector(tmp_path / "tasks.db"),
         spoil=spoiler(tmp_path / "tasks.db"),
         driver="sqlite3",
+        url=url,
+        other_url=f"sqlite:///{tmp_path}/other.db",
+        options=("lease", "synchronous", "retention"),
         least_broker=Least(
             survives="server crash",
             settle_confirmed=True,
+            atomic_retries=True,
             counts_deliveries=True,
             priorities=True,
             leases_survive=True,
@@ -46,4 +51,8 @@ class TestSqliteStorage(StorageContract):
 
 
 class TestSqlitePair(CompositionContract):
+    pass
+
+
+class TestSqliteBackend(BackendContract):
     pass

@@ -69,6 +69,7 @@ def broker_row(told: Guarantees) -> dict[str, str]:
         **storage_row(told),
         "lease": f"{told.lease:g} s",
         "settle is confirmed": yes(told.settle_confirmed),
+        "a retry is one step": yes(told.atomic_retries),
         "leases survive a crash of the server": yes(told.leases_survive),
         "keeps order": {"queue": "yes", "partition": "in each partition", "none": "no"}[told.order],
         "counts deliveries": yes(told.counts_deliveries),

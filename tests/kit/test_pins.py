@@ -37,6 +37,7 @@ def test_any_other_list_fails(unsupported: tuple[str, ...]) -> None:
         ("counts_deliveries", True, False),
         ("priorities", True, False),
         ("transactions", True, False),
+        ("atomic_retries", True, False),
     ],
 )
 def test_declaring_less_fails_and_more_passes(field: str, pinned: Any, less: Any) -> None:

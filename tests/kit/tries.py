@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qtasks_conformance.contracts.querying import FILTERS
-from qtasks_core import Broker, Storage
+from qtasks_core import Backend, Broker, Storage
+from tests.kit import wrong_backends as backends
 from tests.kit import wrong_brokers as brokers
 from tests.kit import wrong_calls as calls
 from tests.kit import wrong_processes as processes
@@ -14,8 +15,8 @@ from tests.kit import wrong_queues as queues
 from tests.kit import wrong_shared as shared
 from tests.kit import wrong_storages as storages
 
-Contract = Literal["broker", "storage", "pair"]
-Wrong = type[Broker] | type[Storage] | tuple[str, ...]
+Contract = Literal["broker", "storage", "pair", "backend"]
+Wrong = type[Broker] | type[Storage] | type[Backend] | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,25 @@ def of_pair(wrong: Wrong, *tests: str) -> Try:
     return Try(wrong, "pair", tests)
 
 
+def of_backend(wrong: type[Backend], *tests: str) -> Try:
+    return Try(wrong, "backend", tests)
+
+
 TRIES = (
+    of_backend(backends.StoresInOnePlace, "test_storages_of_other_urls_share_nothing",
+               "test_a_url_that_leads_nowhere_is_told[storage]"),
+    of_backend(backends.PublishesInOnePlace, "test_brokers_of_other_urls_share_nothing",
+               "test_a_url_that_leads_nowhere_is_told[broker]"),
+    of_backend(backends.StoresForItself, "test_both_halves_work_together"),
+    of_backend(backends.IsOfAnotherVersion, "test_the_backend_is_found"),
+    of_backend(backends.SwapsItsHalves, "test_the_backend_is_found"),
+    of_backend(backends.TakesAnyOption, "test_an_option_that_does_not_exist_is_refused[broker]",
+               "test_an_option_that_does_not_exist_is_refused[storage]"),
+    of_backend(backends.ListsNoOptions, "test_an_option_that_does_not_exist_is_refused[storage]"),
+    of_backend(backends.ShowsThePassword, "test_a_password_is_not_shown[broker]",
+               "test_a_password_is_not_shown[storage]"),
+    of_backend(backends.DeclaresThePassword, "test_a_password_is_not_shown[storage]"),
+    of_backend(backends.LogsThePassword, "test_a_password_is_not_shown[broker]"),
     of_broker(processes.LosesWithTheProcess, "test_a_killed_receiver_loses_nothing"),
     of_broker(processes.SaysDoneToZombies, "test_a_zombie_is_refused[settle]"),
     of_broker(processes.KeepsZombiesAlive, "test_a_zombie_is_refused[extend]"),
@@ -104,6 +123,9 @@ TRIES = (
     of_broker(calls.DropsWhatItTookOnErrors, "test_a_fault_inside_a_call_loses_nothing[error]"),
     of_broker(calls.RetriesInTwoSteps, "test_a_fault_inside_a_call_loses_nothing[cancel]",
               "test_a_fault_inside_a_call_loses_nothing[error]"),
+    of_broker(calls.RetriesWithoutDedup,
+              "test_a_retry_that_is_cut_off_leaves_few_messages[cancel]",
+              "test_a_retry_that_is_cut_off_leaves_few_messages[error]"),
     of_broker(calls.HidesACancel, "test_a_fault_inside_a_call_loses_nothing[cancel]"),
     of_broker(calls.MakesOneCallAtATime, "test_calls_run_side_by_side"),
     of_broker(calls.TakesAThousand, "test_many_at_once"),
@@ -145,6 +167,8 @@ TRIES = (
     of_pair(calls.PublishesOnlyWhatIsNew,
             "test_a_client_killed_while_submitting_loses_nothing[recorded-plain]"),
     of_broker(brokers.LosesOnCrash, "test_a_killed_receiver_loses_nothing"),
+    of_broker(brokers.SharesTheFirstLease, "test_a_lease_is_the_receivers[short]",
+              "test_a_lease_is_the_receivers[long]"),
     of_broker(brokers.StartsEarly, "test_a_published_delay_passes"),
     of_broker(brokers.StartsLate, "test_a_published_delay_passes"),
     of_broker(brokers.RetriesEarly, "test_a_retry_delay_passes"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 from msgspec.structs import replace
 
@@ -28,13 +30,23 @@ from qtasks_core.errors import ConfigurationError
 from qtasks_core.recent import Recent
 from qtasks_core.separate import SeparateComposition, record_of
 from qtasks_memory.broker import MemorySubscription
-from qtasks_memory.connection import Entry, connect
+from qtasks_memory.connection import Entry, Memory, connect
 from tests.kit.served import Broker
 
 
 class LosesOnCrash(Broker):
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         return MemorySubscription(self._started(), lease=1e6)
+
+
+class SharesTheFirstLease(Broker):
+    """The lease of who subscribes first is everybody's."""
+
+    leases: ClassVar[WeakKeyDictionary[Memory, float]] = WeakKeyDictionary()
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        memory = self._started()
+        return MemorySubscription(memory, self.leases.setdefault(memory, self._lease))
 
 
 class StartsEarly(Broker):

@@ -157,6 +157,21 @@ class RetriesInTwoSteps(Broker):
             return outcomes
 
 
+class RetriesWithoutDedup(Broker):
+    """The new message comes, and then the old one goes: each try leaves one more."""
+
+    class subscription(MemorySubscription):
+        async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+            for settlement in settlements:
+                if isinstance(settlement, Retry) and self._mine(settlement.delivery):
+                    message = settlement.message
+                    self._memory.queues[message.queue].put(Entry(message))
+            await asyncio.sleep(0)
+            return await super().settle(
+                [Ack(s.delivery) if isinstance(s, Retry) else s for s in settlements]
+            )
+
+
 class HidesACancel(Broker):
     """A cancelled call is told as an outage, and its task goes on."""
 

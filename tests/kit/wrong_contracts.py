@@ -5,12 +5,15 @@ Each wrong part gets a class with its name, and the honest ones get one a contra
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import qtasks_core
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -18,12 +21,19 @@ from qtasks_conformance import (
     StorageContract,
     Subject,
 )
+from qtasks_core import Backend
 from qtasks_sqlite import SqliteBroker, SqliteStorage
 from tests.kit.served import Broker, FlagServer, Storage, servers
 from tests.kit.tries import TRIES, Wrong
+from tests.kit.wrong_backends import Honest
 from tests.sqlite_file import injector, spoiler
 
-CONTRACTS = {"broker": BrokerContract, "storage": StorageContract, "pair": CompositionContract}
+CONTRACTS = {
+    "broker": BrokerContract,
+    "storage": StorageContract,
+    "pair": CompositionContract,
+    "backend": BackendContract,
+}
 
 
 def subject_in_memory(wrong: Wrong | None) -> Subject:
@@ -38,7 +48,11 @@ def subject_in_memory(wrong: Wrong | None) -> Subject:
         server=servers["the"],
         ends_with_process=True,
         least_broker=Least(
-            settle_confirmed=True, counts_deliveries=True, priorities=True, order="queue"
+            settle_confirmed=True,
+            atomic_retries=True,
+            counts_deliveries=True,
+            priorities=True,
+            order="queue",
         ),
         least_storage=Least(survives="server crash"),
     )
@@ -57,6 +71,26 @@ def subject_in_processes(wrong: Wrong | None, directory: Path) -> Subject:
         driver="sqlite3",
         slack=2.0,
     )
+
+
+def subject_of_urls(port: int) -> Subject:
+    """Return a subject whose URLs name the backend that is registered for `kit`."""
+    return Subject(
+        broker=Part("qtasks_memory:MemoryBroker"),
+        storage=Part("qtasks_memory:MemoryStorage"),
+        lease=1.0,
+        url=f"kit://127.0.0.1:{port}/one",
+        other_url=f"kit://127.0.0.1:{port}/other",
+        options=("lease", "retention"),
+    )
+
+
+def register(backend: type[Backend], directory: Path) -> None:
+    """Write what says, to whoever has the directory in its path, that `kit` is the backend's."""
+    installed = directory / "qtasks_kit-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: qtasks-kit\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text(f"[qtasks.backends]\nkit = {target_of(backend)}\n")
 
 
 def chosen(wrong: Wrong | None, broker: type, storage: type) -> tuple[str, str]:
@@ -86,8 +120,22 @@ class OnTrial:
         return subject_in_memory(self.wrong)
 
 
+class BackendOnTrial:
+    """Mixed into `BackendContract`: the backend is that of the class."""
+
+    wrong: type[Backend] = Honest
+
+    @pytest.fixture
+    def subject(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Subject]:
+        register(self.wrong, tmp_path)
+        monkeypatch.syspath_prepend(tmp_path)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            yield subject_of_urls(server.getsockname()[1])
+
+
 for _trial in TRIES:
     _facts = {"in_processes": _trial.in_processes}
-    _bases = (OnTrial, CONTRACTS[_trial.contract])
+    _on_trial = BackendOnTrial if _trial.contract == "backend" else OnTrial
+    _bases = (_on_trial, CONTRACTS[_trial.contract])
     globals()[_trial.honest] = type(_trial.honest, _bases, _facts)
     globals()[_trial.on_trial] = type(_trial.on_trial, _bases, {**_facts, "wrong": _trial.wrong})

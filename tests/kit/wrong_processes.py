@@ -237,7 +237,7 @@ class DelaysInItsProcess(SqliteBroker):
 
 
 class RetriesInTwoSteps(SqliteBroker):
-    """The old message goes, and then the new one comes."""
+    """The old message goes, and the new one comes late: its process is dead by then."""
 
     class wrapped(Through):
         publish: Callable[[Sequence[TaskMessage]], Awaitable[list[Outcome]]]
@@ -246,7 +246,7 @@ class RetriesInTwoSteps(SqliteBroker):
             retried = [s for s in settlements if isinstance(s, Retry)]
             first = [Ack(s.delivery) if isinstance(s, Retry) else s for s in settlements]
             outcomes = await super().settle(first)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(60.0)
             await self.publish([retry.message for retry in retried])
             return outcomes
 

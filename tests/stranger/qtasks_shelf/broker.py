@@ -40,6 +40,7 @@ class ShelfBroker(Broker):
             durability="messages end with the process",
             lease=self.lease,
             counts_deliveries=True,
+            atomic_retries=True,
             order="queue",
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
         )

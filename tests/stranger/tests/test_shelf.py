@@ -3,6 +3,7 @@
 import pytest
 
 from qtasks_conformance import (
+    BackendContract,
     BrokerContract,
     CompositionContract,
     Least,
@@ -19,8 +20,11 @@ def subject() -> Subject:
         storage=Part("qtasks_shelf:ShelfStorage"),
         lease=1.0,
         ends_with_process=True,
+        url="shelf://one",
+        other_url="shelf://other",
         least_broker=Least(
             settle_confirmed=True,
+            atomic_retries=True,
             counts_deliveries=True,
             order="queue",
             lacks=("depth", "purge", "broadcast", "commands", "migrate"),
@@ -44,4 +48,8 @@ class TestShelfStorage(StorageContract):
 
 
 class TestShelfPair(CompositionContract):
+    pass
+
+
+class TestShelfBackend(BackendContract):
     pass
