@@ -33,7 +33,7 @@ class StreamContract(Contract):
         assert await other.read(new_uuid(), 0) == []
 
     @pytest.mark.parametrize("script", SCRIPTS)
-    async def test_the_longest_uuids_fit(self, rig: Rig, script: str) -> None:
+    async def test_the_longest_uuids_have_streams(self, rig: Rig, script: str) -> None:
         """200 characters of any script; each has a stream of its own."""
         storage, other = await rig.storage(), await rig.storage()
         needs(storage, "append", "read")

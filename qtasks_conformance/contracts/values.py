@@ -53,6 +53,7 @@ class ValueContract(Contract):
         seen = watching(rig, storage, key)
         assert await see(seen, None) == [None]
         assert await other.set(near, b"near")
+        await asyncio.sleep(0.2)
         assert await other.set(key, b"mine")
         assert await see(seen, b"mine") == [b"mine"]
 

@@ -206,7 +206,7 @@ TRIES = (
     of_storage(storages.CutsLongUuids, *in_scripts("test_the_longest_uuids_fit", *SCRIPTS)),
     of_storage(storages.TellsOfOneLine,
                *in_scripts("test_told_of_the_longest_uuids", "expect-marks", "watch-marks")),
-    of_storage(shared.CutsLongKeys, *in_scripts("test_the_longest_uuids_fit", "🦀"),
+    of_storage(shared.CutsLongKeys, *in_scripts("test_the_longest_uuids_have_streams", *SCRIPTS),
                *in_scripts("test_the_longest_keys_fit", *SCRIPTS),
                *in_scripts("test_the_longest_keys_and_owners_fit", *SCRIPTS)),
     of_storage(shared.WatchesAllLongKeys, *in_scripts("test_the_longest_key_is_watched", *SCRIPTS)),
