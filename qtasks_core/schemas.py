@@ -107,7 +107,8 @@ class Delivery(Struct, frozen=True, eq=False):
     message: TaskMessage | Raw
     queue: str
     fence: Any
-    """Opaque proof of ownership; only the broker that made it can read it."""
+    """Opaque proof of ownership; only the broker that made it can read it. It may be an object with
+    state of its own: the very same object comes back in `settle` and `extend`."""
     count: int | None = None
     """How often this message has been delivered, this time included; None where unknown."""
 
