@@ -30,7 +30,7 @@ from qtasks_core import (
     WorkerInfo,
 )
 from qtasks_core.errors import NotSupported
-from qtasks_core.names import checked_name
+from qtasks_core.names import checked_id, checked_name
 from qtasks_core.separate import record_of, say_not_taken, smaller_of
 
 REVIVED_FROM = "revived_from"
@@ -127,7 +127,7 @@ async def revive(
     was revived before is `done`, with a `reason` that says so, and not submitted again. Tasks named
     in `without_result` store no result.
     """
-    records = await client.storage.get(uuids)
+    records = await client.storage.get([checked_id(uuid, "a uuid") for uuid in uuids])
     earlier = await client.storage.get(
         [revived_uuid(u, r.submission if r else "") for u, r in zip(uuids, records, strict=True)]
     )
@@ -172,7 +172,7 @@ async def drop(client: Client, uuids: Sequence[str]) -> list[Outcome]:
 
     Raises `NotSupported`.
     """
-    records = await client.storage.get(uuids)
+    records = await client.storage.get([checked_id(uuid, "a uuid") for uuid in uuids])
     dead = [record.uuid for record in records if record is not None and record.dead is not None]
     if dead:
         await client.storage.delete(dead)

@@ -28,7 +28,7 @@ from qtasks_core.errors import (
     TaskTimeout,
     Unavailable,
 )
-from qtasks_core.names import checked_name
+from qtasks_core.names import checked_id, checked_name, is_text
 from qtasks_core.records import FINAL
 from qtasks_core.schemas import LONGEST
 from qtasks_core.separate import record_of
@@ -78,9 +78,10 @@ class Submitting(Lifecycle):
                 f"{definition.name}: the arguments take {size} bytes, the limit is "
                 f"{self.max_payload}; pass a reference, or raise max_payload of the app"
             )
-        if key is not None and not (key and isinstance(key, str)):
+        if key is not None and not (key and isinstance(key, str) and is_text(key)):
             raise ConfigurationError(
-                f"key={key!r} is no text, or empty: write it like key='order 7', or leave it out"
+                f"key={key!r} is no text, or empty, or has a NUL or a lone surrogate: write it "
+                "like key='order 7', or leave it out"
             )
         options = definition.options
         now = time.time()
@@ -163,6 +164,7 @@ class Submitting(Lifecycle):
 
     async def wait(self, uuid: str, timeout: float | None) -> schemas.Task:
         """Return the final record of any task, once there is one. Raises `TaskTimeout`."""
+        checked_id(uuid, "a uuid")
         began = _begin(timeout)
         thread, client = await self.ready(_look_at_least(timeout))
         reply: LoopReply[schemas.Task | None] = LoopReply()
@@ -171,6 +173,7 @@ class Submitting(Lifecycle):
 
     def wait_blocking(self, uuid: str, timeout: float | None) -> schemas.Task:
         """Do as `wait`, from a thread without a loop."""
+        checked_id(uuid, "a uuid")
         began = _begin(timeout)
         thread, client = self.ready_blocking(_look_at_least(timeout))
         reply: ThreadReply[schemas.Task | None] = ThreadReply()
@@ -179,14 +182,16 @@ class Submitting(Lifecycle):
 
     async def get(self, uuid: str | UUID) -> schemas.Task | None:
         """Return the newest record of a task, None where there is none."""
+        uuid = checked_id(str(uuid), "a uuid")
         thread, client = await self.ready()
-        return (await thread.run(client.get, [str(uuid)], time.monotonic() + START_TIMEOUT))[0]
+        return (await thread.run(client.get, [uuid], time.monotonic() + START_TIMEOUT))[0]
 
     def get_blocking(self, uuid: str | UUID) -> schemas.Task | None:
         """Do as `get`, from a thread without a loop."""
+        uuid = checked_id(str(uuid), "a uuid")
         thread, client = self.ready_blocking()
         deadline = time.monotonic() + START_TIMEOUT
-        return thread.run_blocking(client.get, [str(uuid)], deadline)[0]
+        return thread.run_blocking(client.get, [uuid], deadline)[0]
 
     async def cancel_task(self, uuid: str | UUID) -> bool:
         """Cancel a task that has not ended; False: it had ended by itself before.
@@ -195,15 +200,17 @@ class Submitting(Lifecycle):
         function is cancelled, a function in a process killed, of one in a thread the result is
         dropped. Raises `UnknownTask`, `Unavailable`.
         """
+        uuid = checked_id(str(uuid), "a uuid")
         thread, client = await self.ready()
-        record = await thread.run(client.cancel, str(uuid), time.monotonic() + START_TIMEOUT)
+        record = await thread.run(client.cancel, uuid, time.monotonic() + START_TIMEOUT)
         return record.status == "cancel"
 
     def cancel_task_blocking(self, uuid: str | UUID) -> bool:
         """Do as `cancel_task`, from a thread without a loop."""
+        uuid = checked_id(str(uuid), "a uuid")
         thread, client = self.ready_blocking()
         deadline = time.monotonic() + START_TIMEOUT
-        return thread.run_blocking(client.cancel, str(uuid), deadline).status == "cancel"
+        return thread.run_blocking(client.cancel, uuid, deadline).status == "cancel"
 
     async def _ended(
         self,

@@ -13,12 +13,16 @@ from qtasks_conformance.commands import Setup
 from qtasks_conformance.elsewhere import Elsewhere, Inside, Process
 from qtasks_conformance.subject import Subject
 from qtasks_core import Broker, Inbox, Status, Storage, Task, TaskMessage
+from qtasks_core.names import LONGEST_ID
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Broker | Storage)
 
 LONG_LEASE = 30.0
 """Seconds: longer than any test that must not lose a lease."""
+SCRIPTS = ("ü", "中", "🦀", "marks")
+"""Characters of two, three and four bytes, and those that mean something to some server."""
+_MARKS = "a:b/c.*?%_{}[]()'\"\\|&;$,=+-#@! \t\r\n"
 
 
 class Rig:
@@ -103,6 +107,16 @@ async def ended(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
     if not task.cancelled():
         task.exception()
+
+
+def longest_ids(script: str) -> tuple[str, str, str]:
+    """Return three of the longest uuids, addresses, keys or owners there are.
+
+    Two differ in their last character; the third is the first but for its last character.
+    """
+    filled = (_MARKS if script == "marks" else script) * LONGEST_ID
+    same = filled[: LONGEST_ID - 1]
+    return f"{same}1", f"{same}2", same
 
 
 def new_uuid() -> str:

@@ -10,10 +10,15 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from msgspec import Meta, Struct, field
 
+from qtasks_core.names import LONGEST_ID
+
 LONGEST = 1e11
 """Most seconds of a duration: some 3,000 years, and the sum of two is a date still."""
 _Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=LONGEST)]
 _Time: TypeAlias = Annotated[float, Meta(ge=0, le=1.2 * LONGEST)]
+Id: TypeAlias = Annotated[str, Meta(min_length=1, max_length=LONGEST_ID)]
+"""A uuid or an address: what `qtasks_core.names.is_id` allows. Checked when it is decoded."""
+_OptionalId: TypeAlias = Annotated[str, Meta(max_length=LONGEST_ID)]
 
 Status: TypeAlias = Literal["new", "scheduled", "process", "retry", "success", "error", "cancel"]
 
@@ -26,7 +31,7 @@ class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     them are numbers and keys that some server takes and another does not.
     """
 
-    uuid: Annotated[str, Meta(max_length=63)]
+    uuid: Id
     task_name: str
     queue: str = "default"
     args: bytes = b""
@@ -38,7 +43,7 @@ class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     """Seconds from the server's receipt before which the task must not start."""
     attempt: Annotated[int, Meta(ge=1, lt=2**31)] = 1
     """1 for the first run, one more with each retry. A redelivery is not a new attempt."""
-    reply_to: str | None = None
+    reply_to: Id | None = None
     """The `Inbox.address` that wants the final record."""
     created_at: _Time = 0.0
     expires_at: _Time | None = None
@@ -48,7 +53,7 @@ class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     """Seconds to keep the record after its end; None: the storage's default."""
     headers: dict[str, str] = field(default_factory=dict)
     """Room for plugins: trace context, signatures, tenant."""
-    submission: str = ""
+    submission: _OptionalId = ""
     """Of a task with a key, whose uuid several may enqueue: the id of the one publishing that this
     message comes from. Only messages of the publishing that the record names are run."""
 
@@ -60,7 +65,7 @@ class Task(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     first run the submission: saving the same execution with the same status twice is harmless.
     """
 
-    uuid: str
+    uuid: Id
     task_name: str
     status: Status
     queue: str = "default"
@@ -77,7 +82,7 @@ class Task(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     dead: str | None = None
     """On `error`: why it will not be tried again."""
     worker: str | None = None
-    reply_to: str | None = None
+    reply_to: Id | None = None
     created_at: float = 0.0
     started_at: float | None = None
     finished_at: float | None = None
@@ -102,7 +107,8 @@ class Delivery(Struct, frozen=True, eq=False):
     message: TaskMessage | Raw
     queue: str
     fence: Any
-    """Opaque proof of ownership; only the broker that made it can read it."""
+    """Opaque proof of ownership; only the broker that made it can read it. It may be an object with
+    state of its own: the very same object comes back in `settle` and `extend`."""
     count: int | None = None
     """How often this message has been delivered, this time included; None where unknown."""
 
@@ -233,8 +239,8 @@ class TaskPage(Struct, frozen=True):
 class Claim(Struct, frozen=True):
     """A key held by one owner until `expires_at` unless it is claimed again."""
 
-    key: str
-    owner: str
+    key: Id
+    owner: Id
     expires_at: float
 
 

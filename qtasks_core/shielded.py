@@ -14,6 +14,8 @@ T = TypeVar("T")
 class Shielded(Generic[T]):
     """Runs one call at a time; a cancelled waiter leaves it running for the next to collect.
 
+    Only for calls that finish by themselves, such as a round trip. One that waits for a message
+    would go on waiting for what its cancelled caller wanted, take it, and hold up the next caller.
     The owner ends with `abandon`, or awaits `pending`, so that no call outlives it.
     """
 

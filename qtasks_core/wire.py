@@ -42,6 +42,11 @@ def decode_message(data: bytes) -> TaskMessage | Raw:
     if not is_name(message.queue):
         # A retry would go there, and brokers rely on names that were checked.
         return Raw(bytes(data), f"{message.queue[:120]!r} is no name of a queue")
+    # Their length was checked by the decoder, which takes UTF-8 only.
+    if "\0" in message.uuid:
+        return Raw(bytes(data), "the uuid has a NUL")
+    if message.reply_to is not None and "\0" in message.reply_to:
+        return Raw(bytes(data), "reply_to has a NUL")
     return message
 
 

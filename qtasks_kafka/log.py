@@ -239,7 +239,9 @@ class KafkaLog(Log):
                 self._positions[tp] = record.offset + 1  # type: ignore[attr-defined]
                 if record.key == LAYOUT_KEY:  # type: ignore[attr-defined]
                     continue
-                partition_key, _, key = (record.key or b"").decode(errors="replace").partition("\n")  # type: ignore[attr-defined]
+                name = (record.key or b"").decode(errors="replace")  # type: ignore[attr-defined]
+                # From the end: a uuid may have line feeds.
+                partition_key, _, key = name.rpartition("\n")
                 entries.append(Entry(partition_key, key, record.value))  # type: ignore[attr-defined]
         return entries
 

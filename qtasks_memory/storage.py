@@ -12,6 +12,7 @@ from uuid_utils import uuid7
 
 from qtasks_core import DONE, Claim, Guarantees, Inbox, Outcome, Storage, Task, TaskPage, TaskQuery
 from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.names import checked_id
 from qtasks_core.queries import page_of
 from qtasks_core.records import FINAL, RETENTION, expiry_of, judge, retention_note
 from qtasks_memory.connection import Memory, connect
@@ -82,6 +83,8 @@ class MemoryStorage(Storage):
 
     async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
         claims, now = self._started().claims, asyncio.get_running_loop().time()
+        checked_id(key, "the key of a claim")
+        checked_id(owner, "the owner of a claim")
         holder, until = claims.get(key, (owner, 0.0))
         if holder != owner and until > now:
             return None
@@ -97,6 +100,7 @@ class MemoryStorage(Storage):
         self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
     ) -> bool:
         memory = self._started()
+        checked_id(key, "the key of a value")
         if expect is not UNSET and memory.values.get(key) != expect:
             return False
         if value is None:
@@ -108,13 +112,14 @@ class MemoryStorage(Storage):
         return True
 
     async def get_value(self, key: str) -> bytes | None:
-        return self._started().values.get(key)
+        return self._started().values.get(checked_id(key, "the key of a value"))
 
     async def values(self, prefix: str) -> dict[str, bytes]:
         return {k: v for k, v in self._started().values.items() if k.startswith(prefix)}
 
     async def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
         memory = self._started()
+        checked_id(key, "the key of a value")
         changed = asyncio.Event()
         memory.value_watchers[key].add(changed)
         self._watching.add(changed)
@@ -133,7 +138,7 @@ class MemoryStorage(Storage):
             memory.value_watchers[key].discard(changed)
 
     async def append(self, uuid: str, items: Sequence[bytes]) -> None:
-        self._started().streams[uuid].extend(items)
+        self._started().streams[checked_id(uuid, "a uuid")].extend(items)
 
     async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
         items = self._started().streams.get(uuid, [])

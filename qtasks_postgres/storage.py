@@ -56,7 +56,7 @@ SAVE = """
                  ELSE '?' || uuid END
         )
         FROM saved CROSS JOIN LATERAL unnest(array_append(watchers, reply_to)) AS told (address)
-        WHERE progress & 7 >= 4 AND address LIKE 'qtasks:%' AND length(address) < 64
+        WHERE progress & 7 >= 4 AND address LIKE 'qtasks:%' AND octet_length(address) < 64
     )
     SELECT uuid FROM saved WHERE (SELECT count(*) FROM told) >= 0
 """

@@ -11,7 +11,7 @@ from qtasks_core.errors import Closed, ConfigurationError, Unavailable, refuse_t
 from qtasks_core.wire import encode_message
 from qtasks_rabbitmq.connection import HARD_LIMIT, Connection
 from qtasks_rabbitmq.delays import ladder_methods, levels_for, route
-from qtasks_rabbitmq.parcel import COUNT, Parcel, chunks
+from qtasks_rabbitmq.parcel import COUNT, Parcel, chunks, message_id_of
 from qtasks_rabbitmq.servers import servers_of
 from qtasks_rabbitmq.subscription import RabbitMQSubscription
 from qtasks_rabbitmq.topology import Names, declare, namespace_methods, queue_methods
@@ -96,7 +96,7 @@ class RabbitMQBroker(Broker):
     ) -> list[Outcome]:
         refuse_transaction(self, transaction)
         return await self.dispatch(
-            [Parcel(m.queue, m.delay, m.uuid, encode_message(m)) for m in messages]
+            [Parcel(m.queue, m.delay, message_id_of(m.uuid), encode_message(m)) for m in messages]
         )
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:

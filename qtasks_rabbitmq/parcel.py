@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from hashlib import sha256
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -13,6 +14,8 @@ from qtasks_rabbitmq.delays import number_of
 MOST_AT_ONCE = 1000
 MOST_BYTES_AT_ONCE = 4 * 2**20
 """What is written before the server's confirms are awaited."""
+LONGEST_MESSAGE_ID = 255
+"""Bytes: a short string of AMQP."""
 COUNT = "qtasks-count"
 """Header: deliveries of earlier copies of a message."""
 
@@ -40,9 +43,19 @@ class Dispatcher(Protocol):
         """Publish encoded messages."""
 
 
+def message_id_of(uuid: str) -> str:
+    """Return what the server knows a message by: the uuid, or its digest where that is too long.
+
+    Nothing reads the uuid back from it; the body has that.
+    """
+    encoded = uuid.encode()
+    return uuid if len(encoded) <= LONGEST_MESSAGE_ID else sha256(encoded).hexdigest()
+
+
 def copy_of(delivery: Delivery, body: bytes) -> Parcel:
     """Return a message as it came, for another receiver."""
-    name = delivery.message.uuid if isinstance(delivery.message, TaskMessage) else ""
+    message = delivery.message
+    name = message_id_of(message.uuid) if isinstance(message, TaskMessage) else ""
     return Parcel(delivery.queue, 0.0, name, body, (delivery.count or 1) - 1)
 
 

@@ -99,7 +99,8 @@ class Doorbell:
 
     def ring_address(self, address: str, uuids: Iterable[str]) -> None:
         """Tell an inbox which records to read. An address without a listener is passed over."""
-        letter = "\n".join(uuids).encode()
+        # No uuid has a NUL, so it can stand for the line feeds within one.
+        letter = "\n".join(uuid.replace("\n", "\0") for uuid in uuids).encode()
         if len(letter) <= _LETTER:
             self._send(address, letter)
             return
@@ -213,7 +214,8 @@ class Bell:
                 letter = self._socket.recv(65536)
                 count += 1
                 if letter:
-                    self.letters.update(letter.decode(errors="replace").split("\n"))
+                    lines = letter.decode(errors="replace").split("\n")
+                    self.letters.update(line.replace("\0", "\n") for line in lines)
         self.flooded = self.flooded or count >= _FLOOD
         self._rung.set()
 

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from msgspec import UNSET, UnsetType
 
 from qtasks_core import Claim
+from qtasks_core.names import LONGEST_ID, checked_id
 from qtasks_sqlite import batches
 from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.listening import channel
 
-_LAST = "\U0010ffff"
+_LAST = "\U0010ffff" * (LONGEST_ID + 1)
 """Sorts behind whatever may follow a prefix."""
 
 
 def getting(namespace: int, key: str) -> Callable[[Transaction], bytes | None]:
     """Return the work that reads a value."""
+    checked_id(key, "the key of a value")
 
     def get(turn: Transaction) -> bytes | None:
         row: tuple[bytes] | None = turn.execute(
@@ -97,6 +99,8 @@ def claiming(
     namespace: int, key: str, owner: str, ttl: float
 ) -> Callable[[Transaction], Claim | None]:
     """Return the work that claims a key that is free, over, or the owner's own."""
+    checked_id(key, "the key of a claim")
+    checked_id(owner, "the owner of a claim")
 
     def claim(turn: Transaction) -> Claim | None:
         now = time.time()
@@ -125,6 +129,7 @@ def releasing(namespace: int, claim: Claim) -> Callable[[Transaction], None]:
 
 def appending(namespace: int, uuid: str, items: Sequence[bytes]) -> Callable[[Transaction], None]:
     """Return the work that appends items behind those that are there."""
+    checked_id(uuid, "a uuid")
 
     def append(turn: Transaction) -> None:
         (last,) = turn.execute(

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from qtasks_conformance.contracts.base import Contract, needs
-from qtasks_conformance.rig import Rig
+from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids
 from qtasks_core import Claim, Storage
 
 
@@ -37,6 +37,24 @@ class ClaimContract(Contract):
         assert claim is not None
         assert (claim.key, claim.owner) == ("a/ключ", "host:1 größe")
         assert claim.expires_at == pytest.approx(time.time() + 30.0, abs=5.0)
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    async def test_the_longest_keys_and_owners_fit(self, rig: Rig, script: str) -> None:
+        """200 characters of any script; what differs at all is another key, or another owner."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, "claim", "release")
+        names = longest_ids(script)
+        for key in names:
+            claim = await storage.claim(key, names[0], 30.0)
+            assert claim is not None
+            assert (claim.key, claim.owner) == (key, names[0])
+        for owner in names[1:]:
+            assert await other.claim(names[0], owner, 30.0) is None
+            await other.release(Claim(names[0], owner, 0.0))
+        assert await other.claim(names[0], names[0], 30.0) is not None
+        await other.release(Claim(names[0], names[0], 0.0))
+        assert await storage.claim(names[1], names[1], 30.0) is None
+        assert await storage.claim(names[0], names[1], 30.0) is not None
 
     async def test_a_claim_is_over_after_its_time(self, rig: Rig) -> None:
         """Nobody else has it before, and somebody else may have it then."""

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
-from qtasks_conformance.rig import LONG_LEASE, Rig
+from qtasks_conformance.rig import LONG_LEASE, SCRIPTS, Rig, longest_ids
 from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, persist
 from qtasks_core import Ack, Broker, Delivery, Guarantees, Outcome, Release, Retry, Settlement
 
@@ -361,6 +361,26 @@ class DeliveringContract(Contract):
         assert uuids(await collect(subscription, 2, queue=queue)) == sorted(
             m.uuid for m in messages
         )
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    async def test_the_longest_uuids_fit(self, rig: Rig, script: str) -> None:
+        """200 characters of any script, as uuid and address; published, delayed and retried."""
+        broker = await rig.broker(lease=LONG_LEASE)
+        messages = [
+            rig.message(uuid=uuid, reply_to=uuid, submission=uuid, delay=delay)
+            for uuid, delay in zip(longest_ids(script), (0.0, 0.0, 0.3), strict=True)
+        ]
+        assert_done(await broker.publish(messages))
+        subscription = await broker.subscribe({"q": 10})
+        for attempt in (1, 2):
+            sent = {m.uuid: replace(m, attempt=attempt) for m in messages}
+            held = await collect(subscription, len(messages))
+            assert {message_of(d).uuid: d.message for d in held} == sent
+            if attempt == 1:
+                again = [Retry(d, replace(message_of(d), attempt=2)) for d in held]
+                assert_settled(await subscription.settle(again), broker.guarantees)
+        assert_settled(await subscription.settle([Ack(d) for d in held]), broker.guarantees)
+        await assert_silent(subscription, 0.3)
 
 
 def uuids(deliveries: list[Delivery]) -> list[str]:

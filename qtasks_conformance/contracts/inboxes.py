@@ -11,7 +11,7 @@ import pytest
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done
 from qtasks_conformance.elsewhere import Elsewhere
-from qtasks_conformance.rig import Rig
+from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids
 from qtasks_conformance.waiting import PATIENCE, SOON, persist
 from qtasks_core import Inbox, Task
 from qtasks_core.errors import Closed
@@ -42,6 +42,24 @@ class InboxContract(Contract):
         assert_done(await saver.save([record]))
         await asyncio.sleep(0.2)
         assert await hear(inbox, 1) == {record.uuid: record}
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    @pytest.mark.parametrize("how", ["expect", "watch"])
+    async def test_told_of_the_longest_uuids(self, rig: Rig, how: str, script: str) -> None:
+        """200 characters of any script, several saved at once; small records and larger ones."""
+        inbox = await rig.inbox(await rig.storage())
+        saver = await rig.storage()
+        reply_to = inbox.address if how == "expect" else None
+        records = [
+            rig.record("success", uuid=uuid, reply_to=reply_to, returning=b"x" * size)
+            for uuid, size in zip(longest_ids(script), (1, 5000, 20_000), strict=True)
+        ]
+        for record in records[:2]:
+            await self._ask(inbox, how, record)
+        assert_done(await saver.save(records))
+        wanted = {record.uuid: record for record in records[:2]}
+        heard = await hear(inbox, 2, wanted.keys())
+        assert {uuid: heard[uuid] for uuid in wanted} == wanted
 
     async def test_told_of_what_was_final_before_it_watched(self, rig: Rig) -> None:
         """A task of another client that is final already arrives at once."""

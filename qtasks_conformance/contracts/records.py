@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import MANY, SEPARATORS, assert_done
-from qtasks_conformance.rig import Rig, new_uuid
+from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids, new_uuid
 from qtasks_conformance.waiting import SOON
 from qtasks_core import Status, Storage, Task
 from qtasks_core.wire import encode_task
@@ -85,6 +85,25 @@ class RecordContract(Contract):
         assert await storage.get([record.uuid]) == [record]
         async with asyncio.timeout(SOON):
             assert await inbox.receive() == [record]
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    async def test_the_longest_uuids_fit(self, rig: Rig, script: str) -> None:
+        """200 characters of any script; as an address of nobody as well, whatever it begins with.
+
+        Each is a record of its own.
+        """
+        storage, reader = await rig.storage(), await rig.storage()
+        kind = (await rig.inbox(storage)).address[:8]
+        uuids = longest_ids(script)
+        records = [
+            rig.record("success", uuid=uuid, execution="e", reply_to=(kind + uuid)[:length])
+            for uuid, length in zip(uuids, (200, 62, 20), strict=True)
+        ]
+        assert_done(await storage.save(records))
+        assert_done(await storage.save(records))
+        assert await reader.get(uuids) == records
+        outcomes = await storage.save([replace(r, status="error") for r in records])
+        assert [outcome.there for outcome in outcomes] == records
 
     async def test_what_was_saved_outlives_its_process(self, rig: Rig) -> None:
         """It is with the server when `save` returns."""

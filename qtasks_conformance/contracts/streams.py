@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from qtasks_conformance.contracts.base import Contract, needs
-from qtasks_conformance.rig import Rig, new_uuid
+from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids, new_uuid
 
 
 class StreamContract(Contract):
@@ -29,6 +31,16 @@ class StreamContract(Contract):
         for at in (0, 1, 150, len(items) - 1):
             assert await other.read(uuid, positions[at]) == told[at + 1 :]
         assert await other.read(new_uuid(), 0) == []
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    async def test_the_longest_uuids_have_streams(self, rig: Rig, script: str) -> None:
+        """200 characters of any script; each has a stream of its own."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, "append", "read")
+        for uuid in longest_ids(script):
+            await storage.append(uuid, [uuid.encode()])
+        for uuid in longest_ids(script):
+            assert [item for _, item in await other.read(uuid, 0)] == [uuid.encode()]
 
     async def test_processes_append_together(self, rig: Rig) -> None:
         """Batches of two processes follow each other, none is torn, lost or out of order."""

@@ -19,7 +19,11 @@ FOREIGN = (
     b"\x01",
     bytes([99]) + encode_message(TaskMessage(uuid="u", task_name="t"))[1:],
     encode_message(TaskMessage(uuid="u", task_name="t"))[:-1],
+    encode_message(TaskMessage(uuid="", task_name="t")),
+    encode_message(TaskMessage(uuid="u" * 201, task_name="t")),
     encode_message(TaskMessage(uuid="u" * 10_000, task_name="t")),
+    encode_message(TaskMessage(uuid="u\0", task_name="t")),
+    encode_message(TaskMessage(uuid="u", task_name="t", reply_to="\0" * 20)),
     encode_message(TaskMessage(uuid="u", task_name="t", priority=-1, attempt=2**60)),
     encode_message(TaskMessage(uuid="u", task_name="t", delay=math.nan, created_at=math.inf)),
 )

@@ -8,7 +8,7 @@ import pytest
 
 from qtasks_conformance.commands import count_up
 from qtasks_conformance.contracts.base import Contract, needs
-from qtasks_conformance.rig import Rig
+from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids
 from qtasks_conformance.waiting import SOON
 from qtasks_core import Storage
 from qtasks_core.errors import Closed
@@ -29,6 +29,33 @@ class ValueContract(Contract):
             assert await other.get_value("a/ключ") == value
         assert await storage.set("no such", None)
         assert await other.get_value("no such") is None
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    async def test_the_longest_keys_fit(self, rig: Rig, script: str) -> None:
+        """200 characters of any script; each is the key of a value of its own."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, *VALUES)
+        keys = longest_ids(script)
+        values = {key: b"%d" % at for at, key in enumerate(keys)}
+        for key, value in values.items():
+            assert await storage.set(key, value, expect=None)
+        for key, value in values.items():
+            assert await other.get_value(key) == value
+        assert await other.values(keys[0][:100]) == values
+        assert await other.values(keys[0]) == {keys[0]: values[keys[0]]}
+
+    @pytest.mark.parametrize("script", SCRIPTS)
+    async def test_the_longest_key_is_watched(self, rig: Rig, script: str) -> None:
+        """A watcher sees the changes of its key, not those of one that is almost the same."""
+        storage, other = await rig.storage(), await rig.storage()
+        needs(storage, *VALUES, "watch_value")
+        key, near, _ = longest_ids(script)
+        seen = watching(rig, storage, key)
+        assert await see(seen, None) == [None]
+        assert await other.set(near, b"near")
+        await asyncio.sleep(0.2)
+        assert await other.set(key, b"mine")
+        assert await see(seen, b"mine") == [b"mine"]
 
     async def test_a_value_is_set_if_it_is_the_expected(self, rig: Rig) -> None:
         """`expect` compares; None expects that there is none; without it anything goes."""

@@ -21,9 +21,14 @@ class Broker(ABC):
     A broker lives on one event loop, from `start` to `stop`; outside of that its methods raise
     `Closed`. They may run concurrently, and one that is cancelled has had its effect or not, harms
     no other and may be called again. Every broker's constructor takes `lease=` (seconds).
-    Each raises `Unavailable` within a few seconds when the server cannot be reached, and
-    reconnects when it is called again; repeating and backing off is the engine's. Namespaces and
-    queues have names of `qtasks_core.names`, which the engine has checked.
+
+    Each call that needs an answer, `publish` included, raises `Unavailable` within a few seconds
+    while the server is away; a frozen server is away. A call made when the server is back succeeds:
+    it reconnects, or waits for the reconnect, within its own timeout. Repeating and backing off is
+    the engine's.
+
+    Namespaces and queues have names of `qtasks_core.names`, which the engine has checked;
+    a uuid or an address is 1 to 200 characters of any script (`is_id`), up to 800 bytes.
     A fork's child never touches a broker that its parent has started: it builds another, and the
     engine has cut the connections that it inherited. What else must not cross a fork, such as the
     locks of an open file, the part itself gives up in the child.
@@ -56,15 +61,22 @@ class Broker(ABC):
         """Enqueue messages and return an outcome for each, durable when it returns.
 
         A message becomes receivable `message.delay` seconds after the server has it, however long
-        the delay. With `transaction` it becomes durable and visible at its commit; a part whose
-        guarantees say that it cannot join one raises `NotSupported`. Publishing the
-        same uuid again is safe: at worst it is delivered twice. A broker may drop the repeat only
-        where the `submission` is the same too.
+        the delay. Where the server has no timer, it keeps the message with the time at which it is
+        due, and any receiver may move it then: the publisher may be gone.
+
+        With `transaction` it becomes durable and visible at its commit; a part whose guarantees say
+        that it cannot join one raises `NotSupported`. Publishing the same uuid again is safe: at
+        worst it is delivered twice. A broker may drop the repeat only where the `submission` is the
+        same too.
         """
 
     @abstractmethod
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        """Open a subscription to `queues`, each with the most deliveries held at once."""
+        """Open a subscription to `queues`, each with the most that is wanted of it at once.
+
+        These numbers are no limits on what may be held: a broker may use them to size what it
+        fetches ahead. The limits are those of each `receive`.
+        """
 
     async def clock(self) -> float | None:
         """Return the server's Unix time, in seconds; None where it does not tell.
@@ -103,9 +115,10 @@ class Broker(ABC):
 
         Returns what was created or changed, in words for an operator; empty: nothing had to be.
 
-        Works on a broker that is not started, and on a started one, whatever namespace that has:
-        with its own connection, which is closed again. Afterwards `start(namespace)` has nothing to
-        add. Idempotent, and safe while others migrate or work. Raises what `start` does.
+        Works on a broker that is not started, which stays so, and on a started one, whatever
+        namespace that has: with its own connection, which is closed again. Afterwards
+        `start(namespace)` has nothing to add. Idempotent, and safe while others migrate or work.
+        Raises what `start` does.
         """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")
 

@@ -18,7 +18,10 @@ class Inbox(ABC):
     @property
     @abstractmethod
     def address(self) -> str:
-        """What goes into `TaskMessage.reply_to`. The same after every reconnect."""
+        """What goes into `TaskMessage.reply_to`. The same after every reconnect.
+
+        1 to 200 characters of any script; the storage chooses it, to fit its server.
+        """
 
     @abstractmethod
     def expect(self, uuids: Iterable[str]) -> None:

@@ -17,8 +17,9 @@ class Storage(ABC):
     """Keeps the newest record of each task, and tells inboxes when one is final.
 
     Lives on one event loop like a broker, with the same rules for `Unavailable`, names and forks.
-    The constructor of one that supports `expire` takes `retention=` (seconds), for records that do
-    not say it.
+    The key of a value, and the key and the owner of a claim, are 1 to 200 characters of any script;
+    `qtasks_core.names.checked_id` refuses others. The constructor of one that supports `expire`
+    takes `retention=` (seconds), for records that do not say it.
     """
 
     driver_loggers: ClassVar[tuple[str, ...]] = ()
@@ -44,7 +45,9 @@ class Storage(ABC):
         Which are taken is the order of records (`qtasks_core.records.judge`), decided atomically
         for each record: a first record never replaces another. `refused` carries what is there. A
         final record that is taken is pushed to its `reply_to` and to every inbox that watches its
-        uuid, after it is durable.
+        uuid, after it is durable. Should the saver die between the two, they hear all the same:
+        from the server, or because an inbox reads again now and then. A `reply_to` that is no
+        address of this storage is passed over.
         """
 
     @abstractmethod
@@ -124,7 +127,8 @@ class Storage(ABC):
     async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
         """Return the appended items behind position `after`, with their positions.
 
-        Positions rise from 1 in the order of appending, so 0 asks for all.
+        Positions are 1 or more and rise in the order of appending, so 0 asks for all. They need not
+        be dense.
         """
         raise NotSupported(f"{type(self).__name__} keeps no streams yet")
 
@@ -150,8 +154,9 @@ class Storage(ABC):
 
         Returns what was created or changed, in words for an operator; empty: nothing had to be.
 
-        Works on a storage that is not started, and on a started one, whatever namespace that has:
-        with its own connection, which is closed again. Afterwards `start(namespace)` has nothing to
-        add. Idempotent, and safe while others migrate or work. Raises what `start` does.
+        Works on a storage that is not started, which stays so, and on a started one, whatever
+        namespace that has: with its own connection, which is closed again. Afterwards
+        `start(namespace)` has nothing to add. Idempotent, and safe while others migrate or work.
+        Raises what `start` does.
         """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")

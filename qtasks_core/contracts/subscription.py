@@ -12,6 +12,7 @@ class Subscription(ABC):
     """Receives deliveries, each held under a lease until it is settled.
 
     One call of `receive` at a time; `settle` and `extend` may run beside it and each other.
+    The lease is the receiver's, not the queue's: another on the same queue may have a longer one.
     A receiver that dies, or is stopped for longer, loses its deliveries to others within the lease.
     One that runs and does not extend may keep them: a lease can be that of its connection.
     """
@@ -32,7 +33,9 @@ class Subscription(ABC):
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         """Acknowledge, retry or release deliveries; an outcome for each.
 
-        `refused` when the lease was lost: then nothing is changed. `unknown` where the server
+        `refused` when the lease was lost: then nothing is changed, also where the server lets any
+        old holder acknowledge (`docs/backends.md` has the recipe). It is lost once another receiver
+        has the delivery: an overdue settle may be `done` until then. `unknown` where the server
         gives no answer. Settling again what this subscription settled lately is `done`, also when
         the call was cancelled. Of two that differ only one is obeyed, and the other is not `done`.
         A retry never loses the message. Where the guarantees do not say `atomic_retries`, a crash

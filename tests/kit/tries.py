@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qtasks_conformance.contracts.querying import FILTERS
+from qtasks_conformance.rig import SCRIPTS
 from qtasks_core import Backend, Broker, Storage
 from tests.kit import wrong_backends as backends
 from tests.kit import wrong_brokers as brokers
@@ -64,6 +65,16 @@ def of_pair(wrong: Wrong, *tests: str) -> Try:
 
 def of_backend(wrong: type[Backend], *tests: str) -> Try:
     return Try(wrong, "backend", tests)
+
+
+def in_scripts(test: str, *scripts: str) -> tuple[str, ...]:
+    """Return the ids of a test that runs once a script."""
+    return tuple(f"{test}[{escaped(script)}]" for script in scripts)
+
+
+def escaped(text: str) -> str:
+    """Return text as pytest writes it into the id of a test."""
+    return text.encode("unicode_escape").decode("ascii")
 
 
 TRIES = (
@@ -219,6 +230,15 @@ TRIES = (
     of_broker(queues.ForgetsWhoHolds, "test_leases_outlive_the_server_where_declared"),
     of_broker(brokers.JoinsNames, "test_namespaces_never_meet"),
     of_broker(brokers.RefusesLongNames, "test_the_longest_names_fit[-]"),
+    of_broker(brokers.CutsLongUuids, *in_scripts("test_the_longest_uuids_fit", *SCRIPTS)),
+    of_broker(brokers.RefusesLongUuids, *in_scripts("test_the_longest_uuids_fit", "ü", "中", "🦀")),
+    of_storage(storages.CutsLongUuids, *in_scripts("test_the_longest_uuids_fit", *SCRIPTS)),
+    of_storage(storages.TellsOfOneLine,
+               *in_scripts("test_told_of_the_longest_uuids", "expect-marks", "watch-marks")),
+    of_storage(shared.CutsLongKeys, *in_scripts("test_the_longest_uuids_have_streams", *SCRIPTS),
+               *in_scripts("test_the_longest_keys_fit", *SCRIPTS),
+               *in_scripts("test_the_longest_keys_and_owners_fit", *SCRIPTS)),
+    of_storage(shared.WatchesAllLongKeys, *in_scripts("test_the_longest_key_is_watched", *SCRIPTS)),
     of_broker(brokers.Hoards, "test_closing_releases_what_was_not_returned",
               "test_stopping_releases_what_was_not_returned"),
     of_broker(brokers.DropsAllOnClose, "test_closing_releases_what_was_not_returned"),

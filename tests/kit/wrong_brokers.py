@@ -510,6 +510,28 @@ class RefusesLongNames(Broker):
         ]
 
 
+class CutsLongUuids(Broker):
+    """Its server has room for 63 characters, and it cuts what is longer."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        return await super().publish([replace(m, uuid=m.uuid[:63]) for m in messages])
+
+
+class RefusesLongUuids(Broker):
+    """Its server has room for 255 bytes, and it counts characters."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        outcomes = await super().publish(messages, transaction)
+        return [
+            Outcome("refused", "too long") if len(message.uuid.encode()) > 255 else outcome
+            for message, outcome in zip(messages, outcomes, strict=True)
+        ]
+
+
 class RunsEveryCopy(Composes):
     """The submission is not compared."""
 

@@ -61,6 +61,41 @@ class ClaimsForAll(Storage):
         return await super().claim(key, owner, ttl)
 
 
+class CutsLongKeys(Storage):
+    """Its server has room for 199 characters, and it cuts what is longer."""
+
+    async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
+        claim = await super().claim(key[:199], owner[:199], ttl)
+        return claim and replace(claim, key=key, owner=owner)
+
+    async def set(
+        self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
+    ) -> bool:
+        return await super().set(key[:199], value, expect)
+
+    async def get_value(self, key: str) -> bytes | None:
+        return await super().get_value(key[:199])
+
+    async def append(self, uuid: str, items: Sequence[bytes]) -> None:
+        await super().append(uuid[:199], items)
+
+    async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
+        return await super().read(uuid[:199], after)
+
+
+class WatchesAllLongKeys(Storage):
+    """It tells of a change by the first 100 characters of the key, and looks no further."""
+
+    async def set(
+        self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
+    ) -> bool:
+        done = await super().set(key, value, expect)
+        for near in self._started().value_watchers:
+            if near != key and near[:100] == key[:100]:
+                await super().set(near, value)
+        return done
+
+
 class NamesNobody(Storage):
     async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
         claim = await super().claim(key, owner, ttl)

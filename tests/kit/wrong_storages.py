@@ -85,6 +85,29 @@ class SaysDoneToAll(Storage):
         return DONE
 
 
+class CutsLongUuids(Storage):
+    """Its server has room for 100 characters, and it cuts what is longer."""
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        return await super().save([replace(task, uuid=task.uuid[:100]) for task in tasks])
+
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        found = await super().get([uuid[:100] for uuid in uuids])
+        return [t and replace(t, uuid=u) for t, u in zip(found, uuids, strict=True)]
+
+
+class TellsOfOneLine(Storage):
+    """It tells an inbox of uuids line by line, and a uuid may have several."""
+
+    def _save(self, memory: Memory, task: Task) -> Outcome:
+        outcome = super()._save(memory, task)
+        lost = "\n" in task.uuid
+        for inbox in memory.inboxes.values():
+            if lost and not inbox.empty():
+                inbox.get_nowait()
+        return outcome
+
+
 class HidesWhatIsThere(Storage):
     def _save(self, memory: Memory, task: Task) -> Outcome:
         outcome = super()._save(memory, task)

@@ -27,12 +27,15 @@ from tests.unit.golden import vectors
 GOLDEN = Path(__file__).parent / "golden"
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+ids = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=200
+)
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", fullmatch=True)
 number = st.floats(allow_nan=False)
 seconds = st.floats(0, LONGEST)
 messages = st.builds(
     TaskMessage,
-    uuid=text,
+    uuid=ids,
     task_name=text,
     queue=names,
     args=st.binary(max_size=40),
@@ -41,7 +44,7 @@ messages = st.builds(
     priority=st.integers(0, 9),
     delay=seconds,
     attempt=st.integers(1, 2**31 - 1),
-    reply_to=st.none() | text,
+    reply_to=st.none() | ids,
     created_at=seconds,
     expires_at=st.none() | seconds,
     store_result=st.booleans(),
@@ -51,7 +54,7 @@ messages = st.builds(
 )
 tasks = st.builds(
     Task,
-    uuid=text,
+    uuid=ids,
     task_name=text,
     status=st.sampled_from(["new", "scheduled", "process", "retry", "success", "error", "cancel"]),
     queue=text,
@@ -66,7 +69,7 @@ tasks = st.builds(
     traceback=st.none() | text,
     dead=st.none() | text,
     worker=st.none() | text,
-    reply_to=st.none() | text,
+    reply_to=st.none() | ids,
     created_at=number,
     started_at=st.none() | number,
     finished_at=st.none() | number,
@@ -231,7 +234,10 @@ def test_a_queue_that_is_no_name(queue: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"uuid": "u" * 64},
+        {"uuid": "u" * 201},
+        {"uuid": ""},
+        {"reply_to": "中" * 201},
+        {"submission": "u" * 201},
         *({"priority": value} for value in (-1, 10, 2**63)),
         *({"attempt": value} for value in (0, -1, 2**31, 2**60, 2**64 - 1)),
         *(
@@ -250,6 +256,25 @@ def test_a_value_that_some_server_cannot_hold_is_named(fields: dict[str, Any]) -
     assert isinstance(raw, Raw)
     assert raw.data == data
     assert f"`$.{name}`" in raw.error
+
+
+@pytest.mark.parametrize("name", ["uuid", "reply_to"])
+def test_a_nul_in_an_id_is_named(name: str) -> None:
+    """Some servers cannot keep it."""
+    fields: dict[str, Any] = {"uuid": "u", "task_name": "n", name: "a\0b"}
+    data = encode_message(TaskMessage(**fields))
+    raw = decode_message(data)
+    assert isinstance(raw, Raw)
+    assert raw.data == data
+    assert name in raw.error
+
+
+def test_the_longest_ids_are_taken() -> None:
+    longest = "ü中🦀" * 66 + "ü中"
+    message = TaskMessage(uuid=longest, task_name="n", reply_to=longest, submission=longest)
+    task = Task(uuid=longest, task_name="n", status="new", reply_to=longest)
+    assert decode_message(encode_message(message)) == message
+    assert decode_task(encode_task(task)) == task
 
 
 def test_unknown_status() -> None:
