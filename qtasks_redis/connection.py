@@ -342,10 +342,15 @@ async def _speaks_plainly(host: str, port: int) -> bool:
 
 async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
     """Read what product this is and what it survives, as far as the user's rights go."""
-    hello = _pairs(await call("HELLO"))
-    version = hello["version"]
-    name = f"{hello['server'].capitalize()} {version}"
-    if tuple(int(part) for part in version.split(".")[:2]) < _NEEDS:
+    reply = await call("HELLO")
+    try:
+        hello = _pairs(reply)
+        version = hello["version"]
+        name = f"{hello['server'].capitalize()} {version}"
+        numbers = tuple(int(part) for part in version.split(".")[:2])
+    except (KeyError, TypeError, ValueError):
+        raise Unavailable(f"{redact(url)}: HELLO is answered by {reply!r:.100}") from None
+    if numbers < _NEEDS:
         raise ServerTooOld(f"{redact(url)} is {name}; Redis 6.2 or newer is needed")
     try:
         info = await call("INFO")
