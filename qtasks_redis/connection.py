@@ -7,7 +7,7 @@ import math
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NoReturn, TypeVar
 from weakref import WeakSet
 
@@ -190,7 +190,7 @@ class Connection:
 
     async def close(self) -> None:
         """Close the pool, whoever still waits in it."""
-        await self._client.aclose()
+        await _close(self._client)
 
     async def _execute(self, *command: str | bytes | int) -> Any:
         client = self._client
@@ -208,7 +208,7 @@ class Connection:
             if not self._busy[client]:
                 del self._busy[client]
                 if client is not self._client:
-                    await client.aclose()
+                    await _close(client)
 
     async def _move(self, client: Redis) -> None:
         """Let no call and no line go on with connections to a server that is not the one to talk
@@ -231,6 +231,12 @@ class Connection:
     def raise_ours(self, error: Exception) -> NoReturn:
         """Raise an error of the driver as ours."""
         raise_ours(error, self._where)
+
+
+async def _close(client: Redis) -> None:
+    """Close a pool. That a server does not answer the end of TLS in time is nobody's error."""
+    with suppress(Exception):
+        await client.aclose()
 
 
 async def _subscribed(line: AbstractConnection, channel: str) -> None:

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
+from redis import exceptions
+from redis.asyncio import Redis
 
 from qtasks_core import Task
 from qtasks_core.errors import Unavailable
@@ -159,6 +161,21 @@ async def test_a_fault_of_our_own_is_not_taken_for_an_outage(
             await inbox.receive()
     monkeypatch.undo()
     await storage.stop()
+
+
+async def test_a_connection_that_cannot_be_closed_does_not_matter(
+    redis_server: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = RedisBroker(redis_server.url)
+    await broker.start(str(uuid4()))
+    close = Redis.aclose
+
+    async def late(self: Redis) -> None:
+        await close(self)
+        raise exceptions.TimeoutError("Timed out closing connection after 3.0")
+
+    monkeypatch.setattr(Redis, "aclose", late)
+    await broker.stop()
 
 
 async def test_a_deadline_of_the_caller_stays_one(redis_server: Service) -> None:
