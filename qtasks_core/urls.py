@@ -56,13 +56,15 @@ def split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         for host in parts.netloc.rpartition("@")[2].split(","):
-            _ = urlsplit(f"//{host}").port
+            if urlsplit(f"//{host}").port == 0:
+                raise ValueError("drivers take port 0 for none")
     except ValueError:
         parts = None
     if parts is None or "://" not in url:
         raise ConfigurationError(
-            f"{redact(url)} is not a URL like scheme://user:password@host:port, with a number as "
-            "port and / ? # [ ] @ in the password written %2F %3F %23 %5B %5D %40"
+            f"{redact(url)} is not a URL like scheme://user:password@host:port, with a number "
+            "from 1 to 65535 as port, and / ? # [ ] @ in the password written "
+            "%2F %3F %23 %5B %5D %40"
         )
     return parts
 

@@ -57,8 +57,10 @@ class KafkaBroker(Broker):
         partitions: int = 8,
         replicas: int | None = None,
     ) -> None:
-        if not lease > 0 or partitions < 1:
-            raise ConfigurationError("lease and partitions must be above 0")
+        if not 0.001 <= lease < 2**31 / 1000:
+            raise ConfigurationError(
+                f"lease={lease:g} must be a number of seconds from 0.001 to {2**31 // 1000}"
+            )
         self._connection = Connection(url, partitions=partitions, replicas=replicas)
         self._lease = lease
         self._namespace = ""

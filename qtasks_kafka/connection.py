@@ -85,6 +85,9 @@ class Connection:
     def __init__(self, url: str, *, partitions: int, replicas: int | None) -> None:
         self.shown = redact(url)
         self._settings = settings_of(url)
+        for name, number in (("partitions", partitions), ("replicas", replicas)):
+            if number is not None and number < 1:
+                raise ConfigurationError(f"{name}={number} must be at least 1")
         self._partitions = partitions
         self._replicas = replicas
         self._admin: AIOKafkaAdminClient | None = None

@@ -49,8 +49,6 @@ class KafkaLog(Log):
     """The topic `NAMESPACE.records`. A mark is the end of each partition."""
 
     def __init__(self, url: str, *, partitions: int = 8, replicas: int | None = None) -> None:
-        if partitions < 1:
-            raise ConfigurationError("partitions must be above 0")
         self._connection = Connection(url, partitions=partitions, replicas=replicas)
         self._topic = ""
         self._running = False

@@ -43,6 +43,8 @@ def _settings_of(parts: SplitResult) -> dict[str, Any]:
         "security_protocol": protocol,
     }
     if "client_id" in options:
+        if not options["client_id"]:
+            raise _Wrong("client_id is empty; leave it out")
         settings["client_id"] = options["client_id"]
     if protocol.endswith("SSL"):
         settings["ssl_context"] = _tls_context(options)
@@ -86,6 +88,7 @@ def _tls_context(options: dict[str, str]) -> ssl.SSLContext:
                 f"ssl_certfile={certificate!r}, ssl_keyfile={key!r}: {error}; "
                 "they must be a PEM certificate and its key, with ssl_password= if it has one"
             ) from error
-    if options.get("ssl_check_hostname", "true").lower() in ("false", "0", "no"):
-        context.check_hostname = False
+    check = options.get("ssl_check_hostname", "true").lower()
+    _one_of("ssl_check_hostname", check, ("true", "1", "yes", "false", "0", "no"))
+    context.check_hostname = check in ("true", "1", "yes")
     return context

@@ -128,7 +128,7 @@ class Database:
 
     def __init__(self, url: str, listen_url: str | None = None) -> None:
         self._options = options_of(url)
-        self._listening = options_of(listen_url) if listen_url else self._options
+        self._listening = self._options if listen_url is None else options_of(listen_url)
         self.shown = self._options.shown
         self.durability = Durability()
         self.calls = Calls()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
@@ -30,6 +31,13 @@ UNKNOWN_TO_THE_DRIVER = frozenset(
         "sslcertmode", "sslcompression", "sslcrldir", "sslsni", "tcp_user_timeout",
     }
 )  # fmt: skip
+
+ALLOWED = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": (
+        "any", "primary", "standby", "prefer-standby", "read-write", "read-only",
+    ),
+}  # fmt: skip
 
 # What other libraries call an option that the driver has.
 OTHER_NAMES = {
@@ -72,8 +80,14 @@ def options_of(url: str) -> Options:
             raise ConfigurationError(f"{shown}: the driver does not know {name}; leave it out")
         if name in FILES and value and not os.access(value, os.R_OK):
             raise ConfigurationError(f"{shown}: {name}={value} cannot be read")
+        if name in ALLOWED and value not in ALLOWED[name]:
+            raise ConfigurationError(f"{shown}: {name} is one of {', '.join(ALLOWED[name])}")
+        if name == "port" and not all(_is_port(port) for port in value.split(",")):
+            raise ConfigurationError(f"{shown}: port is a number from 1 to 65535")
     rest, ours = take_options(url, {"connect_timeout": float, "application_name": str})
     timeout = ours.get("connect_timeout")
+    if timeout is not None and not math.isfinite(timeout):
+        raise ConfigurationError(f"{shown}: connect_timeout is a number of seconds; 0: no bound")
     hosts = parts.netloc.rpartition("@")[2] or given.get("host", "")
     return Options(
         rest,
@@ -82,3 +96,7 @@ def options_of(url: str) -> Options:
         ours.get("application_name") or "qtasks",
         "," in hosts and "target_session_attrs" not in given,
     )
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 6 and 0 < int(text) < 65536

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 NOTICE = 1.0
 """Seconds in which the server tells the consumers of a queue that it was deleted: some hundredths
 on a machine at rest."""
+MOST_HEARTBEAT = 65535
+"""Seconds: the protocol has two bytes for it."""
 SILENCE = 3
 """Heartbeats after which the server has surely let go of a receiver that fell silent."""
 
@@ -40,6 +42,11 @@ class RabbitMQBroker(Broker):
             raise ConfigurationError(
                 f"lease={lease:g} is too short for RabbitMQ, whose heartbeats are whole seconds: "
                 f"it must be at least {SILENCE}"
+            )
+        if lease > MOST_HEARTBEAT * SILENCE:
+            raise ConfigurationError(
+                f"lease={lease:g} is too long for RabbitMQ: "
+                f"it must be at most {MOST_HEARTBEAT * SILENCE}"
             )
         servers_of(url)
         self._url = url

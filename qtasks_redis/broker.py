@@ -31,7 +31,8 @@ from qtasks_core.errors import (
 from qtasks_core.recent import effect_of
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
-from qtasks_redis.connection import UNKNOWN, Connection, batches, checked, connect, ended, fitting
+from qtasks_redis.connection import UNKNOWN, Connection, batches, connect, ended, fitting
+from qtasks_redis.options import checked
 from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
 
 _MOST_TAKEN = 1000
@@ -55,7 +56,7 @@ class RedisBroker(Broker):
     def __init__(self, url: str = "redis://localhost", *, lease: float = 30.0) -> None:
         if not 0.1 <= lease < math.inf:
             raise ConfigurationError(f"lease={lease} is not a time of at least 0.1 seconds")
-        self._url = checked(url)
+        self._url = checked(url, connections=2)
         self._lease = lease
         self._connection: Connection | None = None
         self._server = UNKNOWN

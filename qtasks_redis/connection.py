@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NoReturn, TypeVar
 from weakref import WeakSet
 
 from qtasks_core import DONE, Outcome
 from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
-from qtasks_core.urls import redact, refuse_options, split, take_options
+from qtasks_core.urls import redact, split, take_options
+from qtasks_redis.errors import Broken, Elsewhere, raise_ours
 from qtasks_redis.scripts import Script
 
 if TYPE_CHECKING:
@@ -24,43 +26,11 @@ ANSWER_WITHIN: Final = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
 CONNECT_WITHIN: Final = 3.0
 """Seconds to wait for a new connection; the handshake comes on top."""
-_SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "valkey": "redis"}
 _NEEDS: Final = (6, 2)
-_OURS: Final = ("lease", "retention")
-_OPTIONS: Final = (
-    "client_name", "db", "health_check_interval", "lib_name", "lib_version", "max_connections",
-    "password", "protocol", "retry_on_timeout", "socket_connect_timeout", "socket_keepalive",
-    "socket_read_size", "socket_timeout", "username",
-)  # fmt: skip
-"""Options of a URL that the driver reads. Without those that change what it returns."""
-_OPTIONS_OF_TLS: Final = (
-    "ssl_ca_certs", "ssl_ca_data", "ssl_ca_path", "ssl_cert_reqs", "ssl_certfile",
-    "ssl_check_hostname", "ssl_ciphers", "ssl_keyfile", "ssl_min_version", "ssl_password",
-)  # fmt: skip
 _MOST_CALLS: Final = 32
 """Calls on the way at once, each on a connection of its own; the others wait their turn."""
 _MOST_ITEMS: Final = 1000
 _MOST_BYTES: Final = 4 * 1024 * 1024
-_FINAL: Final = (
-    "NOPERM", "ACL failure", "NOAUTH", "WRONGPASS", "NOPROTO", "WRONGTYPE", "CROSSSLOT", "DB index",
-    "SELECT is not allowed", "unknown command", "Unknown Redis command", "unknown subcommand",
-    "wrong number of arg", "syntax error",
-)  # fmt: skip
-"""What answers say that time does not mend. Every other error of the server is one that passes.
-
-Matched anywhere in the text: before Redis 7 an error within a script is quoted by another one.
-"""
-_ELSEWHERE: Final = (
-    "READONLY",
-    "MASTERDOWN",
-    "LOADING",
-    "UNBLOCKED",
-    "CLUSTERDOWN",
-    "MOVED",
-    "ASK ",
-)
-"""What a server says that is not, or not any more, the one to talk to: look the name up anew."""
-
 _TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("TIME",), ("PING",), ("EVAL", "return 1", 0), ("EVALSHA", "none", 0),
 )  # fmt: skip
@@ -82,35 +52,30 @@ class Server(NamedTuple):
 UNKNOWN: Final = Server("Redis", "client crash", "known after start", ())
 
 
-def checked(url: str) -> str:
-    """Return `url` as the driver wants it. Raises `ConfigurationError` when it is wrong."""
-    parts = split(url)
-    scheme, database = parts.scheme, parts.path.strip("/")
-    if scheme not in _SCHEMES:
-        known = ", ".join(f"{name}://" for name in _SCHEMES)
-        raise ConfigurationError(f"{redact(url)}: the scheme must be one of {known}")
-    if "," in parts.netloc.rpartition("@")[2]:
-        raise ConfigurationError(f"{redact(url)}: a redis:// URL names one host")
-    if database and not database.isdecimal():
-        raise ConfigurationError(f"{redact(url)}: the path names the database, a number")
-    of_driver = _OPTIONS + (_OPTIONS_OF_TLS if scheme == "rediss" else ())
-    refuse_options(take_options(url, dict.fromkeys(of_driver, str))[0], (*_OURS, *of_driver))
-    # The parts read replies of one protocol version, the leaner one; the URL cannot change it.
-    return take_options(_SCHEMES[scheme] + url[len(scheme) :], {"protocol": str})[0]
-
-
 class Connection:
     """A pool to one server, and the names of what one namespace keeps there."""
 
-    def __init__(self, make: Callable[[], Redis], url: str, namespace: str, within: float) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Redis],
+        url: str,
+        namespace: str,
+        within: float,
+        most: float = math.inf,
+    ) -> None:
         self._make = make
         self._client = make()
         self._busy: dict[Redis, int] = {}
         """How many calls each client has on the way; more than one client while one is given up."""
         self._lines: WeakSet[AbstractConnection] = WeakSet()
-        self._url = url
+        self._where = redact(url)
         self.server = UNKNOWN
-        self._slots = asyncio.Semaphore(_MOST_CALLS)
+        self._most = most
+        """Connections that the pool may have; it refuses the next one."""
+        self._slots = asyncio.Semaphore(int(min(_MOST_CALLS, most)))
+        self._spare = most - min(_MOST_CALLS, most)
+        """Blocking reads that need no slot of the calls."""
+        self._reads = 0
         self.answer_within = within
         # The braces are the hash tag of a cluster.
         self._prefix = f"qtasks:{{{namespace}}}:"
@@ -156,8 +121,18 @@ class Connection:
 
         Less than the time in which the server must answer, so that a dead one is noticed.
         """
-        seconds = f"{0.8 * self.answer_within:.3f}"
-        heard = await self._execute("BLPOP", *bells, seconds)
+        if self._reads + 1 >= self._most:
+            raise Unavailable(
+                f"{self._where}: max_connections={self._most} is too few for so many "
+                f"subscriptions: it must be at least {self._reads + 2}"
+            )
+        self._reads += 1
+        try:
+            async with self._slots if self._reads > self._spare else nullcontext():
+                seconds = f"{0.8 * self.answer_within:.3f}"
+                heard = await self._execute("BLPOP", *bells, seconds)
+        finally:
+            self._reads -= 1
         return None if heard is None else heard[0].decode()
 
     async def line(self) -> AbstractConnection:
@@ -184,38 +159,37 @@ class Connection:
         missing: list[str] = []
 
         async def attempt(call: Awaitable[Any], name: str) -> None:
-            try:
-                async with asyncio.timeout(self.answer_within):
-                    await call
-            except NoPermissionError as error:
-                missing.append(f"{name} ({error})")
-            except ResponseError:
-                return
-
-        with self.reachable():
-            execute: Callable[..., Awaitable[Any]] = self._client.execute_command
-            for command, *args in _TRIALS:
-                await attempt(execute(command, *args), command)
-            for command, *args in trials:
-                key = self.key("rights", "")
-                await attempt(execute(command, key, *args), f"{command} on keys")
-            for channel in channels:
-                await attempt(execute("PUBLISH", channel, ""), f"PUBLISH to {channel}*")
-                line = await self.line()
+            with self.reachable():
                 try:
-                    await line.send_command("SUBSCRIBE", channel)
-                    await attempt(line.read_response(), f"SUBSCRIBE to {channel}*")
-                finally:
-                    await line.disconnect(nowait=True)
+                    async with asyncio.timeout(self.answer_within):
+                        await call
+                except NoPermissionError as error:
+                    missing.append(f"{name} ({error})")
+                except ResponseError:
+                    return
+
+        execute: Callable[..., Awaitable[Any]] = self._client.execute_command
+        for command, *args in _TRIALS:
+            await attempt(execute(command, *args), command)
+        for command, *args in trials:
+            key = self.key("rights", "")
+            await attempt(execute(command, key, *args), f"{command} on keys")
+        for channel in channels:
+            await attempt(execute("PUBLISH", channel, ""), f"PUBLISH to {channel}*")
+            line = await self.line()
+            try:
+                await attempt(_subscribed(line, channel), f"SUBSCRIBE to {channel}*")
+            finally:
+                await line.disconnect(nowait=True)
         if missing:
             raise ConfigurationError(
-                f"{redact(self._url)}: the user lacks rights that docs/rights.md lists: "
+                f"{self._where}: the user lacks rights that docs/rights.md lists: "
                 + "; ".join(missing)
             )
 
     async def close(self) -> None:
         """Close the pool, whoever still waits in it."""
-        await self._client.aclose()
+        await _close(self._client)
 
     async def _execute(self, *command: str | bytes | int) -> Any:
         client = self._client
@@ -225,7 +199,7 @@ class Connection:
                 async with asyncio.timeout(self.answer_within):
                     execute: Callable[..., Awaitable[Any]] = client.execute_command
                     return await execute(*command)
-        except Elsewhere:
+        except (Elsewhere, Broken):
             await self._move(client)
             raise
         finally:
@@ -233,10 +207,11 @@ class Connection:
             if left:
                 self._busy[client] = left
             elif client is not self._client:
-                await client.aclose()
+                await _close(client)
 
     async def _move(self, client: Redis) -> None:
-        """Let no call and no line go on with a server that is not the one to talk to any more."""
+        """Let no call and no line go on with connections to a server that is not the one to talk
+        to any more, or whose state is unknown."""
         if client is not self._client:
             return
         # Calls that are on the way end as they end; the last of them closes the pool they are in.
@@ -246,50 +221,26 @@ class Connection:
 
     @contextmanager
     def reachable(self) -> Iterator[None]:
-        """Turn the driver's errors into `Unavailable` and `ConfigurationError`.
-
-        Final is only what is known to be; the rest may pass. `NoScriptError` is for `run`.
-        """
-        from redis import exceptions
-
-        where = redact(self._url)
+        """Raise the driver's errors as ours. Only calls of the driver belong into it."""
         try:
             yield
-        except exceptions.NoScriptError:
-            raise
-        except (exceptions.AuthenticationError, exceptions.AuthorizationError) as error:
-            raise ConfigurationError(f"{where} refuses the user or password: {error}") from None
-        except exceptions.NoPermissionError as error:
-            raise ConfigurationError(
-                f"{where}: the user's rights do not suffice: {error}"
-            ) from None
-        except (exceptions.RedisError, OSError) as error:
-            told = f"{type(error).__name__}: {error}"
-            if isinstance(error, exceptions.ResponseError) and _says(error, _FINAL):
-                raise ConfigurationError(f"{where}: {error}") from None
-            if isinstance(error, _elsewhere()) or _says(error, _ELSEWHERE):
-                raise Elsewhere(f"{where} cannot work now: {told}") from error
-            if isinstance(error, exceptions.ResponseError):
-                raise Unavailable(f"{where} cannot work now: {error}") from error
-            raise Unavailable(f"{where}: {str(error) or 'no answer in time'}") from error
+        except Exception as error:  # noqa: BLE001  # raised as ours
+            self.raise_ours(error)
+
+    def raise_ours(self, error: Exception) -> NoReturn:
+        """Raise an error of the driver as ours."""
+        raise_ours(error, self._where)
 
 
-class Elsewhere(Unavailable):
-    """The server is there, and is not the one to talk to any more."""
+async def _close(client: Redis) -> None:
+    """Close a pool. That a server does not answer the end of TLS in time is nobody's error."""
+    with suppress(Exception):
+        await client.aclose()
 
 
-def _says(error: Exception, words: Sequence[str]) -> bool:
-    return any(word in str(error) for word in words)
-
-
-def _elsewhere() -> tuple[type[Exception], ...]:
-    """Return the classes from which the driver has cut the words away."""
-    from redis import exceptions
-
-    return (
-        exceptions.ReadOnlyError, exceptions.BusyLoadingError, exceptions.ClusterDownError,
-        exceptions.AskError,
-    )  # fmt: skip
+async def _subscribed(line: AbstractConnection, channel: str) -> None:
+    await line.send_command("SUBSCRIBE", channel)
+    await line.read_response()
 
 
 async def connect(url: str, namespace: str) -> Connection:
@@ -300,20 +251,23 @@ async def connect(url: str, namespace: str) -> Connection:
         from redis.backoff import NoBackoff
     except ImportError:
         raise MissingDriver("redis://", ".[redis]") from None
-    rest, options = take_options(url, {"socket_timeout": float})
+    rest, options = take_options(url, {"socket_timeout": float, "max_connections": int})
+    most = options.get("max_connections")
 
     def make() -> Redis:
         return Redis.from_url(
             rest,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
+            # Without a limit of its own, of which the driver has one.
+            max_connections=most or 2**31,
             socket_timeout=None,
             socket_connect_timeout=CONNECT_WITHIN,
         )
 
     within = options.get("socket_timeout", ANSWER_WITHIN)
     try:
-        connection = Connection(make, url, namespace, within)
+        connection = Connection(make, url, namespace, within, most or math.inf)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{redact(url)}: {error}") from None
     try:
@@ -358,8 +312,6 @@ async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
                 f"TLS fails: {one}; see ssl_ca_certs, ssl_certfile and ssl_keyfile, and whether "
                 "the server speaks TLS on this port"
             )
-        if "SSL Certificate Requirements" in str(one):
-            return "ssl_cert_reqs is one of none, optional, required"
     if await _speaks_plainly(*where):
         return "the server speaks no TLS there; write redis://, or the port on which it does"
     return None
@@ -395,14 +347,15 @@ async def _speaks_plainly(host: str, port: int) -> bool:
 
 async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
     """Read what product this is and what it survives, as far as the user's rights go."""
+    reply = await call("HELLO")
     try:
-        hello = _pairs(await call("HELLO"))
-    except TypeError as error:
-        # A wrong value of an option may show only when the first connection is made.
-        raise ConfigurationError(f"{redact(url)}: {error}") from None
-    version = hello["version"]
-    name = f"{hello['server'].capitalize()} {version}"
-    if tuple(int(part) for part in version.split(".")[:2]) < _NEEDS:
+        hello = _pairs(reply)
+        version = hello["version"]
+        name = f"{hello['server'].capitalize()} {version}"
+        numbers = tuple(int(part) for part in version.split(".")[:2])
+    except (KeyError, TypeError, ValueError):
+        raise Unavailable(f"{redact(url)}: HELLO is answered by {reply!r:.100}") from None
+    if numbers < _NEEDS:
         raise ServerTooOld(f"{redact(url)} is {name}; Redis 6.2 or newer is needed")
     try:
         info = await call("INFO")

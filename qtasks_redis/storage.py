@@ -24,11 +24,11 @@ from qtasks_redis.connection import (
     UNKNOWN,
     Connection,
     batches,
-    checked,
     connect,
     ended,
     fitting,
 )
+from qtasks_redis.options import checked
 from qtasks_redis.scripts import SAVE
 
 if TYPE_CHECKING:
@@ -291,8 +291,7 @@ class RedisInbox(Inbox):
     async def _read(self, line: AbstractConnection) -> None:
         """Read until the connection breaks; the error is for `receive` to raise."""
         try:
-            with self._connection.reachable():
-                await self._follow(line)
+            await self._follow(line)
         finally:
             self._line = None
             for future in self._confirming.values():
@@ -309,18 +308,22 @@ class RedisInbox(Inbox):
                     reply = await line.read_response(timeout=math.inf, disconnect_on_error=False)
             except TimeoutError:
                 if asked:
-                    raise TimeoutError("no answer to PING") from None
+                    raise Unavailable("the inbox's server does not answer PING") from None
                 if self._waiting:
-                    await line.send_command("PING")
+                    with self._connection.reachable():
+                        await line.send_command("PING")
                     asked = True
                 continue
+            except Exception as error:  # noqa: BLE001  # raised as ours
+                self._connection.raise_ours(error)
             finally:
                 self._silence = None
             asked = False
             await self._hear(reply)
             if len(self._dropped) >= _MOST_DROPPED:
                 dropped, self._dropped = self._dropped, set()
-                await line.send_command("UNSUBSCRIBE", *dropped)
+                with self._connection.reachable():
+                    await line.send_command("UNSUBSCRIBE", *dropped)
 
     async def _hear(self, reply: Any) -> None:
         kind = reply[0]

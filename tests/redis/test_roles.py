@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -85,8 +85,8 @@ async def _pump(source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
         return
 
 
-def message() -> TaskMessage:
-    return TaskMessage(uuid=str(uuid4()), task_name="tests:task")
+def message(queue: str = "default") -> TaskMessage:
+    return TaskMessage(uuid=str(uuid4()), task_name="tests:task", queue=queue)
 
 
 def final(uuid: str, reply_to: str | None = None) -> Task:
@@ -103,6 +103,13 @@ async def follow(replica: Redis, master: Service | None) -> None:
     host, of = ("NO", "ONE") if master is None else ("127.0.0.1", str(port(master)))
     await replica.config_set("masterauth", PASSWORD)
     await replica.execute_command("REPLICAOF", host, of)  # type: ignore[no-untyped-call]
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    while True:
+        if await condition():
+            return
+        await asyncio.sleep(0.01)
 
 
 async def until_blocked(server: Redis) -> list[str]:
@@ -181,3 +188,91 @@ async def test_after_a_failover_everything_goes_to_the_new_server(
         assert await clients[1].exists(storage._started().key("record", uuid))
         await broker.stop()
         await storage.stop()
+
+
+async def test_a_coordinated_failover_loses_nothing_and_the_old_server_is_left(
+    pair: tuple[Service, Service], clients: tuple[Redis, Redis]
+) -> None:
+    first, second = clients
+    await follow(second, pair[0])
+    await first.config_set("masterauth", PASSWORD)
+
+    async def in_step() -> bool:
+        replication = await first.info("replication")
+        return bool(replication.get("slave0", {}).get("state") == "online")
+
+    async def handed_over() -> bool:
+        told = await first.info("replication"), await second.info("replication")
+        return [one["role"] for one in told] == ["slave", "master"]
+
+    confirmed: set[str] = set()
+    received: set[str] = set()
+    refused = asyncio.Event()
+
+    async def publish() -> None:
+        while True:
+            new = message()
+            try:
+                await broker.publish([new])
+                confirmed.add(new.uuid)
+            except Unavailable:
+                refused.set()
+            await asyncio.sleep(0.01)
+
+    async def receive() -> None:
+        while True:
+            try:
+                for delivery in await subscription.receive({"default": 9}, 9):
+                    assert isinstance(delivery.message, TaskMessage)
+                    received.add(delivery.message.uuid)
+                    await subscription.settle([Ack(delivery)])
+            except Unavailable:
+                await asyncio.sleep(0.01)
+
+    async def confirms(more: int) -> None:
+        enough = len(confirmed) + more
+
+        async def confirmed_enough() -> bool:
+            return len(confirmed) >= enough
+
+        await until(confirmed_enough)
+
+    async def received_all() -> bool:
+        assert not busy[1].done()
+        return received >= confirmed
+
+    name = f"failover-{uuid4()}"
+
+    async def left() -> bool:
+        return not any(client["name"] == name for client in await first.client_list())
+
+    async with asyncio.timeout(60), Forwarder(port(pair[0])) as forwarder:
+        await until(in_step)
+        broker = RedisBroker(f"{forwarder.url}?client_name={name}")
+        await broker.start(str(uuid4()))
+        subscription = await broker.subscribe({"default": 9})
+        idle = await broker.subscribe({"idle": 1})
+        waiting = asyncio.create_task(idle.receive({"idle": 1}, 1))
+        await until_blocked(first)
+        busy = [asyncio.create_task(publish()), asyncio.create_task(receive())]
+        await confirms(10)
+
+        await first.execute_command(  # type: ignore[no-untyped-call]
+            "FAILOVER", "TO", "127.0.0.1", str(port(pair[1]))
+        )
+        await until(handed_over)
+        with pytest.raises(Unavailable):
+            await waiting
+        await refused.wait()
+        forwarder.port = port(pair[1])
+        await confirms(10)
+        await until(left)
+        again = asyncio.create_task(idle.receive({"idle": 1}, 1))
+        await broker.publish([message("idle")])
+        assert len(await again) == 1
+        busy[0].cancel()
+        await asyncio.wait(busy[:1])
+        await until(received_all)
+        busy[1].cancel()
+        await asyncio.wait(busy)
+        await broker.stop()

@@ -19,6 +19,7 @@ SCHEMES = ("redis", "postgresql", "amqp", "kafka", "sqlite")
     [
         "{}://me:hunter2@127.0.0.1:port/0",
         "{}://me:hunter2@127.0.0.1:99999/0",
+        "{}://me:hunter2@127.0.0.1:0/0",
         "{}://me:hunter2@[::1/0",
         "{}://me:hunter2/x@127.0.0.1:1/0",
         "{}://me:hunter2?x@127.0.0.1:1/0",
@@ -58,3 +59,51 @@ def test_several_hosts_where_a_server_has_them(url: str) -> None:
 def test_one_host_where_it_has_not() -> None:
     with pytest.raises(ConfigurationError, match="one host"):
         resolve_broker("redis://127.0.0.1:1,127.0.0.2:2")
+
+
+@pytest.mark.parametrize("lease", ["0", "-1", "nan", "abc", ""])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_wrong_lease(scheme: str, lease: str) -> None:
+    url = "sqlite:///wrong.db" if scheme == "sqlite" else f"{scheme}://127.0.0.1"
+    with pytest.raises(ConfigurationError, match="lease"):
+        resolve_broker(f"{url}?lease={lease}")
+
+
+@pytest.mark.parametrize("resolve", [resolve_broker, resolve_storage])
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("postgresql://h?sslmode=maybe", "sslmode is one of disable, allow"),
+        ("postgresql://h?sslmode=", "sslmode is one of disable, allow"),
+        ("postgresql://h?target_session_attrs=best", "target_session_attrs is one of any"),
+        ("postgresql://h?port=99999", "port is a number from 1 to 65535"),
+        ("postgresql://h?port=x", "port is a number from 1 to 65535"),
+        ("postgresql://h?port=", "port is a number from 1 to 65535"),
+        ("postgresql://h?connect_timeout=nan", "connect_timeout is a number of seconds"),
+        ("postgresql://h?connect_timeout=inf", "connect_timeout is a number of seconds"),
+        ("postgresql://h?connect_timeout=", "connect_timeout=''.*not a float"),
+        ("postgresql://h?listen_url=", "not a URL"),
+        ("kafka://h?partitions=0", "partitions=0 must be at least 1"),
+        ("kafka://h?partitions=", "partitions=''.*not a int"),
+        ("kafka://h?replicas=0", "replicas=0 must be at least 1"),
+        ("kafka://h?replicas=-2", "replicas=-2 must be at least 1"),
+        ("kafka://h?client_id=", "client_id is empty"),
+        ("kafka://h?ssl_check_hostname=maybe", "ssl_check_hostname=maybe is none of true"),
+        ("sqlite:///x.db?synchronous=", "neither normal nor full"),
+    ],
+)
+def test_a_wrong_option(resolve: object, url: str, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        resolve(url)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("url", ["amqp://h?lease=inf", "amqp://h?lease=200000"])
+def test_a_lease_longer_than_any_heartbeat(url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"lease=.* is too long.*at most 196605"):
+        resolve_broker(url)
+
+
+@pytest.mark.parametrize("lease", ["inf", "0.0001", "3000000"])
+def test_a_lease_that_no_session_has(lease: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"from 0\.001 to 2147483"):
+        resolve_broker(f"kafka://h?lease={lease}")
