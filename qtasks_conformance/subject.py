@@ -53,13 +53,25 @@ class Part:
 
 
 class Server(Protocol):
-    """The server behind the parts, for the tests that crash it. Both calls block."""
+    """The server behind the parts, for the tests that crash or freeze it. All calls block.
+
+    Without `freeze` and `thaw` the tests that need them are skipped.
+    """
 
     def kill(self) -> object:
         """Kill it as a crash does (SIGKILL), and return when it is gone."""
 
     def restart(self) -> object:
         """Start it again on the same address and data, and return when it answers."""
+
+    def freeze(self) -> object:
+        """Stop all its processes (SIGSTOP, `docker pause`): it keeps its port and says nothing.
+
+        Takes a moment, and is called on the event loop's thread, as `thaw` is.
+        """
+
+    def thaw(self) -> object:
+        """Let it go on (SIGCONT, `docker unpause`). Harmless when it is not frozen."""
 
 
 @dataclass(frozen=True)
