@@ -266,8 +266,11 @@ async def assert_unavailable(calls: Mapping[str, tuple[Call, Right]]) -> None:
     wrong = {name: error for name, error in zip(calls, told, strict=True) if error is not None}
     if wrong:
         first = next(iter(wrong.values()))
-        text = "; ".join(f"{name}: {error!r}" for name, error in wrong.items())
-        raise AssertionError(f"while the server was frozen: {text}") from first
+        text = "; ".join(
+            f"{name} {error}" if isinstance(error, AssertionError) else f"{name} raised {error!r}"
+            for name, error in wrong.items()
+        )
+        raise AssertionError(f"while the server was frozen, {text}") from first
 
 
 async def one_on_a_frozen_server(call: Call, right: Right) -> None:
@@ -279,9 +282,11 @@ async def one_on_a_frozen_server(call: Call, right: Right) -> None:
     except Unavailable:
         return
     except TimeoutError:
-        assert not deadline.expired(), f"it did not give up within {FEW:.0f} s"
+        if deadline.expired():
+            raise AssertionError(f"did not give up within {FEW:.0f} s") from None
         raise
-    assert right(answer), f"it answered {answer!r}, which nobody can know"
+    if not right(answer):
+        raise AssertionError(f"answered {answer!r}, which only the server can know")
 
 
 @asynccontextmanager
