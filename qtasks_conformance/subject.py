@@ -121,6 +121,10 @@ class Subject:
     """Open a transaction as a caller would: `async with begin() as transaction`.
 
     Needed by a part that declares `transactions`; it commits at the end, or rolls back an error."""
+    clean_up: Callable[[str], Awaitable[None]] | None = None
+    """Remove what a test left in a namespace: `await clean_up(namespace)`.
+
+    Called at a test's end for each namespace that it used, once its parts are stopped."""
     slack: float = 4.0
     """Seconds by which a busy machine may be late."""
     least_broker: Least = Least()

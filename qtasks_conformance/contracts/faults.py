@@ -15,7 +15,7 @@ from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
 from qtasks_conformance.rig import Rig
-from qtasks_conformance.waiting import PATIENCE, persist
+from qtasks_conformance.waiting import PATIENCE, patient, persist
 from qtasks_core import Ack, Broker, Delivery, Release, Retry, Settlement, Subscription, TaskMessage
 from qtasks_core.errors import Unavailable
 
@@ -215,7 +215,7 @@ class Trial:
         """Acknowledge what is held and receive the rest, again where its lease was lost."""
         left = uuids - await self._acknowledge(held or [])
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with patient(PATIENCE, "receiving the rest after a fault"):
                 while left:
                     left -= await self._acknowledge(await self._receive(10))
         except TimeoutError:

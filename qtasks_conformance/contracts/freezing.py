@@ -18,7 +18,7 @@ from qtasks_conformance.contracts.inboxes import hear_through
 from qtasks_conformance.contracts.outages import FEW
 from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_conformance.subject import Server
-from qtasks_conformance.waiting import PATIENCE, collect, persist
+from qtasks_conformance.waiting import PATIENCE, collect, patient, persist
 from qtasks_core import (
     Ack,
     Broker,
@@ -338,7 +338,7 @@ async def done_around_a_freeze(
         async with frozen(server):
             await asyncio.sleep(MOMENT)
     over.set()
-    async with asyncio.timeout(2 * PATIENCE):
+    async with patient(2 * PATIENCE, "writing on after a freeze"):
         await asyncio.gather(*writers)
     return done
 
@@ -347,12 +347,12 @@ async def take(subscription: Subscription, wanted: set[str], queue: str = "q") -
     """Receive until all that is wanted came, once or more; fails when some does not come."""
     left = set(wanted)
     try:
-        async with asyncio.timeout(2 * PATIENCE):
+        async with patient(2 * PATIENCE, f"receiving {len(wanted)} from queue {queue}"):
             while left:
                 receive = partial(subscription.receive, {queue: 100}, 100)
                 left -= {message_of(delivery).uuid for delivery in await persist(receive)}
     except TimeoutError:
-        raise AssertionError(f"{len(left)} of {len(wanted)} messages of {queue} are lost") from None
+        raise AssertionError(f"{len(left)} of {len(wanted)} in queue {queue} are lost") from None
 
 
 def names(messages: list[Any]) -> set[str]:
