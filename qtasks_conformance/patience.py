@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -35,18 +36,38 @@ SOON = Patience(min(10.0, PATIENCE))
 SHARE = 1 / 3
 """The part of its patience that a wait may take without a warning."""
 
-_slow: list[str] = []
-"""The waits of the test that runs now that took too much of their patience."""
+
+class _Waits:
+    """What is known of the waits of the test that runs now."""
+
+    def __init__(self) -> None:
+        self.slow: list[str] = []
+        """Those that took too much of their patience."""
+        self.away = 0.0
+        """Seconds in which the test itself kept the server away: no wait can end in them."""
+
+
+_waits = _Waits()
 
 
 @contextmanager
 def timed(within: float, wait: str) -> Iterator[None]:
     """Note a wait that ends well and took too much of its patience; `wait` says what it was for."""
-    began = asyncio.get_running_loop().time()
+    began = time.monotonic() - _waits.away
     yield
-    took = asyncio.get_running_loop().time() - began
+    took = time.monotonic() - _waits.away - began
     if isinstance(within, Patience) and took > within * SHARE:
-        _slow.append(f"{wait} took {took:.1f} s of {within:.0f} s")
+        _waits.slow.append(f"{wait} took {took:.1f} s of {within:.0f} s")
+
+
+@contextmanager
+def server_away() -> Iterator[None]:
+    """Have the server killed or frozen inside: that time is not counted as waiting."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        _waits.away += time.monotonic() - began
 
 
 @asynccontextmanager
@@ -59,12 +80,10 @@ async def patient(within: float, wait: str) -> AsyncIterator[None]:
 
 def forget_slow_waits() -> None:
     """Begin a test: the waits of the one before are not its own."""
-    _slow.clear()
+    _waits.slow.clear()
 
 
 def tell_slow_waits(test: str) -> None:
     """End a test: warn of its slow waits."""
-    waits = list(dict.fromkeys(_slow))
-    _slow.clear()
-    if waits:
-        warnings.warn(SlowPass(f"{test}: {'; '.join(waits)}"), stacklevel=2)
+    if _waits.slow:
+        warnings.warn(SlowPass(f"{test}: {'; '.join(_waits.slow)}"), stacklevel=2)

@@ -14,16 +14,17 @@ from qtasks_core.errors import Unavailable
 
 T = TypeVar("T")
 
-__all__ = ["PATIENCE", "SOON", "assert_silent", "collect", "keeping", "patient", "persist"]
+__all__ = ["PATIENCE", "SOON", "assert_silent", "collect", "keeping", "patient", "persist", "retry"]
 
 
 async def persist(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:
     """Repeat a call while the server cannot be reached, as the engine does."""
     with timed(within, "a call that was repeated while the server was away"):
-        return await _repeat(call, within)
+        return await retry(call, within)
 
 
-async def _repeat(call: Callable[[], Awaitable[T]], within: float) -> T:
+async def retry(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:
+    """Do what `persist` does within a longer wait, which is the one to be timed."""
     pause = 0.05
     deadline = asyncio.get_running_loop().time() + within
     while True:
@@ -52,7 +53,7 @@ async def collect(
         async with patient(within, f"receiving {count} from queue {queue}"):
             while (missing := count - len(deliveries)) > 0:
                 receive = partial(subscription.receive, {queue: missing}, missing)
-                deliveries += await _repeat(receive, within)
+                deliveries += await retry(receive, within)
     except TimeoutError:
         raise AssertionError(
             f"{len(deliveries)} of {count} deliveries came within {within:.1f} s"

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, patient, persist
+from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, patient, retry
 from qtasks_core import Ack, Broker, Delivery, Guarantees, Outcome, Release, Retry, Settlement
 
 SEPARATORS = (".", "-", "_")
@@ -104,7 +104,7 @@ class DeliveringContract(Contract):
             while len(came) < BACKLOG:
                 queues.reverse()
                 receive = partial(subscription.receive, dict.fromkeys(queues, 5), 5)
-                deliveries = await persist(receive)
+                deliveries = await retry(receive)
                 came += [delivery.queue for delivery in deliveries]
                 outcomes = await subscription.settle([Ack(delivery) for delivery in deliveries])
                 assert_settled(outcomes, broker.guarantees)

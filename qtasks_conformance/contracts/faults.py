@@ -15,7 +15,7 @@ from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
 from qtasks_conformance.rig import Rig
-from qtasks_conformance.waiting import PATIENCE, patient, persist
+from qtasks_conformance.waiting import PATIENCE, patient, persist, retry
 from qtasks_core import Ack, Broker, Delivery, Release, Retry, Settlement, Subscription, TaskMessage
 from qtasks_core.errors import Unavailable
 
@@ -222,7 +222,7 @@ class Trial:
             raise AssertionError(f"{len(left)} of {len(uuids)} messages are lost") from None
 
     async def _receive(self, most: int) -> list[Delivery]:
-        return await persist(lambda: self.subscription.receive({"q": most}, most))
+        return await retry(lambda: self.subscription.receive({"q": most}, most))
 
     async def _acknowledge(self, deliveries: list[Delivery]) -> set[str]:
         """Return the uuids of those that are settled."""

@@ -16,9 +16,10 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done
 from qtasks_conformance.contracts.inboxes import hear_through
 from qtasks_conformance.contracts.outages import FEW
+from qtasks_conformance.patience import server_away
 from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_conformance.subject import Server
-from qtasks_conformance.waiting import PATIENCE, collect, patient, persist
+from qtasks_conformance.waiting import PATIENCE, collect, patient, persist, retry
 from qtasks_core import (
     Ack,
     Broker,
@@ -295,11 +296,12 @@ async def frozen(server: Server) -> AsyncIterator[None]:
 
     Both calls block the event loop, and only for a moment: so no cancel comes between them.
     """
-    try:
-        server.freeze()
-        yield
-    finally:
-        server.thaw()
+    with server_away():
+        try:
+            server.freeze()
+            yield
+        finally:
+            server.thaw()
 
 
 def freezable(rig: Rig) -> Server:
@@ -350,7 +352,7 @@ async def take(subscription: Subscription, wanted: set[str], queue: str = "q") -
         async with patient(2 * PATIENCE, f"receiving {len(wanted)} from queue {queue}"):
             while left:
                 receive = partial(subscription.receive, {queue: 100}, 100)
-                left -= {message_of(delivery).uuid for delivery in await persist(receive)}
+                left -= {message_of(delivery).uuid for delivery in await retry(receive)}
     except TimeoutError:
         raise AssertionError(f"{len(left)} of {len(wanted)} in queue {queue} are lost") from None
 

@@ -12,7 +12,7 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done
 from qtasks_conformance.elsewhere import Elsewhere
 from qtasks_conformance.rig import Rig
-from qtasks_conformance.waiting import PATIENCE, SOON, patient, persist
+from qtasks_conformance.waiting import PATIENCE, SOON, patient, retry
 from qtasks_core import Inbox, Task
 from qtasks_core.errors import Closed
 
@@ -244,7 +244,7 @@ async def hear_through(inbox: Inbox, wanted: Set[str]) -> dict[str, Task]:
     try:
         async with patient(2 * PATIENCE, f"hearing of {len(wanted)} records"):
             while not wanted <= heard.keys():
-                heard |= {task.uuid: task for task in await persist(inbox.receive)}
+                heard |= {task.uuid: task for task in await retry(inbox.receive)}
     except TimeoutError:
         raise AssertionError(f"never heard of {wanted - heard.keys()}") from None
     return heard

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from qtasks_conformance import SlowPass
+from qtasks_conformance.patience import (
+    Patience,
+    forget_slow_waits,
+    server_away,
+    tell_slow_waits,
+    timed,
+)
 from tests.kit.outside import run
 
 TESTS = """
@@ -59,3 +70,18 @@ def test_a_slow_pass_is_told(tmp_path: Path, options: tuple[str, ...], summary: 
     assert summary in told, told
     assert TOLD in told, told
     assert "of 10 s" in told, told
+
+
+@pytest.mark.parametrize(
+    ("within", "away", "slow"),
+    [(2 * Patience(0.1), False, True), (2 * Patience(0.1), True, False), (0.2, False, False)],
+)
+def test_what_is_counted(within: float, away: bool, slow: bool) -> None:
+    """Not what has a time of its own, nor while the test itself keeps the server away."""
+    forget_slow_waits()
+    with timed(within, "a wait"), server_away() if away else nullcontext():
+        time.sleep(0.1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tell_slow_waits("a test")
+    assert [warning.category for warning in told] == [SlowPass] * slow
