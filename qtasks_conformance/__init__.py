@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qtasks_conformance.patience import SlowPass
 from qtasks_conformance.subject import Least, Part, Server, Subject
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
     "Least",
     "Part",
     "Server",
+    "SlowPass",
     "StorageContract",
     "Subject",
 ]

@@ -33,7 +33,9 @@ class Rig:
         self.namespace = f"kit{uuid7().hex[-12:]}"
         self.within = subject.lease + subject.slack
         """Seconds within which a lost delivery must be with another."""
+        self._namespaces = {self.namespace}
         self._end = AsyncExitStack()
+        self._end.push_async_callback(self._clean_up)  # the first to come is the last to run
 
     async def broker(self, *, namespace: str | None = None, lease: float | None = None) -> Broker:
         """Start one more broker; with a lease of its own (seconds) where the test needs it."""
@@ -51,7 +53,7 @@ class Rig:
     async def started(self, part: P, namespace: str | None = None) -> P:
         """Start a part that is built already."""
         self._end.push_async_callback(part.stop)
-        await part.start(namespace or self.namespace)
+        await part.start(self._used(namespace))
         return part
 
     async def inbox(self, storage: Storage) -> Inbox:
@@ -94,6 +96,25 @@ class Rig:
                 **fields,
             }
         )
+
+    def _used(self, namespace: str | None) -> str:
+        """Return the namespace, its own unless one is given, and have it cleaned up."""
+        self._namespaces.add(namespace or self.namespace)
+        return namespace or self.namespace
+
+    async def _clean_up(self) -> None:
+        """Clean up each namespace, also when that fails for another."""
+        async with AsyncExitStack() as each:
+            for namespace in self._namespaces:
+                each.push_async_callback(self._clean_up_one, namespace)
+
+    async def _clean_up_one(self, namespace: str) -> None:
+        if self.subject.clean_up is not None:
+            try:
+                await self.subject.clean_up(namespace)
+            except BaseException as error:
+                error.add_note(f"while the namespace {namespace} was cleaned up")
+                raise
 
     async def close(self) -> None:
         """Free everything, the newest first, even when some of it fails."""

@@ -53,13 +53,25 @@ class Part:
 
 
 class Server(Protocol):
-    """The server behind the parts, for the tests that crash it. Both calls block."""
+    """The server behind the parts, for the tests that crash or freeze it. All calls block.
+
+    Without `freeze` and `thaw` the tests that need them are skipped.
+    """
 
     def kill(self) -> object:
         """Kill it as a crash does (SIGKILL), and return when it is gone."""
 
     def restart(self) -> object:
         """Start it again on the same address and data, and return when it answers."""
+
+    def freeze(self) -> object:
+        """Stop all its processes (SIGSTOP, `docker pause`): it keeps its port and says nothing.
+
+        Takes a moment, and is called on the event loop's thread, as `thaw` is.
+        """
+
+    def thaw(self) -> object:
+        """Let it go on (SIGCONT, `docker unpause`). Harmless when it is not frozen."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,10 @@ class Subject:
     None where there is no such place, and the tests of two URLs are skipped."""
     options: tuple[str, ...] = ("lease",)
     """Options of the URL that must be listed when another one is refused."""
+    clean_up: Callable[[str], Awaitable[None]] | None = None
+    """Remove what a test left in a namespace: `await clean_up(namespace)`.
+
+    Called at a test's end for each namespace that it used, once its parts are stopped."""
     slack: float = 4.0
     """Seconds by which a busy machine may be late."""
     least_broker: Least = Least()

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeVar
 
+from qtasks_conformance.patience import PATIENCE, SOON, patient, timed
 from qtasks_core import Delivery, Subscription
 from qtasks_core.errors import Unavailable
 
 T = TypeVar("T")
 
-PATIENCE = float(os.environ.get("QTASKS_CONFORMANCE_PATIENCE", "30"))
-"""Seconds for what must happen but has no time of its own in the contracts."""
-SOON = min(10.0, PATIENCE)
-"""Seconds for what must happen long before a long lease runs out, a rebalance included."""
+__all__ = ["PATIENCE", "SOON", "assert_silent", "collect", "keeping", "patient", "persist", "retry"]
 
 
 async def persist(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:
     """Repeat a call while the server cannot be reached, as the engine does."""
+    with timed(within, "a call that was repeated while the server was away"):
+        return await retry(call, within)
+
+
+async def retry(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:
+    """Do what `persist` does within a longer wait, which is the one to be timed."""
     pause = 0.05
     deadline = asyncio.get_running_loop().time() + within
     while True:
@@ -58,10 +61,10 @@ async def collect(
     """
     deliveries = [] if into is None else into
     try:
-        async with asyncio.timeout(within):
+        async with patient(within, f"receiving {count} from queue {queue}"):
             while (missing := count - len(deliveries)) > 0:
                 receive = partial(subscription.receive, {queue: missing}, missing)
-                deliveries += await persist(receive, within)
+                deliveries += await retry(receive, within)
     except TimeoutError:
         raise AssertionError(
             f"{len(deliveries)} of {count} deliveries came within {within:.1f} s"

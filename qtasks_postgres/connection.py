@@ -260,7 +260,8 @@ class Database:
         load_driver()
         with translated(self.shown, within):
             async with asyncio.timeout(within):
-                connection = await self._open_connection(self._options, cache=False)
+                async with asyncio.timeout(TIMEOUT):  # a migration may last, a server has to answer
+                    connection = await self._open_connection(self._options, cache=False)
                 try:
                     async with connection.transaction(isolation="read_committed"):
                         (row,) = await connection.fetch(SET_UP, True)

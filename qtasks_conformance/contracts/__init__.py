@@ -9,9 +9,9 @@ import pytest
 
 for _theme in (
     "backends", "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
-    "delivering", "depth", "faults", "idling", "inboxes", "keys", "leases", "migrating", "outages",
-    "pairs", "poison", "querying", "records", "repeating", "retention", "streams", "submitting",
-    "transactions", "undecodable", "values",
+    "delivering", "depth", "faults", "freezing", "idling", "inboxes", "keys", "leases", "migrating",
+    "outages", "pairs", "poison", "querying", "records", "repeating", "retention", "streams",
+    "submitting", "transactions", "undecodable", "values",
 ):  # fmt: skip
     pytest.register_assert_rewrite(f"{__name__}.{_theme}")
 pytest.register_assert_rewrite("qtasks_conformance.waiting")
@@ -26,6 +26,10 @@ from qtasks_conformance.contracts.delays import DelayContract  # noqa: E402
 from qtasks_conformance.contracts.delivering import DeliveringContract  # noqa: E402
 from qtasks_conformance.contracts.depth import DepthContract  # noqa: E402
 from qtasks_conformance.contracts.faults import FaultContract  # noqa: E402
+from qtasks_conformance.contracts.freezing import (  # noqa: E402
+    BrokerFreezeContract,
+    StorageFreezeContract,
+)
 from qtasks_conformance.contracts.idling import (  # noqa: E402
     BrokerIdleContract,
     StorageIdleContract,
@@ -76,6 +80,7 @@ class BrokerContract(
     BrokerMigrationContract,
     BrokerTransactionContract,
     BrokerOutageContract,
+    BrokerFreezeContract,
 ):
     """All that a Broker must do. Needs a fixture `subject`."""
 
@@ -94,6 +99,7 @@ class StorageContract(
     StorageMigrationContract,
     StorageTransactionContract,
     StorageOutageContract,
+    StorageFreezeContract,
 ):
     """All that a Storage must do. Needs a fixture `subject`."""
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
+from qtasks_conformance.patience import forget_slow_waits, tell_slow_waits
 from qtasks_conformance.rig import Rig
 from qtasks_conformance.subject import Subject
 from qtasks_core import Broker, Storage
@@ -32,7 +33,7 @@ class Contract:
     pytestmark = asynchronous
 
     @pytest_asyncio.fixture(loop_scope="function")
-    async def rig(self, subject: Subject) -> AsyncIterator[Rig]:
+    async def rig(self, subject: Subject, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
         """Parts in a fresh namespace; nothing of them is left when the test ends."""
         mine = asyncio.all_tasks()
         loop = asyncio.get_running_loop()
@@ -43,6 +44,8 @@ class Contract:
 
         watch = loop.call_later(LIMIT, cancel_the_test)
         rig = Rig(subject)
+        forget_slow_waits()
         yield rig
         watch.cancel()
         await rig.close()
+        tell_slow_waits(request.node.nodeid)

@@ -12,7 +12,7 @@ from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import SOON, assert_silent, collect
+from qtasks_conformance.waiting import SOON, assert_silent, collect, patient
 from qtasks_core import Ack, Delivery, Release, Retry, Settlement, Subscription
 from qtasks_core.errors import Closed
 
@@ -93,7 +93,7 @@ class CancellingContract(Contract):
             assert_done(await publishing)
             received = [] if receiving.cancelled() else receiving.result()
             while len(received) < 6:
-                async with asyncio.timeout(SOON):
+                async with patient(SOON, "receiving after a cancelled receive"):
                     some = await subscription.receive({"q": 2, "other": 1}, 2)
                 assert 1 <= len(some) <= 2
                 assert sum(delivery.queue == "other" for delivery in some) <= 1
@@ -108,7 +108,7 @@ class CancellingContract(Contract):
         assert_done(await broker.publish(messages))
         closing = await broker.subscribe({"q": 20})
         returned: list[Delivery] = []
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, "receiving after a cancelled receive"):
             while len(returned) < 3:
                 returned += await closing.receive({"q": 3 - len(returned)}, 3 - len(returned))
         await closing.close()
@@ -152,7 +152,7 @@ class CancellingContract(Contract):
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         assert_done(await broker.publish(rig.messages(10)))
         stopped = await broker.subscribe({"q": 10})
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, "receiving after a cancelled receive"):
             returned = await stopped.receive({"q": 1}, 1)
         await stopped.settle([Ack(delivery) for delivery in returned])
         await broker.stop()

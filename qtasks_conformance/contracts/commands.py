@@ -9,7 +9,7 @@ import pytest
 
 from qtasks_conformance.contracts.base import Contract, needs
 from qtasks_conformance.rig import Rig, new_uuid
-from qtasks_conformance.waiting import SOON
+from qtasks_conformance.waiting import SOON, patient
 from qtasks_core import Broker, Command
 from qtasks_core.errors import Closed
 
@@ -54,7 +54,7 @@ class CommandContract(Contract):
         assert await heard(ear, 1) == [Command(name="pause")]
         late: asyncio.Queue[Command] = asyncio.Queue()
         rig.background(until_the_end(await rig.broker(), late))
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, "listening to commands"):
             while late.empty():
                 await broker.broadcast(Command(name=HELLO))
                 await asyncio.sleep(0.02)
@@ -108,7 +108,7 @@ async def listening(rig: Rig, broker: Broker, sender: Broker) -> asyncio.Queue[C
 
 async def say_hello(commands: asyncio.Queue[Command], sender: Broker) -> None:
     """Broadcast until it is heard, then leave nothing of that in the queue."""
-    async with asyncio.timeout(SOON):
+    async with patient(SOON, "listening to commands"):
         while commands.empty():
             await sender.broadcast(Command(name=HELLO))
             with suppress(TimeoutError):
@@ -117,7 +117,7 @@ async def say_hello(commands: asyncio.Queue[Command], sender: Broker) -> None:
                     commands.put_nowait(first)
     last = Command(name=HELLO, target=new_uuid())
     await sender.broadcast(last)
-    async with asyncio.timeout(SOON):
+    async with patient(SOON, "hearing the last command"):
         while await commands.get() != last:
             continue
 
@@ -126,7 +126,7 @@ async def heard(commands: asyncio.Queue[Command], count: int) -> list[Command]:
     """Return the next commands, those but for hellos to others."""
     told: list[Command] = []
     try:
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, f"hearing {count} commands"):
             while len(told) < count:
                 command = await commands.get()
                 if command.name != HELLO:

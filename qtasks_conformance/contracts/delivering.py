@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.rig import LONG_LEASE, SCRIPTS, Rig, longest_ids
-from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, persist
+from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, patient, retry
 from qtasks_core import Ack, Broker, Delivery, Guarantees, Outcome, Release, Retry, Settlement
 
 SEPARATORS = (".", "-", "_")
@@ -101,11 +101,11 @@ class DeliveringContract(Contract):
             assert_done(await broker.publish(rig.messages(BACKLOG, queue=queue)))
         subscription = await broker.subscribe(dict.fromkeys(queues, 5))
         came: list[str] = []
-        async with asyncio.timeout(PATIENCE):
+        async with patient(PATIENCE, "receiving the backlog of two queues"):
             while len(came) < BACKLOG:
                 queues.reverse()
                 receive = partial(subscription.receive, dict.fromkeys(queues, 5), 5)
-                deliveries = await persist(receive)
+                deliveries = await retry(receive)
                 came += [delivery.queue for delivery in deliveries]
                 outcomes = await subscription.settle([Ack(delivery) for delivery in deliveries])
                 assert_settled(outcomes, broker.guarantees)
@@ -323,7 +323,7 @@ class DeliveringContract(Contract):
         subscription = await broker.subscribe({"q": 7})
         came: list[str] = []
         while len(came) < len(messages):
-            async with asyncio.timeout(PATIENCE):
+            async with patient(PATIENCE, "receiving what comes next"):
                 deliveries = await subscription.receive({"q": 7}, 7)
             came += [message_of(delivery).uuid for delivery in deliveries]
             outcomes = await subscription.settle([Ack(delivery) for delivery in deliveries])

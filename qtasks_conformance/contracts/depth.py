@@ -7,7 +7,7 @@ import asyncio
 from qtasks_conformance.contracts.base import Contract, needs
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import SOON, assert_silent, collect
+from qtasks_conformance.waiting import SOON, assert_silent, collect, patient
 from qtasks_core import Ack, Broker, QueueDepth, Release
 
 
@@ -80,7 +80,7 @@ async def expect_depth(
     """Wait until a queue is that deep: a server may count a moment late."""
     wanted, told = QueueDepth(ready, delayed, in_flight), QueueDepth()
     try:
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, f"the depth {wanted}"):
             while (told := await broker.depth(queue)) != wanted:
                 known = [
                     (here, there)

@@ -17,7 +17,7 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
 from qtasks_conformance.contracts.keys import QUIET
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import PATIENCE, collect, persist
+from qtasks_conformance.waiting import PATIENCE, collect, patient, persist, retry
 from qtasks_core import Ack, Broker, Delivery, Release, Retry, Settlement, Subscription, TaskMessage
 from qtasks_core.errors import Unavailable
 
@@ -293,14 +293,14 @@ class Trial:
         """Acknowledge what is held and receive the rest, again where its lease was lost."""
         left = uuids - await self._acknowledge(held or [])
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with patient(PATIENCE, "receiving the rest after a fault"):
                 while left:
                     left -= await self._acknowledge(await self._receive(10))
         except TimeoutError:
             raise AssertionError(f"{len(left)} of {len(uuids)} messages are lost") from None
 
     async def _receive(self, most: int) -> list[Delivery]:
-        return await persist(lambda: self.subscription.receive({"q": most}, most))
+        return await retry(lambda: self.subscription.receive({"q": most}, most))
 
     async def _acknowledge(self, deliveries: list[Delivery]) -> set[str]:
         """Return the uuids of those that are settled."""

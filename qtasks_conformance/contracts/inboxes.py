@@ -12,7 +12,7 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done
 from qtasks_conformance.elsewhere import Elsewhere
 from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids
-from qtasks_conformance.waiting import PATIENCE, SOON, persist
+from qtasks_conformance.waiting import PATIENCE, SOON, patient, retry
 from qtasks_core import Inbox, Task
 from qtasks_core.errors import Closed
 
@@ -114,7 +114,7 @@ class InboxContract(Contract):
         inbox.expect([record.uuid for record in records])
         saving = rig.background(save_each(saver, records))
         heard: dict[str, Task] = {}
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, "hearing of records that are saved one by one"):
             while len(heard) < len(records):
                 some = await inbox.receive()
                 assert await reader.get([task.uuid for task in some]) == some
@@ -248,7 +248,7 @@ async def hear(inbox: Inbox, count: int, wanted: Set[str] | None = None) -> dict
     """Receive until so many records (those wanted, or any) are there; fails when they are late."""
     heard: dict[str, Task] = {}
     try:
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, f"hearing of {count} records"):
             while len(heard.keys() & wanted if wanted is not None else heard) < count:
                 heard |= {task.uuid: task for task in await inbox.receive()}
     except TimeoutError:
@@ -260,9 +260,9 @@ async def hear_through(inbox: Inbox, wanted: Set[str]) -> dict[str, Task]:
     """Receive until all that is wanted is there, over broken connections; fails when it is late."""
     heard: dict[str, Task] = {}
     try:
-        async with asyncio.timeout(2 * PATIENCE):
+        async with patient(2 * PATIENCE, f"hearing of {len(wanted)} records"):
             while not wanted <= heard.keys():
-                heard |= {task.uuid: task for task in await persist(inbox.receive)}
+                heard |= {task.uuid: task for task in await retry(inbox.receive)}
     except TimeoutError:
         raise AssertionError(f"never heard of {wanted - heard.keys()}") from None
     return heard

@@ -13,6 +13,7 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.declaring import EVENTS
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
 from qtasks_conformance.contracts.inboxes import hear_through
+from qtasks_conformance.patience import server_away
 from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_conformance.subject import Server
 from qtasks_conformance.waiting import PATIENCE, collect, persist
@@ -165,11 +166,12 @@ async def gives_up(call: Callable[[], Awaitable[object]]) -> None:
 @asynccontextmanager
 async def killed(server: Server) -> AsyncIterator[None]:
     """Have the server be gone inside; it runs afterwards whatever came of that, for other tests."""
-    await asyncio.to_thread(server.kill)
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(server.restart)
+    with server_away():
+        await asyncio.to_thread(server.kill)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(server.restart)
 
 
 def server_of(rig: Rig, guarantees: Guarantees) -> Server:

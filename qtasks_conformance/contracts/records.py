@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import MANY, SEPARATORS, assert_done
 from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids, new_uuid
-from qtasks_conformance.waiting import SOON
+from qtasks_conformance.waiting import SOON, patient
 from qtasks_core import Status, Storage, Task
 from qtasks_core.wire import encode_task
 
@@ -83,7 +83,7 @@ class RecordContract(Contract):
         inbox.expect([record.uuid])
         assert_done(await storage.save([record]))
         assert await storage.get([record.uuid]) == [record]
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, "hearing of a large record"):
             assert await inbox.receive() == [record]
 
     @pytest.mark.parametrize("script", SCRIPTS)

@@ -18,7 +18,7 @@ from qtasks_conformance.contracts.inboxes import hear, hear_through
 from qtasks_conformance.contracts.keys import received
 from qtasks_conformance.contracts.pairs import end
 from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
-from qtasks_conformance.waiting import SOON, assert_silent, collect, persist
+from qtasks_conformance.waiting import SOON, assert_silent, collect, patient, persist
 from qtasks_core import Ack, Completion, Status
 
 T = TypeVar("T")
@@ -224,6 +224,6 @@ async def cut_off(call: Coroutine[Any, Any, T], instant: float) -> T | None:
     task = asyncio.create_task(call)
     await asyncio.wait({task}, timeout=instant)
     task.cancel()
-    async with asyncio.timeout(SOON):
+    async with patient(SOON, "the end of a cancelled call"):
         await asyncio.wait({task})
     return None if task.cancelled() else task.result()

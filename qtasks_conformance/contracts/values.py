@@ -9,7 +9,7 @@ import pytest
 from qtasks_conformance.commands import count_up
 from qtasks_conformance.contracts.base import Contract, needs
 from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids
-from qtasks_conformance.waiting import SOON
+from qtasks_conformance.waiting import SOON, patient
 from qtasks_core import Storage
 from qtasks_core.errors import Closed
 
@@ -187,7 +187,7 @@ async def see(seen: asyncio.Queue[bytes | None], until: bytes | None) -> list[by
     """Return what is seen, up to this value; fails when it does not come."""
     told: list[bytes | None] = []
     try:
-        async with asyncio.timeout(SOON):
+        async with patient(SOON, f"seeing the value {until!r}"):
             while not told or told[-1] != until:
                 told.append(await seen.get())
     except TimeoutError:

@@ -1,4 +1,4 @@
-"""The memory backend behind a server that can be killed: the honest one, and what wrong ones vary.
+"""The memory backend behind a server to kill and to freeze: the honest one, what wrong ones vary.
 
 Memory ends with its process, so this 'server' is a flag, and what it forgets is chosen.
 """
@@ -15,8 +15,8 @@ from qtasks_core import (
     Guarantees,
     Inbox,
     Outcome,
+    Settlement,
     Subscription,
-    Task,
     TaskMessage,
 )
 from qtasks_core.errors import Unavailable
@@ -27,10 +27,12 @@ from qtasks_memory.storage import MemoryInbox
 
 
 class FlagServer:
-    """A server that is up or down; `forgets` names what of a memory does not survive a kill."""
+    """A server that is up, frozen or down; `forgets` names what of a memory a kill removes."""
 
     def __init__(self, *forgets: str) -> None:
         self.up = True
+        self.frozen = False
+        self.freezes = 0
         self.memories: set[Memory] = set()
         self._forgets = forgets
         self.on_kill: list[Callable[[], None]] = []
@@ -46,9 +48,18 @@ class FlagServer:
     def restart(self) -> None:
         self.up = True
 
+    def freeze(self) -> None:
+        self.frozen = True
+        self.freezes += 1
+
+    def thaw(self) -> None:
+        self.frozen = False
+
     def check(self) -> None:
         if not self.up:
             raise Unavailable("the server is down")
+        if self.frozen:
+            raise Unavailable("the server does not answer")
 
 
 servers: dict[str, FlagServer] = {}
@@ -63,6 +74,14 @@ class ServedSubscription(MemorySubscription):
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         self.server.check()
         return await super().receive(wanted, limit)
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        self.server.check()
+        return await super().settle(settlements)
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        self.server.check()
+        return await super().extend(deliveries)
 
 
 class Broker(MemoryBroker):
@@ -84,11 +103,10 @@ class Broker(MemoryBroker):
         await super().start(namespace)
         self.server.memories.add(self._started())
 
-    async def publish(
-        self, messages: Sequence[TaskMessage], transaction: object | None = None
-    ) -> list[Outcome]:
+    def _started(self) -> Memory:
+        memory = super()._started()
         self.server.check()
-        return await super().publish(messages, transaction)
+        return memory
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         subscription = self.subscription(self._started(), self._lease)
@@ -116,13 +134,10 @@ class Storage(MemoryStorage):
         await super().start(namespace)
         self.server.memories.add(self._started())
 
-    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+    def _started(self) -> Memory:
+        memory = super()._started()
         self.server.check()
-        return await super().save(tasks, transaction)
-
-    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
-        self.server.check()
-        return await super().get(uuids)
+        return memory
 
     async def inbox(self) -> Inbox:
         inbox = self.inbox_class(self._started())

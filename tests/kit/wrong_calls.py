@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 
 from msgspec.structs import replace
 
@@ -15,6 +16,7 @@ from qtasks_core import (
     Delivery,
     Guarantees,
     Outcome,
+    QueueDepth,
     Retry,
     Settlement,
     Subscription,
@@ -28,7 +30,7 @@ from qtasks_core.separate import SeparateComposition, record_of
 from qtasks_memory.broker import MemorySubscription
 from qtasks_memory.connection import Entry, Memory
 from qtasks_memory.storage import MemoryInbox
-from tests.kit.served import Broker, Storage, servers
+from tests.kit.served import Broker, ServedSubscription, Storage, servers
 from tests.kit.wrong_brokers import Composes
 
 ON_ITS_WAY = 0.003
@@ -323,6 +325,41 @@ class WaitsForTheServer(Broker):
     subscription = MemorySubscription
 
 
+class PublishesWithoutWaiting(Broker):
+    """It answers at once and writes in the background, where nobody hears that it failed."""
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        self._writing = asyncio.create_task(self._write(messages))
+        return [DONE] * len(messages)
+
+    async def _write(self, messages: Sequence[TaskMessage]) -> None:
+        with suppress(Unavailable):
+            await super().publish(messages)
+
+
+class HangsWhenFrozen(Broker):
+    """It waits for a server that says nothing for as long as that takes."""
+
+    async def depth(self, queue: str) -> QueueDepth:
+        while self.server.frozen:  # noqa: ASYNC110 (it is wrong)
+            await asyncio.sleep(0.05)
+        return await super().depth(queue)
+
+
+class DropsWhatWaits(Broker):
+    """Who waited while the server was frozen is never told of what comes."""
+
+    class subscription(ServedSubscription):
+        async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+            freezes = self.server.freezes
+            deliveries = await super().receive(wanted, limit)
+            if self.server.freezes > freezes:
+                await asyncio.Event().wait()
+            return deliveries
+
+
 class LetsPoisonLoop(Broker):
     """Each delivery is the first."""
 
@@ -475,6 +512,25 @@ class ReadsWhenDown(Storage):
 
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         return await super().get(uuids) if self.server.up else [None] * len(uuids)
+
+
+class SavesWithoutWaiting(Storage):
+    """It answers at once and saves in the background, where nobody hears that it failed."""
+
+    async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
+        self._saving = asyncio.create_task(self._write(tasks))
+        return [DONE] * len(tasks)
+
+    async def _write(self, tasks: Sequence[Task]) -> None:
+        with suppress(Unavailable):
+            await super().save(tasks)
+
+
+class FindsNothingWhenFrozen(Storage):
+    """A server that says nothing has nothing, it thinks."""
+
+    async def get(self, uuids: Sequence[str]) -> list[Task | None]:
+        return [None] * len(uuids) if self.server.frozen else await super().get(uuids)
 
 
 class ForgetsWhatHasBegun(Storage):
