@@ -27,8 +27,9 @@ from qtasks_core.errors import (
     PayloadTooLarge,
     TaskTimeout,
     Unavailable,
+    UnknownTask,
 )
-from qtasks_core.names import checked_id, checked_name, is_text
+from qtasks_core.names import checked_name, is_id, is_text
 from qtasks_core.records import FINAL
 from qtasks_core.schemas import LONGEST
 from qtasks_core.separate import record_of
@@ -163,8 +164,11 @@ class Submitting(Lifecycle):
         return [record_of(message) for message in messages]
 
     async def wait(self, uuid: str, timeout: float | None) -> schemas.Task:
-        """Return the final record of any task, once there is one. Raises `TaskTimeout`."""
-        checked_id(uuid, "a uuid")
+        """Return the final record of any task, once there is one.
+
+        Raises `TaskTimeout`, and `UnknownTask` for a uuid that no task can have.
+        """
+        uuid = _possible(uuid)
         began = _begin(timeout)
         thread, client = await self.ready(_look_at_least(timeout))
         reply: LoopReply[schemas.Task | None] = LoopReply()
@@ -173,7 +177,7 @@ class Submitting(Lifecycle):
 
     def wait_blocking(self, uuid: str, timeout: float | None) -> schemas.Task:
         """Do as `wait`, from a thread without a loop."""
-        checked_id(uuid, "a uuid")
+        uuid = _possible(uuid)
         began = _begin(timeout)
         thread, client = self.ready_blocking(_look_at_least(timeout))
         reply: ThreadReply[schemas.Task | None] = ThreadReply()
@@ -182,16 +186,18 @@ class Submitting(Lifecycle):
 
     async def get(self, uuid: str | UUID) -> schemas.Task | None:
         """Return the newest record of a task, None where there is none."""
-        uuid = checked_id(str(uuid), "a uuid")
+        if not is_id(str(uuid)):
+            return None
         thread, client = await self.ready()
-        return (await thread.run(client.get, [uuid], time.monotonic() + START_TIMEOUT))[0]
+        return (await thread.run(client.get, [str(uuid)], time.monotonic() + START_TIMEOUT))[0]
 
     def get_blocking(self, uuid: str | UUID) -> schemas.Task | None:
         """Do as `get`, from a thread without a loop."""
-        uuid = checked_id(str(uuid), "a uuid")
+        if not is_id(str(uuid)):
+            return None
         thread, client = self.ready_blocking()
         deadline = time.monotonic() + START_TIMEOUT
-        return thread.run_blocking(client.get, [uuid], deadline)[0]
+        return thread.run_blocking(client.get, [str(uuid)], deadline)[0]
 
     async def cancel_task(self, uuid: str | UUID) -> bool:
         """Cancel a task that has not ended; False: it had ended by itself before.
@@ -200,14 +206,14 @@ class Submitting(Lifecycle):
         function is cancelled, a function in a process killed, of one in a thread the result is
         dropped. Raises `UnknownTask`, `Unavailable`.
         """
-        uuid = checked_id(str(uuid), "a uuid")
+        uuid = _possible(str(uuid))
         thread, client = await self.ready()
         record = await thread.run(client.cancel, uuid, time.monotonic() + START_TIMEOUT)
         return record.status == "cancel"
 
     def cancel_task_blocking(self, uuid: str | UUID) -> bool:
         """Do as `cancel_task`, from a thread without a loop."""
-        uuid = checked_id(str(uuid), "a uuid")
+        uuid = _possible(str(uuid))
         thread, client = self.ready_blocking()
         deadline = time.monotonic() + START_TIMEOUT
         return thread.run_blocking(client.cancel, uuid, deadline).status == "cancel"
@@ -261,6 +267,13 @@ class Submitting(Lifecycle):
         if not self.starts_itself:
             return None
         return f"this process's default app {self.name!r} uses the broker {self.addresses()[0]}"
+
+
+def _possible(uuid: str) -> str:
+    """Return the uuid. Raises `UnknownTask` for text that no task can have."""
+    if not is_id(uuid):
+        raise UnknownTask(f"no task can have the uuid {ascii(uuid)[:120]}")
+    return uuid
 
 
 def _parts(messages: Sequence[TaskMessage]) -> Iterator[Sequence[TaskMessage]]:

@@ -13,7 +13,7 @@ from qtasks import QueueTasks as BlockingApp
 from qtasks import control
 from qtasks.asyncio import QueueTasks
 from qtasks_core import Storage
-from qtasks_core.errors import ConfigurationError
+from qtasks_core.errors import ConfigurationError, UnknownTask
 from qtasks_core.names import checked_id, is_id
 from qtasks_memory import MemoryStorage
 from qtasks_sqlite import SqliteStorage
@@ -64,24 +64,24 @@ async def test_a_storage_refuses_what_is_no_id(storage: Storage, of: str, text: 
 
 
 @pytest.mark.parametrize("text", WRONG, ids=ascii)
-async def test_an_app_refuses_what_is_no_uuid(text: str) -> None:
+async def test_an_app_knows_no_task_of_what_is_no_uuid(text: str) -> None:
+    """An API passes on what its clients send: that is a task not found, and no error of its own."""
     app = QueueTasks(f"ids-{uuid4().hex[:8]}", "memory://")
     async with app:
-        for call in (
-            app.get_task(text),
-            app.cancel(text),
-            app.wait(text, 0.0),
-            app.control(control.revive, [text]),
-            app.control(control.drop, [text]),
-        ):
-            with pytest.raises(ConfigurationError, match="cannot be a uuid"):
+        assert await app.get_task(text) is None
+        for call in (app.cancel(text), app.wait(text, 0.0)):
+            with pytest.raises(UnknownTask, match="no task can have the uuid"):
                 await call
+        for operation in (control.revive, control.drop):
+            with pytest.raises(ConfigurationError, match="cannot be a uuid"):
+                await app.control(operation, [text])
 
 
 @pytest.mark.parametrize("text", WRONG, ids=ascii)
-def test_a_blocking_app_refuses_what_is_no_uuid(text: str) -> None:
+def test_a_blocking_app_knows_no_task_of_what_is_no_uuid(text: str) -> None:
     app = BlockingApp(f"ids-{uuid4().hex[:8]}", "memory://")
     with app:
-        for call in (app.get_task, app.cancel, lambda uuid: app.wait_blocking(uuid, 0.0)):
-            with pytest.raises(ConfigurationError, match="cannot be a uuid"):
+        assert app.get_task(text) is None
+        for call in (app.cancel, lambda uuid: app.wait_blocking(uuid, 0.0)):
+            with pytest.raises(UnknownTask, match="no task can have the uuid"):
                 call(text)
