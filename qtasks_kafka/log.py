@@ -56,7 +56,8 @@ class KafkaLog(Log):
         self._consumer: AIOKafkaConsumer | None = None
         self._asker: AIOKafkaConsumer | None = None
         """Asks for the log's end: on the reader's connection it would wait behind a long poll."""
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[AIOKafkaConsumer] | None = None
+        """One attempt for all who wait: in turn, each would wait for the others' timeouts too."""
         self._positions: dict[TopicPartition, int] = {}
         self._retired: set[asyncio.Task[None]] = set()
 
@@ -91,12 +92,27 @@ class KafkaLog(Log):
 
     async def _open(self) -> AIOKafkaConsumer:
         """Return the consumer; a new one goes on behind what was read."""
-        async with self._opening:
-            if not self._running:
-                raise Closed("KafkaLog is not started")
-            if self._consumer is None:
-                self._consumer = await self._begin()
+        if not self._running:
+            raise Closed("KafkaLog is not started")
+        if self._consumer is not None:
             return self._consumer
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._begin())
+            self._opening.add_done_callback(self._opened)
+        opening = self._opening
+        # Not awaited itself: others share it when this call is cancelled.
+        await asyncio.wait({opening})
+        if opening.cancelled() and not self._running:
+            raise Closed("KafkaLog was stopped")
+        if opening.cancelled():  # by the driver
+            raise Unavailable("the log could not be opened")
+        return opening.result()
+
+    def _opened(self, opening: asyncio.Task[AIOKafkaConsumer]) -> None:
+        self._opening = None
+        if not opening.cancelled():
+            # Looked at even when every caller was cancelled meanwhile.
+            opening.exception()
 
     async def _begin(self) -> AIOKafkaConsumer:
         """Open the log where it was left, or another one that is there in its place."""
@@ -119,10 +135,9 @@ class KafkaLog(Log):
                         self._layout, self._positions = layout, {}
                     await self._seek(consumer, layout)
         except BaseException:
-            await close_consumer(consumer)
-            await close_consumer(asker)
+            self._close(consumer, asker)
             raise
-        self._asker = asker
+        self._consumer, self._asker = consumer, asker
         return consumer
 
     async def _find_layout(self, consumer: AIOKafkaConsumer, deadline: asyncio.Timeout) -> Layout:
@@ -169,6 +184,9 @@ class KafkaLog(Log):
 
     async def stop(self) -> None:
         self._running = False
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait({self._opening})
         self._retire()
         if self._retired:
             await asyncio.wait(self._retired)
@@ -177,6 +195,10 @@ class KafkaLog(Log):
     def _retire(self) -> None:
         """Give up the consumers; the next call opens the log anew. `stop` awaits their end."""
         consumers, self._consumer, self._asker = (self._consumer, self._asker), None, None
+        self._close(*consumers)
+
+    def _close(self, *consumers: AIOKafkaConsumer | None) -> None:
+        """Close consumers beside all else: with a server that does not answer it takes seconds."""
         for consumer in consumers:
             if consumer is not None:
                 closing = asyncio.create_task(close_consumer(consumer))
