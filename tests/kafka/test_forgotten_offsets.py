@@ -13,9 +13,10 @@ from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import Array, Int16, Int32, Schema, String
 
 from qtasks_core import DONE, Ack, Subscription, TaskMessage
-from qtasks_kafka import KafkaBroker
+from qtasks_kafka import KafkaBroker, floor
 from qtasks_kafka.connection import topic_name
 from tests.kafka.test_rights import GROUP, READ, TOPIC, WRITE, allow, login, make_topics
+from tests.processes import until
 from tests.services import Service
 from tests.services.kafka import asking
 from tests.services.secured_kafka import SecuredKafka
@@ -110,14 +111,26 @@ async def test_a_queue_without_a_commit_is_read_from_its_beginning(
 
 
 async def test_a_user_who_may_not_delete_is_told_once(
-    secured: SecuredKafka, namespace: str, caplog: pytest.LogCaptureFixture
+    secured: SecuredKafka,
+    namespace: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(floor, "PERIOD", 0.2)
+
+    def told() -> int:
+        said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        return len([line for line in said if "the right to DELETE" in line])
+
     async with asking(secured.url) as operator:
         await make_topics(operator, namespace)
         await allow(operator, GROUP, f"{namespace}.", READ)
         await allow(operator, TOPIC, f"{namespace}.", READ, WRITE)
     async with started(login(secured), namespace) as broker:
+        subscription = await broker.subscribe({"q": 10})
         await publish(broker, "one")
-        assert await work(await broker.subscribe({"q": 10}), 1) == {"one"}
-    told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    assert len([line for line in told if "the right to DELETE" in line]) == 1
+        assert await work(subscription, 1) == {"one"}
+        await asyncio.to_thread(until, lambda: told() > 0, 60, "the warning")
+        await publish(broker, "two")
+        assert await work(subscription, 1) == {"two"}
+    assert told() == 1
