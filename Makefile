@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format format-check types imports bench peers clean
+.PHONY: help demo test test-full verify lint format format-check types imports bench peers clean
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -22,6 +22,9 @@ test: $(ENVIRONMENT) ## all tests but the long ones; gets the servers it needs, 
 
 test-full: $(ENVIRONMENT) ## the long ones too
 	$(RUN) -m pytest --full $(PARALLEL) $(PYTEST_ARGS)
+
+verify: $(ENVIRONMENT) ## tests of the kit and of the test servers, if those have changed
+	$(RUN) -m tests.unchanged
 
 lint: $(ENVIRONMENT) ## what ruff has to say
 	$(RUN) -m ruff check .

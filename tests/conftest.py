@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qtasks_core.urls import redact
+from tests import unchanged
 from tests.services import SERVICES, NotOurs, NotReady, Service, Unobtainable
 
 collect_ignore = ["stranger"]
@@ -18,6 +19,7 @@ TOGETHER = ("tests/kit/", "tests/packaging/", "tests/typing/")
 """Directories whose tests share what is dear to make: with `-n` one process has all of one.
 
 Others go to any process: each has servers of its own, so what kills them harms no neighbour."""
+VERIFIED = "has passed on what it looks at, which has not changed since: --full runs it"
 # What became of each server that a test asked for: name -> (how, version, URL or reason).
 TOLD = pytest.StashKey[dict[str, tuple[str, str, str]]]()
 
@@ -57,9 +59,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
+        verified = tuple(unchanged.LOOK_AT.keys() - set(unchanged.changed()))
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="takes long: --full runs it"))
+            elif item.nodeid.startswith(verified):
+                item.add_marker(pytest.mark.skip(reason=VERIFIED))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,59 @@
+"""Tests of tests: they run with `--full`, and as long as what they look at has changed.
+
+`make verify` runs those of what has changed, and once they pass notes in `unchanged.json` for which
+content that was. Commit it with the change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+NOTED = Path(__file__).with_suffix(".json")
+LOOK_AT = {
+    "tests/kit/test_can_fail.py": (
+        "qtasks_conformance", "qtasks_core", "qtasks_memory", "qtasks_sqlite", "tests/kit",
+    ),
+    "tests/services_test/": ("tests/services", "tests/services_test"),
+}  # fmt: skip
+"""What these tests depend on, by the path that they begin with."""
+
+
+def digest(folders: tuple[str, ...]) -> str:
+    """Return what tells the content of the modules in these folders from any other."""
+    seen = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        seen.update(f"{path.relative_to(ROOT)}\0".encode())
+        seen.update(path.read_bytes() + b"\0")
+    return seen.hexdigest()
+
+
+def changed() -> Iterator[str]:
+    """Yield the tests that have not passed yet on what they look at."""
+    noted = json.loads(NOTED.read_text()) if NOTED.exists() else {}
+    for tests, folders in LOOK_AT.items():
+        if noted.get(tests) != digest(folders):
+            yield tests
+
+
+def main() -> int:
+    """Run the tests of what has changed, and note that they have passed."""
+    due = list(changed())
+    if not due:
+        print("nothing has changed")
+        return 0
+    before = {tests: digest(LOOK_AT[tests]) for tests in due}
+    code = subprocess.run([sys.executable, "-m", "pytest", "-n", "2", *due], cwd=ROOT).returncode
+    if code == 0:
+        noted = json.loads(NOTED.read_text()) if NOTED.exists() else {}
+        NOTED.write_text(json.dumps({**noted, **before}, indent=2, sort_keys=True) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
