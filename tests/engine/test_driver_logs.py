@@ -78,6 +78,7 @@ async def attempts(url: str, number: int) -> None:
             await enough.wait()
     starting.cancel()
     await asyncio.wait({starting})
+    await app.stop()  # waits for what was cancelled, which goes on for a moment on the I/O thread
 
 
 @pytest.mark.parametrize("server", SERVERS)
