@@ -89,7 +89,9 @@ def number_of(headers: dict[str, Any], name: str) -> int:
 
     Raises `ValueError` for what QTasks would not have written.
     """
-    text = headers.get(name, "0")
+    if name not in headers:
+        return 0
+    text = headers[name]
     if not (isinstance(text, str) and text.isascii() and text.isdecimal() and len(text) < DIGITS):
         raise ValueError(f"header {name} is {str(text)[:40]!r}, which is no number")
     return int(text)
