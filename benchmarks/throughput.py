@@ -28,6 +28,7 @@ from benchmarks.waits import Waits
 from qtasks.asyncio import QueueTasks
 from qtasks_core import Ack, Completion, Task, TaskMessage
 from qtasks_core.lookup import resolve_broker, resolve_storage
+from qtasks_core.separate import compose
 
 CALLERS = 200
 ROUND_TRIPS = 1000
@@ -152,7 +153,7 @@ async def count_waits(url: str) -> Rates:
     name = f"waits-{uuid4().hex[:8]}"
     await broker.start(name)
     await storage.start(name)
-    composition = broker.compose(storage)
+    composition = compose(broker, storage)
     counts: Rates = {}
 
     async def counted(phase: str, call: Callable[[], Awaitable[object]]) -> None:

@@ -34,7 +34,7 @@ from qtasks_core import (
     Verdict,
 )
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.separate import record_of
+from qtasks_core.separate import compose, record_of
 
 How = Literal["ack", "retry", "release"]
 Halt = Literal["before", "after"]
@@ -211,7 +211,7 @@ class Hands:
         """Start both parts."""
         await self._broker.start(self._namespace)
         await self._storage.start(self._namespace)
-        self._composition = self._broker.compose(self._storage)
+        self._composition = compose(self._broker, self._storage)
 
     async def stop(self) -> None:
         """Stop both parts in an orderly way, which is what a crash does not do."""

@@ -13,7 +13,7 @@ from qtasks_conformance.commands import Setup
 from qtasks_conformance.elsewhere import Elsewhere, Inside, Process
 from qtasks_conformance.subject import Subject
 from qtasks_core import Broker, Inbox, Status, Storage, Task, TaskMessage
-from qtasks_core.names import LONGEST_ID
+from qtasks_core.schemas import LONGEST_ID
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Broker | Storage)

@@ -10,11 +10,10 @@ import re
 from functools import lru_cache
 
 from qtasks_core.errors import ConfigurationError
+from qtasks_core.schemas import LONGEST_ID
 
 LONGEST_TASK_NAME = 200
 """Characters."""
-LONGEST_ID = 200
-"""Characters, of up to four bytes each."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _UNFIT = re.compile("[\0\ud800-\udfff]")
 """NUL, which some servers cannot keep, and lone surrogates, which UTF-8 cannot encode."""

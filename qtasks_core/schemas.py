@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from msgspec import Meta, Struct, field
 
-from qtasks_core.names import LONGEST_ID
-
+LONGEST_ID = 200
+"""Characters of a uuid, an address, a key or an owner, of up to four bytes each."""
 LONGEST = 1e11
 """Most seconds of a duration: some 3,000 years, and the sum of two is a date still."""
 _Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=LONGEST)]

@@ -30,6 +30,11 @@ from qtasks_core.schemas import (
 logger = logging.getLogger("qtasks")
 
 
+def compose(broker: Broker, storage: Storage) -> Composition:
+    """Return the best way to use this broker with this storage."""
+    return broker.join(storage) or SeparateComposition(broker, storage)
+
+
 class SeparateComposition(Composition):
     """Orders the two halves of each step so that a crash in between loses nothing."""
 

@@ -174,7 +174,7 @@ class SqliteBroker(Broker):
     async def migrate(self, namespace: str) -> list[str]:
         return await migrated(self.path, self.synchronous, namespace)
 
-    def compose(self, storage: Storage) -> Composition:
+    def join(self, storage: Storage) -> Composition | None:
         from qtasks_sqlite.composition import SqliteComposition
         from qtasks_sqlite.storage import SqliteStorage
 
@@ -184,7 +184,7 @@ class SqliteBroker(Broker):
             and storage.synchronous == self.synchronous
         ):
             return SqliteComposition(self, storage)
-        return super().compose(storage)
+        return None
 
     def started(self) -> Database:
         """Return the database. Raises `Closed`."""

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from msgspec import UNSET, UnsetType
 
 from qtasks_core import Claim
-from qtasks_core.names import LONGEST_ID, checked_id
+from qtasks_core.names import checked_id
+from qtasks_core.schemas import LONGEST_ID
 from qtasks_sqlite import batches
 from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.listening import channel

@@ -34,6 +34,7 @@ from qtasks_core.errors import (
     UnknownTask,
 )
 from qtasks_core.records import ENVELOPE, FINAL, not_taken, within
+from qtasks_core.separate import compose
 
 logger = logging.getLogger("qtasks")
 
@@ -62,7 +63,7 @@ class Client:
         self.broker = broker
         self.storage = storage
         self._driver_loggers = {*broker.driver_loggers, *storage.driver_loggers}
-        self.composition: Composition = broker.compose(storage)
+        self.composition: Composition = compose(broker, storage)
         self.clock = Clock(broker, storage)
         self._least: tuple[float, str] = (inf, "")
         """How many bytes each part takes at least, and the part that takes no more; known after the

@@ -21,6 +21,7 @@ from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, limited
 from qtasks_core import Broker, Storage
 from qtasks_core.errors import ConfigurationError, QTasksError, Unavailable
 from qtasks_core.lookup import find_backend
+from qtasks_core.separate import compose
 
 Half = Literal["broker", "storage"]
 HALVES: tuple[Half, ...] = ("broker", "storage")
@@ -42,11 +43,11 @@ class BackendContract(Contract):
         client, worker = await started_broker(rig, url), await started_broker(rig, url)
         mine, others = await started_storage(rig, url), await started_storage(rig, url)
         message = rig.message()
-        assert_done(await client.compose(mine).submit([message]))
+        assert_done(await compose(client, mine).submit([message]))
         subscription = await worker.subscribe({"q": 1})
         (delivery,) = await collect(subscription, 1)
         assert delivery.message == message
-        composition = worker.compose(others)
+        composition = compose(worker, others)
         ((verdict, _),) = await composition.admit([delivery])
         assert verdict == "run"
         ends = [end(delivery, "ack", "success")]

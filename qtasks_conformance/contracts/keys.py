@@ -29,7 +29,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Unavailable
-from qtasks_core.separate import record_of
+from qtasks_core.separate import compose, record_of
 
 QUIET = 1.0
 """Seconds without a delivery after which none is under way: what comes later finds a final record
@@ -178,7 +178,7 @@ class KeyContract(Contract):
 
     async def _pair(self, rig: Rig) -> tuple[Broker, Storage, Composition]:
         broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
-        return broker, storage, broker.compose(storage)
+        return broker, storage, compose(broker, storage)
 
     @staticmethod
     def _copies(rig: Rig, count: int) -> list[TaskMessage]:

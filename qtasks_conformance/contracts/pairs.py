@@ -27,6 +27,7 @@ from qtasks_core import (
     TaskMessage,
     Verdict,
 )
+from qtasks_core.separate import compose
 
 # (attempt of the message, what is recorded: attempt and status, or nothing) -> verdict
 ADMISSIONS: tuple[tuple[int, tuple[int, Status] | None, Verdict], ...] = (
@@ -269,7 +270,7 @@ class ComposingContract(Contract):
         self, rig: Rig, lease: float | None = LONG_LEASE
     ) -> tuple[Broker, Storage, Composition]:
         broker, storage = await rig.broker(lease=lease), await rig.storage()
-        return broker, storage, broker.compose(storage)
+        return broker, storage, compose(broker, storage)
 
     @staticmethod
     async def _statuses(storage: Storage, deliveries: list[Delivery]) -> list[str | None]:

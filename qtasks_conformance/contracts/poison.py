@@ -15,7 +15,7 @@ from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
 from qtasks_conformance.waiting import assert_silent, collect
 from qtasks_core import Completion, Delivery, Retry, Storage
 from qtasks_core.records import FINAL
-from qtasks_core.separate import record_of
+from qtasks_core.separate import compose, record_of
 
 LIVES = 10
 """Workers that one message may kill, those included whose end a broker does not count."""
@@ -32,7 +32,7 @@ class PoisonContract(Contract):
         """After a bounded number of deliveries; what was in flight with it succeeds."""
         broker, storage = await rig.broker(), await rig.storage()
         messages = rig.messages(4)
-        assert_done(await broker.compose(storage).submit(messages))
+        assert_done(await compose(broker, storage).submit(messages))
         culprit, *innocents = [message.uuid for message in messages]
         worker = await rig.elsewhere()
         await worker.receive(4)
@@ -80,7 +80,7 @@ class PoisonContract(Contract):
     async def test_what_no_worker_knows_is_put_back(self, rig: Rig) -> None:
         """The same attempt once more, later, as often as it takes; then it is dead."""
         broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
-        composition = broker.compose(storage)
+        composition = compose(broker, storage)
         message = rig.message()
         assert_done(await composition.submit([message]))
         subscription = await broker.subscribe({"q": 10})

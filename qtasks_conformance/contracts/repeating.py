@@ -20,6 +20,7 @@ from qtasks_conformance.contracts.pairs import end
 from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
 from qtasks_conformance.waiting import SOON, assert_silent, collect, patient, persist
 from qtasks_core import Ack, Completion, Status
+from qtasks_core.separate import compose
 
 T = TypeVar("T")
 
@@ -157,7 +158,7 @@ class CompositionRepeatContract(Contract):
     async def test_a_cancelled_submit_is_made_again(self, rig: Rig, key: str) -> None:
         """Each task is run and recorded; what has a key is run once."""
         broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
-        composition = broker.compose(storage)
+        composition = compose(broker, storage)
         messages = [
             rig.message(submission=new_uuid() if key == "keyed" else "") for _ in range(TIMES)
         ]
@@ -184,7 +185,7 @@ class CompositionRepeatContract(Contract):
     async def test_a_cancelled_admit_is_made_again(self, rig: Rig) -> None:
         """The verdict is the same: having been asked about is not having been run."""
         broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
-        composition = broker.compose(storage)
+        composition = compose(broker, storage)
         messages = [rig.message(submission=new_uuid() if at % 2 else "") for at in range(TIMES)]
         assert_done(await broker.publish(messages))
         held = await collect(await broker.subscribe({"q": TIMES}), TIMES)
@@ -197,7 +198,7 @@ class CompositionRepeatContract(Contract):
     async def test_a_cancelled_complete_is_made_again(self, rig: Rig, how: How) -> None:
         """The end is recorded and the delivery settled; a retry is still to come."""
         broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
-        composition = broker.compose(storage)
+        composition = compose(broker, storage)
         assert_done(await composition.submit(rig.messages(TIMES)))
         subscription = await broker.subscribe({"q": TIMES})
         held = await collect(subscription, TIMES)

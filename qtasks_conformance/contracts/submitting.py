@@ -11,6 +11,7 @@ from qtasks_conformance.contracts.keys import complete, received
 from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
 from qtasks_conformance.waiting import assert_silent, collect
 from qtasks_core import Ack, Completion
+from qtasks_core.separate import compose
 
 
 class SubmittingContract(Contract):
@@ -30,7 +31,7 @@ class SubmittingContract(Contract):
         halfway = await victim.submit_halfway(message, only)
         await victim.kill()
         broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
-        composition = broker.compose(storage)
+        composition = compose(broker, storage)
         subscription = await broker.subscribe({"q": 10})
         run = []
         if not halfway or only == "published":

@@ -122,8 +122,10 @@ class Broker(ABC):
         """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")
 
-    def compose(self, storage: Storage) -> Composition:
-        """Return the best way to use this broker with `storage`."""
-        from qtasks_core.separate import SeparateComposition
+    def join(self, storage: Storage) -> Composition | None:
+        """Return a joint composition with `storage`, if this broker has one with it.
 
-        return SeparateComposition(self, storage)
+        Each of its steps is one transaction of a server that both are on. Without one, None, the
+        engine uses both halves in an order that loses nothing: see `qtasks_core.separate`.
+        """
+        return None

@@ -430,7 +430,7 @@ class Composes(Broker):
 
     composition: type[SeparateComposition]
 
-    def compose(self, storage: Storage) -> Composition:
+    def join(self, storage: Storage) -> Composition:
         return self.composition(self, storage)
 
 

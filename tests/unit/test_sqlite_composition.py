@@ -24,6 +24,7 @@ from qtasks_core.schemas import (
     Task,
     TaskMessage,
 )
+from qtasks_core.separate import compose
 from qtasks_sqlite import SqliteBroker, SqliteStorage
 from qtasks_sqlite.broker import SqliteSubscription
 from qtasks_sqlite.composition import SqliteComposition
@@ -72,7 +73,7 @@ async def test_submit(
     half: str,
 ) -> None:
     broker, storage = parts
-    composition = broker.compose(storage)
+    composition = compose(broker, storage)
     assert isinstance(composition, SqliteComposition)
     with monkeypatch.context() as patched:
         part = broker if half == "publishing" else storage
@@ -94,7 +95,7 @@ async def test_complete(
     half: str,
 ) -> None:
     broker, storage = parts
-    composition = broker.compose(storage)
+    composition = compose(broker, storage)
     await composition.submit([MESSAGE])
     subscription = await broker.subscribe({"default": 1})
     assert isinstance(subscription, SqliteSubscription)
@@ -154,7 +155,7 @@ async def received(
 ) -> tuple[SqliteSubscription, list[Delivery]]:
     """Submit tasks and return their deliveries."""
     messages = [TaskMessage(uuid=uuid, task_name="t") for uuid in uuids]
-    assert await broker.compose(storage).submit(messages) == [DONE] * len(uuids)
+    assert await compose(broker, storage).submit(messages) == [DONE] * len(uuids)
     subscription = await broker.subscribe({"default": 10})
     assert isinstance(subscription, SqliteSubscription)
     return subscription, await subscription.receive({"default": 10}, 10)
@@ -170,7 +171,7 @@ async def test_what_the_storage_does_not_take_is_recorded_without_its_payload(
     broker, storage = small
     subscription, (first, large, retried) = await received(broker, storage, "a", "b", "c")
     again = TaskMessage(uuid="c", task_name="t", attempt=2)
-    outcomes = await broker.compose(storage).complete(
+    outcomes = await compose(broker, storage).complete(
         subscription,
         [
             Completion(Ack(first), ended("a", "success")),
@@ -196,12 +197,12 @@ async def test_what_is_not_taken_at_all_is_not_acknowledged(
         Completion(Ack(first), ended("a", "success")),
         Completion(Ack(second), None),
     ]
-    outcomes = await broker.compose(storage).complete(subscription, ends)
+    outcomes = await compose(broker, storage).complete(subscription, ends)
     assert outcomes == [Outcome("unknown", "over -1 bytes"), DONE]
     assert await broker.depth("default") == QueueDepth(ready=0, delayed=0, in_flight=1)
     assert "its record is not taken" in caplog.text
     storage.most = 0
-    assert await broker.compose(storage).complete(subscription, ends[:1]) == [DONE]
+    assert await compose(broker, storage).complete(subscription, ends[:1]) == [DONE]
     assert await broker.depth("default") == QueueDepth(0, 0, 0)
 
 

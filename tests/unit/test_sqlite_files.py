@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.records import order_of
 from qtasks_core.schemas import QueueDepth, Task, TaskMessage, TaskQuery
+from qtasks_core.separate import compose
 from qtasks_core.wire import encode_message, encode_task
 from qtasks_sqlite import (
     SqliteBackend,
@@ -68,9 +69,9 @@ def test_one_url_serves_both_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert broker.path == storage.path == tmp_path.resolve() / "tasks.db"
     assert broker.guarantees.lease == 2.5
     assert broker.guarantees.survives == storage.guarantees.survives == "machine crash"
-    assert type(broker.compose(storage)).__name__ == "SqliteComposition"
+    assert type(compose(broker, storage)).__name__ == "SqliteComposition"
     elsewhere = SqliteStorage(url(tmp_path / "others.db"), synchronous="full")
-    assert type(broker.compose(elsewhere)).__name__ == "SeparateComposition"
+    assert type(compose(broker, elsewhere)).__name__ == "SeparateComposition"
 
 
 async def test_a_missing_directory(tmp_path: Path) -> None:
