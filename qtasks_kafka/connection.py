@@ -21,18 +21,15 @@ from qtasks_core.errors import (
 )
 from qtasks_core.urls import redact
 from qtasks_kafka.diagnosis import diagnose, wrong_tls
-from qtasks_kafka.settings import settings_of
+from qtasks_kafka.settings import REQUEST, settings_of
+from qtasks_kafka.writer import Writer
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
     from aiokafka.admin import AIOKafkaAdminClient
 
-    from qtasks_kafka.writer import Writer
-
 logger = logging.getLogger(__name__)
 
-REQUEST = 5.0
-"""Seconds after which a server that does not answer counts as unreachable."""
 PAUSE = 0.05
 """Seconds between attempts while the cluster changes under our hands."""
 LARGEST_MESSAGE = 4 * 1024 * 1024
@@ -104,8 +101,6 @@ class Connection:
             admin = import_module("aiokafka.admin")
         except ImportError as error:
             raise MissingDriver("kafka://", ".[kafka]") from error
-        from qtasks_kafka.writer import Writer
-
         await self.stop()
         timeout = int(REQUEST * 1000)
         try:

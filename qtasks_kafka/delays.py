@@ -26,13 +26,13 @@ from qtasks_core.errors import ConfigurationError, QTasksError
 from qtasks_core.wire import decode_message
 from qtasks_kafka.connection import (
     LONGEST_PREFIX,
-    REQUEST,
     Connection,
     close_consumer,
     heartbeat_ms,
     is_topic,
     topic_name,
 )
+from qtasks_kafka.settings import REQUEST
 from qtasks_kafka.writer import Record
 
 if TYPE_CHECKING:

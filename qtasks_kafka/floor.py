@@ -16,7 +16,8 @@ from aiokafka.admin import RecordsToDelete
 from aiokafka.structs import TopicPartition
 
 from qtasks_core.errors import Closed, QTasksError, Unavailable
-from qtasks_kafka.connection import REQUEST, Connection
+from qtasks_kafka.connection import Connection
+from qtasks_kafka.settings import REQUEST
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,9 @@ from uuid_utils import uuid7
 
 from qtasks_core.errors import Closed, QTasksError, Unavailable
 from qtasks_kafka.assignor import Holdings, KeepingAssignor
-from qtasks_kafka.connection import PAUSE, REQUEST, Connection, close_consumer, heartbeat_ms
+from qtasks_kafka.connection import PAUSE, Connection, close_consumer, heartbeat_ms
 from qtasks_kafka.floor import Floor
+from qtasks_kafka.settings import REQUEST
 from qtasks_kafka.watermark import Partition, owner_of, restored
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from uuid_utils import uuid7
 
 from qtasks_core import Guarantees
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
-from qtasks_kafka.connection import REQUEST, Connection, close_consumer, topic_name
+from qtasks_kafka.connection import Connection, close_consumer, topic_name
+from qtasks_kafka.settings import REQUEST
 from qtasks_log import Entry, Log
 
 if TYPE_CHECKING:

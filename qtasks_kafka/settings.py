@@ -9,6 +9,8 @@ from urllib.parse import SplitResult, parse_qsl, unquote
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.urls import redact, split
 
+REQUEST = 5.0
+"""Seconds after which a server that does not answer counts as unreachable."""
 PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 _TLS = ("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_password", "ssl_check_hostname")

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from asyncio import Future
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import count, zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qtasks_core.errors import ConfigurationError, PayloadTooLarge, QTasksError, Unavailable
-from qtasks_kafka.connection import REQUEST, Connection
+from qtasks_kafka.settings import REQUEST
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaProducer
@@ -48,10 +49,32 @@ class Written(NamedTuple):
     """Milliseconds of the server's clock, on a topic with LogAppendTime; else -1."""
 
 
+class Cluster(Protocol):
+    """What a writer asks of its connection."""
+
+    def started(self) -> object:
+        """Raise `Closed` before the start and after the stop."""
+
+    def producer(self) -> Any:
+        """Build a producer, not started."""
+
+    def reaching(self) -> AbstractContextManager[None]:
+        """Turn what the driver raises into the errors of the contracts."""
+
+    def translated(self, error: BaseException) -> QTasksError:
+        """Return the error of the contracts for one of the driver's."""
+
+    def largest(self, topic: str) -> int | None:
+        """Return the bytes that a batch of this topic may have; None while that is unknown."""
+
+    def forget_topics(self, *topics: str) -> None:
+        """Look again at these topics, or at all, before their next use."""
+
+
 class Writer:
     """Appends records. Calls may run concurrently; each is one wait for the server."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Cluster) -> None:
         self._connection = connection
         self._producer: AIOKafkaProducer | None = None
         self._starting = asyncio.Lock()

@@ -108,7 +108,7 @@ class RabbitMQBroker(Broker):
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         names = self._started()[0]
-        subscription = RabbitMQSubscription(self, names, self._url, queues)
+        subscription = RabbitMQSubscription(self, names, self._url, queues, self._forget)
         await subscription.open()
         self._subscriptions.append(subscription)
         return subscription
@@ -182,7 +182,7 @@ class RabbitMQBroker(Broker):
         names, _ = self._started()
         await declare(channel, names, namespace_methods(names))
 
-    def forget(self, subscription: RabbitMQSubscription) -> None:
+    def _forget(self, subscription: RabbitMQSubscription) -> None:
         """Let go of a subscription that has ended."""
         if subscription in self._subscriptions:
             self._subscriptions.remove(subscription)

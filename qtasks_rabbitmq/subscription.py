@@ -14,11 +14,10 @@ from qtasks_core.shielded import Shielded
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import left_of
 from qtasks_rabbitmq.lane import Lane
-from qtasks_rabbitmq.parcel import Parcel
+from qtasks_rabbitmq.parcel import Dispatcher, Parcel
 from qtasks_rabbitmq.topology import Names, declare, namespace_methods, queue_methods
 
 if TYPE_CHECKING:
-    from qtasks_rabbitmq.broker import RabbitMQBroker
     from qtasks_rabbitmq.channel import Arrival, Channel
 
 LINGER = 0.5
@@ -33,9 +32,15 @@ class RabbitMQSubscription(Subscription):
     """Consumers on a connection of their own, a channel a queue."""
 
     def __init__(
-        self, broker: RabbitMQBroker, names: Names, url: str, queues: Mapping[str, int]
+        self,
+        broker: Dispatcher,
+        names: Names,
+        url: str,
+        queues: Mapping[str, int],
+        closed: Callable[[RabbitMQSubscription], None],
     ) -> None:
-        self._broker = broker
+        self._closed = closed
+        """Called at its end."""
         self._names = names
         self._connection = Connection(url, "receiver", broker.heartbeat, self._set_up)
         self._bell = asyncio.Event()
@@ -200,7 +205,7 @@ class RabbitMQSubscription(Subscription):
         except Unavailable as error:
             self._connection.discard(str(error))
         await self._connection.close()
-        self._broker.forget(self)
+        self._closed(self)
 
     async def _set_up(self, channel: Channel, source: str, version: tuple[int, ...]) -> None:
         """Declare what is needed, and let the lane of a new channel begin."""
@@ -229,7 +234,7 @@ class Strays(Lane):
         queue: str,
         names: Names,
         connection: Connection,
-        broker: RabbitMQBroker,
+        broker: Dispatcher,
         arrived: Callable[[], None],
     ) -> None:
         super().__init__(queue, names.lost, STRAYS_AT_ONCE, connection, broker, arrived)

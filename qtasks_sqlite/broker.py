@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from qtasks_core import (
     DONE,
-    LOST,
     Broker,
     Command,
-    Delivery,
     Guarantees,
     Outcome,
     QueueDepth,
-    Release,
-    Retry,
-    Settlement,
     Subscription,
     TaskMessage,
 )
 from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
-from qtasks_core.recent import Recent, repeat_key
-from qtasks_core.shielded import Room, Shielded
-from qtasks_core.wire import decode_message, encode_message
+from qtasks_core.wire import encode_message
 from qtasks_sqlite import batches
+from qtasks_sqlite.composition import SqliteComposition
 from qtasks_sqlite.connection import (
     Database,
     Synchronous,
@@ -40,33 +32,15 @@ from qtasks_sqlite.connection import (
     with_server,
 )
 from qtasks_sqlite.control import Heard, counting, purging, sending
-from qtasks_sqlite.doorbell import Bell
 from qtasks_sqlite.listening import Listeners
+from qtasks_sqlite.storage import SqliteStorage
+from qtasks_sqlite.subscription import SqliteSubscription
 
 if TYPE_CHECKING:
     from qtasks_core.contracts.composition import Composition
     from qtasks_core.contracts.storage import Storage
 
-Fence: TypeAlias = tuple[int, int]
-
 _INTO = "INTO qtasks_messages (queue, priority, wake_at, holder, count, data)"
-# Bounded, so that a flood of delayed messages that are due at once does not make one long turn.
-_PROMOTE = """
-UPDATE qtasks_messages SET wake_at = NULL, holder = 0 WHERE id IN (
-    SELECT id FROM qtasks_messages WHERE queue = ? AND wake_at <= ?
-    ORDER BY wake_at LIMIT 5000)
-"""
-_TAKE = """
-UPDATE qtasks_messages SET wake_at = ?, holder = ?, count = count + 1 WHERE id IN (
-    SELECT id FROM qtasks_messages WHERE queue = ? AND wake_at IS NULL
-    ORDER BY priority DESC, id LIMIT ?)
-"""
-_TAKEN = "queue = ? AND wake_at = ? AND holder = ?"
-_NEAREST = "SELECT min(wake_at) FROM qtasks_messages WHERE queue = ? AND wake_at IS NOT NULL"
-_HELD = """
-FROM qtasks_messages WHERE id IN (SELECT value FROM json_each(?)) AND holder != 0 AND wake_at > ?
-"""
-_THESE = "WHERE id IN (SELECT value FROM json_each(?))"
 
 
 class SqliteBroker(Broker):
@@ -149,7 +123,7 @@ class SqliteBroker(Broker):
         return publish
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        subscription = SqliteSubscription(self, self.started())
+        subscription = SqliteSubscription(self, self.started(), self._subscriptions.discard)
         self._subscriptions.add(subscription)
         return subscription
 
@@ -175,15 +149,12 @@ class SqliteBroker(Broker):
         return await migrated(self.path, self.synchronous, namespace)
 
     def join(self, storage: Storage) -> Composition | None:
-        from qtasks_sqlite.composition import SqliteComposition
-        from qtasks_sqlite.storage import SqliteStorage
-
         if (
             isinstance(storage, SqliteStorage)
             and storage.path == self.path
             and storage.synchronous == self.synchronous
         ):
-            return SqliteComposition(self, storage)
+            return SqliteComposition(self, storage, self.publishing, self.started)
         return None
 
     def started(self) -> Database:
@@ -195,221 +166,3 @@ class SqliteBroker(Broker):
     def number(self, turn: Transaction, queue: str) -> int:
         """Return the number of a queue of this namespace."""
         return turn.queue(self._namespace, queue)
-
-    def forget(self, subscription: SqliteSubscription) -> None:
-        """Drop a subscription that was closed."""
-        self._subscriptions.discard(subscription)
-
-
-class _Taken:
-    """What one look found: how much, and when there may be more if it was nothing."""
-
-    __slots__ = ("deliveries", "nearest", "queues", "until")
-
-    def __init__(self) -> None:
-        self.deliveries: list[Delivery] = []
-        self.queues: list[int] = []
-        self.nearest: float | None = None
-        self.until = 0.0
-
-
-class SqliteSubscription(Subscription):
-    """Takes messages under a lease; the fence is the row's id and the number of the take."""
-
-    def __init__(self, broker: SqliteBroker, database: Database) -> None:
-        self._broker = broker
-        self._database = database
-        self._look: Shielded[_Taken] = Shielded()
-        self._kept: list[tuple[float, Delivery]] = []
-        """Taken, and not yet returned: until when they are held, and they."""
-        self._bell: Bell | None = None
-        self._settled = Recent()
-        self._open = True
-
-    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        if self._look.pending is not None:
-            await self._collect(wanted, limit)  # what a cancelled call left, for other queues
-        asleep = False
-        try:
-            while self._open:
-                if picked := self._pick(wanted, limit):
-                    return picked
-                taken = await self._collect(wanted, limit)
-                if self._kept:
-                    continue
-                if not asleep:
-                    # Who rings from here on rings this bell; so say so, look again, then sleep.
-                    self._listening().sleep_for(taken.queues)
-                    asleep = True
-                    continue
-                nearest = taken.nearest
-                await self._listening().wait(nearest and max(nearest - time.time(), 0))
-                asleep = False
-        finally:
-            if self._bell is not None:
-                self._bell.awake()
-        raise Closed("the subscription is closed")
-
-    def _listening(self) -> Bell:
-        if self._bell is None:
-            self._bell = Bell(self._database.doorbell)
-        return self._bell
-
-    async def _collect(self, wanted: Mapping[str, int], limit: int) -> _Taken:
-        """Look once; a look outlives its waiter, so that what it takes is not stranded."""
-
-        async def look() -> _Taken:
-            return await self._database.write(self._taking(wanted, limit))
-
-        taken = await self._look.run(look)
-        self._kept.extend((taken.until, delivery) for delivery in taken.deliveries)
-        return taken
-
-    def _pick(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Return of what is kept what is asked for; what was kept too long is another's."""
-        now, room = time.time(), Room(wanted, limit)
-        picked: list[Delivery] = []
-        kept: list[tuple[float, Delivery]] = []
-        for until, delivery in self._kept:
-            if until <= now:
-                continue
-            if room.takes(delivery):
-                picked.append(delivery)
-            else:
-                kept.append((until, delivery))
-        self._kept = kept
-        return picked
-
-    def _taking(self, wanted: Mapping[str, int], limit: int) -> Callable[[Transaction], _Taken]:
-        def take(turn: Transaction) -> _Taken:
-            taken = _Taken()
-            now = time.time()
-            taken.until = now + self._broker.lease
-            holder = secrets.randbits(62) + 1
-            for name, most in wanted.items():
-                if most <= 0:
-                    continue
-                queue = self._broker.number(turn, name)
-                taken.queues.append(queue)
-                room = min(most, limit - len(taken.deliveries))
-                if room > 0:
-                    turn.execute(_PROMOTE, (queue, now))
-                    self._take(turn, taken, name, (taken.until, holder, queue, room))
-            if not taken.deliveries:
-                moments = [turn.execute(_NEAREST, (q,)).fetchone()[0] for q in taken.queues]
-                taken.nearest = min((m for m in moments if m is not None), default=None)
-            return taken
-
-        return take
-
-    def _take(
-        self, turn: Transaction, taken: _Taken, name: str, take: tuple[float, int, int, int]
-    ) -> None:
-        if not turn.execute(_TAKE, take).rowcount:
-            return
-        until, holder, queue, _ = take
-        rows = batches.select_blobs(
-            turn.execute, "qtasks_messages", "id", "count, priority", _TAKEN,
-            (queue, until, holder),
-        )  # fmt: skip
-        for (row, count, _), data in sorted(rows, key=lambda row: (-row[0][2], row[0][0])):
-            taken.deliveries.append(Delivery(decode_message(data), name, (row, holder), count))
-
-    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        return await self._database.write(self.settling(settlements))
-
-    def settling(self, settlements: Sequence[Settlement]) -> Callable[[Transaction], list[Outcome]]:
-        """Return the work that settles those of these deliveries that are still held."""
-
-        def settle(turn: Transaction) -> list[Outcome]:
-            mine = self._mine(turn, [settlement.delivery for settlement in settlements])
-            settled: list[Hashable] = []
-            ended: list[int] = []
-            released: list[int] = []
-            retried: list[TaskMessage] = []
-            outcomes: list[Outcome] = []
-            for settlement in settlements:
-                fence = settlement.delivery.fence
-                key = repeat_key(settlement)
-                if key in self._settled or key in turn.settled:
-                    outcomes.append(DONE)
-                    continue
-                if fence not in mine:
-                    outcomes.append(LOST)
-                    continue
-                outcomes.append(DONE)
-                mine.discard(fence)  # what else is wanted with it comes too late
-                settled.append(key)
-                turn.settled.add(key)
-                if isinstance(settlement, Release):
-                    released.append(fence[0])
-                    turn.rung_queues.add(self._broker.number(turn, settlement.delivery.queue))
-                else:
-                    ended.append(fence[0])
-                if isinstance(settlement, Retry):
-                    retried.append(settlement.message)
-            self._change(turn, ended, released, retried)
-            turn.after_commit(lambda: self._remember(settled))
-            return outcomes
-
-        return settle
-
-    def _remember(self, settled: Iterable[Hashable]) -> None:
-        for key in settled:
-            self._settled.add(key)
-
-    def _mine(self, turn: Transaction, deliveries: Sequence[Delivery]) -> set[Fence]:
-        """Return the fences of those deliveries whose lease holds."""
-        ids = batches.array(delivery.fence[0] for delivery in deliveries)
-        rows = batches.select(turn.execute, "id, holder", _HELD, (ids, time.time()))
-        return {(row, holder) for row, holder in rows}
-
-    def _change(
-        self,
-        turn: Transaction,
-        ended: list[int],
-        released: list[int],
-        retried: list[TaskMessage],
-    ) -> None:
-        if ended:
-            turn.execute(f"DELETE FROM qtasks_messages {_THESE}", (batches.array(ended),))
-        if released:
-            turn.execute(
-                f"UPDATE qtasks_messages SET wake_at = NULL, holder = 0 {_THESE}",
-                (batches.array(released),),
-            )
-        if retried:
-            self._broker.publishing(retried)(turn)
-
-    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        def extend(turn: Transaction) -> set[Fence]:
-            mine = self._mine(turn, deliveries)
-            held = [d.fence[0] for d in deliveries if d.fence in mine]
-            if held:
-                turn.execute(
-                    f"UPDATE qtasks_messages SET wake_at = ? {_THESE}",
-                    (time.time() + self._broker.lease, batches.array(held)),
-                )
-            return mine
-
-        mine = await self._database.write(extend)
-        return [delivery if delivery.fence in mine else None for delivery in deliveries]
-
-    async def close(self) -> None:
-        self._open = False
-        if self._bell is not None:
-            self._bell.wake()
-        await self._give_back()
-        self._broker.forget(self)
-        if self._bell is not None:
-            self._bell.close()
-
-    async def _give_back(self) -> None:
-        """Release what was taken and not returned; a receiver that still waits raises `Closed`."""
-        if self._look.pending is not None:
-            await asyncio.wait({self._look.pending})
-        left = await self._look.abandon()
-        deliveries = [*(left.deliveries if left else ()), *(d for _, d in self._kept)]
-        self._kept.clear()
-        if deliveries:
-            await self.settle([Release(delivery) for delivery in deliveries])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qtasks_core import DONE, Completion, Outcome, Retry, Subscription, Task, TaskMessage
+from qtasks_core import DONE, Broker, Completion, Outcome, Retry, Subscription, Task, TaskMessage
 from qtasks_core.errors import refuse_transaction
 from qtasks_core.separate import (
     SeparateComposition,
@@ -14,31 +14,43 @@ from qtasks_core.separate import (
     smaller_of,
     taken,
 )
-from qtasks_sqlite.broker import SqliteBroker, SqliteSubscription
-from qtasks_sqlite.connection import Transaction
+from qtasks_sqlite.connection import Database, Transaction
 from qtasks_sqlite.storage import SqliteStorage
+from qtasks_sqlite.subscription import SqliteSubscription
 
 
 class SqliteComposition(SeparateComposition):
     """Does what the separate one does, so that a crash leaves both halves or neither."""
 
-    _broker: SqliteBroker
     _storage: SqliteStorage
+
+    def __init__(
+        self,
+        broker: Broker,
+        storage: SqliteStorage,
+        publishing: Callable[[Sequence[TaskMessage]], Callable[[Transaction], None]],
+        database: Callable[[], Database],
+    ) -> None:
+        super().__init__(broker, storage)
+        self._publishing = publishing
+        """Returns the work that inserts messages."""
+        self._database = database
+        """Returns the open database of both. Raises `Closed`."""
 
     async def submit(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
         refuse_transaction(self._broker, transaction)
         if any(message.submission for message in messages):
-            return await self._broker.started().write(self._submitting_once(messages))
-        publish = self._broker.publishing(messages)
+            return await self._database().write(self._submitting_once(messages))
+        publish = self._publishing(messages)
         save = self._storage.saving([record_of(message) for message in messages])
 
         def submit(turn: Transaction) -> None:
             publish(turn)
             save(turn)
 
-        await self._broker.started().write(submit)
+        await self._database().write(submit)
         return [DONE] * len(messages)
 
     def _submitting_once(
@@ -59,7 +71,7 @@ class SqliteComposition(SeparateComposition):
                 fresh.append((message, record_of(message)))
                 if message.submission:
                     there[message.uuid] = fresh[-1][1]
-            self._broker.publishing([message for message, _ in fresh])(turn)
+            self._publishing([message for message, _ in fresh])(turn)
             self._saving([record for _, record in fresh])(turn)
             return outcomes
 
@@ -100,7 +112,7 @@ class SqliteComposition(SeparateComposition):
             # A record's outcome stands for both; a retry that was refused has none.
             return [saved.get(at) or settled.get(at, DONE) for at, _ in enumerate(completions)]
 
-        return await self._broker.started().write(complete)
+        return await self._database().write(complete)
 
     def _saving(self, tasks: Sequence[Task]) -> Callable[[Transaction], list[Outcome]]:
         """Return the work that saves records, without payload those that are not taken with it."""

@@ -26,9 +26,9 @@ from qtasks_core.schemas import (
 )
 from qtasks_core.separate import compose
 from qtasks_sqlite import SqliteBroker, SqliteStorage
-from qtasks_sqlite.broker import SqliteSubscription
 from qtasks_sqlite.composition import SqliteComposition
 from qtasks_sqlite.connection import Transaction
+from qtasks_sqlite.subscription import SqliteSubscription
 
 MESSAGE = TaskMessage(uuid="u", task_name="t")
 KEYED = TaskMessage(uuid="k", task_name="t", submission="s")

@@ -29,8 +29,8 @@ from qtasks_sqlite import (
     filesystem,
     listing,
 )
-from qtasks_sqlite.broker import SqliteSubscription
 from qtasks_sqlite.connection import PATIENCE
+from qtasks_sqlite.subscription import SqliteSubscription
 
 MESSAGE = TaskMessage(uuid="u", task_name="t")
 
