@@ -19,15 +19,20 @@ LOOK_AT = {
     "tests/kit/test_can_fail.py": (
         "qtasks_conformance", "qtasks_core", "qtasks_memory", "qtasks_sqlite", "tests/kit",
     ),
+    "tests/packaging/test_stranger.py": (
+        "qtasks_conformance", "qtasks_core", "tests/stranger", "docs/backends.md",
+    ),
     "tests/services_test/": ("tests/services", "tests/services_test"),
 }  # fmt: skip
-"""What these tests depend on, by the path that they begin with."""
+"""What these tests depend on, by the path that they begin with: folders of modules, and files."""
 
 
-def digest(folders: tuple[str, ...]) -> str:
-    """Return what tells the content of the modules in these folders from any other."""
+def digest(places: tuple[str, ...]) -> str:
+    """Return what tells the content of these folders and files from any other."""
+    files = {ROOT / place for place in places if (ROOT / place).is_file()}
+    files |= {path for place in places for path in (ROOT / place).rglob("*.py")}
     seen = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+    for path in sorted(files):
         seen.update(f"{path.relative_to(ROOT)}\0".encode())
         seen.update(path.read_bytes() + b"\0")
     return seen.hexdigest()
@@ -36,8 +41,8 @@ def digest(folders: tuple[str, ...]) -> str:
 def changed() -> Iterator[str]:
     """Yield the tests that have not passed yet on what they look at."""
     noted = json.loads(NOTED.read_text()) if NOTED.exists() else {}
-    for tests, folders in LOOK_AT.items():
-        if noted.get(tests) != digest(folders):
+    for tests, places in LOOK_AT.items():
+        if noted.get(tests) != digest(places):
             yield tests
 
 

@@ -138,7 +138,7 @@ async def _try(rig: Rig, call: str, kind: Kind, moment: Moment, full: bool) -> N
     trial = Trial(rig, await rig.broker(namespace=namespace))
     at = 0
     try:
-        trial.subscription = await trial.broker.subscribe({"q": 10})
+        trial.subscription = await persist(partial(trial.broker.subscribe, {"q": 10}))
         for at in range(1, (ALL if full else FEW) + 1):
             fault = Fault(kind, moment, at)
             await trial.go(call, fault)
@@ -154,7 +154,7 @@ async def _try_to_retry(rig: Rig, kind: Kind, moment: Moment, full: bool) -> Non
     """Cut retries off at their first suspension, the next one at its second, and so on."""
     broker = await rig.broker(namespace=f"{rig.namespace}-retry-{moment}", lease=LONG_LEASE)
     trial = Trial(rig, broker)
-    trial.subscription = await broker.subscribe({"q": 10})
+    trial.subscription = await persist(partial(broker.subscribe, {"q": 10}))
     came: dict[str, list[int]] = {}
     for at in range(1, (ALL if full else FEW) + 1):
         fault = Fault(kind, moment, at)

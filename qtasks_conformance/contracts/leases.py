@@ -192,7 +192,8 @@ class LeaseContract(Contract):
 
         What the dead one held comes back within its short lease; the other keeps what it holds.
         """
-        short, holder = await rig.elsewhere(), await rig.broker(lease=LONG_LEASE)
+        # Longer than all waits here, so that what waits for the end of this lease is found out.
+        short, holder = await rig.elsewhere(), await rig.broker(lease=3 * LONG_LEASE)
         broker = await rig.broker()
         if first == "short":
             await short.subscribe(1)
@@ -212,7 +213,7 @@ class LeaseContract(Contract):
         await short.kill()
         came: list[Delivery] = []
         while lost.message.uuid not in uuids(came):
-            within = since + max(rig.within, SOON) - clock()
+            within = since + max(rig.within, PATIENCE) - clock()
             came += await collect(others, 1, max(within, 0.1))
             assert_settled(await others.settle([Ack(came[-1])]), broker.guarantees)
         # By then a short lease would be over that began with the long one.
