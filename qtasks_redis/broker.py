@@ -274,16 +274,23 @@ class RedisSubscription(Subscription):
         fresh = [s for s in settlements if s.delivery.fence.settled is None]
         encoded = [encode_message(s.message) if isinstance(s, Retry) else b"" for s in fresh]
         outcomes, taken = fitting(encoded, self._connection().server.largest)
-        refused = {s: o for s, o in zip(fresh, outcomes, strict=True) if o is not DONE}
-        for part in batches(taken, [len(encoded[at]) for at in taken]):
-            ats = taken[part]
-            await self._settle([fresh[at] for at in ats], [encoded[at] for at in ats])
+        refused: dict[Settlement, Outcome] = {}
+        if len(taken) < len(fresh):
+            refused = {s: o for s, o in zip(fresh, outcomes, strict=True) if o is not DONE}
+            fresh = [fresh[at] for at in taken]
+            encoded = [encoded[at] for at in taken]
+        done: set[Settlement] = set()
+        for part in batches(fresh, list(map(len, encoded))):
+            done.update(await self._settle(fresh[part], encoded[part]))
         return [
-            DONE if s.delivery.fence.settled == effect_of(s) else refused.get(s, LOST)
+            DONE if s in done or s.delivery.fence.settled == effect_of(s) else refused.get(s, LOST)
             for s in settlements
         ]
 
-    async def _settle(self, settlements: Sequence[Settlement], encoded: Sequence[bytes]) -> None:
+    async def _settle(
+        self, settlements: Sequence[Settlement], encoded: Sequence[bytes]
+    ) -> list[Settlement]:
+        """Return those that the server has obeyed."""
         connection = self._connection()
         queues = Queues(connection)
         args: list[str | bytes] = []
@@ -304,12 +311,15 @@ class RedisSubscription(Subscription):
                 fence.unsure = fence.unsure or effect
             raise
         now = self._loop.time()
-        for (fence, effect), answer in zip(asked, answers, strict=True):
+        done: list[Settlement] = []
+        for settlement, (fence, effect), answer in zip(settlements, asked, answers, strict=True):
             if answer == 1:
                 fence.settled = effect
+                done.append(settlement)
             elif fence.settled is None and now < fence.until:
                 # What is gone before anyone else could have it went by the settle without answer.
                 fence.settled = fence.unsure
+        return done
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         if not deliveries:
