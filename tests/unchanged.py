@@ -53,7 +53,7 @@ def main() -> int:
         print("nothing has changed")
         return 0
     before = {tests: digest(LOOK_AT[tests]) for tests in due}
-    code = subprocess.run([sys.executable, "-m", "pytest", "-n", "2", *due], cwd=ROOT).returncode
+    code = subprocess.run([sys.executable, "-m", "pytest", "-n", "4", *due], cwd=ROOT).returncode
     if code == 0:
         noted = json.loads(NOTED.read_text()) if NOTED.exists() else {}
         NOTED.write_text(json.dumps({**noted, **before}, indent=2, sort_keys=True) + "\n")

@@ -47,7 +47,7 @@ def optional_methods(contract: type) -> list[str]:
         for name, _ in inspect.getmembers(contract, inspect.isfunction)
         if not name.startswith("_")
         and name not in contract.__abstractmethods__  # type: ignore[attr-defined]
-        and name not in ("clock", "compose")
+        and name not in ("clock", "join")
     ]
 
 
