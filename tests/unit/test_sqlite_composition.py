@@ -79,7 +79,7 @@ async def test_submit(
         part = broker if half == "publishing" else storage
         patched.setattr(part, half, breaking(getattr(part, half)))
         with pytest.raises(Broken):
-            await composition.submit([message])
+            await compose(broker, storage).submit([message])
     assert await storage.get([message.uuid]) == [None]
     assert await broker.depth("default") == QueueDepth(0, 0, 0)
     assert [outcome.status for outcome in await composition.submit([message])] == ["done"]
