@@ -16,6 +16,7 @@ from qtasks_core import Serializer
 from qtasks_core.errors import SerializationError
 
 _SCALARS: dict[Any, Callable[[Any], Any]] = {
+    type(None): lambda value: value,
     bool: bool,
     int: int.__int__,
     float: float.__float__,
@@ -36,8 +37,6 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
     timedelta: lambda value: timedelta.__add__(value, timedelta()),
 }
 """The same for all scalars, wherever they are in a value. A datetime is a date too."""
-_ALONE = (None, type(None), bool)
-"""Scalars that no class can be derived from."""
 _ALSO: dict[Any, tuple[type, ...]] = {float: (int,), bytes: (bytearray, memoryview)}
 """What is encoded alike."""
 _STANDARD = (
@@ -71,11 +70,11 @@ class MsgpackSerializer(Serializer):
         """
         if annotation is Any or annotation is object:
             return tag
+        if annotation is None:
+            annotation = type(None)
         try:
             if annotation in _SCALARS:
                 return _scalar(annotation)
-            if annotation in _ALONE:
-                return _true_or_false if annotation is bool else _null
             if not _can_be_decoded(annotation):
                 return partial(_refuse, annotation)
             if tags := tagger(annotation):
@@ -161,6 +160,7 @@ def _refuse(annotation: Any, value: Any) -> Any:
 
 def _scalar(annotation: type) -> Callable[[Any], Any]:
     plain, also = _SCALARS[annotation], _ALSO.get(annotation, ())
+    name = "null" if annotation is type(None) else annotation.__name__
 
     def check(value: Any) -> Any:
         if type(value) is annotation:
@@ -170,21 +170,9 @@ def _scalar(annotation: type) -> Callable[[Any], Any]:
                 return plain(value)
             if isinstance(value, also):
                 return value
-        raise SerializationError(f"Expected `{annotation.__name__}`, got `{type(value).__name__}`")
+        raise SerializationError(f"Expected `{name}`, got `{type(value).__name__}`")
 
     return check
-
-
-def _true_or_false(value: Any) -> Any:
-    if value is True or value is False:
-        return value
-    raise SerializationError(f"Expected `bool`, got `{type(value).__name__}`")
-
-
-def _null(value: Any) -> Any:
-    if value is None:
-        return value
-    raise SerializationError(f"Expected `null`, got `{type(value).__name__}`")
 
 
 def _to_plain(value: Any) -> Any:

@@ -288,7 +288,7 @@ class Channel:
     def _header(self, sending: Sending) -> bytes:
         """Return the frame of a message's properties."""
         if sending.message_id and not sending.headers:
-            # Without the driver, which takes ten times as long.
+            # Without the driver, which builds and checks several objects for it.
             return properties_frame(self._number, len(sending.body), sending.message_id)
         properties = commands.Basic.Properties(
             delivery_mode=PERSISTENT,

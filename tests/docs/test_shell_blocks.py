@@ -182,7 +182,6 @@ BRIEFLY = {
 BENCHMARKS = [command for command in COMMANDS if command.text.startswith("python -m benchmarks.")]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("command", BENCHMARKS, ids=name_of)
 def test_a_benchmark_runs(command: Command) -> None:
     _, *arguments = command.words

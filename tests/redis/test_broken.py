@@ -16,8 +16,8 @@ from qtasks_core import Task
 from qtasks_core.errors import Unavailable
 from qtasks_redis import RedisBroker, RedisStorage
 from qtasks_redis.storage import RedisInbox
+from tests.redis.ports import Port
 from tests.services import Service
-from tests.services.native import PASSWORD
 
 BROKEN = {
     "ValueError": b"-ASK x\r\n",
@@ -28,34 +28,20 @@ BROKEN = {
 """Replies by what the driver raises for them as an answer to TIME, or was seen to raise."""
 
 
-class Tampering:
+class Tampering(Port):
     """A port that leads to the server, and answers in its place while `instead` is set."""
 
     def __init__(self, port: int) -> None:
+        super().__init__()
         self._port = port
         self.instead = b""
         self.tampered: list[asyncio.Task[Any]] = []
         """The connections on which that was done; each ends when the client closes it."""
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
-    async def __aenter__(self) -> Tampering:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = f"redis://:{PASSWORD}@127.0.0.1:{port}/0"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def serve(
+        self, task: asyncio.Task[Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         there, to = await asyncio.open_connection("127.0.0.1", self._port)
         self._writers.add(writer)
         back = asyncio.create_task(self._answer(there, writer))

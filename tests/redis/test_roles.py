@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from qtasks_core import DONE, Ack, Task, TaskMessage
 from qtasks_core.errors import Unavailable
 from qtasks_redis import RedisBroker, RedisStorage
+from tests.redis.ports import Port
 from tests.services import RedisServer, Service
 from tests.services.native import PASSWORD
 from tests.services.service import Way
@@ -38,30 +39,16 @@ def pair() -> Iterator[tuple[Service, Service]]:
         second.stop()
 
 
-class Forwarder:
+class Forwarder(Port):
     """A port that leads to one server, and for new connections later to another."""
 
     def __init__(self, port: int) -> None:
+        super().__init__()
         self.port = port
-        self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def __aenter__(self) -> Forwarder:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        port = self._server.sockets[0].getsockname()[1]
-        self.url = f"redis://:{PASSWORD}@127.0.0.1:{port}/0"
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
+    async def serve(
+        self, task: asyncio.Task[Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         there, to = await asyncio.open_connection("127.0.0.1", self.port)
         ways = [asyncio.create_task(_pump(reader, to)), asyncio.create_task(_pump(there, writer))]
         try:

@@ -127,7 +127,7 @@ class LogMachine(RuleBasedStateMachine):
             self.agree(writer)
 
 
-LogMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=60, deadline=None)
+LogMachine.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
 TestAnyReader = LogMachine.TestCase
 
 

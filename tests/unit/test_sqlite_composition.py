@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -31,6 +32,7 @@ from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.subscription import SqliteSubscription
 
 MESSAGE = TaskMessage(uuid="u", task_name="t")
+S = TypeVar("S", bound=SqliteStorage)
 KEYED = TaskMessage(uuid="k", task_name="t", submission="s")
 
 
@@ -53,15 +55,22 @@ def breaking(real: Callable[..., Callable[[Transaction], Any]]) -> Callable[...,
     return make
 
 
-@pytest.fixture
-async def parts(tmp_path: Path) -> AsyncIterator[tuple[SqliteBroker, SqliteStorage]]:
-    url = f"sqlite:///{tmp_path}/tasks.db"
-    broker, storage = SqliteBroker(url), SqliteStorage(url)
+@asynccontextmanager
+async def started(path: Path, of: type[S]) -> AsyncIterator[tuple[SqliteBroker, S]]:
+    """Start a broker and a storage of that class in one file."""
+    url = f"sqlite:///{path}/tasks.db"
+    broker, storage = SqliteBroker(url), of(url)
     await broker.start("n")
     await storage.start("n")
     yield broker, storage
     await broker.stop()
     await storage.stop()
+
+
+@pytest.fixture
+async def parts(tmp_path: Path) -> AsyncIterator[tuple[SqliteBroker, SqliteStorage]]:
+    async with started(tmp_path, SqliteStorage) as both:
+        yield both
 
 
 @pytest.mark.parametrize("message", [MESSAGE, KEYED], ids=["plain", "with a key"])
@@ -141,13 +150,8 @@ class SmallStorage(SqliteStorage):
 
 @pytest.fixture
 async def small(tmp_path: Path) -> AsyncIterator[tuple[SqliteBroker, SmallStorage]]:
-    url = f"sqlite:///{tmp_path}/tasks.db"
-    broker, storage = SqliteBroker(url), SmallStorage(url)
-    await broker.start("n")
-    await storage.start("n")
-    yield broker, storage
-    await broker.stop()
-    await storage.stop()
+    async with started(tmp_path, SmallStorage) as both:
+        yield both
 
 
 async def received(
