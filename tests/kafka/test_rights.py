@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.protocol.admin import CreateAclsRequest
+from aiokafka.protocol.admin import CreateAclsRequest, DescribeAclsRequest
+from aiokafka.protocol.metadata import MetadataRequest
 from msgspec.structs import replace
 
 from qtasks_core import DONE, Ack, Retry, Task, TaskMessage
@@ -33,9 +34,15 @@ async def operator(secured: SecuredKafka) -> AsyncIterator[AIOKafkaAdminClient]:
 
 
 async def allow(operator: AIOKafkaAdminClient, kind: int, prefix: str, *deeds: int) -> None:
+    """Return once the server obeys: the controller answers before the brokers have heard of it."""
     for deed in deeds:
-        request = CreateAclsRequest(kind, prefix, PREFIXED, f"User:{USER}", "*", deed, ALLOW)
-        await operator._send_to_controller(request)
+        acl = (kind, prefix, PREFIXED, f"User:{USER}", "*", deed, ALLOW)
+        await operator._send_to_controller(CreateAclsRequest(*acl))
+        while True:
+            seen = await operator._send_request(DescribeAclsRequest(*acl))
+            if seen.resources:
+                break
+            await asyncio.sleep(0.01)
 
 
 async def make_topics(operator: AIOKafkaAdminClient, namespace: str) -> None:
@@ -48,6 +55,11 @@ async def make_topics(operator: AIOKafkaAdminClient, namespace: str) -> None:
     await operator.create_topics(
         [NewTopic(topic, 2, 1, topic_configs=dict(config)) for topic, config in topics.items()]
     )
+    while True:
+        seen = await operator._send_request(MetadataRequest(list(topics), False))
+        if not any(topic["error_code"] for topic in seen.to_object()["topics"]):
+            return
+        await asyncio.sleep(0.01)
 
 
 def login(secured: SecuredKafka) -> str:
