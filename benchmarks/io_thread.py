@@ -26,12 +26,13 @@ from benchmarks.served import BACKENDS, served
 from benchmarks.tasks import nothing, router
 from qtasks.asyncio import QueueTasks
 from qtasks.balancers import Greedy
-from qtasks.engine.client import Client
-from qtasks.engine.io_thread import io_thread
-from qtasks.engine.limits import Limits
-from qtasks.engine.reply import LoopReply
-from qtasks.engine.runner import Runner
-from qtasks.engine.worker import Worker
+from qtasks.bridge.io_thread import io_thread
+from qtasks.bridge.reply import LoopReply
+from qtasks.client.client import Client
+from qtasks.declare.calls import message_of
+from qtasks.worker.limits import Limits
+from qtasks.worker.runner import Runner
+from qtasks.worker.worker import Worker
 from qtasks_core import Task, TaskMessage
 
 CALLERS = 200
@@ -130,23 +131,23 @@ async def measure(
     definition = app.definitions[nothing.name]
 
     async with ARRANGEMENTS[arrangement](app) as (submit, worker):
-        await submit(app.message(definition, (), {}), False)
+        await submit(message_of(app, definition, (), {}), False)
 
         async def caller(times: int) -> None:
             for _ in range(times):
-                await submit(app.message(definition, (), {}), False)
+                await submit(message_of(app, definition, (), {}), False)
 
         with Stopwatch() as watch:
             await asyncio.gather(*(caller(tasks // CALLERS) for _ in range(CALLERS)))
         rows["enqueue"].add(tasks, watch.wall, watch.cpu)
         with Stopwatch() as watch:
             async with worker():  # type: ignore[attr-defined]
-                await submit(app.message(definition, (), {}), True)
+                await submit(message_of(app, definition, (), {}), True)
         rows["process"].add(tasks, watch.wall, watch.cpu)
         async with worker():  # type: ignore[attr-defined]
 
             async def trip() -> None:
-                await submit(app.message(definition, (), {}), True)
+                await submit(message_of(app, definition, (), {}), True)
 
             quiet = await mean(trip, ROUND_TRIPS)
             with computing():

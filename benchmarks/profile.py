@@ -40,8 +40,11 @@ STEPS = {
 LAYERS = (
     ("waking loops, waiting to run", r"selectors\.py"),
     ("wire format, records", r"qtasks_core/"),
-    ("arguments, results", r"qtasks/(serializers|definition|tasks|submitting|handle)\.py"),
-    ("crossing", r"qtasks/engine/(mailbox|reply|io_thread)\.py"),
+    (
+        "arguments, results",
+        r"qtasks/(codec/\w+|execution/definition|declare/\w+|client/submitting)\.py",
+    ),
+    ("crossing", r"qtasks/bridge/(entry_queue|reply|io_thread)\.py"),
     ("engine", r"qtasks/"),
     ("backend", r"qtasks_\w+/"),
     ("the benchmark", r"benchmarks/"),

@@ -2,10 +2,10 @@
 
 from qtasks.asyncio import AsyncResult
 from qtasks.blocking import QueueTasks, SyncResult
-from qtasks.handle import BlockingTask, Task
-from qtasks.routers import AsyncRouter, SyncRouter
+from qtasks.declare.handle import BlockingTask, Task
+from qtasks.declare.routers import AsyncRouter, SyncRouter
+from qtasks.declare.tasks import AsyncTask, SyncTask
 from qtasks.signals import Reject, Retry
-from qtasks.tasks import AsyncTask, SyncTask
 from qtasks_core.errors import (
     AmbiguousApp,
     Closed,

@@ -11,13 +11,14 @@ from threading import RLock
 from types import ModuleType
 from typing import Any
 
-from qtasks.definition import TaskDefinition, checked_plugins
-from qtasks.engine.io_thread import refuse_running_loop
-from qtasks.lifecycle import START_TIMEOUT, Life
-from qtasks.parts import given_parts
-from qtasks.serializers import MsgpackSerializer
-from qtasks.submitting import Submitting
-from qtasks.working import RunningWorker, WorkerOptions, serve, working
+from qtasks.bridge.io_thread import refuse_running_loop
+from qtasks.client.lifecycle import START_TIMEOUT, Life
+from qtasks.client.parts import given_parts
+from qtasks.client.submitting import Submitting
+from qtasks.client.unmet import USUAL
+from qtasks.codec.serializers import MsgpackSerializer
+from qtasks.execution.definition import TaskDefinition, checked_plugins
+from qtasks.worker.process import RunningWorker, WorkerOptions, serve, working
 from qtasks_core import Balancer, Broker, Plugin, Storage, schemas
 from qtasks_core.errors import ConfigurationError, QTasksError, UnknownTask
 from qtasks_core.names import checked_name
@@ -69,7 +70,13 @@ class App(Submitting):
 
     async def _connect(self, life: Life, deadline: float) -> None:
         await super()._connect(life, deadline)
-        self.unmet.declared(self.definitions.values(), self.broker, self.storage)
+        options = {name: known.options for name, known in self.definitions.items()}
+        self.unmet.declared(
+            {name for name, asked in options.items() if asked.priority != USUAL},
+            {name for name, asked in options.items() if asked.retention is not None},
+            self.broker,
+            self.storage,
+        )
 
     def definition(self, name: str) -> TaskDefinition:
         """Return a known task. Raises `UnknownTask`."""

@@ -7,10 +7,10 @@ from typing import Any
 from uuid import UUID
 
 from qtasks.app import MAX_PAYLOAD, App, default_app
-from qtasks.handle import Task
-from qtasks.lifecycle import START_TIMEOUT
-from qtasks.routers import AsyncRouter, Router
-from qtasks.tasks import AsyncCall
+from qtasks.client.lifecycle import START_TIMEOUT
+from qtasks.declare.calls import AsyncCall
+from qtasks.declare.handle import Task
+from qtasks.declare.routers import AsyncRouter, Router
 from qtasks_core import Broker, Plugin, Storage
 
 __all__ = ["AsyncResult", "QueueTasks"]

@@ -7,10 +7,10 @@ from typing import Any
 from uuid import UUID
 
 from qtasks.app import MAX_PAYLOAD, App, default_app
-from qtasks.handle import BlockingTask
-from qtasks.lifecycle import START_TIMEOUT
-from qtasks.routers import Router, SyncRouter
-from qtasks.tasks import SyncCall
+from qtasks.client.lifecycle import START_TIMEOUT
+from qtasks.declare.calls import SyncCall
+from qtasks.declare.handle import BlockingTask
+from qtasks.declare.routers import Router, SyncRouter
 from qtasks_core import Broker, Plugin, Storage
 
 

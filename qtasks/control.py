@@ -14,10 +14,10 @@ from uuid import UUID, uuid5
 
 from msgspec.structs import replace
 
-from qtasks.engine.client import Client, cancelled
-from qtasks.engine.registry import workers_alive
-from qtasks.engine.reply import LoopReply
-from qtasks.lifecycle import Lifecycle
+from qtasks.bridge.reply import LoopReply
+from qtasks.client.client import Client, cancelled
+from qtasks.client.lifecycle import Lifecycle
+from qtasks.client.registry import workers_alive
 from qtasks_core import (
     DONE,
     Outcome,

@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from qtasks.definition import TaskDefinition
-from qtasks.serializers import from_plain
+from qtasks.codec.serializers import from_plain
+from qtasks.execution.definition import TaskDefinition
 from qtasks_core.errors import SerializationError, SignatureMismatch
 
 _KEYWORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)

@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from qtasks.app import App
-from qtasks.handle import Handle
+from qtasks.declare.handle import Handle
 from qtasks_core import Task
 from qtasks_core.errors import SerializationError
 

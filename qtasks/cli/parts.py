@@ -9,10 +9,10 @@ import click
 from msgspec.structs import asdict
 
 from qtasks import control
+from qtasks.bridge.io_thread import io_thread
 from qtasks.cli.output import json_option, print_fields, print_json
 from qtasks.cli.session import CONNECT_TIMEOUT, Session, pass_session
-from qtasks.engine.backoff import repeat
-from qtasks.engine.io_thread import io_thread
+from qtasks.client.backoff import repeat
 from qtasks_core import Guarantees
 
 NEEDED_BY = {

@@ -12,7 +12,7 @@ import click
 
 from qtasks.app import App, default_app, import_app, import_named
 from qtasks.cli.output import JsonLog
-from qtasks.routers import Router
+from qtasks.declare.routers import Router
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.urls import redact
 

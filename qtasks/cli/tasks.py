@@ -25,8 +25,9 @@ from qtasks.cli.output import (
     task_row,
 )
 from qtasks.cli.session import Session, include_option, pass_session
-from qtasks.definition import TaskDefinition
-from qtasks.handle import Handle
+from qtasks.declare.calls import message_of
+from qtasks.declare.handle import Handle
+from qtasks.execution.definition import TaskDefinition
 from qtasks_core import DONE, Outcome, Status, Task, TaskQuery
 from qtasks_core.errors import QTasksError, UnknownTask
 
@@ -93,7 +94,7 @@ def call(
     with session.started(include) as app:
         definition = known(app, name)
         args, kwargs = read_arguments(definition, arguments)
-        message = app.message(definition, args, kwargs, **options)
+        message = message_of(app, definition, args, kwargs, **options)
         try:
             record = app.submit_blocking(message, wait)
         except KeyboardInterrupt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from qtasks.engine.suspects import convicted, counted, lone_runs, suspicious
+from qtasks.worker.poison import convicted, counted, lone_runs, suspicious
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delays import assert_on_time, clock

@@ -17,7 +17,7 @@ import pytest
 
 from qtasks.cli.arguments import read_arguments
 from qtasks.cli.output import fitted, text
-from qtasks.definition import TaskDefinition, TaskOptions
+from qtasks.execution.definition import TaskDefinition, TaskOptions
 from tests.cli.command import SHOP, Command, inherited
 from tests.processes import ROOT, Process, until
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from qtasks import AsyncRouter
 from qtasks.asyncio import QueueTasks
-from qtasks.serializers import MsgpackSerializer
+from qtasks.codec.serializers import MsgpackSerializer
 from qtasks_core import (
     Completion,
     Composition,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qtasks import AsyncRouter, Reject, Retry
+from qtasks.execution.frames import LARGEST
 from qtasks.executors import ProcessDied, ProcessExecutor
-from qtasks.executors.frames import LARGEST
 from qtasks.plugins import Backoff, Retries
 
 cpu = ProcessExecutor(2)

@@ -14,7 +14,7 @@ import qtasks
 from qtasks import NotSupported, control
 from qtasks.asyncio import QueueTasks
 from qtasks.cli.output import plain, task_row
-from qtasks.engine.client import Client
+from qtasks.client.client import Client
 from qtasks_core import Outcome, Task, TaskQuery
 from qtasks_memory import MemoryStorage
 

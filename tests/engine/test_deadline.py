@@ -12,8 +12,8 @@ import pytest
 
 from qtasks import AsyncResult, ConfigurationError, SyncResult, SyncRouter, TaskTimeout
 from qtasks.asyncio import QueueTasks
-from qtasks.engine.reply import LoopReply
-from qtasks.tasks import AsyncTask
+from qtasks.bridge.reply import LoopReply
+from qtasks.declare.tasks import AsyncTask
 from qtasks_core import Outcome, TaskMessage, schemas
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -219,9 +219,9 @@ class Slow(MemoryBroker):
 
 
 async def test_many_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtasks.engine.client._BATCH", 10)
-    monkeypatch.setattr("qtasks.submitting._PART", 10)
-    monkeypatch.setattr("qtasks.submitting.PUBLISH_TIMEOUT", 2.0)
+    monkeypatch.setattr("qtasks.client.client._BATCH", 10)
+    monkeypatch.setattr("qtasks.client.submitting._PART", 10)
+    monkeypatch.setattr("qtasks.client.submitting.PUBLISH_TIMEOUT", 2.0)
     name = uuid4().hex
     app, router = app_on(Slow(name), name)
 

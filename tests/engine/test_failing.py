@@ -10,9 +10,9 @@ from uuid import uuid4
 
 import pytest
 
-from qtasks import working as working_module
 from qtasks.asyncio import QueueTasks
-from qtasks.engine import worker as worker_module
+from qtasks.worker import process as process_module
+from qtasks.worker import worker as worker_module
 from qtasks_core import Delivery, Outcome, Subscription, Task
 from qtasks_core.errors import ConfigurationError
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -191,7 +191,7 @@ async def test_beside_a_host_another_worker_follows(caplog: pytest.LogCaptureFix
 async def test_a_worker_that_is_wrongly_configured_is_told_of_again(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(working_module, "_AGAIN", 0.1)
+    monkeypatch.setattr(process_module, "_AGAIN", 0.1)
     name = uuid4().hex
     broker = FailsOnce(name)
     broker.error = ConfigurationError("the queue is of another kind")

@@ -17,8 +17,8 @@ import pytest
 from qtasks import AsyncRouter, Closed, ConfigurationError, TaskTimeout
 from qtasks import app as app_module
 from qtasks.asyncio import QueueTasks
-from qtasks.engine.io_thread import io_thread
-from qtasks.engine.reply import _mailboxes
+from qtasks.bridge.io_thread import io_thread
+from qtasks.bridge.reply import _entry_queues
 from qtasks_core import Task
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -364,7 +364,7 @@ def test_loops_that_were_closed_are_forgotten() -> None:
 
     for _ in range(5):
         asyncio.run(once())
-    assert len([loop for loop in _mailboxes if loop.is_closed()]) <= 1
+    assert len([loop for loop in _entry_queues if loop.is_closed()]) <= 1
 
 
 async def test_two_apps_in_one_process() -> None:

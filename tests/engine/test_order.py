@@ -10,7 +10,7 @@ import pytest
 
 from qtasks import TaskTimeout
 from qtasks.asyncio import QueueTasks
-from qtasks.engine.client import Client
+from qtasks.client.client import Client
 
 
 @pytest.fixture(params=["memory", "sqlite"])

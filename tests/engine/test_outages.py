@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from qtasks.engine import keeping
+from qtasks.worker import heartbeat
 from qtasks_core import Command, Delivery, Subscription, Task
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -66,7 +66,7 @@ async def until_noted(app: QueueTasks, uuid: str) -> None:
 async def test_a_running_task_keeps_its_lease(
     app: QueueTasks, storage: Down, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "_NOTE_AFTER", 0.01)
+    monkeypatch.setattr(heartbeat, "_NOTE_AFTER", 0.01)
     go_on = asyncio.Event()
 
     @app.task()

@@ -9,8 +9,8 @@ from uuid import uuid4
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from qtasks.engine.client import Client
-from qtasks.engine.retention import cancelled_kept_for, kept_for
+from qtasks.client.client import Client
+from qtasks.client.retention import cancelled_kept_for, kept_for
 from qtasks_core import Task, TaskMessage
 
 

@@ -11,7 +11,7 @@ from threading import Event
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from qtasks.engine import worker as worker_module
+from qtasks.worker import worker as worker_module
 from qtasks_core import Subscription, Task
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage

@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from qtasks.asyncio import QueueTasks
-from qtasks.engine import suspects
+from qtasks.worker import poison
 from qtasks_core import Delivery
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -58,7 +58,7 @@ async def test_a_suspect_runs_alone_with_its_count_made_durable(app: QueueTasks)
     @app.task(name="suspect")
     async def suspect(number: int) -> None:
         record = (await app.client.storage.get([uuids[number]]))[0]
-        counts.append(suspects.lone_runs(record))
+        counts.append(poison.lone_runs(record))
         await run(f"suspect {number}")
 
     async with app:
@@ -114,7 +114,7 @@ async def test_one_that_is_given_back_is_not_counted(app: QueueTasks) -> None:
             await begun.wait()
         for handle in (task, waiting):
             record = await app.get(handle.uuid)
-            assert suspects.lone_runs(record) == 0
+            assert poison.lone_runs(record) == 0
         async with app.worker():
             # Both were released; neither waits for its lease of 1 s.
             assert (await task.wait_result(0.8)).returning == "fine"
@@ -124,7 +124,7 @@ async def test_one_that_is_given_back_is_not_counted(app: QueueTasks) -> None:
 async def test_a_long_suspect_does_not_hold_up_the_others(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suspects, "_ALONE", 0.1)
+    monkeypatch.setattr(poison, "_ALONE", 0.1)
     go_on = asyncio.Event()
 
     @app.task(name="suspect")
@@ -165,7 +165,7 @@ async def test_a_suspect_that_is_cancelled_while_it_waits_does_not_run(app: Queu
 async def test_a_long_suspect_does_not_hold_up_the_others_though_another_waits(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suspects, "_ALONE", 0.1)
+    monkeypatch.setattr(poison, "_ALONE", 0.1)
     go_on = asyncio.Event()
     running: set[int] = set()
 
@@ -234,7 +234,7 @@ async def test_a_suspect_whose_turn_comes_with_the_stop_is_given_back_uncounted(
 
     class Slow(MemoryStorage):
         async def save(self, tasks, transaction=None):  # type: ignore[no-untyped-def]
-            if suspects.lone_runs(tasks[0]) == 1:
+            if poison.lone_runs(tasks[0]) == 1:
                 saving.set()
                 while not let.is_set():  # noqa: ASYNC110  # set by another loop's thread
                     await asyncio.sleep(0.01)
@@ -253,6 +253,6 @@ async def test_a_suspect_whose_turn_comes_with_the_stop_is_given_back_uncounted(
             assert await asyncio.to_thread(saving.wait, 5)
             asyncio.get_running_loop().call_later(0.1, let.set)
         assert runs == []
-        assert suspects.lone_runs(await app.get(task.uuid)) == 0
+        assert poison.lone_runs(await app.get(task.uuid)) == 0
         depth = await app.client.broker.depth("default")
         assert (depth.ready, depth.in_flight) == (1, 0)

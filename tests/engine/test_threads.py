@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from qtasks.executors import threads
-from qtasks.executors.threads import busy_threads, in_thread
+from qtasks.execution import threads
+from qtasks.execution.threads import busy_threads, in_thread
 from tests.processes import until
 
 

@@ -31,7 +31,7 @@ import pytest
 from qtasks import SerializationError
 from qtasks.asyncio import QueueTasks
 from qtasks.cli.arguments import read_arguments
-from qtasks.definition import TaskDefinition, TaskOptions
+from qtasks.execution.definition import TaskDefinition, TaskOptions
 from qtasks_core import TaskMessage
 from qtasks_core.errors import BadArguments, ConfigurationError
 

@@ -9,6 +9,7 @@ import pytest
 
 from qtasks import TaskFailed
 from qtasks.asyncio import QueueTasks
+from qtasks.declare.calls import message_of
 from qtasks_core import Guarantees
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -73,8 +74,8 @@ async def test_a_call_that_asks_for_it(app: QueueTasks, caplog: pytest.LogCaptur
     async with app:
         caplog.clear()
         for priority in (5, 7, 8):
-            await app.submit(app.message(usual, [], {}, priority=priority), None)
-        await app.submit_all([app.message(usual, [], {}, priority=7)])
+            await app.submit(message_of(app, usual, [], {}, priority=priority), None)
+        await app.submit_all([message_of(app, usual, [], {}, priority=7)])
         (line,) = warnings(caplog)
         assert line.startswith("task usual asks for a priority")
 
@@ -86,7 +87,7 @@ async def test_a_task_that_this_app_does_not_know(
     other = QueueTasks(app.name, app.broker, app.storage)
     async with other:
         for name in ("urgent", "brief", "usual"):
-            await other.submit(other.message(app.definition(name), [], {}), None)
+            await other.submit(message_of(other, app.definition(name), [], {}), None)
     assert [line.split()[1] for line in warnings(caplog)] == ["urgent", "brief"]
 
 

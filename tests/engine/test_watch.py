@@ -7,13 +7,13 @@ import time
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from qtasks.engine import watch
+from qtasks.worker import watchdog
 
 
 async def test_a_task_that_blocks_its_loop_is_named_once(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watch, "PATIENCE", 0.1)
+    monkeypatch.setattr(watchdog, "PATIENCE", 0.1)
 
     @app.task()
     async def blocks() -> None:
@@ -32,7 +32,7 @@ async def test_a_task_that_blocks_its_loop_is_named_once(
 async def test_a_loop_that_answers_is_not_reported(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watch, "PATIENCE", 0.5)
+    monkeypatch.setattr(watchdog, "PATIENCE", 0.5)
 
     @app.task()
     def in_a_thread() -> None:

@@ -12,7 +12,8 @@ import pytest
 from msgspec.structs import replace
 
 from qtasks.asyncio import QueueTasks
-from qtasks.engine import worker as worker_module
+from qtasks.declare.calls import message_of
+from qtasks.worker import worker as worker_module
 from qtasks_core import Delivery, Raw, TaskMessage
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -167,7 +168,7 @@ async def test_an_expired_task_does_not_start(
         runs.append(1)
 
     async with app:
-        message = app.message(app.definition(late.name), (), {})
+        message = message_of(app, app.definition(late.name), (), {})
         await app.submit(replace(message, expires_at=message.created_at - 1), None)
         async with app.worker():
             record = await app.wait(message.uuid, 5)

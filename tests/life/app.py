@@ -21,8 +21,8 @@ from typing import Any
 
 from qtasks import AsyncRouter
 from qtasks.asyncio import QueueTasks
-from qtasks.engine import ending
 from qtasks.executors import ProcessExecutor
+from qtasks.worker import leaving
 
 router = AsyncRouter()
 
@@ -143,7 +143,7 @@ def terminate_in_process(method: str) -> int | None:
 
 def main() -> None:
     if patience := os.environ.get("PATIENCE"):
-        ending.PATIENCE = ending.LAST_RESORT = float(patience)
+        leaving.PATIENCE = leaving.LAST_RESORT = float(patience)
     app = QueueTasks()
     app.include_router(router)
     app.run_forever(**json.loads(os.environ.get("LIFE", "{}")))

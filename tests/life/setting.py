@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from qtasks.asyncio import QueueTasks
-from qtasks.handle import Task
+from qtasks.declare.handle import Task
 from tests.life.app import router
 from tests.pairs import Pair
 from tests.processes import ROOT, Process

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from qtasks.tasks import AsyncTask
+from qtasks.declare.tasks import AsyncTask
 from tests.engine.test_processes import gone, written
 from tests.processes import ROOT, Process, until
 

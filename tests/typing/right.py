@@ -21,9 +21,9 @@ from qtasks import (
     TaskTimeout,
 )
 from qtasks.asyncio import QueueTasks
+from qtasks.declare.calls import AsyncCall, SyncCall
 from qtasks.integrations.fastapi import install_error_handlers, lifespan
 from qtasks.plugins import Plugin, Retries
-from qtasks.tasks import AsyncCall, SyncCall
 
 router = AsyncRouter(plugins=[Retries(5)])
 app = QueueTasks(broker="memory://")

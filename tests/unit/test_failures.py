@@ -7,7 +7,7 @@ import sys
 from types import ModuleType
 from unittest.mock import patch
 
-from qtasks.failures import RemoteError, line_of, remote_error, trace_of
+from qtasks.execution.failures import RemoteError, line_of, remote_error, trace_of
 
 
 class Declined(ConnectionError):

@@ -1,0 +1,96 @@
+"""Batches out of single items: what comes in one turn of the loop is flushed together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from inspect import CORO_CREATED, getcoroutinestate
+from itertools import accumulate
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+_BYTES = 8 * 1024 * 1024
+"""Most bytes in one batch: what is larger keeps a server busy for longer than callers wait."""
+
+
+class Batcher(Generic[T]):
+    """Gathers items and flushes them in batches of at most `size`, `flights` of them at a time.
+
+    `weigh` returns the bytes of an item; a batch of several is no heavier than 8 MiB. While the
+    allowed flushes are under way, further items gather for the next one, so batches grow with the
+    load. `flush` answers for each of its items and does not raise, unless `spawn` is a task
+    group's, which then fails.
+    """
+
+    def __init__(
+        self,
+        flush: Callable[[list[T]], Coroutine[Any, Any, None]],
+        size: int,
+        flights: int,
+        weigh: Callable[[T], int],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] | None = None,
+    ) -> None:
+        self._flush = flush
+        self._size = size
+        self._flights = flights
+        self._weigh = weigh
+        self._items: list[T] = []
+        self._under_way: dict[asyncio.Task[None], tuple[Coroutine[Any, Any, None], list[T]]] = {}
+        self._scheduled = False
+        self._loop = asyncio.get_running_loop()
+        self._spawn = spawn or self._loop.create_task
+
+    def add(self, item: T) -> None:
+        """Add an item to the batch of this turn."""
+        self._items.append(item)
+        self._schedule()
+
+    def extend(self, items: list[T]) -> None:
+        """Add many items to the batches of this turn."""
+        self._items += items
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._items and not self._scheduled and len(self._under_way) < self._flights:
+            self._scheduled = True
+            self._loop.call_soon(self._launch)
+
+    def _launch(self) -> None:
+        self._scheduled = False
+        while self._items and len(self._under_way) < self._flights:
+            batch = self._take()
+            flight = self._flush(batch)
+            task = self._spawn(flight)
+            self._under_way[task] = flight, batch
+            task.add_done_callback(self._landed)
+
+    def _take(self) -> list[T]:
+        """Take the items of one batch, at least one."""
+        batch = self._items[: self._size]
+        if sum(map(self._weigh, batch)) > _BYTES:
+            heaps = accumulate(map(self._weigh, batch))
+            batch = batch[: max(1, sum(1 for heap in heaps if heap <= _BYTES))]
+        self._items = self._items[len(batch) :]
+        return batch
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        del self._under_way[task]
+        self._schedule()
+
+    async def drain(self) -> None:
+        """Wait until everything that was added is flushed."""
+        while self._items or self._under_way:
+            await (asyncio.wait(self._under_way) if self._under_way else asyncio.sleep(0))
+
+    async def close(self) -> list[T]:
+        """Cancel what is under way; return what was never flushed."""
+        left: list[T] = []
+        for task, (flight, batch) in self._under_way.items():
+            if getcoroutinestate(flight) == CORO_CREATED:
+                left += batch  # cancelled now it does not even begin
+            task.cancel()
+        left, self._items = left + self._items, []
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+        return left

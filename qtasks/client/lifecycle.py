@@ -1,0 +1,251 @@
+"""An app's parts and its life: started and stopped, counted when nested, anew after a fork."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
+from qtasks.bridge.io_thread import IOThread, io_thread, refuse_running_loop, running_io_thread
+from qtasks.bridge.reply import anew
+from qtasks.client.backoff import repeat
+from qtasks.client.client import Client
+from qtasks.client.parts import built_parts
+from qtasks_core import Broker, Guarantees, Storage
+from qtasks_core.errors import Closed, QTasksError, Unavailable
+from qtasks_core.urls import redact
+
+logger = logging.getLogger("qtasks")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+START_TIMEOUT = 10.0
+"""Seconds in which the parts have to be reached when an app is entered."""
+_EXIT_TIMEOUT = 5.0
+"""Seconds that an exiting process waits for its default app to disconnect."""
+
+
+class Life:
+    """What of an app lives on one I/O thread, and so ends in a fork's child."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = None
+        self.entered = 0
+        self.by_itself = False
+        """One of the entries is nobody's: the app started at its first use."""
+        self.changing = asyncio.Lock()
+        self.failed: Exception | None = None
+        """Why the last attempt to start has failed."""
+
+
+class Lifecycle:
+    """A broker, a storage, and one client on the I/O thread while it is started."""
+
+    def __init__(self, name: str, broker: Broker | str, storage: Storage | str) -> None:
+        self.name = name
+        self._given = broker, storage
+        self.broker, self.storage = built_parts(broker, storage)
+        self._lives: WeakKeyDictionary[IOThread, Life] = WeakKeyDictionary()
+        """What is started on a process's I/O thread; written there."""
+        self._started_in: int | None = None
+        self._closes_at_exit = False
+        self.starts_itself = False
+        """Start at first use and close at exit: only the process's default app does."""
+        self._was_stopped = False
+        """Also when it could not be started. Starting it, again, takes that back."""
+
+    @property
+    def claims_routers(self) -> bool:
+        """Whether the tasks of a router that it included are meant for it: until it is stopped."""
+        return self.starts_itself or not self._was_stopped
+
+    def guarantees(self) -> tuple[Guarantees, Guarantees]:
+        """What the broker and the storage promise; complete once the app is started."""
+        return self.broker.guarantees, self.storage.guarantees
+
+    def addresses(self) -> tuple[str, str]:
+        """Where the broker and the storage are: their URLs without passwords, or what they are."""
+        broker, storage = self._given
+        return _address(broker, self.broker), _address(storage, self.storage)
+
+    async def start_async(self, timeout: float = START_TIMEOUT) -> None:
+        """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
+        await io_thread().run(self._start, timeout, undo=self._stop)
+
+    async def stop_async(self) -> None:
+        """Disconnect with the last of nested stops."""
+        await io_thread().run(self._stop)
+
+    def start_blocking(self, timeout: float = START_TIMEOUT) -> None:
+        """Do as `start_async`, from a thread without a loop."""
+        io_thread().run_blocking(self._start, timeout, undo=self._stop)
+
+    def stop_blocking(self) -> None:
+        """Do as `stop_async`, from a thread without a loop."""
+        io_thread().run_blocking(self._stop)
+
+    async def _start(self, timeout: float) -> None:
+        life = self._life()
+        deadline = asyncio.get_running_loop().time() + timeout
+        async with life.changing:
+            await self._connect(life, deadline)
+            life.entered += 1
+
+    async def _start_by_itself(self) -> None:
+        life = self._life()
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT
+        async with life.changing:
+            await self._connect(life, deadline)
+            if not life.by_itself:
+                life.by_itself = True
+                life.entered += 1
+        if not self._closes_at_exit:
+            self._closes_at_exit = True
+            atexit.register(self._close_at_exit)
+
+    def _life(self) -> Life:
+        """Return the life of this app here, on the I/O thread."""
+        return self._lives.setdefault(io_thread(), Life())
+
+    async def _connect(self, life: Life, deadline: float) -> None:
+        if life.client is not None:
+            return
+        if life.failed is not None and asyncio.get_running_loop().time() > deadline:
+            # While this one waited for its turn; another attempt would have no time left.
+            raise anew(life.failed)
+        if self._started_in not in (None, os.getpid()):
+            self._build_anew()
+        client = Client(self.name, self.broker, self.storage)
+        self._started_in = os.getpid()
+        try:
+            await client.start(deadline)
+        except Exception as error:
+            life.failed = error
+            self._was_stopped = True
+            raise
+        life.client, life.failed = client, None
+        self._was_stopped = False
+        io_thread().held.add(client)
+
+    def _build_anew(self) -> None:
+        """Replace parts that a parent has started. Raises `Closed` where that cannot be."""
+        if not all(isinstance(given, str) for given in self._given):
+            raise Closed(
+                f"the app {self.name!r} was forked while it was started; give its parts as "
+                "URLs, from which a child builds its own, or fork before the app is used"
+            )
+        self.broker, self.storage = built_parts(*self._given)
+
+    async def _stop(self) -> None:
+        life = self._life()
+        async with life.changing:
+            # In a child that was forked between the two there is nothing to stop.
+            life.entered = max(0, life.entered - 1)
+            if life.entered == 0 and life.client is not None:
+                client, life.client, life.by_itself = life.client, None, False
+                self._was_stopped = True
+                io_thread().held.discard(client)
+                await client.stop()
+                self._started_in = None
+
+    @property
+    def client(self) -> Client:
+        """The engine's client while the app is started; it lives on the I/O thread."""
+        life = self._lives.get(io_thread())
+        if life is None or life.client is None:
+            raise not_started(self.name)
+        return life.client
+
+    async def ready(self, timeout: float | None = None) -> tuple[IOThread, Client]:
+        """Return the I/O thread and the client on it. Raises `Closed` when nothing is started.
+
+        An app that starts itself is started; past `timeout` that goes on, but this raises
+        `Unavailable`.
+        """
+        thread = io_thread()
+        life = self._lives.get(thread)
+        if (life is None or life.client is None) and self.starts_itself:
+            try:
+                async with asyncio.timeout(timeout):
+                    await thread.run(self._start_by_itself)
+            except TimeoutError:
+                raise self._still_starting(timeout) from None
+        return thread, self.client
+
+    def ready_blocking(self, timeout: float | None = None) -> tuple[IOThread, Client]:
+        """Do as `ready`, from a thread without a loop."""
+        refuse_running_loop()
+        thread = io_thread()
+        life = self._lives.get(thread)
+        if (life is None or life.client is None) and self.starts_itself:
+            try:
+                thread.run_blocking(self._start_by_itself, timeout=timeout)
+            except TimeoutError:
+                raise self._still_starting(timeout) from None
+        return thread, self.client
+
+    async def control(
+        self,
+        operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Run a function of `qtasks.control` with the app's client, on the I/O thread.
+
+        Raises what it raises, and `Unavailable` when its server stays out of reach.
+        """
+        thread, client = await self.ready()
+        call = partial(operation, client, *args, **kwargs)
+        result: R = await thread.run(repeat, call, time.monotonic() + START_TIMEOUT)
+        return result
+
+    def control_blocking(
+        self,
+        operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Do as `control`, from a thread without a loop."""
+        thread, client = self.ready_blocking()
+        call = partial(operation, client, *args, **kwargs)
+        result: R = thread.run_blocking(repeat, call, time.monotonic() + START_TIMEOUT)
+        return result
+
+    def _still_starting(self, timeout: float | None) -> Unavailable:
+        return Unavailable(
+            f"the app {self.name!r} has not reached its servers within {timeout} s; it goes on "
+            "trying, and the log says what is wrong"
+        )
+
+    def _close_at_exit(self) -> None:
+        thread = running_io_thread()  # none in a child that has not used the app
+        life = self._lives.get(thread) if thread is not None else None
+        if thread is None or life is None or life.client is None:
+            return
+        # Daemon threads that wait end with the process, which is no error of theirs.
+        thread.post(life.client.forget_all)
+        try:
+            thread.run_blocking(self._stop, timeout=_EXIT_TIMEOUT)
+        except (QTasksError, TimeoutError, OSError) as error:
+            logger.warning("the app %r was not closed at exit: %s", self.name, error or "too slow")
+
+
+def _address(given: Broker | Storage | str, part: Broker | Storage) -> str:
+    if isinstance(given, str):
+        return redact(given)
+    told = part.guarantees
+    return f"{told.part} on {told.server}" if told.server else told.part
+
+
+def not_started(name: str) -> Closed:
+    """Return the error for a use of an app before its start or after its stop."""
+    return Closed(
+        f"the app {name!r} is not started; use it inside 'async with app:' "
+        "(or 'with app:'), or in a task that its worker runs"
+    )

@@ -1,0 +1,87 @@
+"""What tasks ask for that their broker or storage cannot do: logged once a task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+from qtasks_core import Broker, Guarantees, Storage, TaskMessage
+from qtasks_core.lookup import installed_parts
+
+logger = logging.getLogger("qtasks")
+
+USUAL = TaskMessage(uuid="-", task_name="-", queue="-").priority
+"""The priority of a task that asks for none."""
+
+
+class Unmet:
+    """What the tasks of one app ask for, so that each is judged once."""
+
+    def __init__(self) -> None:
+        self._of_priority: set[str] = set()
+        self._of_retention: set[str] = set()
+
+    def declared(
+        self, priority: set[str], retention: set[str], broker: Broker, storage: Storage
+    ) -> None:
+        """Warn of tasks whose options ask for what is not there; both have been started.
+
+        `priority` and `retention`: the names of the tasks that ask for each.
+        """
+        self._judge(priority, retention, broker, storage)
+
+    def submitted(self, messages: Sequence[TaskMessage], broker: Broker, storage: Storage) -> None:
+        """Warn of calls that ask for what is not there, of tasks that this app may not know."""
+        asking = [m for m in messages if m.priority != USUAL or m.retention is not None]
+        if asking:
+            self._judge(
+                {m.task_name for m in asking if m.priority != USUAL},
+                {m.task_name for m in asking if m.retention is not None},
+                broker,
+                storage,
+            )
+
+    def _judge(
+        self, priority: set[str], retention: set[str], broker: Broker, storage: Storage
+    ) -> None:
+        if new := priority - self._of_priority:
+            self._of_priority |= new
+            if not has_priorities(broker.guarantees):
+                self._warn("a priority", new, broker, has_priorities, "is ignored")
+        if new := retention - self._of_retention:
+            self._of_retention |= new
+            if not deletes(storage.guarantees):
+                self._warn("a retention", new, storage, deletes, "is ignored: records are kept")
+
+    def _warn(
+        self,
+        what: str,
+        names: Iterable[str],
+        part: Broker | Storage,
+        able: Callable[[Guarantees], bool],
+        then: str,
+    ) -> None:
+        new = sorted(names)
+        half: Literal["broker", "storage"] = "broker" if isinstance(part, Broker) else "storage"
+        others = [told.part for told in installed_parts(half) if able(told)]
+        logger.warning(
+            "%s asks for %s, which %s does not have: it %s. Each %s that has it, with any %s: %s",
+            f"task {new[0]}" if len(new) == 1 else f"each of the tasks {', '.join(new)}",
+            what,
+            part.guarantees.part,
+            then,
+            half,
+            "storage" if half == "broker" else "broker",
+            ", ".join(others) or "none that is installed",
+        )
+
+
+def has_priorities(broker: Guarantees) -> bool:
+    """Say whether a broker hands out messages of a higher priority first."""
+    return broker.priorities
+
+
+def deletes(storage: Guarantees) -> bool:
+    """Say whether records leave a storage at their time, by themselves or by `expire`."""
+    return storage.retention is not None or "expire" not in storage.unsupported

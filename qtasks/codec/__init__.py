@@ -1,0 +1,1 @@
+"""Serializers: how values become bytes and back."""

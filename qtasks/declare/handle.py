@@ -1,0 +1,139 @@
+"""What users hold of a task: a view of its record, typed by what the function returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from qtasks.codec.serializers import MsgpackSerializer
+from qtasks_core import Status, schemas
+from qtasks_core.errors import TaskCancelled, TaskFailed, TaskNotFinished
+
+if TYPE_CHECKING:
+    from qtasks.app import App
+
+R = TypeVar("R")
+_untyped = MsgpackSerializer()
+
+
+class Handle(Generic[R]):
+    """One task as its record was when this handle was made. Times are Unix times in seconds."""
+
+    def __init__(self, app: App, record: schemas.Task, decode: Callable[[Any], R]) -> None:
+        self._app = app
+        self._decode = decode
+        self.record = record
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.uuid} {self.task_name} {self.status}>"
+
+    @property
+    def uuid(self) -> str:
+        return self.record.uuid
+
+    @property
+    def task_name(self) -> str:
+        return self.record.task_name
+
+    @property
+    def status(self) -> Status:
+        return self.record.status
+
+    @property
+    def queue(self) -> str:
+        return self.record.queue
+
+    @property
+    def priority(self) -> int:
+        return self.record.priority
+
+    @property
+    def attempt(self) -> int:
+        return self.record.attempt
+
+    @property
+    def created_at(self) -> float:
+        return self.record.created_at
+
+    @property
+    def started_at(self) -> float | None:
+        return self.record.started_at
+
+    @property
+    def finished_at(self) -> float | None:
+        return self.record.finished_at
+
+    @property
+    def error(self) -> str | None:
+        """One line: the exception's type and message."""
+        return self.record.error
+
+    @property
+    def traceback(self) -> str | None:
+        """The worker's traceback."""
+        return self.record.traceback
+
+    @property
+    def dead(self) -> str | None:
+        """Why a failed task will not be tried again."""
+        return self.record.dead
+
+    @property
+    def args(self) -> list[Any]:
+        """The positional arguments, decoded without the function's annotations."""
+        return _untyped.decoder(Any)(self.record.args) if self.record.args else []
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments, decoded without the function's annotations."""
+        return _untyped.decoder(Any)(self.record.kwargs) if self.record.kwargs else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the status is final: `success`, `error` or `cancel`."""
+        return self.record.status in ("success", "error", "cancel")
+
+    @property
+    def returning(self) -> R:
+        """What the function returned.
+
+        Raises `TaskFailed` (with the remote traceback), `TaskCancelled` or `TaskNotFinished`.
+        """
+        record = self.record
+        if record.status == "success":
+            # Without a stored result the task returned, as far as one can know, nothing.
+            return self._decode(record.returning) if record.returning is not None else None  # type: ignore[return-value]
+        if record.status == "error":
+            raise TaskFailed(record)
+        if record.status == "cancel":
+            raise TaskCancelled(record)
+        raise TaskNotFinished(f"task {record.task_name} {record.uuid} is in {record.status!r}")
+
+
+class Task(Handle[R]):
+    """The handle of the asynchronous face."""
+
+    async def wait_result(self, timeout: float | None = None) -> Task[R]:
+        """Return a handle with the final record. Raises `TaskTimeout` after `timeout` seconds."""
+        if self.finished:
+            return self
+        return Task(self._app, await self._app.wait(self.uuid, timeout), self._decode)
+
+    async def cancel(self) -> bool:
+        """Cancel the task, queued or running; False: it had ended by itself before."""
+        return await self._app.cancel_task(self.uuid)
+
+
+class BlockingTask(Handle[R]):
+    """The handle of the blocking face."""
+
+    def wait_result(self, timeout: float | None = None) -> BlockingTask[R]:
+        """Return a handle with the final record. Raises `TaskTimeout` after `timeout` seconds."""
+        if self.finished:
+            return self
+        record = self._app.wait_blocking(self.uuid, timeout)
+        return BlockingTask(self._app, record, self._decode)
+
+    def cancel(self) -> bool:
+        """Cancel the task, queued or running; False: it had ended by itself before."""
+        return self._app.cancel_task_blocking(self.uuid)

@@ -1,0 +1,1 @@
+"""Running functions: definitions, executors, plugins around a run, failures."""

@@ -1,0 +1,421 @@
+"""What is known of a task from its function: name, options, how arguments become bytes and back."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, closing, suppress
+from functools import wraps
+from pathlib import Path
+from types import AsyncGeneratorType, CoroutineType, GeneratorType, GenericAlias
+from typing import (
+    Any,
+    Never,
+    NoReturn,
+    ParamSpecArgs,
+    ParamSpecKwargs,
+    get_args,
+    get_type_hints,
+)
+
+import msgspec
+
+from qtasks.codec.serializers import MsgpackSerializer
+from qtasks.plugins.retries import Retries
+from qtasks_core import Executor, Plugin, Serializer, TaskMessage
+from qtasks_core.errors import (
+    BadArguments,
+    ConfigurationError,
+    SerializationError,
+    SignatureMismatch,
+    UnstorableResult,
+)
+from qtasks_core.names import checked_name, checked_task_name
+from qtasks_core.schemas import LONGEST
+
+logger = logging.getLogger("qtasks")
+
+RESERVED = ("timeout", "delay", "eta", "key", "queue", "priority", "expires")
+"""Option names of `add_task`: a parameter of this name is only reachable through `call`."""
+
+
+class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a decorator says of a task."""
+
+    queue: str = "default"
+    priority: int = 5
+    """0 to 9, 9 first."""
+    retry: int | None = None
+    """How many more runs after the first may follow an exception: short for `Retries(retry)`.
+
+    None: as the plugins of the task, its router and its app say, without any not one.
+    """
+    store_result: bool = True
+    retention: float | None = None
+    """Seconds to keep the record after the end."""
+    max_time: float | None = None
+    """Seconds one run may take; past them it fails with a `TimeoutError`, as by an exception.
+
+    A coroutine is cancelled, a function in a process killed. A thread cannot be stopped: its run
+    is over for the queue, while the function goes on and what it returns is not used.
+    """
+    executor: Executor | None = None
+    """Where it runs: None is the worker's loop for coroutine functions, a thread for others."""
+    plugins: Sequence[Plugin] = ()
+    """Within those of the router and the app, the first outermost."""
+    generate_handler: Callable[[Any], Any] | None = None
+    """Takes each yield of a generator and returns what the result has in its place."""
+
+    def __post_init__(self) -> None:
+        checked_name(self.queue, "a queue")
+        if self.priority not in range(10):
+            raise ConfigurationError(
+                f"priority={self.priority!r} is no whole number between 0 and 9"
+            )
+        if self.retry is not None and self.retry < 0:
+            raise ConfigurationError(f"retry={self.retry} is below 0")
+        if self.retention is not None and not 0 <= self.retention <= LONGEST:
+            raise ConfigurationError(
+                f"retention={self.retention} is not a number of seconds from 0 to {LONGEST:.0e}"
+            )
+        if self.max_time is not None and not self.max_time > 0:
+            raise ConfigurationError(f"max_time={self.max_time} is not above 0")
+        if not isinstance(self.executor, Executor | None):
+            raise ConfigurationError(f"{self.executor!r} is not an Executor object")
+        if self.generate_handler is not None and not callable(self.generate_handler):
+            raise ConfigurationError(f"generate_handler={self.generate_handler!r} is no function")
+        checked_plugins(self.plugins)
+        if self.retry is not None and any(isinstance(p, Retries) for p in self.plugins):
+            raise ConfigurationError("give retry= or a Retries plugin, not both")
+
+    def all_plugins(self) -> tuple[Plugin, ...]:
+        """Return the plugins, with that of `retry`: asked when those given leave it open."""
+        return (*(() if self.retry is None else (Retries(self.retry),)), *self.plugins)
+
+
+def checked_plugins(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
+    """Return the plugins. Raises `ConfigurationError` for what is none, a class for instance."""
+    plugins = tuple(plugins)
+    for plugin in plugins:
+        if not isinstance(plugin, Plugin):
+            raise ConfigurationError(f"{plugin!r} is not a Plugin object")
+    return plugins
+
+
+class TaskDefinition:
+    """A task's function with its name, options and codecs, compiled once at registration."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str | None,
+        options: TaskOptions,
+        serializer: Serializer | None = None,
+        plugins: Sequence[Plugin] = (),
+    ) -> None:
+        self.function = function
+        self.signature = _signature(function)
+        self.name = checked_task_name(name or default_name(function))
+        self.run = _collecting(function, options.generate_handler)
+        """What a worker calls: the function, or what makes a list of the generator it is."""
+        self.options = options
+        self.plugins = (*plugins, *options.all_plugins())
+        """Those of its router and its own, the outermost first."""
+        self.serializer = serializer or MsgpackSerializer()
+        self.reserved = [p for p in self.signature.parameters if p in RESERVED]
+        if self.reserved:
+            logger.warning(
+                "task %s: parameters %s are options of add_task; pass them through "
+                ".call(…).add_task()",
+                self.name,
+                ", ".join(self.reserved),
+            )
+        hints = _hints(function)
+        bounded = _hints(function, include_extras=True)
+        """With the bounds in an `Annotated`, which the worker checks."""
+        self._parameters = list(self.signature.parameters.values())
+        codecs = {
+            p.name: self._codec(
+                f"parameter {p.name!r}", hints.get(p.name, Any), bounded.get(p.name, Any)
+            )
+            for p in self._parameters
+        }
+        self._encoders = {name: encoder for name, (encoder, _) in codecs.items()}
+        self._decoders = {name: decoder for name, (_, decoder) in codecs.items()}
+        self._positional = [
+            p.name
+            for p in self._parameters
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        self._keywords = {
+            p.name for p in self._parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        }
+        self._var_positional = _name_of(self._parameters, inspect.Parameter.VAR_POSITIONAL)
+        self._var_keyword = _name_of(self._parameters, inspect.Parameter.VAR_KEYWORD)
+        returns = _returned(function, hints, options.generate_handler)
+        self._encode_result, self.decode_result = self._codec(
+            "the result", returns, _returned(function, bounded, options.generate_handler)
+        )
+        self._checks_result = returns is not Any
+        self.is_async = inspect.iscoroutinefunction(self.run)
+        self.max_time = options.max_time
+        self.invoke: Callable[[TaskMessage], Any] = self._await if self.is_async else self._call
+        """Decode the arguments in a message and call the function: see `Runnable.invoke`."""
+        if options.executor is not None:
+            options.executor.accept(self)
+
+    def _codec(
+        self, whose: str, annotation: Any, bounded: Any
+    ) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        try:
+            return self.serializer.encoder(annotation), self.serializer.decoder(bounded)
+        except SerializationError as error:
+            raise ConfigurationError(f"task {self.name}: {whose}: {error}") from error
+
+    def encode(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[bytes, bytes]:
+        """Return the bytes of arguments. Raises `SignatureMismatch`, `SerializationError`."""
+        if (mismatch := self.mismatch(args, kwargs)) is not None:
+            raise SignatureMismatch(mismatch)
+        names = [self._name_at(at) for at in range(len(args))]
+        values = [self._prepare(name, name, value) for name, value in zip(names, args, strict=True)]
+        pairs = {key: self._prepare(self._named(key), key, value) for key, value in kwargs.items()}
+        try:
+            return (
+                self.serializer.encode(values) if values else b"",
+                self.serializer.encode(pairs) if pairs else b"",
+            )
+        except SerializationError as error:
+            prepared = [*zip(names, values, strict=True), *pairs.items()]
+            raise self._name_culprit(prepared, error) from None
+
+    def mismatch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """Return why the function cannot be called like this, None where it can."""
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            return f"{self.name}{self.signature}: {error}"
+        return None
+
+    def _prepare(self, parameter: str, name: str, value: Any) -> Any:
+        try:
+            return self._encoders[parameter](value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SerializationError(f"{self.name}: argument {name!r}: {error}") from None
+
+    def _name_culprit(
+        self, values: Iterable[tuple[str, Any]], error: Exception
+    ) -> SerializationError:
+        for name, value in values:
+            try:
+                self.serializer.encode(value)
+            except SerializationError as found:
+                return SerializationError(f"{self.name}: argument {name!r}: {found}")
+        return SerializationError(f"{self.name}: {error}")
+
+    def _name_at(self, position: int) -> str:
+        if position < len(self._positional):
+            return self._positional[position]
+        return self._var_positional or ""
+
+    def _named(self, keyword: str) -> str:
+        """Return the parameter that takes an argument given by keyword."""
+        return keyword if keyword in self._keywords else self._var_keyword or ""
+
+    def decode(self, args: bytes, kwargs: bytes) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments in bytes, typed as annotated. Raises `SerializationError`."""
+        values = [
+            self._decode(name := self._name_at(at), name, part)
+            for at, part in enumerate(self.serializer.split(args) if args else ())
+        ]
+        pairs = {
+            name: self._decode(self._named(name), name, part)
+            for name, part in (self.serializer.split_pairs(kwargs) if kwargs else {}).items()
+        }
+        return values, pairs
+
+    def _decode(self, parameter: str, name: str, data: Any) -> Any:
+        try:
+            return self._decoders.get(parameter, _untyped)(data)
+        except Exception as error:
+            # A type's own checks run in here and raise what they like.
+            raise SerializationError(f"{self.name}: argument {name!r}: {error}") from error
+
+    def _call(self, message: TaskMessage) -> Any:
+        args, kwargs = self._arguments(message)
+        pid = os.getpid()
+        try:
+            return _ran(self.run(*args, **kwargs))
+        except TypeError:
+            self._blame(args, kwargs)
+            raise
+        finally:
+            _end_fork(pid)
+
+    async def _await(self, message: TaskMessage) -> Any:
+        args, kwargs = self._arguments(message)
+        pid = os.getpid()
+        try:
+            return _ran(await self.run(*args, **kwargs))
+        except TypeError:
+            self._blame(args, kwargs)
+            raise
+        finally:
+            _end_fork(pid)
+
+    def _arguments(self, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
+        if message.encoding != self.serializer.name:  # what other bytes say by chance is no value
+            raise BadArguments(
+                f"{self.name}: the arguments are encoded as {message.encoding!r}, "
+                f"and this worker reads {self.serializer.name!r}"
+            )
+        try:
+            return self.decode(message.args, message.kwargs)
+        except SerializationError as error:
+            raise BadArguments(str(error)) from error
+
+    def _blame(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise `BadArguments` if a call could not but fail.
+
+        Only looked at once it has: a sender that knows the function has checked it already.
+        """
+        if (mismatch := self.mismatch(args, kwargs)) is not None:
+            raise BadArguments(mismatch) from None
+
+    def encode_result(self, value: Any) -> bytes:
+        """Return the bytes of a result.
+
+        Raises `SerializationError`, or what the result's type raises, for one that does not fit
+        its annotation: as a success it would be one that nobody can read.
+        """
+        data = self.serializer.encode(self._encode_result(value))
+        if self._checks_result:
+            self.decode_result(data)
+        return data
+
+
+def _ran(result: Any) -> Any:
+    """Return a result; raise for one that nobody has run, even where no result is wanted.
+
+    A function behind a decorator that is not async, or an await that was forgotten: as a success
+    it would be one of a task that did nothing.
+    """
+    if type(result) in (CoroutineType, GeneratorType, AsyncGeneratorType):
+        if not isinstance(result, AsyncGeneratorType):
+            result.close()  # else a coroutine complains of it wherever it is collected
+        raise UnstorableResult(
+            f"nobody has run the {type(result).__name__} that it is; the task's function itself, "
+            "as it is registered, has to be async or a generator, and to await what it calls"
+        )
+    return result
+
+
+def _end_fork(pid: int) -> None:
+    """End a process that a function forked and came back in, with the status of its way out.
+
+    Only the function's own goes on with what follows: records, plugins, a loop that both share.
+    """
+    if os.getpid() != pid:
+        error = sys.exc_info()[1]
+        status = error.code or 0 if isinstance(error, SystemExit) else int(error is not None)
+        os._exit(status if isinstance(status, int) else 1)
+
+
+_untyped = MsgpackSerializer().decoder(Any)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    # A partial has no name and no hints; of what is built in some has no signature.
+    named = all(hasattr(function, name) for name in ("__module__", "__qualname__"))
+    if named and not isinstance(function, staticmethod):
+        with suppress(TypeError, ValueError):
+            return inspect.signature(function)
+    raise ConfigurationError(f"{function!r} is no function; write one that calls it")
+
+
+def _hints(function: Callable[..., Any], include_extras: bool = False) -> dict[str, Any]:
+    try:
+        hints = get_type_hints(function, include_extras=include_extras)
+        # Those of a decorator's inner function say nothing of what comes.
+        silent = (ParamSpecArgs, ParamSpecKwargs)
+        return {name: hint for name, hint in hints.items() if not isinstance(hint, silent)}
+    except (NameError, AttributeError) as error:
+        if not include_extras:
+            logger.warning(
+                "task %s: annotation not found at run time (%s); all its values travel untyped",
+                default_name(function),
+                error,
+            )
+        return {}
+    except (TypeError, SyntaxError) as error:
+        raise ConfigurationError(f"task {default_name(function)}: an annotation: {error}") from None
+
+
+def _collecting(
+    function: Callable[..., Any], handler: Callable[[Any], Any] | None
+) -> Callable[..., Any]:
+    """Return a function that returns the yields as a list; any but a generator as it is."""
+    if inspect.isgeneratorfunction(function):
+        if inspect.iscoroutinefunction(handler):
+            raise ConfigurationError("a generate_handler= of a plain generator cannot be async")
+
+        @wraps(function)
+        def collect(*args: Any, **kwargs: Any) -> list[Any]:
+            with closing(function(*args, **kwargs)) as yields:
+                return [handler(item) if handler else item for item in yields]
+
+        return collect
+    if inspect.isasyncgenfunction(function):
+        is_async = inspect.iscoroutinefunction(handler)
+
+        @wraps(function)
+        async def collect_async(*args: Any, **kwargs: Any) -> list[Any]:
+            results = []
+            async with aclosing(function(*args, **kwargs)) as yields:
+                async for item in yields:
+                    handled = handler(item) if handler else item
+                    results.append(await handled if is_async else handled)
+            return results
+
+        return collect_async
+    if handler is not None:
+        raise ConfigurationError("generate_handler= is for generators, which this function is not")
+    return function
+
+
+def _returned(
+    function: Callable[..., Any], hints: dict[str, Any], handler: Callable[[Any], Any] | None
+) -> Any:
+    """Return the type of the result: of a generator, the list of what each yield becomes."""
+    returns = hints.get("return", Any)
+    if returns in (NoReturn, Never):
+        return Any
+    if not (inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)):
+        return returns
+    if handler is not None:
+        item = _hints(handler).get("return", Any) if inspect.isroutine(handler) else Any
+    else:
+        item = (get_args(returns) or (Any,))[0]
+    # Without a type of its own each item is tagged, as other untyped values are.
+    return Any if item is Any else GenericAlias(list, (item,))
+
+
+def _name_of(parameters: Sequence[inspect.Parameter], kind: Any) -> str | None:
+    return next((p.name for p in parameters if p.kind is kind), None)
+
+
+def default_name(function: Callable[..., Any]) -> str:
+    """Return `module.qualname`; the module that runs as `__main__` goes by its importable name."""
+    return f"{importable_module(function)}.{function.__qualname__}"
+
+
+def importable_module(function: Callable[..., Any]) -> str:
+    """Return the name by which a function's module is imported; `__main__` if there is none."""
+    if function.__module__ != "__main__":
+        return function.__module__
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    file = getattr(main, "__file__", None)
+    return spec.name if spec else Path(file).stem if file else "__main__"

@@ -1,0 +1,121 @@
+"""What a record says of an exception: a line and the traceback, both fit to be stored."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterable
+from functools import reduce
+from types import FrameType, TracebackType
+from typing import Any
+
+from qtasks.signals import Reject
+
+_MAX_TEXT = 64 * 1024
+"""Characters of an error or traceback that a record keeps."""
+_MAX_LOGGED = 1000
+
+
+class RemoteError(Exception):
+    """An exception in another process, as it was told of there."""
+
+    line = ""
+    trace = ""
+    retry_after: float | None = None
+    """The seconds to wait for which it asked, as exceptions of some clients do."""
+
+    def __str__(self) -> str:
+        return self.line
+
+
+def remote_error(kinds: Iterable[tuple[str, str]], line: str, trace: str) -> RemoteError:
+    """Return a `RemoteError` that is of the first of these classes known in this process too.
+
+    A class is a pair of its module and its qualified name. So it is told apart by `isinstance` as
+    the exception itself would be; of that it has the text, and no attribute
+    but `retry_after`. Nothing is imported for it.
+    """
+    error = next(filter(None, (_of_kind(*kind) for kind in kinds)), None) or RemoteError()
+    error.line, error.trace = line, trace
+    return error
+
+
+def _of_kind(module: str, qualname: str) -> RemoteError | None:
+    try:
+        # Not by `getattr`: a module may import at that.
+        kind: Any = reduce(
+            lambda where, name: vars(where)[name], qualname.split("."), sys.modules[module]
+        )
+        if not issubclass(kind, Exception):
+            return None
+        both = type(kind.__name__, (RemoteError, kind), {"__module__": module})
+        error: RemoteError = kind.__new__(both)  # its `__init__` may want what is not known
+    except Exception:  # noqa: BLE001  # not imported here, or what a class raises that is derived from
+        return None
+    return error
+
+
+def line_of(error: BaseException) -> str:
+    """Return an exception's type and message, of which the latter may fail to come about."""
+    if isinstance(error, RemoteError):
+        return error.line
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001  # raised by the user's own `__str__`
+        message = "(its message cannot be made)"
+    return storable(f"{type(error).__name__}: {message}")
+
+
+def logged(text: str) -> str:
+    """Return an error as part of one line of the log."""
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_LOGGED else f"{text[:_MAX_LOGGED]}…"
+
+
+def trace_of(error: BaseException) -> str:
+    """Return the traceback from the task's own function on, without what is around its call.
+
+    Of what a plugin raised, from the plugin on.
+    """
+    if isinstance(error, RemoteError):
+        return error.trace
+    try:
+        frames = _within_plugins(error.__traceback__)
+        while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
+            frames = frames.tb_next
+        text = "".join(traceback.format_exception(error.with_traceback(frames)))
+    except Exception as failure:  # noqa: BLE001  # what attributes of another type lead to
+        text = f"(its traceback cannot be made: {type(failure).__name__})"
+    return storable(text[-_MAX_TEXT:])
+
+
+def reason_of(reject: Reject) -> str:
+    """Return why a task is not to be tried again; what was given may be no text."""
+    try:
+        return storable(str(reject.reason))
+    except Exception:  # noqa: BLE001  # raised by its own `__str__`
+        return "(its reason cannot be made)"
+
+
+def storable(text: str) -> str:
+    """Return text that can be stored: of bounded length, without lone surrogates."""
+    return text[:_MAX_TEXT].encode(errors="backslashreplace").decode()
+
+
+def _within_plugins(frames: TracebackType | None) -> TracebackType | None:
+    """Return the frames from the last on that composes plugins; all where there is none."""
+    found = at = frames
+    while at is not None:
+        if _module_of(at.tb_frame) == "qtasks.execution.chain":
+            found = at
+        at = at.tb_next
+    return found
+
+
+def _is_engine(frame: FrameType) -> bool:
+    return _module_of(frame).startswith("qtasks.")
+
+
+def _module_of(frame: FrameType) -> str:
+    module: str = frame.f_globals.get("__name__", "")
+    return module

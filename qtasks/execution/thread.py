@@ -1,0 +1,49 @@
+"""Plain functions in threads."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+from qtasks.execution.limited import limited
+from qtasks.execution.threads import in_thread
+from qtasks_core import Executor, Runnable, TaskMessage
+from qtasks_core.errors import ConfigurationError
+
+
+class ThreadExecutor(Executor):
+    """Runs plain functions in daemon threads; the default for them.
+
+    A thread cannot be stopped. A run that is cancelled or takes too long is over for the queue,
+    while the function goes on in its thread and what it returns is not used.
+    """
+
+    def accept(self, task: Runnable) -> None:
+        """Refuse coroutine functions."""
+        if task.is_async:
+            raise ConfigurationError(
+                f"task {task.name}: a coroutine function runs on the loop (LoopExecutor), not in a "
+                "thread; make it a plain function, or leave executor= out"
+            )
+
+    def bind(self, task: Runnable) -> Callable[[TaskMessage], Awaitable[Any]]:
+        """Return a coroutine function that awaits the function in a thread."""
+        call = partial(_call, task.invoke)
+
+        async def run(message: TaskMessage) -> Any:
+            return await in_thread(partial(copy_context().run, call, message))
+
+        return limited(run, task.max_time)
+
+    def stop(self) -> None:
+        """Have nothing to free: threads without work end by themselves."""
+
+
+def _call(invoke: Callable[[TaskMessage], Any], message: TaskMessage) -> Any:
+    try:
+        return invoke(message)
+    except (StopIteration, GeneratorExit) as error:
+        # A future cannot hold the one; the other means to a coroutine that its loop is gone.
+        raise RuntimeError(f"the function raised {error!r}") from error

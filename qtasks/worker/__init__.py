@@ -1,0 +1,1 @@
+"""The worker: receive, admit, run, complete."""
