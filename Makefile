@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BACKEND ?= sqlite
 PYTEST_ARGS ?=
-# Six processes, though there are fewer cores: most tests wait for servers and leases.
-PARALLEL := -n 6
+# Seven processes, though there are fewer cores: most tests wait for servers and leases.
+PARALLEL := -n 7
 
 RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject
@@ -13,6 +13,10 @@ ENVIRONMENT := .venv/.made-from-pyproject
 
 help: ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+# Tests start hundreds of processes, and each would compile all modules where none are kept.
+test test-full verify: export PYTHONDONTWRITEBYTECODE =
+test test-full verify: export PYTHONPYCACHEPREFIX = $(CURDIR)/.venv/bytecode
 
 demo: $(ENVIRONMENT) ## a worker and an API on the embedded default, asked over HTTP
 	$(RUN) -m examples.demo

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -15,13 +16,10 @@ from tests.services import SERVICES, NotOurs, NotReady, Service, Unobtainable
 
 collect_ignore = ["stranger"]
 """A package of its own, which tests/packaging installs and tests."""
-TOGETHER = ("tests/kit/", "tests/packaging/", "tests/typing/")
-"""Directories whose tests share what is dear to make: with `-n` one process has all of one.
-
-Others go to any process: each has servers of its own, so what kills them harms no neighbour."""
 VERIFIED = "has passed on what it looks at, which has not changed since: --full runs it"
-# What became of each server that a test asked for: name -> (how, version, URL or reason).
-TOLD = pytest.StashKey[dict[str, tuple[str, str, str]]]()
+# What became of each server that a test asked for, and in each process that started one of its own:
+# name -> (how, version, URL or reason).
+TOLD = pytest.StashKey[dict[str, list[tuple[str, str, str]]]]()
 
 
 def in_ci() -> bool:
@@ -47,12 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Return what deals out tests with `-n`; xdist's own groups are unheard of by pytest 9.2."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # it is untyped
-        def _split_scope(self, nodeid: str) -> str:
-            return next((name for name in TOGETHER if nodeid.startswith(name)), nodeid)
+    """Return what deals out tests with `-n`."""
+    from tests.dealing import Scheduling
 
     return Scheduling(config, log)
 
@@ -84,12 +78,12 @@ def serve(config: pytest.Config, name: str, service: Service | None = None) -> I
     try:
         service.start()
     except Unobtainable as error:
-        told[name] = ("not had", "", str(error))
+        told[name] = [("not had", "", str(error))]
         (pytest.fail if in_ci() else pytest.skip)(f"{name} cannot be had: {error}")
     except NotReady as error:
-        told[name] = ("failed", "", str(error))
+        told[name] = [("failed", "", str(error))]
         raise
-    told[name] = (service.how, service.version, redact(service.url))
+    told[name] = [(service.how, service.version, redact(service.url))]
     try:
         yield service
     finally:
@@ -133,8 +127,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_testnodedown(node: Any) -> None:
     """Take over what a test process knew of its servers."""
     told = node.config.stash[TOLD]
-    for name, row in getattr(node, "workeroutput", {}).get("servers", {}).items():
-        told.setdefault(name, tuple(row))
+    for name, rows in getattr(node, "workeroutput", {}).get("servers", {}).items():
+        told.setdefault(name, []).extend(tuple(row) for row in rows)
 
 
 def pytest_terminal_summary(
@@ -142,5 +136,11 @@ def pytest_terminal_summary(
 ) -> None:
     terminalreporter.section("servers")
     for name in SERVICES | config.stash[TOLD]:
-        how, version, detail = config.stash[TOLD].get(name, ("not asked for", "", ""))
-        terminalreporter.write_line(f"{name:10} {how:14} {version:10} {detail}".rstrip())
+        rows = config.stash[TOLD].get(name, [("not asked for", "", "")])
+        for (how, version, detail), count in Counter(
+            (how, version, "" if how == "native" and len(rows) > 1 else detail)
+            for how, version, detail in rows
+        ).items():
+            times = f"{count} times" if count > 1 else ""
+            line = f"{name:10} {how:14} {version:10} {detail or times}"
+            terminalreporter.write_line(line.rstrip())

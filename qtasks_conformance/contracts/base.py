@@ -10,18 +10,18 @@ import pytest_asyncio
 
 from qtasks_conformance.patience import forget_slow_waits, tell_slow_waits
 from qtasks_conformance.rig import Rig
-from qtasks_conformance.subject import Subject
-from qtasks_core import Broker, Storage
+from qtasks_conformance.subject import Part, Subject
 
 LIMIT = 180.0
 """Seconds after which a test that hangs is cancelled; the deadlines of the tests are shorter."""
 
 
-def needs(part: Broker | Storage, *methods: str) -> None:
-    """Skip the test of a part that declares one of these unsupported."""
-    missing = set(methods) & set(part.guarantees.unsupported)
+def needs(part: Part, *methods: str) -> None:
+    """Skip the test of a part that declares one of these unsupported; call it before any start."""
+    guarantees = part.build().guarantees
+    missing = set(methods) & set(guarantees.unsupported)
     if missing:
-        pytest.skip(f"{part.guarantees.part} does not support {', '.join(sorted(missing))}")
+        pytest.skip(f"{guarantees.part} does not support {', '.join(sorted(missing))}")
 
 
 asynchronous = pytest.mark.asyncio(loop_scope="function")

@@ -17,8 +17,8 @@ class ClaimContract(Contract):
 
     async def test_one_of_many_has_a_claim(self, rig: Rig) -> None:
         """Of many who claim a key at once, in several processes, one has it."""
+        needs(rig.subject.storage, "claim", "release")
         storage, here = await rig.storage(), await rig.storage()
-        needs(storage, "claim", "release")
         other = await rig.elsewhere()
         for at in range(10):
             key = f"key {at}"
@@ -31,8 +31,8 @@ class ClaimContract(Contract):
 
     async def test_a_claim_says_what_it_is(self, rig: Rig) -> None:
         """It has the key, the owner, and about when it is over."""
+        needs(rig.subject.storage, "claim", "release")
         storage = await rig.storage()
-        needs(storage, "claim", "release")
         claim = await storage.claim("a/ключ", "host:1 größe", 30.0)
         assert claim is not None
         assert (claim.key, claim.owner) == ("a/ключ", "host:1 größe")
@@ -41,8 +41,8 @@ class ClaimContract(Contract):
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_keys_and_owners_fit(self, rig: Rig, script: str) -> None:
         """200 characters of any script; what differs at all is another key, or another owner."""
+        needs(rig.subject.storage, "claim", "release")
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, "claim", "release")
         names = longest_ids(script)
         for key in names:
             claim = await storage.claim(key, names[0], 30.0)
@@ -58,8 +58,8 @@ class ClaimContract(Contract):
 
     async def test_a_claim_is_over_after_its_time(self, rig: Rig) -> None:
         """Nobody else has it before, and somebody else may have it then."""
+        needs(rig.subject.storage, "claim", "release")
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, "claim", "release")
         began = time.monotonic()
         assert await storage.claim("key", "mine", 1.0) is not None
         held = time.monotonic()
@@ -70,8 +70,8 @@ class ClaimContract(Contract):
 
     async def test_the_owner_extends_a_claim(self, rig: Rig) -> None:
         """Claiming again holds it from then on, by another client of the same owner as well."""
+        needs(rig.subject.storage, "claim", "release")
         storage, same = await rig.storage(), await rig.storage()
-        needs(storage, "claim", "release")
         assert await storage.claim("key", "mine", 1.0) is not None
         claim = await same.claim("key", "mine", 30.0)
         assert claim is not None
@@ -81,8 +81,8 @@ class ClaimContract(Contract):
 
     async def test_a_released_claim_is_free(self, rig: Rig) -> None:
         """Releasing is at once; releasing what another has by now takes nothing from it."""
+        needs(rig.subject.storage, "claim", "release")
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, "claim", "release")
         mine = await storage.claim("key", "mine", 30.0)
         assert mine is not None
         await storage.release(mine)
@@ -93,8 +93,8 @@ class ClaimContract(Contract):
 
     async def test_a_killed_owner_loses_its_claim(self, rig: Rig) -> None:
         """What a dead process held is held until its time is over, and not longer."""
+        needs(rig.subject.storage, "claim", "release")
         storage = await rig.storage()
-        needs(storage, "claim", "release")
         other = await rig.elsewhere()
         began = time.monotonic()
         assert await other.claim("key", "theirs", 2.0)
@@ -105,8 +105,8 @@ class ClaimContract(Contract):
 
     async def test_claims_stay_in_their_namespace(self, rig: Rig) -> None:
         """The same key of another app is another claim."""
+        needs(rig.subject.storage, "claim", "release")
         storage = await rig.storage()
-        needs(storage, "claim", "release")
         other = await rig.storage(namespace="other" + rig.namespace)
         assert await storage.claim("key", "mine", 30.0) is not None
         theirs = await other.claim("key", "theirs", 30.0)

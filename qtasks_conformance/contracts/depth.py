@@ -16,8 +16,8 @@ class DepthContract(Contract):
 
     async def test_depth_counts_what_is_where(self, rig: Rig) -> None:
         """Ready, delayed and in flight are told apart, as far as the transport knows."""
+        needs(rig.subject.broker, "depth")
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
-        needs(broker, "depth")
         await expect_depth(broker, 0, 0, 0)
         assert_done(await other.publish(rig.messages(5) + rig.messages(2, delay=60.0)))
         await expect_depth(broker, 5, 2, 0)
@@ -31,8 +31,8 @@ class DepthContract(Contract):
 
     async def test_depth_is_of_one_queue_and_namespace(self, rig: Rig) -> None:
         """What is elsewhere is not counted."""
+        needs(rig.subject.broker, "depth")
         broker = await rig.broker()
-        needs(broker, "depth")
         other = await rig.broker(namespace="other" + rig.namespace)
         assert_done(await broker.publish(rig.messages(2, queue="elsewhere")))
         assert_done(await other.publish(rig.messages(3)))
@@ -42,8 +42,8 @@ class DepthContract(Contract):
 
     async def test_purge_drops_what_is_not_in_flight(self, rig: Rig) -> None:
         """Delayed messages go too; what is held stays its holder's, and the queue is used on."""
+        needs(rig.subject.broker, "purge")
         broker = await rig.broker(lease=LONG_LEASE)
-        needs(broker, "purge")
         assert_done(await broker.publish(rig.messages(6)))
         subscription = await broker.subscribe({"q": 2})
         held = await collect(subscription, 2)
@@ -61,8 +61,8 @@ class DepthContract(Contract):
 
     async def test_purge_spares_the_neighbours(self, rig: Rig) -> None:
         """Other queues, and the same queue of another namespace, keep what they have."""
+        needs(rig.subject.broker, "purge")
         broker = await rig.broker(lease=LONG_LEASE)
-        needs(broker, "purge")
         other = await rig.broker(namespace="other" + rig.namespace, lease=LONG_LEASE)
         near, far = rig.message(queue="elsewhere"), rig.message()
         assert_done(await broker.publish([near, rig.message()]))

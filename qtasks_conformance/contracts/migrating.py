@@ -8,7 +8,6 @@ from qtasks_conformance.contracts.base import Contract, needs
 from qtasks_conformance.contracts.delivering import assert_done, uuids
 from qtasks_conformance.rig import Rig
 from qtasks_conformance.waiting import collect
-from qtasks_core import Broker, Storage
 
 
 class BrokerMigrationContract(Contract):
@@ -16,11 +15,10 @@ class BrokerMigrationContract(Contract):
 
     async def test_migrating_a_broker_changes_nothing_that_is_there(self, rig: Rig) -> None:
         """Before it starts, after, again, and at once from several places."""
-        await asyncio.gather(
-            *(first_migrate(rig.subject.broker.broker(), rig.namespace) for _ in range(3))
-        )
+        needs(rig.subject.broker, "migrate")
+        unstarted = [rig.subject.broker.broker() for _ in range(3)]
+        await asyncio.gather(*(part.migrate(rig.namespace) for part in unstarted))
         broker = await rig.broker()
-        needs(broker, "migrate")
         message = rig.message()
         assert_done(await broker.publish([message]))
         parts = [broker, await rig.broker(), broker, rig.subject.broker.broker()]
@@ -34,20 +32,13 @@ class StorageMigrationContract(Contract):
 
     async def test_migrating_a_storage_changes_nothing_that_is_there(self, rig: Rig) -> None:
         """Before it starts, after, again, and at once from several places."""
-        await asyncio.gather(
-            *(first_migrate(rig.subject.storage.storage(), rig.namespace) for _ in range(3))
-        )
+        needs(rig.subject.storage, "migrate")
+        unstarted = [rig.subject.storage.storage() for _ in range(3)]
+        await asyncio.gather(*(part.migrate(rig.namespace) for part in unstarted))
         storage = await rig.storage()
-        needs(storage, "migrate")
         record = rig.record("success")
         assert_done(await storage.save([record]))
         parts = [storage, await rig.storage(), storage, rig.subject.storage.storage()]
         told = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
         assert told == [[]] * 4, "a later one tells of changes where nothing had to be changed"
         assert await storage.get([record.uuid]) == [record]
-
-
-async def first_migrate(part: Broker | Storage, namespace: str) -> None:
-    """Migrate with a part that was never started, where it supports that at all."""
-    if "migrate" not in part.guarantees.unsupported:
-        await part.migrate(namespace)

@@ -36,8 +36,8 @@ class QueryContract(Contract):
 
     async def test_pages_are_stable_while_tasks_come(self, rig: Rig) -> None:
         """Newest first; following the cursor shows what was there once, whatever else comes."""
+        needs(rig.subject.storage, "query")
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, "query")
         records = [rig.record("new", created_at=1000.0 + at // 3) for at in range(25)]
         assert_done(await other.save(records))
         shown: list[Task] = []
@@ -56,8 +56,8 @@ class QueryContract(Contract):
 
     async def test_the_last_page_has_no_cursor(self, rig: Rig) -> None:
         """A page that is full and the last says so; nothing at all is one empty page."""
+        needs(rig.subject.storage, "query")
         storage = await rig.storage()
-        needs(storage, "query")
         empty = await storage.query(TaskQuery())
         assert (empty.tasks, empty.cursor) == ([], None)
         assert_done(await storage.save([rig.record("new", created_at=float(at)) for at in (1, 2)]))
@@ -67,8 +67,8 @@ class QueryContract(Contract):
     @pytest.mark.parametrize("at", range(len(FILTERS)))
     async def test_a_filter_shows_what_fits(self, rig: Rig, at: int) -> None:
         """Each filter, and some together, page by page; what is shown is the newest record."""
+        needs(rig.subject.storage, "query")
         storage = await rig.storage()
-        needs(storage, "query")
         fields = FILTERS[at]
         records = self._many(rig)
         first = [replace(r, status="new", dead=None) for r in records if r.status != "scheduled"]
@@ -95,15 +95,15 @@ class QueryContract(Contract):
 
     async def test_a_cursor_that_is_none_is_refused(self, rig: Rig) -> None:
         """A cursor from elsewhere is an error of its own, not a wrong page."""
+        needs(rig.subject.storage, "query")
         storage = await rig.storage()
-        needs(storage, "query")
         with pytest.raises(Refused):
             await storage.query(TaskQuery(cursor="no cursor"))
 
     async def test_lists_stay_in_their_namespace(self, rig: Rig) -> None:
         """The tasks of another app are not shown."""
+        needs(rig.subject.storage, "query")
         storage = await rig.storage()
-        needs(storage, "query")
         other = await rig.storage(namespace="other" + rig.namespace)
         mine, theirs = rig.record("error", created_at=1.0), rig.record("error", created_at=1.0)
         assert_done(await storage.save([mine]))

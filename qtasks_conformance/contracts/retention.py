@@ -19,8 +19,8 @@ class RetentionContract(Contract):
 
     async def test_what_is_deleted_is_gone(self, rig: Rig) -> None:
         """Whatever its status, for every client; it can be saved anew, even going back."""
+        needs(rig.subject.storage, "delete")
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, "delete")
         one, two, kept = rig.record("success"), rig.record("process"), rig.record("success")
         assert_done(await storage.save([one, two, kept]))
         assert await other.delete([one.uuid, new_uuid(), two.uuid]) == 2
@@ -33,8 +33,8 @@ class RetentionContract(Contract):
 
     async def test_what_is_deleted_is_gone_from_lists_and_streams(self, rig: Rig) -> None:
         """Nothing of it is left, and nothing of others is touched."""
+        needs(rig.subject.storage, "delete", "query", "append", "read")
         storage = await rig.storage()
-        needs(storage, "delete", "query", "append", "read")
         gone, kept = rig.record("error", created_at=1.0), rig.record("error", created_at=2.0)
         assert_done(await storage.save([gone, kept]))
         for record in (gone, kept):
@@ -47,8 +47,8 @@ class RetentionContract(Contract):
 
     async def test_what_has_had_its_time_expires(self, rig: Rig) -> None:
         """Final records go when their own retention has passed since their end; others stay."""
+        needs(rig.subject.storage, "expire")
         storage = await rig.storage()
-        needs(storage, "expire")
         over = [ended(rig, status, 100.0, retention=50.0) for status in ("success", "error")]
         over.append(ended(rig, "cancel", 0.0, retention=0.0))
         kept = [
@@ -80,8 +80,8 @@ class RetentionContract(Contract):
 
     async def test_what_expires_takes_its_stream_along(self, rig: Rig) -> None:
         """What was appended to it is gone too, that of others is not."""
+        needs(rig.subject.storage, "expire", "append", "read")
         storage = await rig.storage()
-        needs(storage, "expire", "append", "read")
         over, kept = (ended(rig, "success", 100.0, retention=r) for r in (50.0, 5000.0))
         assert_done(await storage.save([over, kept]))
         for record in (over, kept):
@@ -92,7 +92,7 @@ class RetentionContract(Contract):
 
     async def test_a_storage_has_a_retention_of_its_own(self, rig: Rig) -> None:
         """It counts for records that say nothing, and not for those that do."""
-        needs(await rig.storage(), "expire")
+        needs(rig.subject.storage, "expire")
         storage = await rig.storage(retention=50.0)
         assert storage.guarantees.retention == 50.0
         over, kept = ended(rig, "success", 100.0), ended(rig, "success", 10.0)
@@ -103,8 +103,8 @@ class RetentionContract(Contract):
 
     async def test_records_expire_in_their_namespace(self, rig: Rig) -> None:
         """Neither deleting nor expiring touches the tasks of another app."""
+        needs(rig.subject.storage, "delete", "expire")
         storage = await rig.storage()
-        needs(storage, "delete", "expire")
         other = await rig.storage(namespace="other" + rig.namespace)
         record = ended(rig, "success", 100.0, retention=1.0)
         assert_done(await other.save([record]))

@@ -15,8 +15,8 @@ class StreamContract(Contract):
 
     async def test_items_are_read_in_order(self, rig: Rig) -> None:
         """From any position on, by any client, any bytes; there need be no record."""
+        needs(rig.subject.storage, "append", "read")
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, "append", "read")
         uuid = new_uuid()
         assert await other.read(uuid, 0) == []
         items = [bytes(range(256)), b"", *(b"item %d" % at for at in range(300)), b"x" * 5000]
@@ -35,8 +35,8 @@ class StreamContract(Contract):
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_uuids_have_streams(self, rig: Rig, script: str) -> None:
         """200 characters of any script; each has a stream of its own."""
+        needs(rig.subject.storage, "append", "read")
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, "append", "read")
         for uuid in longest_ids(script):
             await storage.append(uuid, [uuid.encode()])
         for uuid in longest_ids(script):
@@ -44,8 +44,8 @@ class StreamContract(Contract):
 
     async def test_processes_append_together(self, rig: Rig) -> None:
         """Batches of two processes follow each other, none is torn, lost or out of order."""
+        needs(rig.subject.storage, "append", "read")
         storage = await rig.storage()
-        needs(storage, "append", "read")
         other, uuid = await rig.elsewhere(), new_uuid()
         batches = {
             who: [[b"%s %d %d" % (who, at, part) for part in range(3)] for at in range(20)]
@@ -64,8 +64,8 @@ class StreamContract(Contract):
 
     async def test_items_outlive_their_process(self, rig: Rig) -> None:
         """What was appended is there after the worker was killed."""
+        needs(rig.subject.storage, "append", "read")
         storage = await rig.storage()
-        needs(storage, "append", "read")
         other, uuid = await rig.elsewhere(), new_uuid()
         await other.append(uuid, [[b"1", b"2"]])
         await other.kill()
@@ -73,8 +73,8 @@ class StreamContract(Contract):
 
     async def test_streams_stay_in_their_namespace(self, rig: Rig) -> None:
         """The same uuid of another app is another stream."""
+        needs(rig.subject.storage, "append", "read")
         storage = await rig.storage()
-        needs(storage, "append", "read")
         other, uuid = await rig.storage(namespace="other" + rig.namespace), new_uuid()
         await storage.append(uuid, [b"mine"])
         assert await other.read(uuid, 0) == []

@@ -21,8 +21,8 @@ class ValueContract(Contract):
 
     async def test_a_value_comes_as_it_went(self, rig: Rig) -> None:
         """Any bytes, empty ones too; None deletes; other clients see it at once."""
+        needs(rig.subject.storage, *VALUES)
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, *VALUES)
         assert await storage.get_value("a/ключ") is None
         for value in (bytes(range(256)), b"", b"x" * 5000, None, b"again"):
             assert await storage.set("a/ключ", value)
@@ -33,8 +33,8 @@ class ValueContract(Contract):
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_keys_fit(self, rig: Rig, script: str) -> None:
         """200 characters of any script; each is the key of a value of its own."""
+        needs(rig.subject.storage, *VALUES)
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, *VALUES)
         keys = longest_ids(script)
         values = {key: b"%d" % at for at, key in enumerate(keys)}
         for key, value in values.items():
@@ -47,8 +47,8 @@ class ValueContract(Contract):
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_key_is_watched(self, rig: Rig, script: str) -> None:
         """A watcher sees the changes of its key, not those of one that is almost the same."""
+        needs(rig.subject.storage, *VALUES, "watch_value")
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, *VALUES, "watch_value")
         key, near, _ = longest_ids(script)
         seen = watching(rig, storage, key)
         assert await see(seen, None) == [None]
@@ -59,8 +59,8 @@ class ValueContract(Contract):
 
     async def test_a_value_is_set_if_it_is_the_expected(self, rig: Rig) -> None:
         """`expect` compares; None expects that there is none; without it anything goes."""
+        needs(rig.subject.storage, *VALUES)
         storage = await rig.storage()
-        needs(storage, *VALUES)
         assert not await storage.set("key", b"1", expect=b"0")
         assert await storage.get_value("key") is None
         assert await storage.set("key", b"1", expect=None)
@@ -76,8 +76,8 @@ class ValueContract(Contract):
 
     async def test_processes_count_together(self, rig: Rig) -> None:
         """What is compared and set at once, in two processes, is never overwritten unseen."""
+        needs(rig.subject.storage, *VALUES)
         storage, here = await rig.storage(), await rig.storage()
-        needs(storage, *VALUES)
         other = await rig.elsewhere()
 
         async def count(mine: Storage) -> None:
@@ -89,8 +89,8 @@ class ValueContract(Contract):
 
     async def test_a_value_outlives_its_process(self, rig: Rig) -> None:
         """A registry names the dead as well, until somebody clears them away."""
+        needs(rig.subject.storage, *VALUES)
         storage = await rig.storage()
-        needs(storage, *VALUES)
         other = await rig.elsewhere()
         await other.set("worker/1", b"alive")
         await other.kill()
@@ -99,8 +99,8 @@ class ValueContract(Contract):
 
     async def test_values_are_listed_by_prefix(self, rig: Rig) -> None:
         """All that begin so, no pattern in it, and nothing that was deleted."""
+        needs(rig.subject.storage, *VALUES)
         storage, other = await rig.storage(), await rig.storage()
-        needs(storage, *VALUES)
         there = {
             "worker/1": b"1", "worker/größe": b"2", "worker/": b"", "worker": b"4", "workers": b"5",
             "w*": b"6", "w_rker/1": b"7", "worker/😀": b"8",
@@ -115,8 +115,8 @@ class ValueContract(Contract):
 
     async def test_a_watcher_sees_changes(self, rig: Rig) -> None:
         """First what is there, then what other clients and processes make of it."""
+        needs(rig.subject.storage, *VALUES, "watch_value")
         storage, near = await rig.storage(), await rig.storage()
-        needs(storage, *VALUES, "watch_value")
         far = await rig.elsewhere()
         seen = watching(rig, storage, "key")
         assert await see(seen, None) == [None]
@@ -132,8 +132,8 @@ class ValueContract(Contract):
 
     async def test_a_watcher_sees_the_last_of_many_changes(self, rig: Rig) -> None:
         """Some may be left out, but none is seen twice, or out of order, or last instead."""
+        needs(rig.subject.storage, *VALUES, "watch_value")
         storage, near = await rig.storage(), await rig.storage()
-        needs(storage, *VALUES, "watch_value")
         seen = watching(rig, storage, "key")
         await see(seen, None)
         for at in range(100):
@@ -143,8 +143,8 @@ class ValueContract(Contract):
 
     async def test_stopping_ends_watching(self, rig: Rig) -> None:
         """A watcher that waits raises `Closed`; a cancelled one is gone, and another may come."""
+        needs(rig.subject.storage, *VALUES, "watch_value")
         storage = await rig.storage()
-        needs(storage, *VALUES, "watch_value")
         for end in ("cancel", "stop"):
             seen: asyncio.Queue[bytes | None] = asyncio.Queue()
             waiting = rig.background(until_the_end(storage, "key", seen))
@@ -159,8 +159,8 @@ class ValueContract(Contract):
 
     async def test_values_stay_in_their_namespace(self, rig: Rig) -> None:
         """The same key of another app is another value, and its changes are not seen."""
+        needs(rig.subject.storage, *VALUES)
         storage = await rig.storage()
-        needs(storage, *VALUES)
         other = await rig.storage(namespace="other" + rig.namespace)
         assert await storage.set("key", b"mine")
         assert await other.get_value("key") is None
