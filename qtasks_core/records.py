@@ -1,12 +1,13 @@
 """The order of records: which save a storage takes and which it refuses.
 
-A storage that compares integers (SQL, Lua) keeps `order_of(task)`, `task.execution` and the
-record itself, and repeats `judge` in its own language:
+A storage that compares integers keeps `order_of(task)`, `task.execution` and the record itself:
 
     repeat  = stored.execution = new.execution and stored.order = new.order     -> done
-    refused = stored.order % 8 >= FIRST_FINAL or new.order < stored.order
-              or new.order % 8 < FIRST_BEGUN                                    -> refused
+    refused = not may_replace(new.order, stored.order)                          -> refused
     else the new record replaces the stored one                                 -> done
+
+One that compares them on its server (SQL, Lua) repeats `may_replace` in that language, with the
+constants `RANKS`, `FIRST_BEGUN` and `FIRST_FINAL` of this module.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ RANK: dict[Status, int] = {
     "cancel": 6,
 }
 _STATUS = {rank: status for status, rank in RANK.items()}
+RANKS = 8
+"""Ranks that an attempt has room for. A power of 2, so `order & (RANKS - 1)` is `order % RANKS`."""
 FIRST_BEGUN = 2
 """Ranks below it are those of first records, which never replace what is there."""
 FIRST_FINAL = 4
+"""Ranks from it on are those of final records, which nothing replaces."""
 RETENTION = 7 * 86_400.0
 """Seconds that a storage keeps final records where neither they nor it say otherwise."""
 _SAID = 2000
@@ -44,7 +48,12 @@ FINAL: frozenset[Status] = frozenset({"success", "error", "cancel"})
 
 def order_of(task: Task) -> int:
     """Return `(attempt, rank of status)` as one integer, `attempt * 8 + rank`."""
-    return task.attempt * 8 + RANK[task.status]
+    return task.attempt * RANKS + RANK[task.status]
+
+
+def may_replace(order: int, stored: int) -> bool:
+    """Say whether a record of this order replaces one of the order `stored`, if it is no repeat."""
+    return stored % RANKS < FIRST_FINAL and order >= stored and order % RANKS >= FIRST_BEGUN
 
 
 def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse"]:
@@ -60,9 +69,12 @@ def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse
     order, stored_order = order_of(new), order_of(stored)
     if order == stored_order and new.execution == stored.execution:
         return "repeat"
-    if stored.status in FINAL or order < stored_order or order % 8 < FIRST_BEGUN:
-        return "refuse"
-    return "accept"
+    return "accept" if may_replace(order, stored_order) else "refuse"
+
+
+def refused_by(stored: Task | None) -> Outcome:
+    """Return the outcome of a save that is refused because of the record that is there."""
+    return Outcome("refused", "a newer record is there", stored)
 
 
 def not_taken(outcome: Outcome) -> bool:
@@ -101,14 +113,14 @@ def unreadable(
     `error` says so. A `success` whose result is lost is an `error`; a rank that this release does
     not know is final, as all high ones are.
     """
-    status = _STATUS.get(order % 8, "error")
+    status = _STATUS.get(order % RANKS, "error")
     why = f"the record cannot be read: {error}"
     return Task(
         uuid=uuid,
         task_name=task_name,
         status="error" if status == "success" else status,
         queue=queue,
-        attempt=order // 8,
+        attempt=order // RANKS,
         execution=execution,
         error=why,
         dead=why if dead else None,

@@ -189,7 +189,8 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     lease: float | None = None
     """Brokers only."""
     retention: float | None = None
-    """Storages only: seconds that final records are kept which do not say so; None: for ever."""
+    """Storages only: seconds that final records are kept which do not say so, infinity: for ever.
+    None: all are kept for ever, whatever they say."""
     settle_confirmed: bool = True
     """Brokers: the server answers a settle, so its outcome is known."""
     atomic_retries: bool = False
@@ -211,6 +212,14 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     unsupported: tuple[str, ...] = ()
     """Methods of the contract that raise `NotSupported`."""
     notes: tuple[str, ...] = ()
+
+
+RETRIES_IN_TWO_STEPS = (
+    "a retry is published before the message that it replaces is acknowledged: a crash in between "
+    "leaves both, of which the engine drops the old one; a settle that was cut off and is made "
+    "again may run the next attempt twice"
+)
+"""A note for the guarantees of brokers without `atomic_retries`."""
 
 
 class TaskQuery(Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from qtasks_core.errors import ConfigurationError
+from qtasks_core.options import Kind
 
 SECRET_WORDS = ("pass", "secret", "token")
 
@@ -42,7 +43,7 @@ def redact(url: str) -> str:
 
 def _shown(key: str, value: str) -> str:
     """Return what may be shown of an option, which may be a URL itself."""
-    if any(word in key.lower() for word in SECRET_WORDS):
+    if value and any(word in key.lower() for word in SECRET_WORDS):
         return "***"
     return redact(value) if "://" in value or "@" in value else value
 
@@ -72,9 +73,10 @@ def split(url: str) -> SplitResult:
 def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
     """Split the options named in `known` off the query of `url`.
 
-    Returns the URL without them and their converted values (absent options are left out). Raises
-    `ConfigurationError` when a value does not convert or the URL is none. Options not in `known`
-    stay in the URL, for the driver.
+    Returns the URL without them and their values (absent options are left out). `known` has a
+    `qtasks_core.options.Kind` for each option, or a type such as `float`. Raises
+    `ConfigurationError` when a value is none of these, an option is given twice, or the URL is
+    none. Options not in `known` stay in the URL, for the driver.
     """
     query = split(url).query
     taken: dict[str, Any] = {}
@@ -83,11 +85,16 @@ def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[s
         if key not in known:
             left.append((key, value))
             continue
+        if key in taken:
+            raise ConfigurationError(f"{_place(url)}: {key} is given twice")
+        kind = known[key]
         try:
-            taken[key] = known[key](value)
-        except ValueError as error:
-            message = f"{key}={value!r} in {redact(url)} is not a {known[key].__name__}"
-            raise ConfigurationError(message) from error
+            taken[key] = kind(value)
+        except ValueError:
+            allowed = kind.allowed if isinstance(kind, Kind) else f"a {kind.__name__}"
+            raise ConfigurationError(
+                f"{_place(url)}: {key}={_shown(key, value)!r} must be {allowed}"
+            ) from None
     if not taken:
         return url, {}
     head = url.partition("?")[0]
@@ -101,7 +108,15 @@ def refuse_options(url: str, known: Iterable[str]) -> None:
     """
     left = [key for key, _ in parse_qsl(split(url).query, keep_blank_values=True)]
     if left:
+        place = _place(url)
+        # Behind a bare ? in the password, the rest of it passes for the name of an option.
+        name = "***" if place.endswith("://***") else repr(left[0])
         raise ConfigurationError(
-            f"{redact(url.partition('?')[0])}: there is no option {left[0]!r}; there are: "
-            f"{', '.join(known) or 'none'}"
+            f"{place}: there is no option {name}; there are: {', '.join(known) or 'none'}"
         )
+
+
+def _place(url: str) -> str:
+    """Return `url` fit for a log, without its options."""
+    # Redacted first: a bare ? in the password would leave half of it in front.
+    return redact(url).partition("?")[0]

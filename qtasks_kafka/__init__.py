@@ -4,9 +4,8 @@ from qtasks_core import Backend
 from qtasks_core.urls import take_options
 from qtasks_kafka.broker import KafkaBroker
 from qtasks_kafka.log import KafkaLog
+from qtasks_kafka.settings import OURS
 from qtasks_kafka.storage import KafkaStorage
-
-_OPTIONS = {"lease": float, "partitions": int, "replicas": int}
 
 
 class KafkaBackend(Backend):
@@ -22,12 +21,12 @@ class KafkaBackend(Backend):
 
     def broker(self, url: str) -> KafkaBroker:
         """Return the broker of `url`."""
-        rest, options = take_options(url, _OPTIONS)
+        rest, options = take_options(url, OURS)
         return KafkaBroker(rest, **options)
 
     def storage(self, url: str) -> KafkaStorage:
         """Return the storage of `url`."""
-        rest, options = take_options(url, _OPTIONS)
+        rest, options = take_options(url, OURS)
         options.pop("lease", None)
         return KafkaStorage(rest, **options)
 

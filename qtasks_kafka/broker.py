@@ -21,15 +21,12 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import (
-    Closed,
-    ConfigurationError,
-    Unavailable,
-    refuse_transaction,
-)
+from qtasks_core.errors import Closed, Unavailable, refuse_transaction
 from qtasks_core.recent import effect_of
+from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_kafka.connection import Connection, topic_name
+from qtasks_kafka.settings import LEASE_TIME
 from qtasks_kafka.watermark import Partition
 
 if TYPE_CHECKING:
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
     from qtasks_kafka.group import Membership
     from qtasks_kafka.writer import Record
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.kafka")
 
 
 class KafkaBroker(Broker):
@@ -57,12 +54,8 @@ class KafkaBroker(Broker):
         partitions: int = 8,
         replicas: int | None = None,
     ) -> None:
-        if not 0.001 <= lease < 2**31 / 1000:
-            raise ConfigurationError(
-                f"lease={lease:g} must be a number of seconds from 0.001 to {2**31 // 1000}"
-            )
+        self._lease = LEASE_TIME.checked("lease", lease)
         self._connection = Connection(url, partitions=partitions, replicas=replicas)
-        self._lease = lease
         self._namespace = ""
         self._mover: DelayMover | None = None
         self._subscriptions: set[KafkaSubscription] = set()
@@ -90,9 +83,7 @@ class KafkaBroker(Broker):
                 "group's committed offsets; where the user may not DELETE them, they are "
                 "kept, and run again once the server has forgotten the offsets of a group "
                 "without workers, after offsets.retention.minutes (7 days by default)",
-                "a retry is published before the message that it replaces is finished: a "
-                "crash in between leaves both, of which the engine drops the old one; a settle "
-                "that was cut off and is made again may run the next attempt twice",
+                RETRIES_IN_TWO_STEPS,
                 "a delayed message is moved to its queue in two steps: a crash in between "
                 "delivers it twice",
             ),

@@ -11,24 +11,24 @@ from hashlib import sha1
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qtasks_core.drivers import importing_driver
 from qtasks_core.errors import (
     Closed,
     ConfigurationError,
-    MissingDriver,
     QTasksError,
     ServerTooOld,
     Unavailable,
 )
 from qtasks_core.urls import redact
 from qtasks_kafka.diagnosis import diagnose, wrong_tls
-from qtasks_kafka.settings import REQUEST, settings_of
+from qtasks_kafka.settings import AT_LEAST_ONE, REQUEST, settings_of
 from qtasks_kafka.writer import Writer
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
     from aiokafka.admin import AIOKafkaAdminClient
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.kafka")
 
 PAUSE = 0.05
 """Seconds between attempts while the cluster changes under our hands."""
@@ -82,11 +82,10 @@ class Connection:
     def __init__(self, url: str, *, partitions: int, replicas: int | None) -> None:
         self.shown = redact(url)
         self._settings = settings_of(url)
-        for name, number in (("partitions", partitions), ("replicas", replicas)):
-            if number is not None and number < 1:
-                raise ConfigurationError(f"{name}={number} must be at least 1")
-        self._partitions = partitions
+        self._partitions = AT_LEAST_ONE.checked("partitions", partitions)
         self._replicas = replicas
+        if replicas is not None:
+            AT_LEAST_ONE.checked("replicas", replicas)
         self._admin: AIOKafkaAdminClient | None = None
         self._topics: dict[str, int | None] = {}
         """The topics known to exist, each with the bytes that a batch may have, where known."""
@@ -95,12 +94,10 @@ class Connection:
 
     async def start(self) -> None:
         """Load the driver and reach the cluster. May be called again after it raised."""
-        try:
+        with importing_driver("kafka://", ".[kafka]"):
             self._driver = import_module("aiokafka")
             self._errors = import_module("aiokafka.errors")
             admin = import_module("aiokafka.admin")
-        except ImportError as error:
-            raise MissingDriver("kafka://", ".[kafka]") from error
         await self.stop()
         timeout = int(REQUEST * 1000)
         try:

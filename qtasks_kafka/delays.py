@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
     from aiokafka.structs import ConsumerRecord
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.kafka")
 
 CONFIG = {
     "cleanup.policy": "compact",

@@ -19,7 +19,7 @@ from qtasks_core.errors import Closed, QTasksError, Unavailable
 from qtasks_kafka.connection import Connection
 from qtasks_kafka.settings import REQUEST
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.kafka")
 
 PERIOD = 10.0
 """Seconds between two deletions, each of which is a request a topic."""

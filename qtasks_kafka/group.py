@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
     from aiokafka.structs import ConsumerRecord
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.kafka")
 
 SILENCE = 4.0
 """Seconds without an answer to a fetch, of which there are two a second, that mean: unreachable."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
     from aiokafka.structs import TopicPartition
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.kafka")
 
 QUIET = 0.5
 """Seconds after which a read without entries looks whether the log's end moved all the same."""

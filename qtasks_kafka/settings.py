@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote
+from urllib.parse import unquote
 
 from qtasks_core.errors import ConfigurationError
-from qtasks_core.urls import redact, split
+from qtasks_core.options import ANY, SWITCH, TEXT, integer, one_of, seconds
+from qtasks_core.urls import redact, refuse_options, split, take_options
 
 REQUEST = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
-PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
-MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
-_TLS = ("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_password", "ssl_check_hostname")
-OPTIONS = ("security_protocol", "sasl_mechanism", *_TLS, "client_id")
-"""Beside those that `KafkaBackend` takes off the URL."""
+LEASE_TIME = seconds(0.001, 2**31 // 1000)
+"""The protocol has 31 bits for the milliseconds of a session."""
+AT_LEAST_ONE = integer(1)
+OURS = {"lease": LEASE_TIME, "partitions": AT_LEAST_ONE, "replicas": AT_LEAST_ONE}
+"""What `KafkaBackend` takes off a URL, for the constructors."""
+_TLS = {
+    "ssl_cafile": ANY, "ssl_certfile": ANY, "ssl_keyfile": ANY, "ssl_password": ANY,
+    "ssl_check_hostname": SWITCH,
+}  # fmt: skip
+_OPTIONS = {
+    "security_protocol": one_of("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"),
+    "sasl_mechanism": one_of("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"),
+    **_TLS,
+    "client_id": TEXT,
+}
 
 
 def settings_of(url: str) -> dict[str, Any]:
     """Return the driver's arguments for `url`. Raises `ConfigurationError`."""
+    rest, options = take_options(url, _OPTIONS)
+    refuse_options(rest, (*OURS, *_OPTIONS))
     try:
-        return _settings_of(split(url))
+        return _settings_of(split(url).netloc, options)
     except _Wrong as error:
         raise ConfigurationError(f"{redact(url)}: {error}") from error.__cause__
 
@@ -30,23 +44,17 @@ class _Wrong(Exception):
     """What is wrong with a URL, which it does not show."""
 
 
-def _settings_of(parts: SplitResult) -> dict[str, Any]:
-    credentials, _, hosts = parts.netloc.rpartition("@")
+def _settings_of(netloc: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    credentials, _, hosts = netloc.rpartition("@")
     user, _, password = credentials.partition(":")
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if unknown := options.keys() - set(OPTIONS):
-        known = ", ".join(("lease", "partitions", "replicas", *OPTIONS))
-        raise _Wrong(f"unknown options: {', '.join(sorted(unknown))}; there are {known}")
     tls = any(option in options for option in _TLS)
     guessed = ("SASL_" if user else "") + ("SSL" if tls else "PLAINTEXT")
-    protocol = _one_of("security_protocol", options.get("security_protocol", guessed), PROTOCOLS)
+    protocol: str = options.get("security_protocol", guessed)
     settings: dict[str, Any] = {
         "bootstrap_servers": hosts or "localhost:9092",
         "security_protocol": protocol,
     }
     if "client_id" in options:
-        if not options["client_id"]:
-            raise _Wrong("client_id is empty; leave it out")
         settings["client_id"] = options["client_id"]
     if protocol.endswith("SSL"):
         settings["ssl_context"] = _tls_context(options)
@@ -55,8 +63,7 @@ def _settings_of(parts: SplitResult) -> dict[str, Any]:
     if protocol.startswith("SASL"):
         if not user:
             raise _Wrong(f"{protocol} needs kafka://USER:PASSWORD@HOST:PORT")
-        mechanism = options.get("sasl_mechanism", "PLAIN")
-        settings["sasl_mechanism"] = _one_of("sasl_mechanism", mechanism, MECHANISMS)
+        settings["sasl_mechanism"] = options.get("sasl_mechanism", "PLAIN")
         settings["sasl_plain_username"] = unquote(user)
         settings["sasl_plain_password"] = unquote(password)
     elif user or "sasl_mechanism" in options:
@@ -64,13 +71,7 @@ def _settings_of(parts: SplitResult) -> dict[str, Any]:
     return settings
 
 
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise _Wrong(f"{option}={value} is none of {', '.join(known)}")
-    return value
-
-
-def _tls_context(options: dict[str, str]) -> ssl.SSLContext:
+def _tls_context(options: Mapping[str, Any]) -> ssl.SSLContext:
     """Return a context with the URL's files. Raises `_Wrong` for one of no use."""
     authority, certificate, key = (
         options.get(option) for option in ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
@@ -90,7 +91,5 @@ def _tls_context(options: dict[str, str]) -> ssl.SSLContext:
                 f"ssl_certfile={certificate!r}, ssl_keyfile={key!r}: {error}; "
                 "they must be a PEM certificate and its key, with ssl_password= if it has one"
             ) from error
-    check = options.get("ssl_check_hostname", "true").lower()
-    _one_of("ssl_check_hostname", check, ("true", "1", "yes", "false", "0", "no"))
-    context.check_hostname = check in ("true", "1", "yes")
+    context.check_hostname = options.get("ssl_check_hostname", True)
     return context

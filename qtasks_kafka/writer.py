@@ -16,7 +16,7 @@ from qtasks_kafka.settings import REQUEST
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaProducer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.kafka")
 
 BATCH_OVERHEAD = 128
 """Bytes of a batch and a record beside key, value and headers, rounded up."""

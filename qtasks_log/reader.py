@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from qtasks_core.errors import Closed, Unavailable
 from qtasks_log.log import Entry, Log
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.log")
 
 STALLED = 5.0
 """Seconds without anything read after which who waits for an entry gets `Unavailable`."""

@@ -13,14 +13,14 @@ from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
 from qtasks_core.errors import Closed, Unavailable, WireError, refuse_transaction
-from qtasks_core.records import FINAL
+from qtasks_core.records import FINAL, refused_by
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_log.inbox import Inboxes, LogInbox
 from qtasks_log.log import Entry, Log
 from qtasks_log.reader import Reader
 from qtasks_log.view import Judgement, Proposal, View
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("qtasks.log")
 
 LINGER = 0.05
 """Seconds in which tombstones gather, so that they share an append and let saves go first."""
@@ -131,8 +131,7 @@ class LogStorage(Storage):
         if own is not None:
             save, at, _ = own
             if judgement == "refuse":
-                there = self._view.get(task.uuid)
-                save.set(at, Outcome("refused", "a newer record is there", there))
+                save.set(at, refused_by(self._view.get(task.uuid)))
             else:
                 save.set(at, DONE)
         if not self._log.compacts:

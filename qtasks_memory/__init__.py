@@ -1,11 +1,12 @@
 """The shortest honest backend: everything in this process's memory, gone with it."""
 
 from qtasks_core import Backend
+from qtasks_core.options import LEASE_TIME, RETENTION_TIME
 from qtasks_core.urls import refuse_options, take_options
 from qtasks_memory.broker import MemoryBroker
 from qtasks_memory.storage import MemoryStorage
 
-OPTIONS = {"lease": float, "retention": float}
+OPTIONS = {"lease": LEASE_TIME, "retention": RETENTION_TIME}
 
 
 class MemoryBackend(Backend):

@@ -21,7 +21,8 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
+from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.options import LEASE_TIME
 from qtasks_core.recent import Recent, repeat_key
 from qtasks_memory.connection import Entry, Memory, connect
 
@@ -30,10 +31,8 @@ class MemoryBroker(Broker):
     """Moves messages within one process. `lease` is in seconds."""
 
     def __init__(self, name: str = "", *, lease: float = 30.0) -> None:
-        if not lease > 0:
-            raise ConfigurationError(f"lease={lease} is not a number of seconds above 0")
         self._name = name
-        self._lease = lease
+        self._lease = LEASE_TIME.checked("lease", lease)
         self._memory: Memory | None = None
         self._subscriptions: WeakSet[MemorySubscription] = WeakSet()
         self._listeners: set[asyncio.Queue[Command | None]] = set()

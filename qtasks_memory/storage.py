@@ -13,17 +13,18 @@ from uuid_utils import uuid7
 from qtasks_core import DONE, Claim, Guarantees, Inbox, Outcome, Storage, Task, TaskPage, TaskQuery
 from qtasks_core.errors import Closed, refuse_transaction
 from qtasks_core.names import checked_id
+from qtasks_core.options import checked_retention
 from qtasks_core.queries import page_of
-from qtasks_core.records import FINAL, RETENTION, expiry_of, judge, retention_note
+from qtasks_core.records import FINAL, RETENTION, expiry_of, judge, refused_by, retention_note
 from qtasks_memory.connection import Memory, connect
 
 
 class MemoryStorage(Storage):
-    """Remembers tasks within one process. `retention` is in seconds, infinity for ever."""
+    """Remembers tasks within one process. `retention` is in seconds, None for ever."""
 
-    def __init__(self, name: str = "", *, retention: float = RETENTION) -> None:
+    def __init__(self, name: str = "", *, retention: float | None = RETENTION) -> None:
         self._name = name
-        self._retention = retention
+        self._retention = checked_retention(retention)
         self._inboxes: WeakSet[MemoryInbox] = WeakSet()
         self._watching: set[asyncio.Event] = set()
         self._memory: Memory | None = None
@@ -57,7 +58,7 @@ class MemoryStorage(Storage):
         stored = memory.record(task.uuid)
         verdict = judge(task, stored)
         if verdict == "refuse":
-            return Outcome("refused", "a newer record is there", stored)
+            return refused_by(stored)
         if verdict == "accept":
             memory.records[task.uuid] = task
             if task.status in FINAL:

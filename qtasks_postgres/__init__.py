@@ -1,9 +1,12 @@
 """Postgres as broker and storage: two tables, leases, LISTEN and NOTIFY."""
 
 from qtasks_core import Backend
+from qtasks_core.options import ANY, LEASE_TIME
 from qtasks_core.urls import take_options
 from qtasks_postgres.broker import PostgresBroker
 from qtasks_postgres.storage import PostgresStorage
+
+_OPTIONS = {"lease": LEASE_TIME, "listen_url": ANY}
 
 
 class PostgresBackend(Backend):
@@ -16,12 +19,12 @@ class PostgresBackend(Backend):
 
     def broker(self, url: str) -> PostgresBroker:
         """Return the broker of `url`."""
-        rest, options = take_options(url, {"lease": float, "listen_url": str})
+        rest, options = take_options(url, _OPTIONS)
         return PostgresBroker(rest, **options)
 
     def storage(self, url: str) -> PostgresStorage:
         """Return the storage of `url`."""
-        rest, options = take_options(url, {"lease": float, "listen_url": str})
+        rest, options = take_options(url, _OPTIONS)
         options.pop("lease", None)
         return PostgresStorage(rest, **options)
 

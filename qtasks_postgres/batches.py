@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from qtasks_core.batches import split
+
 T = TypeVar("T")
 
 MOST_ITEMS = 2_000
@@ -18,17 +20,9 @@ TOO_LARGE = f"it is larger than the {LARGEST >> 20} MiB that are kept on Postgre
 
 def batches(items: Iterable[T], encode: Callable[[T], bytes]) -> Iterator[list[tuple[T, bytes]]]:
     """Yield the items with their encodings, in order, a statement's worth at a time."""
-    batch: list[tuple[T, bytes]] = []
-    size = 0
-    for item in items:
-        data = encode(item)
-        if batch and (len(batch) == MOST_ITEMS or size + len(data) > MOST_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append((item, data))
-        size += len(data)
-    if batch:
-        yield batch
+    encoded = [(item, encode(item)) for item in items]
+    for part in split([len(data) for _, data in encoded], MOST_ITEMS, MOST_BYTES):
+        yield encoded[part]
 
 
 def fitting(batch: list[tuple[T, bytes]]) -> list[tuple[T, bytes]]:

@@ -23,12 +23,13 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
+from qtasks_core.options import LEASE_TIME
 from qtasks_core.recent import Recent, effect_of, repeat_key
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres import floors
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
-from qtasks_postgres.connection import Database, Listener, channel_of, check_lease, storable
+from qtasks_postgres.connection import Database, Listener, channel_of, storable
 from qtasks_postgres.floors import PRIORITIES, Floors, Lane, lanes_of
 
 RIGHTS = {"messages": ("SELECT", "INSERT", "UPDATE", "DELETE"), **floors.RIGHTS}
@@ -187,7 +188,7 @@ class PostgresBroker(Broker):
 
     def __init__(self, url: str, *, lease: float = 30.0, listen_url: str | None = None) -> None:
         self._database = Database(url, listen_url)
-        self._lease = check_lease(lease)
+        self._lease = LEASE_TIME.checked("lease", lease)
         self._listener = Listener(self._database)
         self._doorbell = Doorbell(self._database)
         self._subscriptions: WeakSet[PostgresSubscription] = WeakSet()

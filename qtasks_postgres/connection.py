@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -20,10 +19,10 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from uuid import uuid4
 
+from qtasks_core.drivers import importing_driver
 from qtasks_core.errors import (
     Closed,
     ConfigurationError,
-    MissingDriver,
     ServerTooOld,
     Unavailable,
 )
@@ -257,7 +256,8 @@ class Database:
 
         A pooler is known by the process ids it gives its clients: they are not the server's.
         """
-        load_driver()
+        with importing_driver("postgresql://", ".[postgres]"):
+            import asyncpg  # noqa: F401
         with translated(self.shown, within):
             async with asyncio.timeout(within):
                 async with asyncio.timeout(TIMEOUT):  # a migration may last, a server has to answer
@@ -514,24 +514,9 @@ class Listener:
                 callback(None)
 
 
-def load_driver() -> None:
-    """Import the driver. Raises `MissingDriver`."""
-    try:
-        import asyncpg  # noqa: F401
-    except ImportError:
-        raise MissingDriver("postgresql://", ".[postgres]") from None
-
-
 def channel_of(namespace: str, queue: str) -> str:
     """Return the channel a queue's doorbell is rung on; names are cut at 63 bytes, so a digest."""
     return "qtasks:" + sha256(f"{namespace}\0{queue}".encode()).hexdigest()[:40]
-
-
-def check_lease(lease: float) -> float:
-    """Return `lease`. Raises `ConfigurationError` unless it is a positive number of seconds."""
-    if not (lease > 0 and math.isfinite(lease)):
-        raise ConfigurationError(f"a lease is a positive number of seconds, not {lease!r}")
-    return lease
 
 
 def storable(text: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 from qtasks_core.errors import ConfigurationError
+from qtasks_core.options import ANY, Kind, one_of
 from qtasks_core.urls import redact, split, take_options
 
 SCHEMES = ("postgresql", "postgres")
@@ -32,12 +33,20 @@ UNKNOWN_TO_THE_DRIVER = frozenset(
     }
 )  # fmt: skip
 
-ALLOWED = {
-    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
-    "target_session_attrs": (
-        "any", "primary", "standby", "prefer-standby", "read-write", "read-only",
+READ_HERE = {
+    "connect_timeout": Kind("a number of seconds; 0: no bound", math.isfinite, float),
+    "application_name": ANY,
+}
+READ_BY_THE_DRIVER = {
+    "sslmode": one_of("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": one_of(
+        "any", "primary", "standby", "prefer-standby", "read-write", "read-only"
     ),
-}  # fmt: skip
+    "port": Kind(
+        "a number from 1 to 65535", lambda text: all(_is_port(port) for port in text.split(","))
+    ),
+}
+"""Of the driver's options those whose values are known."""
 
 # What other libraries call an option that the driver has.
 OTHER_NAMES = {
@@ -80,14 +89,9 @@ def options_of(url: str) -> Options:
             raise ConfigurationError(f"{shown}: the driver does not know {name}; leave it out")
         if name in FILES and value and not os.access(value, os.R_OK):
             raise ConfigurationError(f"{shown}: {name}={value} cannot be read")
-        if name in ALLOWED and value not in ALLOWED[name]:
-            raise ConfigurationError(f"{shown}: {name} is one of {', '.join(ALLOWED[name])}")
-        if name == "port" and not all(_is_port(port) for port in value.split(",")):
-            raise ConfigurationError(f"{shown}: port is a number from 1 to 65535")
-    rest, ours = take_options(url, {"connect_timeout": float, "application_name": str})
+    take_options(url, READ_BY_THE_DRIVER)
+    rest, ours = take_options(url, READ_HERE)
     timeout = ours.get("connect_timeout")
-    if timeout is not None and not math.isfinite(timeout):
-        raise ConfigurationError(f"{shown}: connect_timeout is a number of seconds; 0: no bound")
     hosts = parts.netloc.rpartition("@")[2] or given.get("host", "")
     return Options(
         rest,

@@ -29,7 +29,7 @@ LOCK = 0x7174_6173_6B73
 # not pause. Half-empty pages keep a leased row's new version beside the old one.
 #
 # A record's new version changes no indexed column, so with room on its page it needs no new index
-# entry. `progress` is `attempt * 8 + rank of status`. The columns beside `record` repeat what
+# entry. `progress` is `qtasks_core.records.order_of`. The columns beside `record` repeat what
 # queries filter by. A row without a record only holds `watchers`, the inboxes that asked for a
 # task before its first save.
 STEPS = (

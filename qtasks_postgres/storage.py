@@ -12,7 +12,16 @@ from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
 from qtasks_core.errors import Closed, Unavailable, WireError
-from qtasks_core.records import FINAL, judge, order_of, unreadable
+from qtasks_core.records import (
+    FINAL,
+    FIRST_BEGUN,
+    FIRST_FINAL,
+    RANKS,
+    judge,
+    order_of,
+    refused_by,
+    unreadable,
+)
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of, slices
@@ -26,7 +35,7 @@ RIGHTS = {"records": ("SELECT", "INSERT", "UPDATE", "DELETE")}
 # The WHERE is `judge`, decided under the lock of the row; a row that comes back was accepted. The
 # payload of a notification is limited to 8000 bytes: a larger record is told of by its uuid. Only
 # addresses of this storage's kind are notified: a name that is none of a channel would be an error.
-SAVE = """
+SAVE = f"""
     WITH saved AS (
         INSERT INTO qtasks.records AS stored (
             namespace, uuid, progress, execution, status, task_name, queue, created_at, dead,
@@ -42,9 +51,9 @@ SAVE = """
             created_at = excluded.created_at, dead = excluded.dead, reply_to = excluded.reply_to,
             record = excluded.record
         WHERE stored.record IS NULL OR (
-            stored.progress & 7 < 4
+            stored.progress & {RANKS - 1} < {FIRST_FINAL}
             AND stored.progress <= excluded.progress
-            AND excluded.progress & 7 >= 2
+            AND excluded.progress & {RANKS - 1} >= {FIRST_BEGUN}
             AND (stored.progress, stored.execution)
                 IS DISTINCT FROM (excluded.progress, excluded.execution)
         )
@@ -56,7 +65,8 @@ SAVE = """
                  ELSE '?' || uuid END
         )
         FROM saved CROSS JOIN LATERAL unnest(array_append(watchers, reply_to)) AS told (address)
-        WHERE progress & 7 >= 4 AND address LIKE 'qtasks:%' AND octet_length(address) < 64
+        WHERE progress & {RANKS - 1} >= {FIRST_FINAL}
+            AND address LIKE 'qtasks:%' AND octet_length(address) < 64
     )
     SELECT uuid FROM saved WHERE (SELECT count(*) FROM told) >= 0
 """
@@ -84,12 +94,13 @@ KNOWN = """
 # Written into the very row that a save of the task must lock, so that either the save sees the
 # watcher or the read that follows sees the save. Before the first save it makes a row without a
 # record, which every save may replace.
-WATCH = """
+WATCH = f"""
     INSERT INTO qtasks.records AS stored (namespace, uuid, progress, created_at, watchers)
     SELECT $1, uuid, 0, extract(epoch FROM clock_timestamp()), ARRAY[$3::text]
     FROM unnest($2::text[]) AS watched (uuid)
     ON CONFLICT (namespace, uuid) DO UPDATE SET watchers = array_append(stored.watchers, $3)
-    WHERE stored.progress & 7 < 4 AND NOT $3 = ANY(coalesce(stored.watchers, '{}'))
+    WHERE stored.progress & {RANKS - 1} < {FIRST_FINAL}
+        AND NOT $3 = ANY(coalesce(stored.watchers, '{{}}'))
 """
 # A task that never was, and that nobody waits for any more, leaves no row.
 UNWATCH = """
@@ -178,7 +189,7 @@ class PostgresStorage(Storage):
                     if place in large and verdict == "accept":
                         outcomes[place] = Outcome("refused", TOO_LARGE)
                     elif verdict != "repeat":
-                        outcomes[place] = Outcome("refused", "a newer record is there", record)
+                        outcomes[place] = refused_by(record)
         return outcomes
 
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
@@ -384,7 +395,7 @@ def waves(tasks: Sequence[Task]) -> Iterator[list[int]]:
 def progress_of(task: Task) -> int:
     """Return `order_of(task)` within what a column can hold, whatever the attempt."""
     order = order_of(task)
-    return max(-(1 << 62), min(order, (1 << 62) + order % 8))
+    return max(-(1 << 62), min(order, (1 << 62) + order % RANKS))
 
 
 def columns_of(batch: Sequence[tuple[Task, bytes]]) -> tuple[list[object], ...]:

@@ -4,7 +4,10 @@ from qtasks_core import Backend
 from qtasks_core.urls import take_options
 from qtasks_rabbitmq.broker import RabbitMQBroker
 from qtasks_rabbitmq.log import RabbitMQLog
+from qtasks_rabbitmq.servers import LEASE_TIME
 from qtasks_rabbitmq.storage import RabbitMQStorage
+
+_OPTIONS = {"lease": LEASE_TIME}
 
 
 class RabbitMQBackend(Backend):
@@ -14,12 +17,12 @@ class RabbitMQBackend(Backend):
 
     def broker(self, url: str) -> RabbitMQBroker:
         """Return the broker of `url`."""
-        rest, options = take_options(url, {"lease": float})
+        rest, options = take_options(url, _OPTIONS)
         return RabbitMQBroker(rest, **options)
 
     def storage(self, url: str) -> RabbitMQStorage:
         """Return the storage of `url`."""
-        rest, _ = take_options(url, {"lease": float})
+        rest, _ = take_options(url, _OPTIONS)
         return RabbitMQStorage(rest)
 
 

@@ -7,12 +7,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMessage
-from qtasks_core.errors import Closed, ConfigurationError, Unavailable, refuse_transaction
+from qtasks_core.batches import split
+from qtasks_core.errors import Closed, Unavailable, refuse_transaction
+from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
 from qtasks_core.wire import encode_message
-from qtasks_rabbitmq.connection import HARD_LIMIT, Connection
+from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
 from qtasks_rabbitmq.delays import ladder_methods, levels_for, route
-from qtasks_rabbitmq.parcel import COUNT, Parcel, chunks, message_id_of
-from qtasks_rabbitmq.servers import servers_of
+from qtasks_rabbitmq.parcel import COUNT, Parcel, message_id_of
+from qtasks_rabbitmq.servers import LEASE_TIME, SILENCE, servers_of
 from qtasks_rabbitmq.subscription import RabbitMQSubscription
 from qtasks_rabbitmq.topology import Names, declare, namespace_methods, queue_methods
 
@@ -22,10 +24,6 @@ if TYPE_CHECKING:
 NOTICE = 1.0
 """Seconds in which the server tells the consumers of a queue that it was deleted: some hundredths
 on a machine at rest."""
-MOST_HEARTBEAT = 65535
-"""Seconds: the protocol has two bytes for it."""
-SILENCE = 3
-"""Heartbeats after which the server has surely let go of a receiver that fell silent."""
 
 
 class RabbitMQBroker(Broker):
@@ -38,19 +36,9 @@ class RabbitMQBroker(Broker):
     driver_loggers = ("aio_pika", "aiormq")
 
     def __init__(self, url: str = "amqp://localhost", *, lease: float = 30.0) -> None:
-        if not lease >= SILENCE:
-            raise ConfigurationError(
-                f"lease={lease:g} is too short for RabbitMQ, whose heartbeats are whole seconds: "
-                f"it must be at least {SILENCE}"
-            )
-        if lease > MOST_HEARTBEAT * SILENCE:
-            raise ConfigurationError(
-                f"lease={lease:g} is too long for RabbitMQ: "
-                f"it must be at most {MOST_HEARTBEAT * SILENCE}"
-            )
+        self._lease = LEASE_TIME.checked("lease", lease)
         servers_of(url)
         self._url = url
-        self._lease = lease
         self.heartbeat = int(lease // SILENCE)
         """Seconds between signs of life."""
         self._names: Names | None = None
@@ -76,9 +64,7 @@ class RabbitMQBroker(Broker):
             unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(
                 "an acknowledgement has no reply: a crash of the server may undo it",
-                "a retry is published before the message that it replaces is acknowledged: a "
-                "crash in between leaves both, of which the engine drops the old one; a settle "
-                "that was cut off and is made again may run the next attempt twice",
+                RETRIES_IN_TWO_STEPS,
                 "the server takes back what is held beyond its consumer_timeout (30 minutes), and "
                 "with it all that this worker holds of the same queue",
             ),
@@ -116,8 +102,9 @@ class RabbitMQBroker(Broker):
     async def dispatch(self, parcels: Sequence[Parcel]) -> list[Outcome]:
         """Publish encoded messages: each is durable with the server, or refused."""
         outcomes = [DONE] * len(parcels)
-        for chunk in chunks(parcels):
-            refused = await self._dispatch(parcels, chunk)
+        sizes = (len(parcel.body) for parcel in parcels)
+        for part in split(sizes, MOST_AT_ONCE, MOST_BYTES_AT_ONCE):
+            refused = await self._dispatch(parcels, range(len(parcels))[part])
             if refused:
                 # A queue may have been deleted since it was declared: declare it and try again.
                 gone = {parcels[at].queue for at in refused if parcels[at].delay <= 0}

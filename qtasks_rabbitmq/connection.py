@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
+from qtasks_core.drivers import importing_driver
+from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable
 from qtasks_core.urls import redact
 from qtasks_rabbitmq.servers import Server, servers_of
 
@@ -23,6 +24,9 @@ PATIENCE = 4.0
 """Seconds in which the server must answer, or it counts as unreachable."""
 OLDEST = (3, 10)
 """The first release with at-least-once dead-lettering on quorum queues."""
+MOST_AT_ONCE = 1000
+MOST_BYTES_AT_ONCE = 4 * 2**20
+"""What is written before the server's confirms are awaited."""
 NOT_ALLOWED = 530
 HARD_LIMIT = 512 * 2**20
 """Bytes that no server's `max_message_size` can be set above."""
@@ -46,7 +50,7 @@ TLS_REFUSALS = frozenset(
 Setup = Callable[["Channel", str, tuple[int, ...]], Awaitable[None]]
 """What to do on each new channel, given it, its purpose and the server's version."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qtasks.rabbitmq")
 
 
 class Connection:
@@ -205,13 +209,11 @@ async def connect(server: Server, purpose: str, heartbeat: int) -> AbstractConne
     This is the one place that tells a wrong set-up from an outage: what is not known to be final
     is `Unavailable`.
     """
-    try:
+    with importing_driver("amqp://", ".[rabbitmq]"):
         import aiormq
         from yarl import URL
+    from qtasks_rabbitmq.transport import Transport
 
-        from qtasks_rabbitmq.transport import Transport
-    except ModuleNotFoundError as error:
-        raise MissingDriver(server.url.partition("://")[0] + "://", ".[rabbitmq]") from error
     shown = redact(server.url)
     transport = Transport(await server.context())
     try:

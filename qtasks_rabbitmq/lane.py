@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 UNKNOWN = Outcome("unknown", "RabbitMQ does not answer an acknowledgement")
 TWICE = Outcome("unknown", "the retry is published, but the lease of the old delivery was lost")
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qtasks.rabbitmq")
 epochs = count(1)
 """Numbers the channels of all lanes; a fence is (epoch, delivery tag)."""
 

@@ -13,10 +13,11 @@ import msgspec
 from uuid_utils import uuid7
 
 from qtasks_core import Guarantees
+from qtasks_core.batches import split
 from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.shielded import Shielded
 from qtasks_log import Entry, Log
-from qtasks_rabbitmq.connection import HARD_LIMIT, Connection
+from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
 from qtasks_rabbitmq.servers import servers_of
 from qtasks_rabbitmq.topology import Names, declare
 
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 HEARTBEAT = 10
 """Seconds."""
 PREFETCH = 2000
-MOST_AT_ONCE = 1000
-MOST_BYTES_AT_ONCE = 4 * 2**20
-"""What is written before the server's confirms are awaited."""
 VERSION = b"\x01"
 """The first byte of every record; a record that an older release cannot read raises it."""
 
@@ -52,7 +50,7 @@ class Mark:
         self.reached = False
 
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qtasks.rabbitmq")
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
 
@@ -112,18 +110,13 @@ class RabbitMQLog(Log):
         self._bell.set()
 
     async def append(self, entries: Sequence[Entry]) -> list[str | None]:
+        bodies = [
+            VERSION + _encoder.encode(Record(entry.partition_key, entry.key, entry.value))
+            for entry in entries
+        ]
         answers: list[str | None] = []
-        chunk: list[bytes] = []
-        size = 0
-        for entry in entries:
-            record = Record(entry.partition_key, entry.key, entry.value)
-            chunk.append(VERSION + _encoder.encode(record))
-            size += len(chunk[-1])
-            if len(chunk) == MOST_AT_ONCE or size > MOST_BYTES_AT_ONCE:
-                answers += await self._append(chunk)
-                chunk, size = [], 0
-        if chunk:
-            answers += await self._append(chunk)
+        for part in split(map(len, bodies), MOST_AT_ONCE, MOST_BYTES_AT_ONCE):
+            answers += await self._append(bodies[part])
         return answers
 
     async def read(self) -> list[Entry]:

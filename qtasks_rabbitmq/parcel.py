@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -11,9 +11,6 @@ from msgspec import Struct
 from qtasks_core import Delivery, Outcome, TaskMessage
 from qtasks_rabbitmq.delays import number_of
 
-MOST_AT_ONCE = 1000
-MOST_BYTES_AT_ONCE = 4 * 2**20
-"""What is written before the server's confirms are awaited."""
 LONGEST_MESSAGE_ID = 255
 """Bytes: a short string of AMQP."""
 COUNT = "qtasks-count"
@@ -67,17 +64,3 @@ def count_of(headers: dict[str, Any]) -> int:
     returned = headers.get("x-delivery-count", 0)
     count = 1 + returned if isinstance(returned, int) else 1
     return count + number_of(headers, COUNT)
-
-
-def chunks(parcels: Sequence[Parcel]) -> Iterator[list[int]]:
-    """Split into what is written at once, by number and by size."""
-    chunk: list[int] = []
-    size = 0
-    for at, parcel in enumerate(parcels):
-        if chunk and (len(chunk) == MOST_AT_ONCE or size > MOST_BYTES_AT_ONCE):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(at)
-        size += len(parcel.body)
-    if chunk:
-        yield chunk

@@ -7,14 +7,24 @@ import binascii
 import ssl
 from base64 import b64decode
 from collections.abc import Mapping
-from urllib.parse import parse_qsl
 
 from qtasks_core.errors import ConfigurationError
-from qtasks_core.urls import redact, split
+from qtasks_core.options import ANY, Kind, seconds
+from qtasks_core.urls import redact, refuse_options, split, take_options
 
-OPTIONS = ("auth", "cadata", "cafile", "capath", "certfile", "keyfile", "no_verify_ssl")
-"""What a connection takes from the query of a URL."""
+MOST_HEARTBEAT = 65535
+"""Seconds: the protocol has two bytes for it."""
+SILENCE = 3
+"""Heartbeats after which the server has surely let go of a receiver that fell silent."""
+LEASE_TIME = seconds(SILENCE, MOST_HEARTBEAT * SILENCE)
+"""A heartbeat is a whole number of seconds."""
 MECHANISMS = ("plain", "external")
+OPTIONS = {
+    "auth": Kind(f"one of {', '.join(MECHANISMS)}", lambda text: text.lower() in MECHANISMS),
+    "cadata": ANY, "cafile": ANY, "capath": ANY, "certfile": ANY, "keyfile": ANY,
+    "no_verify_ssl": ANY,
+}  # fmt: skip
+"""What a connection takes from the query of a URL."""
 
 
 class Server:
@@ -62,20 +72,12 @@ def servers_of(url: str) -> list[Server]:
     Raises `ConfigurationError` for an option that does not exist.
     """
     parts = split(url)
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    for option in options:
-        if option not in OPTIONS:
-            hint = "; lease= sets the heartbeat" if option == "heartbeat" else ""
-            raise ConfigurationError(
-                f"{redact(url.partition('?')[0])}: there is no option {option!r}; there are: "
-                f"{', '.join(OPTIONS)} and, of the broker, lease{hint}"
-            )
-    if options.get("auth", "plain").lower() not in MECHANISMS:
-        raise ConfigurationError(f"{redact(url)}: auth is one of {', '.join(MECHANISMS)}")
+    rest, options = take_options(url, OPTIONS)
+    refuse_options(rest, ("lease", *OPTIONS))
     credentials, at, hosts = parts.netloc.rpartition("@")
-    rest = url.partition("//")[2][len(parts.netloc) :]
+    behind = url.partition("//")[2][len(parts.netloc) :]
     return [
-        Server(f"{parts.scheme}://{credentials}{at}{host}{rest}", options)
+        Server(f"{parts.scheme}://{credentials}{at}{host}{behind}", options)
         for host in hosts.split(",")
         if host
     ] or [Server(url, options)]

@@ -24,7 +24,7 @@ LINGER = 0.5
 """Seconds that a delivery waits for a call of `receive` before another receiver gets it."""
 STRAYS_AT_ONCE = 100
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qtasks.rabbitmq")
 T = TypeVar("T")
 
 

@@ -25,7 +25,7 @@ QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
 UNLIMITED = (4, 0)
 """From this release on the server drops what was delivered 20 times, unless told not to."""
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("qtasks.rabbitmq")
 
 
 class Names:

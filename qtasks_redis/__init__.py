@@ -1,11 +1,13 @@
 """The backend for Redis and Valkey: streams of messages, leases and records judged in Lua."""
 
 from qtasks_core import Backend
+from qtasks_core.options import RETENTION_TIME
 from qtasks_core.urls import take_options
 from qtasks_redis.broker import RedisBroker
+from qtasks_redis.options import LEASE_TIME
 from qtasks_redis.storage import RedisStorage
 
-_OPTIONS = {"lease": float, "retention": float}
+_OPTIONS = {"lease": LEASE_TIME, "retention": RETENTION_TIME}
 
 
 class RedisBackend(Backend):

@@ -22,17 +22,21 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import (
-    Closed,
-    ConfigurationError,
-    Unavailable,
-    refuse_transaction,
-)
+from qtasks_core.batches import split
+from qtasks_core.errors import Closed, Unavailable, refuse_transaction
 from qtasks_core.recent import effect_of
 from qtasks_core.shielded import Room, Shielded
 from qtasks_core.wire import decode_message, encode_message
-from qtasks_redis.connection import UNKNOWN, Connection, batches, connect, ended, fitting
-from qtasks_redis.options import checked
+from qtasks_redis.connection import (
+    MOST_BYTES,
+    MOST_ITEMS,
+    UNKNOWN,
+    Connection,
+    connect,
+    ended,
+    fitting,
+)
+from qtasks_redis.options import LEASE_TIME, checked
 from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
 
 _MOST_TAKEN = 1000
@@ -54,10 +58,8 @@ class RedisBroker(Broker):
     driver_loggers = ("redis", "push_response")
 
     def __init__(self, url: str = "redis://localhost", *, lease: float = 30.0) -> None:
-        if not 0.1 <= lease < math.inf:
-            raise ConfigurationError(f"lease={lease} is not a time of at least 0.1 seconds")
+        self._lease = LEASE_TIME.checked("lease", lease)
         self._url = checked(url, connections=2)
-        self._lease = lease
         self._connection: Connection | None = None
         self._server = UNKNOWN
         self._subscriptions: WeakSet[RedisSubscription] = WeakSet()
@@ -102,7 +104,7 @@ class RedisBroker(Broker):
         connection = self._started()
         encoded = [encode_message(message) for message in messages]
         outcomes, taken = fitting(encoded, connection.server.largest)
-        for part in batches(taken, [len(encoded[at]) for at in taken]):
+        for part in split([len(encoded[at]) for at in taken], MOST_ITEMS, MOST_BYTES):
             queues = Queues(connection)
             args: list[str | bytes] = []
             for at in taken[part]:
@@ -280,7 +282,7 @@ class RedisSubscription(Subscription):
             fresh = [fresh[at] for at in taken]
             encoded = [encoded[at] for at in taken]
         done: set[Settlement] = set()
-        for part in batches(fresh, list(map(len, encoded))):
+        for part in split(map(len, encoded), MOST_ITEMS, MOST_BYTES):
             done.update(await self._settle(fresh[part], encoded[part]))
         return [
             DONE if s in done or s.delivery.fence.settled == effect_of(s) else refused.get(s, LOST)

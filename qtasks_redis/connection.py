@@ -7,11 +7,12 @@ import math
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, NoReturn
 from weakref import WeakSet
 
 from qtasks_core import DONE, Outcome
-from qtasks_core.errors import ConfigurationError, MissingDriver, ServerTooOld, Unavailable
+from qtasks_core.drivers import importing_driver
+from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable
 from qtasks_core.urls import redact, split, take_options
 from qtasks_redis.errors import Broken, Elsewhere, raise_ours
 from qtasks_redis.scripts import Script
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
     from redis.asyncio.connection import AbstractConnection
 
-T = TypeVar("T")
-
 ANSWER_WITHIN: Final = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
 CONNECT_WITHIN: Final = 3.0
@@ -29,8 +28,9 @@ CONNECT_WITHIN: Final = 3.0
 _NEEDS: Final = (6, 2)
 _MOST_CALLS: Final = 32
 """Calls on the way at once, each on a connection of its own; the others wait their turn."""
-_MOST_ITEMS: Final = 1000
-_MOST_BYTES: Final = 4 * 1024 * 1024
+MOST_ITEMS: Final = 1000
+MOST_BYTES: Final = 4 * 1024 * 1024
+"""What one script call carries, so that it does not block the server for long."""
 _TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("TIME",), ("PING",), ("EVAL", "return 1", 0), ("EVALSHA", "none", 0),
 )  # fmt: skip
@@ -245,12 +245,10 @@ async def _subscribed(line: AbstractConnection, channel: str) -> None:
 
 async def connect(url: str, namespace: str) -> Connection:
     """Return an open connection, or raise what `start` raises."""
-    try:
+    with importing_driver("redis://", ".[redis]"):
         from redis.asyncio import Redis
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
-    except ImportError:
-        raise MissingDriver("redis://", ".[redis]") from None
     rest, options = take_options(url, {"socket_timeout": float, "max_connections": int})
     most = options.get("max_connections")
 
@@ -414,18 +412,6 @@ def _pairs(reply: Any) -> dict[str, str]:
         flat = list(reply)
     text = [part.decode() if isinstance(part, bytes) else str(part) for part in flat]
     return dict(zip(text[::2], text[1::2], strict=True))
-
-
-def batches(items: Sequence[T], sizes: Sequence[int]) -> Iterator[slice]:
-    """Cut a batch into slices that one script call can carry without blocking the server long."""
-    start = weight = 0
-    for at, size in enumerate(sizes):
-        if at > start and (at - start >= _MOST_ITEMS or weight + size > _MOST_BYTES):
-            yield slice(start, at)
-            start, weight = at, 0
-        weight += size
-    if start < len(items):
-        yield slice(start, len(items))
 
 
 async def ended(task: asyncio.Task[Any]) -> None:

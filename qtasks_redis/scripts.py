@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from hashlib import sha1
 
+from qtasks_core.records import FIRST_BEGUN, FIRST_FINAL, RANKS
+
 _QUEUES = """
 local STREAM, CURSOR, LEASES, DELAYED, BELL = 0, 1, 2, 3, 4
 local FAR = 9007199254740991  -- a time that never comes; larger integers Lua does not keep exactly
@@ -206,6 +208,7 @@ for at = 1, #KEYS, 5 do ring(at) end
 )
 
 SAVE = Script(
+    f"local RANKS, FIRST_BEGUN, FIRST_FINAL = {RANKS}, {FIRST_BEGUN}, {FIRST_FINAL}"
     """
 -- KEYS: the records. ARGV, five a record: length of its head, head and record, milliseconds to
 -- keep it ('' for ever), and for a final one the channels of its inbox and of its watchers.
@@ -246,7 +249,7 @@ end
 -- end: after a first write, which changes nothing here, a script may use memory.
 for i = 1, #KEYS do
   local value = ARGV[i * 5 - 3]
-  local begun = tonumber(string.sub(value, 1, 10)) % 8 >= 2
+  local begun = tonumber(string.sub(value, 1, 10)) % RANKS >= FIRST_BEGUN
   if begun and #value <= 65536 and redis.call('PTTL', KEYS[i]) < 0 then
     redis.call('PERSIST', KEYS[i])
     break
@@ -260,7 +263,9 @@ for i = 1, #KEYS do
   local order, stored = tonumber(string.sub(head, 1, 10)), tonumber(string.sub(there, 1, 10))
   if there == head then
     answers[i] = 1
-  elseif stored and (stored % 8 >= 4 or order < stored or order % 8 < 2) then
+  elseif stored and (
+    stored % RANKS >= FIRST_FINAL or order < stored or order % RANKS < FIRST_BEGUN
+  ) then
     answers[i] = redis.call('GET', key)
   else
     if keep == '' then
@@ -268,7 +273,7 @@ for i = 1, #KEYS do
     else
       redis.call('SET', key, value, 'PX', keep)
     end
-    if order % 8 >= 4 then
+    if order % RANKS >= FIRST_FINAL then
       push_final(key, string.sub(value, length + 1), ARGV[a + 3], ARGV[a + 4])
     end
     answers[i] = 1

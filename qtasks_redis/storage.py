@@ -11,19 +11,16 @@ from weakref import WeakSet
 from uuid_utils import uuid7
 
 from qtasks_core import Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import (
-    Closed,
-    ConfigurationError,
-    Unavailable,
-    WireError,
-    refuse_transaction,
-)
-from qtasks_core.records import FINAL, order_of, unreadable
+from qtasks_core.batches import split
+from qtasks_core.errors import Closed, Unavailable, WireError, refuse_transaction
+from qtasks_core.options import checked_retention
+from qtasks_core.records import FINAL, RETENTION, order_of, refused_by, unreadable
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_redis.connection import (
+    MOST_BYTES,
+    MOST_ITEMS,
     UNKNOWN,
     Connection,
-    batches,
     connect,
     ended,
     fitting,
@@ -60,12 +57,10 @@ class RedisStorage(Storage):
     driver_loggers = ("redis", "push_response")
 
     def __init__(
-        self, url: str = "redis://localhost", *, retention: float | None = 7 * 86400.0
+        self, url: str = "redis://localhost", *, retention: float | None = RETENTION
     ) -> None:
-        if retention is not None and not retention > 0:
-            raise ConfigurationError(f"retention={retention} is not a time of more than 0 seconds")
+        self._retention = checked_retention(retention)
         self._url = checked(url)
-        self._retention = retention
         self._connection: Connection | None = None
         self._server = UNKNOWN
         self._inboxes: WeakSet[RedisInbox] = WeakSet()
@@ -108,7 +103,7 @@ class RedisStorage(Storage):
         connection = self._started()
         encoded = [encode_task(task) for task in tasks]
         outcomes, taken = fitting(encoded, connection.server.largest)
-        for part in batches(taken, [len(encoded[at]) for at in taken]):
+        for part in split([len(encoded[at]) for at in taken], MOST_ITEMS, MOST_BYTES):
             keys = [connection.key(_RECORD, tasks[at].uuid) for at in taken[part]]
             args: list[str | bytes] = []
             for at in taken[part]:
@@ -116,7 +111,7 @@ class RedisStorage(Storage):
             answers = await connection.run(SAVE, keys, args)
             for at, answer in zip(taken[part], answers, strict=True):
                 if answer != 1:
-                    outcomes[at] = _refused(tasks[at].uuid, answer)
+                    outcomes[at] = refused_by(_decode(tasks[at].uuid, answer))
         return outcomes
 
     def _record(self, connection: Connection, task: Task, data: bytes) -> tuple[str | bytes, ...]:
@@ -125,8 +120,7 @@ class RedisStorage(Storage):
         if task.status not in FINAL:
             return (str(len(head)), head + data, "", "", "")
         kept = self._retention if task.retention is None else task.retention
-        forever = kept is None or math.isinf(kept)
-        keep = "" if forever or kept is None else str(max(1, math.ceil(kept * 1000)))
+        keep = "" if math.isinf(kept) else str(max(1, math.ceil(kept * 1000)))
         inbox = connection.key(_INBOX, task.reply_to) if task.reply_to else ""
         return (str(len(head)), head + data, keep, inbox, connection.key(_WATCH, task.uuid))
 
@@ -372,10 +366,6 @@ def _decode(uuid: str, value: bytes) -> Task:
     except WireError as error:
         execution = value[13:behind].decode(errors="replace")
         return unreadable(uuid, int(value[:10]), execution, error)
-
-
-def _refused(uuid: str, there: bytes) -> Outcome:
-    return Outcome("refused", "a newer record is there", _decode(uuid, there))
 
 
 def _bodies(data: bytes) -> Iterable[bytes]:

@@ -16,7 +16,8 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
+from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.options import LEASE_TIME
 from qtasks_core.wire import encode_message
 from qtasks_sqlite import batches
 from qtasks_sqlite.composition import SqliteComposition
@@ -52,10 +53,8 @@ class SqliteBroker(Broker):
     def __init__(
         self, url: str, *, lease: float = 30.0, synchronous: Synchronous = "normal"
     ) -> None:
-        if not lease > 0:
-            raise ConfigurationError(f"lease={lease} is not a number of seconds above 0")
         self.path = path_of(url)
-        self.lease = lease
+        self.lease = LEASE_TIME.checked("lease", lease)
         self.synchronous = synchronous
         self._database: Database | None = None
         self._namespace = 0

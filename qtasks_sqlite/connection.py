@@ -23,7 +23,8 @@ from qtasks_core.errors import (
     ServerTooOld,
     Unavailable,
 )
-from qtasks_core.urls import redact, refuse_options, take_options
+from qtasks_core.options import LEASE_TIME, RETENTION_TIME, one_of
+from qtasks_core.urls import redact, refuse_options
 from qtasks_sqlite.doorbell import Doorbell
 from qtasks_sqlite.filesystem import warn_of_network
 from qtasks_sqlite.schema import migrate
@@ -40,9 +41,8 @@ _Work: TypeAlias = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
 PATIENCE = 5.0
 """Seconds to wait for a lock that another process holds."""
-OPTIONS: dict[str, Callable[[str], Any]] = {
-    "lease": float, "synchronous": str, "retention": float,
-}  # fmt: skip
+SYNCHRONOUS = one_of("normal", "full")
+OPTIONS = {"lease": LEASE_TIME, "synchronous": SYNCHRONOUS, "retention": RETENTION_TIME}
 _TRUSTED = 0.05
 """Seconds in which the file is not looked for again: each look gives up the interpreter's lock."""
 _OLDEST = (3, 38)
@@ -449,11 +449,6 @@ async def disconnect(database: Database) -> None:
         await database.close()
 
 
-def parse(url: str) -> tuple[str, dict[str, Any]]:
-    """Split the options of the parts off a URL. Raises `ConfigurationError` for a wrong value."""
-    return take_options(url, OPTIONS)
-
-
 def path_of(url: str) -> Path:
     """Return the absolute path that a URL without options names.
 
@@ -473,9 +468,7 @@ def path_of(url: str) -> Path:
 
 def durability(synchronous: Synchronous) -> tuple[Literal["server crash", "machine crash"], str]:
     """Return what a level survives, and why. Raises `ConfigurationError` for other levels."""
-    if synchronous not in ("normal", "full"):
-        raise ConfigurationError(f"synchronous={synchronous} is neither normal nor full")
-    if synchronous == "full":
+    if SYNCHRONOUS.checked("synchronous", synchronous) == "full":
         return "machine crash", "WAL, synchronous=FULL: a commit is synced to the disk"
     return (
         "server crash",

@@ -12,7 +12,7 @@ from qtasks_core.wire import decode_command, encode_command
 from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.listening import channel
 
-logger = logging.getLogger("qtasks")
+logger = logging.getLogger("qtasks.sqlite")
 
 _PURGED = 5000
 """Messages that one transaction drops."""

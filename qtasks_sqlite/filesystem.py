@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-logger = logging.getLogger("qtasks")
+logger = logging.getLogger("qtasks.sqlite")
 
 _NETWORK = frozenset({
     "9p", "afs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs",

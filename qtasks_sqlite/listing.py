@@ -9,7 +9,7 @@ from typing import Any
 from qtasks_core import Task, TaskQuery
 from qtasks_core.errors import WireError
 from qtasks_core.queries import Place
-from qtasks_core.records import RANK, unreadable
+from qtasks_core.records import RANK, RANKS, unreadable
 from qtasks_core.wire import decode_task
 from qtasks_sqlite import batches
 from qtasks_sqlite.connection import Transaction
@@ -74,7 +74,7 @@ def _among(namespace: int, query: TaskQuery) -> tuple[str, list[Any]]:
 def _filter(query: TaskQuery) -> tuple[str, list[Any]]:
     fits, values = "", []
     if query.status is not None:
-        fits += f" AND ord % 8 IN ({','.join(str(RANK[status]) for status in query.status)})"
+        fits += f" AND ord % {RANKS} IN ({','.join(str(RANK[status]) for status in query.status)})"
     for column in ("task_name", "queue"):
         if (wanted := getattr(query, column)) is not None:
             fits += f" AND {column} = ?"

@@ -22,19 +22,21 @@ from qtasks_core import (
 )
 from qtasks_core.errors import (
     Closed,
-    ConfigurationError,
     Unavailable,
     WireError,
     refuse_transaction,
 )
+from qtasks_core.options import checked_retention
 from qtasks_core.queries import cursor_at, place_of
 from qtasks_core.records import (
     FINAL,
-    FIRST_BEGUN,
     FIRST_FINAL,
+    RANKS,
     RETENTION,
     expiry_of,
+    may_replace,
     order_of,
+    refused_by,
     retention_note,
 )
 from qtasks_core.wire import decode_task, encode_task
@@ -72,19 +74,17 @@ class SqliteStorage(Storage):
     """Remembers tasks in a file.
 
     `synchronous` is `full` to survive a crash of the machine. `retention` is how many seconds final
-    records are kept that do not say it themselves, infinity for ever.
+    records are kept that do not say it themselves, None for ever.
     """
 
     def __init__(
-        self, url: str, *, synchronous: Synchronous = "normal", retention: float = RETENTION
+        self, url: str, *, synchronous: Synchronous = "normal", retention: float | None = RETENTION
     ) -> None:
-        if not retention >= 0:
-            raise ConfigurationError(f"retention={retention} is not a number of seconds")
         self.path = path_of(url)
         self.synchronous = synchronous
         self.namespace = 0
         self._database: Database | None = None
-        self._retention = retention
+        self._retention = checked_retention(retention)
         self._inboxes: set[SqliteInbox] = set()
         self._listeners = Listeners()
         survives, words = durability(synchronous)
@@ -92,8 +92,8 @@ class SqliteStorage(Storage):
             part="SqliteStorage",
             survives=survives,
             durability=words,
-            retention=retention,
-            notes=(retention_note(retention),),
+            retention=self._retention,
+            notes=(retention_note(self._retention),),
         )
 
     @property
@@ -144,11 +144,7 @@ class SqliteStorage(Storage):
                 stored = there.get(task.uuid)
                 if stored == order:
                     continue
-                if stored and (
-                    stored[0] % 8 >= FIRST_FINAL
-                    or order[0] < stored[0]
-                    or order[0] % 8 < FIRST_BEGUN
-                ):
+                if stored and not may_replace(order[0], stored[0]):
                     refused.append(at)
                 else:
                     there[task.uuid] = order
@@ -206,9 +202,7 @@ class SqliteStorage(Storage):
         if refused:
             there = self.getting([tasks[at].uuid for at in refused])(turn)
             for at in refused:
-                outcomes[at] = Outcome(
-                    "refused", "a newer record is there", there.get(tasks[at].uuid)
-                )
+                outcomes[at] = refused_by(there.get(tasks[at].uuid))
         return outcomes
 
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
@@ -220,7 +214,7 @@ class SqliteStorage(Storage):
     ) -> Callable[[Transaction], dict[str, Task]]:
         """Return the work that reads what there is of these records, or of the final of them."""
         wanted = batches.array(uuids)
-        where = f"{_KEPT} AND ord % 8 >= {FIRST_FINAL}" if final else _KEPT
+        where = f"{_KEPT} AND ord % {RANKS} >= {FIRST_FINAL}" if final else _KEPT
 
         def get(turn: Transaction) -> dict[str, Task]:
             these = self.namespace, wanted, time.time()

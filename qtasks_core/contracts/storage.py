@@ -19,7 +19,7 @@ class Storage(ABC):
     Lives on one event loop like a broker, with the same rules for `Unavailable`, names and forks.
     The key of a value, and the key and the owner of a claim, are 1 to 200 characters of any script;
     `qtasks_core.names.checked_id` refuses others. The constructor of one that supports `expire`
-    takes `retention=` (seconds), for records that do not say it.
+    takes `retention=` (seconds, None for ever), for records that do not say it.
     """
 
     driver_loggers: ClassVar[tuple[str, ...]] = ()

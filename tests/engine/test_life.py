@@ -388,7 +388,7 @@ async def test_two_apps_in_one_process() -> None:
     [
         ("mongodb://me:hidden@h", r"^no backend for mongodb:// is installed; there are: amqp, "),
         ("localhost:6379", r"^'localhost:…' is not a URL; try sqlite:///"),
-        ("memory://?lease=soon", r"lease='soon' .* not a float"),
+        ("memory://?lease=soon", "lease='soon' must be a number of seconds"),
         ("sqlite:////nowhere/tasks.db", r"^/nowhere is not a directory: create it first$"),
         ("redis://:hidden@127.0.0.1:1/0", r"^redis:// needs .*: pip install '\.\[redis\]'"),
         ("amqp://me:hidden@127.0.0.1:1", r"^amqp:// needs .*: pip install '\.\[rabbitmq\]'"),

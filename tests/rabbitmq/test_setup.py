@@ -116,7 +116,7 @@ async def test_a_message_over_the_servers_limit_is_refused_alone(
     [
         ("heartbeat=5", "there is no option 'heartbeat'.*lease"),
         ("ssl_cert_reqs=none", "there is no option 'ssl_cert_reqs'.*cafile"),
-        ("auth=kerberos", "auth is one of"),
+        ("auth=kerberos", "auth='kerberos' must be one of"),
     ],
 )
 def test_an_option_that_does_not_exist_is_told(query: str, said: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from qtasks_core import Broker, Storage
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.lookup import resolve_broker, resolve_storage
-from qtasks_core.urls import redact, take_options
+from qtasks_core.urls import redact, refuse_options, take_options
 
 
 @pytest.mark.parametrize(
@@ -90,11 +91,25 @@ def test_without_options_the_url_is_left_as_it_was(url: str) -> None:
 
 
 def test_option_of_the_wrong_kind_is_named_without_the_password() -> None:
-    with pytest.raises(ConfigurationError, match=r"lease='soon'.*not a float") as caught:
+    with pytest.raises(ConfigurationError, match="@h/0: lease='soon' must be a float") as caught:
         take_options("redis://:hunter2@h/0?lease=soon", {"lease": float})
     assert "hunter2" not in str(caught.value)
     with pytest.raises(ConfigurationError):
         take_options("redis://h?lease=", {"lease": float})
+
+
+def test_a_wrong_secret_and_half_a_password_are_not_shown() -> None:
+    with pytest.raises(ConfigurationError) as secret:
+        take_options(f"x://h?password={SECRET}", {"password": int})
+    assert SECRET not in "".join(traceback.format_exception(secret.value))
+    with pytest.raises(ConfigurationError) as half:
+        refuse_options("x://me:1?hun=ter2@h:2&colour=blue", ())
+    assert str(half.value) == "x://***: there is no option ***; there are: none"
+
+
+def test_an_option_that_is_given_twice() -> None:
+    with pytest.raises(ConfigurationError, match="x://h: lease is given twice"):
+        take_options("x://h?lease=1&lease=1", {"lease": float})
 
 
 def test_wrong_url_is_a_configuration_error() -> None:
@@ -122,10 +137,10 @@ def test_other_options_keep_their_values(others: dict[str, str], lease: float) -
     ("url", "message"),
     [
         ("amqp://", "amqp:// is no URL of a RabbitMQ server: host and port was not specified"),
-        ("kafka://h:1?security_protocol=bad", r"kafka://h:1\?security_protocol=bad: "),
+        ("kafka://h:1?security_protocol=bad", "kafka://h:1: security_protocol='bad' must be one"),
         (
             "kafka://me:hunter2@h:1?sasl_mechanism=bad",
-            r"kafka://me:\*\*\*@h:1\?sasl_mechanism=bad: ",
+            r"kafka://me:\*\*\*@h:1: sasl_mechanism='bad' must be one of PLAIN",
         ),
     ],
 )
@@ -135,13 +150,3 @@ async def test_what_only_the_driver_knows_to_be_wrong(
 ) -> None:
     with pytest.raises(ConfigurationError, match=f"^{message}"):
         await resolve(url).start("app")
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["memory://", "sqlite:///tasks.db", "redis://h", "postgresql://h/d", "amqp://h", "kafka://h"],
-)
-@pytest.mark.parametrize("lease", ["0", "-1", "nan"])
-def test_a_lease_that_is_none(url: str, lease: str) -> None:
-    with pytest.raises(ConfigurationError, match="lease"):
-        resolve_broker(f"{url}?lease={lease}")

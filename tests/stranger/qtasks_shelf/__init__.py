@@ -1,11 +1,12 @@
 """A backend for QTasks: messages and records on a shelf."""
 
 from qtasks_core import Backend
+from qtasks_core.options import LEASE_TIME
 from qtasks_core.urls import refuse_options, take_options
 from qtasks_shelf.broker import ShelfBroker
 from qtasks_shelf.storage import ShelfStorage
 
-OPTIONS = {"lease": float}
+OPTIONS = {"lease": LEASE_TIME}
 
 
 class ShelfBackend(Backend):

@@ -20,6 +20,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.options import LEASE_TIME
 from qtasks_core.recent import Recent, repeat_key
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_shelf.shelf import Row, Shelf, connect
@@ -28,7 +29,7 @@ from qtasks_shelf.shelf import Row, Shelf, connect
 class ShelfBroker(Broker):
     def __init__(self, name: str = "", *, lease: float = 30.0) -> None:
         self._name = name
-        self.lease = lease
+        self.lease = LEASE_TIME.checked("lease", lease)
         self._shelf: Shelf | None = None
         self._subscriptions: WeakSet[ShelfSubscription] = WeakSet()
 

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
 from qtasks_core.errors import Closed, refuse_transaction
-from qtasks_core.records import FINAL, judge
+from qtasks_core.records import FINAL, judge, refused_by
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_shelf.shelf import Shelf, connect
 
@@ -50,7 +50,7 @@ class ShelfStorage(Storage):
         stored = decode_task(data) if data is not None else None
         verdict = judge(task, stored)
         if verdict == "refuse":
-            return Outcome("refused", "a newer record is there", stored)
+            return refused_by(stored)
         if verdict == "accept":
             shelf.records[task.uuid] = data = encode_task(task)
             if task.status in FINAL:
