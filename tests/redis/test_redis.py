@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from qtasks_core import DONE, LOST, Ack, Delivery, Release, Retry, Task, TaskMessage
 from qtasks_core.errors import Closed, ConfigurationError, ServerTooOld, Unavailable
 from qtasks_redis import RedisBackend, RedisBroker, RedisStorage, connection
-from qtasks_redis.broker import Held, RedisSubscription
+from qtasks_redis.subscription import Held, RedisSubscription
 from tests.services import Service
 
 
