@@ -118,8 +118,8 @@ class KafkaSubscription(Subscription):
         if self._epoch != self._member.epoch:
             return deliveries
         for queue, most in wanted.items():
-            room = min(most, limit - len(deliveries))
-            while (fetched := self._fetched[queue]) and room > 0:
+            quota = min(most, limit - len(deliveries))
+            while (fetched := self._fetched[queue]) and quota > 0:
                 partition, record = fetched[0]
                 if partition.skips(record.offset):
                     self._look_again(queue)
@@ -131,7 +131,7 @@ class KafkaSubscription(Subscription):
                     held = Held(partition, record.offset, record.topic, record.partition, value)
                     known = count if count > 1 else None
                     deliveries.append(Delivery(decode_message(value), queue, held, known))
-                    room -= 1
+                    quota -= 1
         return deliveries
 
     def _look_again(self, queue: str) -> None:

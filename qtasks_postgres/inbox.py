@@ -118,9 +118,7 @@ class PostgresInbox(Inbox):
     async def close(self) -> None:
         self._open = False
         self._bell.set()
-        if self._catching_up.pending is not None:
-            await asyncio.wait({self._catching_up.pending})
-            await self._catching_up.abandon()
+        await self._catching_up.finish()
         self._left |= self._watched
         with suppress(Closed, Unavailable):  # the rows are few and small
             await self._unwatch()

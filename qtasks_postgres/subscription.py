@@ -19,8 +19,9 @@ from qtasks_core import (
     Subscription,
 )
 from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.leftovers import Leftovers
 from qtasks_core.recent import Recent, effect_of, repeat_key
-from qtasks_core.shielded import Room, Shielded
+from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres.batches import size_of
 from qtasks_postgres.connection import Database, Listener, channel_of
@@ -193,9 +194,8 @@ class PostgresSubscription(Subscription):
         self._channels: list[str] = []
         self._bell = asyncio.Event()
         self._fetching: Shielded[float] = Shielded()
-        self._fetched: list[Delivery] = []
+        self._leftovers = Leftovers()
         self._fetched_at = 0.0
-        self._spare: list[Delivery] = []
         self._floors = Floors(database, namespace)
         self._passed: dict[Lane, int] = {}
         self._look_at = 0.0
@@ -215,10 +215,9 @@ class PostgresSubscription(Subscription):
             pause = await self._fetching.run(lambda: self._fetch(wanted, limit))
             if not self._open:
                 break
-            deliveries = self._select(wanted, limit)
-            if deliveries:
+            if deliveries := self._take_leftovers(wanted, limit):
                 return deliveries
-            if not self._spare:
+            if not self._leftovers:
                 await self._sleep(pause)
         raise Closed("the subscription is closed")
 
@@ -263,9 +262,7 @@ class PostgresSubscription(Subscription):
     async def close(self) -> None:
         self._open = False
         self._bell.set()
-        if self._fetching.pending is not None:
-            await asyncio.wait({self._fetching.pending})
-            await self._fetching.abandon()
+        await self._fetching.finish()
         # Where the server cannot be reached the leases run out by themselves.
         with suppress(Unavailable):
             await self._give_back()
@@ -304,12 +301,12 @@ class PostgresSubscription(Subscription):
             await self._look(wanted, limit)
         else:
             await self._take(wanted, limit)
-            if rung and not self._fetched:
+            if rung and not self._leftovers:
                 if looked := self._loop.time() >= self._look_again_at:
                     await self._look(wanted, limit)
                 else:
                     self._look_at = min(self._look_at, self._look_again_at)
-        if self._fetched:
+        if self._leftovers:
             return 0.0
         return await self._pause(wanted) if looked else self._look_at - self._loop.time()
 
@@ -357,12 +354,14 @@ class PostgresSubscription(Subscription):
             *more,
         )
         rows.sort(key=lambda row: (-row["priority"], row["id"]))
+        deliveries: list[Delivery] = []
         for id, queue, priority, delivery, body, *first in rows:
             if first != [False]:
                 self._passed[Lane(queue, priority)] = id
             self._floors.saw(id)
             fence = Fence(id, delivery)
-            self._fetched.append(Delivery(decode_message(body), queue, fence, delivery))
+            deliveries.append(Delivery(decode_message(body), queue, fence, delivery))
+        self._leftovers.add(deliveries)
         return rows
 
     async def _pause(self, wanted: Mapping[str, int]) -> float:
@@ -375,33 +374,24 @@ class PostgresSubscription(Subscription):
             return self.SWEEP
         return float(min(wait, self.SWEEP)) if wait > 0 else self.PATIENCE
 
-    def _select(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Return what this call may have of what was fetched; the rest is to be given back.
+    def _take_leftovers(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        """Return what this call may have of what was fetched; the next fetch gives back the rest.
 
         There is a rest when the call that fetched was cancelled: this one may want less, or come
         so late that the leases are about to run out.
         """
-        fetched, self._fetched = self._fetched, []
         if self._loop.time() - self._fetched_at > self._lease / 3:
-            self._spare += fetched
             return []
-        room = Room(wanted, limit)
-        deliveries: list[Delivery] = []
-        for delivery in fetched:
-            if room.takes(delivery):
-                deliveries.append(delivery)
-            else:
-                self._spare.append(delivery)
-        return deliveries
+        return self._leftovers.take(wanted, limit)
 
     async def _give_back(self) -> None:
         """Release what was fetched and no call has returned."""
-        if not (self._spare or self._fetched):
-            return
-        self._spare += self._fetched
-        self._fetched = []
-        await self._release([Release(delivery) for delivery in self._spare])
-        self._spare = []
+        if leftovers := self._leftovers.take_all():
+            try:
+                await self._release([Release(delivery) for delivery in leftovers])
+            except BaseException:
+                self._leftovers.add(leftovers)
+                raise
 
     async def _ack(self, settlements: Sequence[Settlement]) -> set[int]:
         fences = fences_of([settlement.delivery for settlement in settlements])

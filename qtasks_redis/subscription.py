@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from secrets import token_hex
 
 from qtasks_core import (
@@ -17,8 +18,9 @@ from qtasks_core import (
     Subscription,
 )
 from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.leftovers import Leftovers
 from qtasks_core.recent import effect_of
-from qtasks_core.shielded import Room, Shielded
+from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import Connection, batches, ended, fitting
 from qtasks_redis.queues import Queues, milliseconds
@@ -55,9 +57,8 @@ class RedisSubscription(Subscription):
         self._holder = token_hex(4)
         self._loop = asyncio.get_running_loop()
         self._open = True
-        self._taking: Shielded[float] = Shielded()
-        self._handed: list[Delivery] = []
-        """What the server handed over and `receive` has not returned."""
+        self._fetching: Shielded[float] = Shielded()
+        self._leftovers = Leftovers()
         self._known: dict[str, int] = {}
         """Of each queue the earliest due time, in the server's milliseconds, as last heard."""
         self._listening: asyncio.Task[None] | None = None
@@ -70,36 +71,22 @@ class RedisSubscription(Subscription):
         if not queues or limit < 1:
             raise ValueError("receive must want at least one delivery")
         while self._open:
-            leftover = self._taking.pending is not None
-            if not leftover and (deliveries := self._collect(queues, limit)):
+            left = self._fetching.pending is not None
+            if not left and (deliveries := self._take_leftovers(queues, limit)):
                 return deliveries
-            pause = await self._taking.run(lambda: self._take(queues, limit))
-            if self._open and (deliveries := self._collect(queues, limit)):
+            pause = await self._fetching.run(lambda: self._fetch(queues, limit))
+            if self._open and (deliveries := self._take_leftovers(queues, limit)):
                 return deliveries
             # What a cancelled call had asked for may have been another queue.
-            if self._open and pause > 0 and not leftover:
+            if self._open and pause > 0 and not left:
                 await self._sleep(frozenset(queues), pause)
         raise Closed("the subscription is closed")
 
-    def _collect(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Return what this call may have of what was handed over; the rest is kept.
+    def _take_leftovers(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        return self._leftovers.take(wanted, limit, self._loop.time())
 
-        There is a rest when the call that took it was cancelled; what is left for too long is lost.
-        """
-        handed, self._handed = self._handed, []
-        now, room = self._loop.time(), Room(wanted, limit)
-        deliveries: list[Delivery] = []
-        for delivery in handed:
-            if delivery.fence.until <= now:
-                continue
-            if room.takes(delivery):
-                deliveries.append(delivery)
-            else:
-                self._handed.append(delivery)
-        return deliveries
-
-    async def _take(self, wanted: Mapping[str, int], limit: int) -> float:
-        """Take what is receivable; return the seconds until that may change by itself."""
+    async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
+        """Fetch what is receivable; return the seconds until that may change by itself."""
         connection = self._connection()
         names = list(wanted)
         args = [self._holder, milliseconds(self._lease), str(min(limit, _MOST_TAKEN))]
@@ -108,10 +95,12 @@ class RedisSubscription(Subscription):
         until = self._loop.time() + self._lease
         change, dues, taken = await connection.run(TAKE, Queues(connection, names).keys, args)
         self._known.update(zip(names, dues, strict=True))
+        deliveries: list[Delivery] = []
         for at in range(0, len(taken), 4):
             queue, token, count, data = taken[at : at + 4]
             message = decode_message(data)
-            self._handed.append(Delivery(message, names[queue], Held(token, until), count))
+            deliveries.append(Delivery(message, names[queue], Held(token, until), count))
+        self._leftovers.add(deliveries, until)
         return float(change) / 1000
 
     async def _sleep(self, queues: frozenset[str], seconds: float) -> None:
@@ -221,15 +210,15 @@ class RedisSubscription(Subscription):
         if not self._open:
             return
         self._open = False
-        if (taking := self._taking.pending) is not None:
-            await ended(taking)
-        try:
+        await self._fetching.finish()
+        # Where the server cannot be reached the leases run out by themselves.
+        with suppress(Unavailable):
             await self._stop_listening()
-            handed, self._handed = self._handed, []
-            await self.settle([Release(delivery) for delivery in handed])
-        except Unavailable:
-            # The leases run out by themselves.
-            return
+            await self._give_back()
+
+    async def _give_back(self) -> None:
+        """Release what was fetched and no call has returned."""
+        await self.settle([Release(delivery) for delivery in self._leftovers.take_all()])
 
     async def _ring(self, queues: Iterable[str]) -> None:
         connection = self._connection()
