@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qtasks_core import (
-    DONE,
-    LOST,
     Ack,
     Delivery,
     Outcome,
@@ -20,7 +18,8 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.recent import effect_of
+from qtasks_core.recent import Recent
+from qtasks_core.settling import SettleCall
 from qtasks_core.wire import decode_message
 from qtasks_kafka.watermark import Partition
 
@@ -47,8 +46,8 @@ class Publisher(Protocol):
         """Let go of a subscription that has left its group."""
 
 
-class Held(NamedTuple):
-    """The fence: a record of a partition, as held since one takeover of it."""
+class Fence(NamedTuple):
+    """A record of a partition, as held since one takeover of it."""
 
     partition: Partition
     offset: int
@@ -68,6 +67,8 @@ class KafkaSubscription(Subscription):
             queue: deque() for queue in topics.values()
         }
         self._epoch = member.epoch
+        self._obeyed = Recent()
+        """How deliveries were settled, whether the group knows it yet or not."""
         self._receiving = False
         self._resting: asyncio.TimerHandle | None = None
         self._passing: asyncio.Task[None] | None = None
@@ -128,9 +129,9 @@ class KafkaSubscription(Subscription):
                 count = partition.deliver(record.offset)
                 if count is not None:
                     value = record.value or b""
-                    held = Held(partition, record.offset, record.topic, record.partition, value)
+                    fence = Fence(partition, record.offset, record.topic, record.partition, value)
                     known = count if count > 1 else None
-                    deliveries.append(Delivery(decode_message(value), queue, held, known))
+                    deliveries.append(Delivery(decode_message(value), queue, fence, known))
                     quota -= 1
         return deliveries
 
@@ -185,23 +186,21 @@ class KafkaSubscription(Subscription):
             self._fetched[self._queues[record.topic]].append((partition, record))
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        outcomes: list[Outcome | None] = [None] * len(settlements)
-        first: dict[tuple[Partition, int], int] = {}
-        replaced: list[int] = []
-        for at, settlement in enumerate(settlements):
-            before = first.setdefault(settlement.delivery.fence[:2], at)
-            if before != at:
-                if effect_of(settlements[before]) != effect_of(settlement):
-                    outcomes[at] = LOST
-            elif not isinstance(settlement, Ack) and _held(settlement.delivery):
-                replaced.append(at)
-        if replaced:
-            await self._replace(settlements, replaced, outcomes)
+        call = SettleCall(settlements)
+        replaced = {
+            place: settlement
+            for place, settlement in call.first.items()
+            if not isinstance(settlement, Ack) and _mine(settlement.delivery)
+        }
+        refused = await self._replace(replaced) if replaced else {}
         touched: set[Partition] = set()
-        for settlement, outcome in zip(settlements, outcomes, strict=True):
+        for place, settlement in call.first.items():
             partition, offset, *_ = settlement.delivery.fence
-            if outcome is None and not partition.lost:
-                partition.finish(offset)
+            if place in refused:
+                call.answer(place, refused[place])
+            elif not partition.lost:
+                if partition.finish(offset):
+                    self._obeyed.add(call.keys[place])
                 if partition.unconfirmed:
                     touched.add(partition)
         self._member.notice_idle()
@@ -209,24 +208,22 @@ class KafkaSubscription(Subscription):
             await self._member.confirm(touched)
         if not self._member.in_flight:
             await self._idle()
-        return [
-            outcome or (DONE if _settled(settlement.delivery) else LOST)
-            for settlement, outcome in zip(settlements, outcomes, strict=True)
-        ]
+        for place, settlement in call.first.items():
+            partition, offset, *_ = settlement.delivery.fence
+            if partition.settled(offset) and call.keys[place] in self._obeyed:
+                call.done(place)
+        return call.outcomes()
 
-    async def _replace(
-        self, settlements: Sequence[Settlement], which: list[int], outcomes: list[Outcome | None]
-    ) -> None:
-        """Append what takes the place of a retried or released record.
+    async def _replace(self, settlements: Mapping[int, Settlement]) -> dict[int, Outcome]:
+        """Append what takes the place of retried or released records; return which are refused.
 
         The group is asked first: who has lost the lease must not append anything.
         """
-        await self._member.confirm({settlements[at].delivery.fence.partition for at in which})
-        mine = [at for at in which if _held(settlements[at].delivery)]
-        sent = await self._broker.append([self._replacement(settlements[at]) for at in mine])
-        for at, outcome in zip(mine, sent, strict=True):
-            if outcome.status != "done":
-                outcomes[at] = outcome
+        await self._member.confirm({s.delivery.fence.partition for s in settlements.values()})
+        mine = {place: s for place, s in settlements.items() if _mine(s.delivery)}
+        sent = await self._broker.append([self._replacement(s) for s in mine.values()])
+        answers = zip(mine, sent, strict=True)
+        return {place: outcome for place, outcome in answers if outcome.status != "done"}
 
     def _replacement(self, settlement: Settlement) -> Record:
         """Return what a retry or a release appends; what is released stays in its partition."""
@@ -234,14 +231,14 @@ class KafkaSubscription(Subscription):
 
         if isinstance(settlement, Retry):
             return self._broker.record(settlement.message)
-        held: Held = settlement.delivery.fence
-        return Record(held.topic, held.value, partition=held.number)
+        fence: Fence = settlement.delivery.fence
+        return Record(fence.topic, fence.value, partition=fence.number)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         """Ask the group by a commit: heartbeats go on by themselves, but they tell us nothing."""
-        if held := {d.fence.partition for d in deliveries if _held(d)}:
+        if held := {d.fence.partition for d in deliveries if _mine(d)}:
             await self._member.confirm(held)
-        return [delivery if _held(delivery) else None for delivery in deliveries]
+        return [delivery if _mine(delivery) else None for delivery in deliveries]
 
     async def close(self) -> None:
         if self._closed.done():
@@ -317,11 +314,7 @@ class KafkaSubscription(Subscription):
         self._broker.forget(self)
 
 
-def _held(delivery: Delivery) -> bool:
+def _mine(delivery: Delivery) -> bool:
+    """Say whether a delivery is still to be settled here."""
     partition, offset, *_ = delivery.fence
     return bool(partition.holds(offset))
-
-
-def _settled(delivery: Delivery) -> bool:
-    partition, offset, *_ = delivery.fence
-    return bool(partition.settled(offset))

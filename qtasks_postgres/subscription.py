@@ -8,8 +8,6 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qtasks_core import (
-    DONE,
-    LOST,
     Ack,
     Delivery,
     Outcome,
@@ -20,7 +18,8 @@ from qtasks_core import (
 )
 from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.leftovers import Leftovers
-from qtasks_core.recent import Recent, effect_of, repeat_key
+from qtasks_core.recent import Recent
+from qtasks_core.settling import SettleCall
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres.batches import size_of
@@ -228,30 +227,18 @@ class PostgresSubscription(Subscription):
         return await calls.run(self._settle(settlements), fences)
 
     async def _settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        outcomes = [LOST] * len(settlements)
-        places: dict[type[Settlement], list[int]] = {Ack: [], Retry: [], Release: []}
-        first: dict[Fence, int] = {}
-        repeats: list[tuple[int, int]] = []
-        for place, settlement in enumerate(settlements):
-            if repeat_key(settlement) in self._settled:
-                outcomes[place] = DONE
-            elif (before := first.setdefault(settlement.delivery.fence, place)) == place:
-                places[type(settlement)].append(place)
-            elif effect_of(settlements[before]) == effect_of(settlement):
-                repeats.append((before, place))
+        call = SettleCall(settlements, self._settled)
         for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
-            if not places[kind]:
+            places = [place for place, s in call.first.items() if isinstance(s, kind)]
+            if not places:
                 continue
             # Settle and extend lock rows by ascending id, or they could wait for each other.
-            places[kind].sort(key=lambda place: settlements[place].delivery.fence)
-            done = await run([settlements[place] for place in places[kind]])
-            for place in places[kind]:
-                if settlements[place].delivery.fence.id in done:
-                    self._settled.add(repeat_key(settlements[place]))
-                    outcomes[place] = DONE
-        for before, place in repeats:
-            outcomes[place] = outcomes[before]
-        return outcomes
+            places.sort(key=lambda place: call.first[place].delivery.fence)
+            done = await run([call.first[place] for place in places])
+            for place in places:
+                if call.first[place].delivery.fence.id in done:
+                    self._settled.add(call.done(place))
+        return call.outcomes()
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))

@@ -8,8 +8,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from qtasks_core import (
-    DONE,
-    LOST,
     Delivery,
     Outcome,
     Release,
@@ -20,7 +18,8 @@ from qtasks_core import (
 )
 from qtasks_core.errors import Closed
 from qtasks_core.leftovers import Leftovers
-from qtasks_core.recent import Recent, repeat_key
+from qtasks_core.recent import Recent
+from qtasks_core.settling import SettleCall
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message
 from qtasks_sqlite import batches
@@ -171,25 +170,19 @@ class SqliteSubscription(Subscription):
         """Return the work that settles those of these deliveries that are still held."""
 
         def settle(turn: Transaction) -> list[Outcome]:
-            mine = self._mine(turn, [settlement.delivery for settlement in settlements])
+            call = SettleCall(settlements, self._settled)
+            mine = self._mine(turn, [settlement.delivery for settlement in call.first.values()])
             settled: list[Hashable] = []
             ended: list[int] = []
             released: list[int] = []
             retried: list[TaskMessage] = []
-            outcomes: list[Outcome] = []
-            for settlement in settlements:
+            for place, settlement in call.first.items():
                 fence = settlement.delivery.fence
-                key = repeat_key(settlement)
-                if key in self._settled or key in turn.settled:
-                    outcomes.append(DONE)
-                    continue
                 if fence not in mine:
-                    outcomes.append(LOST)
+                    if call.keys[place] in turn.settled:
+                        call.done(place)  # by another call of the same transaction
                     continue
-                outcomes.append(DONE)
-                mine.discard(fence)  # what else is wanted with it comes too late
-                settled.append(key)
-                turn.settled.add(key)
+                settled.append(call.done(place))
                 if isinstance(settlement, Release):
                     released.append(fence[0])
                     turn.rung_queues.add(self._broker.number(turn, settlement.delivery.queue))
@@ -198,8 +191,9 @@ class SqliteSubscription(Subscription):
                 if isinstance(settlement, Retry):
                     retried.append(settlement.message)
             self._change(turn, ended, released, retried)
+            turn.settled.update(settled)
             turn.after_commit(lambda: self._remember(settled))
-            return outcomes
+            return call.outcomes()
 
         return settle
 
