@@ -10,8 +10,8 @@ from contextlib import suppress
 from uuid_utils import uuid7
 
 from qtasks_core import Inbox, Task
+from qtasks_core.awaited import Awaited
 from qtasks_core.errors import Closed, Unavailable, WireError
-from qtasks_core.records import FINAL
 from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_task
 from qtasks_postgres.batches import slices
@@ -60,11 +60,7 @@ class PostgresInbox(Inbox):
         self._listener = listener
         self._namespace = namespace
         self._address = ADDRESS + str(uuid7())
-        self._expected: set[str] = set()
-        self._watched: set[str] = set()
-        self._left: set[str] = set()
-        """Watched no more, but their rows still say so."""
-        self._arrived: list[Task] = []
+        self._awaited = Awaited()
         self._large: list[str] = []
         self._missed = False
         self._bell = asyncio.Event()
@@ -80,11 +76,10 @@ class PostgresInbox(Inbox):
         await self._listener.listen([self._address], self._heard)
 
     def expect(self, uuids: Iterable[str]) -> None:
-        self._expected.update(uuids)
+        self._awaited.expect(uuids)
 
     async def watch(self, uuids: Sequence[str]) -> None:
-        self._watched.update(uuids)
-        self._left.difference_update(uuids)
+        self._awaited.watch(uuids)
         try:
             await self._listener.ensure()
             await self._register(uuids)
@@ -95,23 +90,19 @@ class PostgresInbox(Inbox):
             self._bell.set()
 
     def forget(self, uuids: Iterable[str]) -> None:
-        uuids = set(uuids)
-        self._expected -= uuids
-        self._left |= self._watched & uuids
-        self._watched -= uuids
-        if self._left:
+        self._awaited.forget(uuids)
+        if self._awaited.to_unwatch:
             self._bell.set()
 
     async def receive(self) -> list[Task]:
         while self._open:
             await self._catching_up.run(self._catch_up)
-            if self._arrived:
-                arrived, self._arrived = self._arrived, []
+            if arrived := self._awaited.take():
                 return arrived
             if not self._open:
                 break
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.HEARTBEAT if self._waits() else None):
+                async with asyncio.timeout(self.HEARTBEAT if self._awaited.uuids else None):
                     await self._bell.wait()
         raise Closed("the inbox is closed")
 
@@ -119,30 +110,22 @@ class PostgresInbox(Inbox):
         self._open = False
         self._bell.set()
         await self._catching_up.finish()
-        self._left |= self._watched
+        self._awaited.forget(self._awaited.watched)
         with suppress(Closed, Unavailable):  # the rows are few and small
             await self._unwatch()
         await self._listener.forget([self._address], self._heard)
-
-    def _waits(self) -> bool:
-        return bool(self._expected or self._watched)
 
     def _heard(self, payload: str | None) -> None:
         if payload is None:
             self._missed = True
         elif payload.startswith("="):
             try:
-                self._arrive(decode_task(b64decode(payload[1:])))
+                self._awaited.arrive([decode_task(b64decode(payload[1:]))])
             except WireError:
                 self._missed = True  # whose it is cannot be read either: `get` knows what it asks
         else:
             self._large.append(payload[1:])
         self._bell.set()
-
-    def _arrive(self, task: Task) -> None:
-        self._expected.discard(task.uuid)
-        self._watched.discard(task.uuid)
-        self._arrived.append(task)
 
     async def _catch_up(self) -> None:
         """Be connected, and read what notifications did not bring."""
@@ -153,25 +136,25 @@ class PostgresInbox(Inbox):
         if self._missed:
             self._missed = False
             try:
-                await self._register(list(self._watched))
-                await self._read(list(self._expected))
+                await self._register(list(self._awaited.watched))
+                await self._read(list(self._awaited.expected))
             except BaseException:
                 self._missed = True
                 raise
         elif self._large:
             await self._read(self._large[:])
-        elif not told and self._waits():
+        elif not told and self._awaited.uuids:
             await self._listener.ping()
 
     async def _unwatch(self) -> None:
         """Take back what was written for tasks that are not waited for any more."""
-        left = sorted(self._left)
+        left = sorted(self._awaited.to_unwatch)
         for some in slices(sorted({storable(uuid) for uuid in left})):
             await self._database.fetch(UNWATCH, self._namespace, some, self._address)
             await self._database.fetch(CLEAR, self._namespace, some)
-        self._left.difference_update(left)
+        self._awaited.to_unwatch.difference_update(left)
         # One that is watched again since then has lost its row, or not.
-        self._missed = self._missed or not self._watched.isdisjoint(left)
+        self._missed = self._missed or not self._awaited.watched.isdisjoint(left)
 
     async def _register(self, uuids: Sequence[str]) -> None:
         """Have saves of these tasks push their records here, then read once."""
@@ -181,8 +164,6 @@ class PostgresInbox(Inbox):
         await self._read(uuids)
 
     async def _read(self, uuids: Sequence[str]) -> None:
-        for task in await self._get(uuids):
-            if task is not None and task.status in FINAL:
-                self._arrive(task)
+        self._awaited.arrive(await self._get(uuids))
         read = set(uuids)
         self._large = [uuid for uuid in self._large if uuid not in read]

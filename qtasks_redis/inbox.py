@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid_utils import uuid7
 
 from qtasks_core import Inbox, Task
+from qtasks_core.awaited import Awaited
 from qtasks_core.errors import Closed, Unavailable, WireError
-from qtasks_core.records import FINAL
 from qtasks_core.wire import decode_task
 from qtasks_redis.connection import Connection, ended
 
@@ -24,7 +24,7 @@ WATCH: Final = "final"
 _PING_AFTER: Final = 2.0
 """Seconds of silence after which a server that owes results is asked whether it is there."""
 _PONG_WITHIN: Final = 2.5
-_MOST_DROPPED: Final = 64
+_MOST_TO_UNWATCH: Final = 64
 _NAMED: Final = b"="
 """What a push begins with that names a record by its key instead of holding it."""
 
@@ -45,14 +45,10 @@ class RedisInbox(Inbox):
         self._get = get
         self._address = str(uuid7())
         self._open = True
-        self._waiting: dict[str, bool] = {}
-        """The uuids that are waited for, and whether they are watched."""
-        self._dropped: set[str] = set()
-        """Channels that are subscribed to and no longer needed."""
+        self._awaited = Awaited()
         self._confirming: dict[str, asyncio.Future[bool]] = {}
         """For each channel whether the server has confirmed it, False when the line broke first."""
-        self._arrived: list[Task] = []
-        self._news = asyncio.Event()
+        self._bell = asyncio.Event()
         self._line: AbstractConnection | None = None
         self._reader: asyncio.Task[None] | None = None
         self._silence: asyncio.Timeout | None = None
@@ -63,13 +59,11 @@ class RedisInbox(Inbox):
         return self._address
 
     def expect(self, uuids: Iterable[str]) -> None:
-        for uuid in uuids:
-            self._waiting.setdefault(uuid, False)
+        self._awaited.expect(uuids)
         self._mind_silence()
 
     async def watch(self, uuids: Sequence[str]) -> None:
-        new = [uuid for uuid in dict.fromkeys(uuids) if not self._waiting.get(uuid)]
-        self._waiting.update(dict.fromkeys(new, True))
+        new = self._awaited.watch(uuids)
         self._mind_silence()
         if self._reader is None or self._reader.done():
             raise Unavailable("the inbox has lost its connection")
@@ -84,28 +78,25 @@ class RedisInbox(Inbox):
             raise
 
     def forget(self, uuids: Iterable[str]) -> None:
-        for uuid in uuids:
-            if self._waiting.pop(uuid, False):
-                self._dropped.add(self._connection.key(WATCH, uuid))
+        self._awaited.forget(uuids)
 
     async def receive(self) -> list[Task]:
         while self._open:
-            if self._arrived:
-                arrived, self._arrived = self._arrived, []
+            if arrived := self._awaited.take():
                 return arrived
-            self._news.clear()
+            self._bell.clear()
             if self._reader is None:
                 await self.open()
             elif self._reader.done():
                 reader, self._reader = self._reader, None
                 reader.result()
             else:
-                await self._news.wait()
+                await self._bell.wait()
         raise Closed("the inbox is closed")
 
     async def close(self) -> None:
         self._open = False
-        self._news.set()
+        self._bell.set()
         await self._hang_up()
 
     async def open(self) -> None:
@@ -114,19 +105,18 @@ class RedisInbox(Inbox):
         line = await connection.line()
         self._line = line
         self._reader = asyncio.create_task(self._read(line))
-        self._reader.add_done_callback(lambda _: self._news.set())
+        self._reader.add_done_callback(lambda _: self._bell.set())
         try:
             if not self._open:
                 raise Closed("the inbox is closed")
-            watched = [uuid for uuid, is_watched in self._waiting.items() if is_watched]
-            self._dropped.clear()
+            self._awaited.to_unwatch.clear()
             await self._subscribe(
                 [
                     connection.key(INBOX, self._address),
-                    *(connection.key(WATCH, uuid) for uuid in watched),
+                    *(connection.key(WATCH, uuid) for uuid in self._awaited.watched),
                 ]
             )
-            self._take(await self._get(list(self._waiting)))
+            self._take(await self._get(list(self._awaited.uuids)))
         except BaseException:
             await self._hang_up()
             raise
@@ -144,7 +134,6 @@ class RedisInbox(Inbox):
             raise Unavailable("the inbox has lost its connection")
         if not channels:
             return
-        self._dropped.difference_update(channels)
         loop = asyncio.get_running_loop()
         confirmed = [
             self._confirming.setdefault(channel, loop.create_future()) for channel in channels
@@ -174,14 +163,16 @@ class RedisInbox(Inbox):
     async def _follow(self, line: AbstractConnection) -> None:
         asked = False
         while True:
-            patience = _PONG_WITHIN if asked else _PING_AFTER
+            patience = None
+            if self._awaited.uuids:
+                patience = _PONG_WITHIN if asked else _PING_AFTER
             try:
-                async with asyncio.timeout(patience if self._waiting else None) as self._silence:
+                async with asyncio.timeout(patience) as self._silence:
                     reply = await line.read_response(timeout=math.inf, disconnect_on_error=False)
             except TimeoutError:
                 if asked:
                     raise Unavailable("the inbox's server does not answer PING") from None
-                if self._waiting:
+                if self._awaited.uuids:
                     with self._connection.reachable():
                         await line.send_command("PING")
                     asked = True
@@ -192,10 +183,11 @@ class RedisInbox(Inbox):
                 self._silence = None
             asked = False
             await self._hear(reply)
-            if len(self._dropped) >= _MOST_DROPPED:
-                dropped, self._dropped = self._dropped, set()
+            if len(self._awaited.to_unwatch) >= _MOST_TO_UNWATCH:
+                channels = [self._connection.key(WATCH, uuid) for uuid in self._awaited.to_unwatch]
+                self._awaited.to_unwatch.clear()
                 with self._connection.reachable():
-                    await line.send_command("UNSUBSCRIBE", *dropped)
+                    await line.send_command("UNSUBSCRIBE", *channels)
 
     async def _hear(self, reply: Any) -> None:
         kind = reply[0]
@@ -205,9 +197,9 @@ class RedisInbox(Inbox):
                 self._take([decode_task(body) for body in bodies if body[:1] != _NAMED])
             except WireError:
                 # Whose it is cannot be read either; `get` knows what it asks for.
-                self._take(await self._get(list(self._waiting)))
+                self._take(await self._get(list(self._awaited.uuids)))
             named = [self._connection.name_in(body[1:]) for body in bodies if body[:1] == _NAMED]
-            wanted = [uuid for uuid in named if uuid in self._waiting]
+            wanted = [uuid for uuid in named if uuid in self._awaited.uuids]
             if wanted:
                 self._take(await self._get(wanted))
         elif kind == b"subscribe":
@@ -216,17 +208,13 @@ class RedisInbox(Inbox):
                 future.set_result(True)
 
     def _take(self, tasks: Sequence[Task | None]) -> None:
-        """Keep the final records that are waited for, each once."""
-        for task in tasks:
-            if task is None or task.status not in FINAL or task.uuid not in self._waiting:
-                continue
-            self.forget([task.uuid])
-            self._arrived.append(task)
-            self._news.set()
+        """Keep what is waited for; a channel is of no use once its record has arrived."""
+        self._awaited.to_unwatch.update(self._awaited.arrive(tasks))
+        self._bell.set()
 
     def _mind_silence(self) -> None:
         """Have the reader look at the clock now that something is waited for."""
-        if self._waiting and self._silence is not None and self._silence.when() is None:
+        if self._awaited.uuids and self._silence is not None and self._silence.when() is None:
             self._silence.reschedule(asyncio.get_running_loop().time() + _PING_AFTER)
 
 

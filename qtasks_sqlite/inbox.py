@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from qtasks_core import Inbox, Task
+from qtasks_core.awaited import Awaited
 from qtasks_core.errors import Closed, Unavailable
 from qtasks_sqlite import batches
 from qtasks_sqlite.connection import Database, Transaction
@@ -39,13 +40,8 @@ class SqliteInbox(Inbox):
         self._storage = storage
         self._database = database
         self._bell = Bell(database.doorbell)
-        self._awaited: set[str] = set()
-        self._watched: set[str] = set()
-        """Those of the awaited that are tasks of others."""
-        self._forgotten: set[str] = set()
-        """Watched no more, but still written so in the file."""
-        self._arrived: list[Task] = []
-        self._reread = False
+        self._awaited = Awaited()
+        self._missed = False
         """Something may have been missed: all that is awaited has to be read."""
         self._open = True
 
@@ -54,28 +50,26 @@ class SqliteInbox(Inbox):
         return self._bell.address
 
     def expect(self, uuids: Iterable[str]) -> None:
-        self._awaited.update(uuids)
+        self._awaited.expect(uuids)
 
     async def watch(self, uuids: Sequence[str]) -> None:
-        self._awaited.update(uuids)
-        self._watched.update(uuids)
-        self._forgotten.difference_update(uuids)
+        self._awaited.watch(uuids)
         try:
             await self._look(uuids)
         except Unavailable:
-            self._reread = True
+            self._missed = True
             raise
         finally:
             self._bell.wake()
 
     async def _look(self, watched: Iterable[str], others: Iterable[str] = ()) -> None:
         """Have these watched, and read them and others, in one transaction."""
-        forgotten = list(self._forgotten)
+        forgotten = list(self._awaited.to_unwatch)
         watch = self._watching(list(watched), forgotten)
         finals = self._storage.getting(others, final=True)
         found = await self._database.write(lambda turn: watch(turn) | finals(turn))
-        self._forgotten.difference_update(forgotten)
-        self._take(found)
+        self._awaited.to_unwatch.difference_update(forgotten)
+        self._awaited.arrive(found.values())
 
     def _watching(
         self, watched: Sequence[str], forgotten: Sequence[str]
@@ -99,17 +93,13 @@ class SqliteInbox(Inbox):
         return watch
 
     def forget(self, uuids: Iterable[str]) -> None:
-        uuids = set(uuids)
-        self._awaited -= uuids
-        self._forgotten |= self._watched & uuids
-        self._watched -= uuids
+        self._awaited.forget(uuids)
 
     async def receive(self) -> list[Task]:
         while self._open:
-            if self._arrived:
-                arrived, self._arrived = self._arrived, []
+            if arrived := self._awaited.take():
                 return arrived
-            if self._reread or self._bell.flooded:
+            if self._missed or self._bell.flooded:
                 await self._read_all()
             elif self._bell.letters:
                 await self._read_named()
@@ -119,29 +109,23 @@ class SqliteInbox(Inbox):
 
     async def _read_all(self) -> None:
         """Read what is awaited, under the lock: whose ring was lost has committed by then."""
-        self._reread, self._bell.flooded = True, False
+        self._missed, self._bell.flooded = True, False
         named = self._bell.letters.copy()
-        await self._look(self._watched, self._awaited - self._watched)
-        self._reread = False
+        await self._look(self._awaited.watched, self._awaited.expected)
+        self._missed = False
         self._bell.letters -= named
 
     async def _read_named(self) -> None:
         """Read what the letters name; look under the lock only for what is not there yet."""
-        named = self._bell.letters & self._awaited
+        named = self._bell.letters & self._awaited.uuids
         self._bell.letters &= named
         for attempt in (self._database.read, self._database.write):
-            missing = named & self._awaited
+            missing = named & self._awaited.uuids
             if missing:
-                self._take(await attempt(self._storage.getting(missing, final=True)))
+                found = await attempt(self._storage.getting(missing, final=True))
+                self._awaited.arrive(found.values())
         # What is missing still was rung by a transaction that did not come to its end.
         self._bell.letters -= named
-
-    def _take(self, found: dict[str, Task]) -> None:
-        for uuid, task in found.items():
-            if uuid in self._awaited:
-                self._arrived.append(task)
-        self._awaited.difference_update(found)
-        self._watched.difference_update(found)
 
     async def close(self) -> None:
         if not self._open:
@@ -150,7 +134,7 @@ class SqliteInbox(Inbox):
         self._bell.wake()
         self._bell.close()
         self._storage.forget(self)
-        if self._watched or self._forgotten:
+        if self._awaited.watched or self._awaited.to_unwatch:
             # A row that stays is cleared away by the next start: its address is gone.
             with suppress(Unavailable):
                 await self._database.write(self._leaving())
