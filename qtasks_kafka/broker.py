@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMessage
 from qtasks_core.errors import ConfigurationError, refuse_transaction
+from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_kafka.connection import Connection, topic_name
 from qtasks_kafka.subscription import KafkaSubscription
@@ -79,12 +80,13 @@ class KafkaBroker(Broker):
         await self._connection.start()
 
     async def stop(self) -> None:
-        for subscription in list(self._subscriptions):
-            await subscription.leave()
-        mover, self._mover = self._mover, None
-        if mover is not None:
-            await mover.stop()
-        await self._connection.stop()
+        try:
+            await together([subscription.leave() for subscription in self._subscriptions])
+        finally:
+            mover, self._mover = self._mover, None
+            if mover is not None:
+                await mover.stop()
+            await self._connection.stop()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -130,14 +132,10 @@ class KafkaBroker(Broker):
             queue = next(iter(queues))
             self._mover = DelayMover(self._connection, self._namespace, queue, self._lease)
             self._mover.start()
-        subscription = KafkaSubscription(self, member, topics)
+        subscription = KafkaSubscription(self, member, topics, self._subscriptions.discard)
         self._subscriptions.add(subscription)
         return subscription
 
     def topic(self, queue: str) -> str:
         """Return the topic of a queue."""
         return topic_name(self._namespace, "queue", queue)
-
-    def forget(self, subscription: KafkaSubscription) -> None:
-        """Let go of a subscription that has left its group."""
-        self._subscriptions.discard(subscription)

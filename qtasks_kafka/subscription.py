@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from qtasks_core import (
@@ -42,9 +42,6 @@ class Publisher(Protocol):
     async def append(self, records: Sequence[Record]) -> list[Outcome]:
         """Append records, durable when it returns."""
 
-    def forget(self, subscription: KafkaSubscription) -> None:
-        """Let go of a subscription that has left its group."""
-
 
 class Fence(NamedTuple):
     """A record of a partition, as held since one takeover of it."""
@@ -59,9 +56,17 @@ class Fence(NamedTuple):
 class KafkaSubscription(Subscription):
     """Receives from the partitions that the group gives to this member."""
 
-    def __init__(self, broker: Publisher, member: Membership, topics: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        broker: Publisher,
+        member: Membership,
+        topics: Mapping[str, str],
+        left: Callable[[KafkaSubscription], None],
+    ) -> None:
         self._broker = broker
         self._member = member
+        self._left = left
+        """Called at its end."""
         self._queues = dict(topics)
         self._fetched: dict[str, deque[tuple[Partition, Any]]] = {
             queue: deque() for queue in topics.values()
@@ -311,7 +316,7 @@ class KafkaSubscription(Subscription):
             self._passing.cancel()
             await asyncio.wait({self._passing})
         await self._member.close()
-        self._broker.forget(self)
+        self._left(self)
 
 
 def _mine(delivery: Delivery) -> bool:

@@ -17,6 +17,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
+from qtasks_core.together import together
 from qtasks_memory.connection import Entry, Memory, connect
 from qtasks_memory.subscription import MemorySubscription
 
@@ -50,8 +51,7 @@ class MemoryBroker(Broker):
         self._memory = connect(self._name, namespace)
 
     async def stop(self) -> None:
-        for subscription in list(self._subscriptions):
-            await subscription.close()
+        await together([subscription.close() for subscription in self._subscriptions])
         for listener in self._listeners:
             listener.put_nowait(None)
         self._memory = None

@@ -14,6 +14,7 @@ from qtasks_core.errors import Closed, refuse_transaction
 from qtasks_core.names import checked_id
 from qtasks_core.queries import page_of
 from qtasks_core.records import FINAL, RETENTION, expiry_of, judge, retention_note
+from qtasks_core.together import together
 from qtasks_memory.connection import Memory, connect
 from qtasks_memory.inbox import MemoryInbox
 
@@ -43,8 +44,7 @@ class MemoryStorage(Storage):
 
     async def stop(self) -> None:
         self._memory = None
-        for inbox in list(self._inboxes):
-            await inbox.close()
+        await together([inbox.close() for inbox in self._inboxes])
         for changed in self._watching:
             changed.set()
 

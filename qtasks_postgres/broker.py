@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMessage
 from qtasks_core.errors import Closed
+from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_postgres import floors
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
@@ -77,11 +78,12 @@ class PostgresBroker(Broker):
 
     async def stop(self) -> None:
         await self._listener.stop()
-        for subscription in tuple(self._subscriptions):
-            await subscription.close()
-        self._namespace = None
-        await self._doorbell.stop()
-        await self._database.stop()
+        try:
+            await together([subscription.close() for subscription in self._subscriptions])
+        finally:
+            self._namespace = None
+            await self._doorbell.stop()
+            await self._database.stop()
 
     async def clock(self) -> float | None:
         self._started()

@@ -8,6 +8,7 @@ from weakref import WeakSet
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
 from qtasks_core.errors import Closed, WireError
 from qtasks_core.records import judge, order_of, unreadable
+from qtasks_core.together import together
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of, slices
 from qtasks_postgres.connection import Database, Listener, storable
@@ -112,10 +113,11 @@ class PostgresStorage(Storage):
 
     async def stop(self) -> None:
         await self._listener.stop()
-        for inbox in tuple(self._inboxes):
-            await inbox.close()
-        self._namespace = None
-        await self._database.stop()
+        try:
+            await together([inbox.close() for inbox in self._inboxes])
+        finally:
+            self._namespace = None
+            await self._database.stop()
 
     async def clock(self) -> float | None:
         self._started()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMessage
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable, refuse_transaction
+from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_rabbitmq.connection import HARD_LIMIT, Connection
 from qtasks_rabbitmq.delays import ladder_methods, levels_for, route
@@ -59,7 +60,7 @@ class RabbitMQBroker(Broker):
         self._declared: set[str] = set()
         self._levels = 0
         self._declaring = asyncio.Lock()
-        self._subscriptions: list[RabbitMQSubscription] = []
+        self._subscriptions: set[RabbitMQSubscription] = set()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -91,12 +92,12 @@ class RabbitMQBroker(Broker):
         await self._publishing.channel()
 
     async def stop(self) -> None:
-        for subscription in list(self._subscriptions):
-            await subscription.close()
-            await subscription.end()
-        publishing, self._publishing = self._publishing, None
-        if publishing is not None:
-            await publishing.close()
+        try:
+            await together([subscription.leave() for subscription in self._subscriptions])
+        finally:
+            publishing, self._publishing = self._publishing, None
+            if publishing is not None:
+                await publishing.close()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -108,9 +109,11 @@ class RabbitMQBroker(Broker):
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         names = self._started()[0]
-        subscription = RabbitMQSubscription(self, names, self._url, queues, self._forget)
+        subscription = RabbitMQSubscription(
+            self, names, self._url, queues, self._subscriptions.discard
+        )
         await subscription.open()
-        self._subscriptions.append(subscription)
+        self._subscriptions.add(subscription)
         return subscription
 
     async def dispatch(self, parcels: Sequence[Parcel]) -> list[Outcome]:
@@ -137,8 +140,7 @@ class RabbitMQBroker(Broker):
         there again by then are not told: they stay, and what comes to them is dropped on its way
         (seen on RabbitMQ 3.10). Ours leave at once; the sleep is for those of other processes.
         """
-        for subscription in list(self._subscriptions):
-            await subscription.let_go(queues)
+        await together([subscription.let_go(queues) for subscription in self._subscriptions])
         await asyncio.sleep(NOTICE)
 
     async def _dispatch(self, parcels: Sequence[Parcel], which: Sequence[int]) -> dict[int, str]:
@@ -181,11 +183,6 @@ class RabbitMQBroker(Broker):
         self._levels = 0
         names, _ = self._started()
         await declare(channel, names, namespace_methods(names))
-
-    def _forget(self, subscription: RabbitMQSubscription) -> None:
-        """Let go of a subscription that has ended."""
-        if subscription in self._subscriptions:
-            self._subscriptions.remove(subscription)
 
     def _started(self) -> tuple[Names, Connection]:
         if self._names is None or self._publishing is None:

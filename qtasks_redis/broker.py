@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from qtasks_core import Broker, Guarantees, Outcome, Subscription, TaskMessage
 from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
+from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_redis.connection import UNKNOWN, Connection, batches, connect, fitting
 from qtasks_redis.options import checked
@@ -69,11 +70,12 @@ class RedisBroker(Broker):
             raise
 
     async def stop(self) -> None:
-        for subscription in list(self._subscriptions):
-            await subscription.close()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
+        try:
+            await together([subscription.close() for subscription in self._subscriptions])
+        finally:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                await connection.close()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None

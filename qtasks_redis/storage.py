@@ -10,6 +10,7 @@ from weakref import WeakSet
 from qtasks_core import Guarantees, Inbox, Outcome, Storage, Task
 from qtasks_core.errors import Closed, ConfigurationError, WireError, refuse_transaction
 from qtasks_core.records import FINAL, order_of, unreadable
+from qtasks_core.together import together
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_redis.connection import UNKNOWN, Connection, batches, connect, fitting
 from qtasks_redis.inbox import INBOX, WATCH, RedisInbox
@@ -71,11 +72,12 @@ class RedisStorage(Storage):
             raise
 
     async def stop(self) -> None:
-        for inbox in list(self._inboxes):
-            await inbox.close()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
+        try:
+            await together([inbox.close() for inbox in self._inboxes])
+        finally:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                await connection.close()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         refuse_transaction(self, transaction)

@@ -17,6 +17,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, ConfigurationError, refuse_transaction
+from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_sqlite import batches
 from qtasks_sqlite.composition import SqliteComposition
@@ -90,10 +91,8 @@ class SqliteBroker(Broker):
 
     async def stop(self) -> None:
         try:
-            for subscription in list(self._subscriptions):
-                await subscription.close()
+            await together([subscription.close() for subscription in self._subscriptions])
         finally:
-            self._subscriptions.clear()
             self._listeners.stop()
             database, self._database = self._database, None
             if database is not None:

@@ -29,16 +29,17 @@ class Records(Protocol):
     ) -> Callable[[Transaction], dict[str, Task]]:
         """Return the work that reads what there is of these records, or of the final of them."""
 
-    def forget(self, inbox: SqliteInbox) -> None:
-        """Drop an inbox that was closed."""
-
 
 class SqliteInbox(Inbox):
     """A bell whose letters name the records to read; the records themselves are in the file."""
 
-    def __init__(self, storage: Records, database: Database) -> None:
+    def __init__(
+        self, storage: Records, database: Database, closed: Callable[[SqliteInbox], None]
+    ) -> None:
         self._storage = storage
         self._database = database
+        self._closed = closed
+        """Called at its end."""
         self._bell = Bell(database.doorbell)
         self._awaited = Awaited()
         self._missed = False
@@ -133,7 +134,7 @@ class SqliteInbox(Inbox):
         self._open = False
         self._bell.wake()
         self._bell.close()
-        self._storage.forget(self)
+        self._closed(self)
         if self._awaited.watched or self._awaited.to_unwatch:
             # A row that stays is cleared away by the next start: its address is gone.
             with suppress(Unavailable):

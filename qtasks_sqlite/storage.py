@@ -35,6 +35,7 @@ from qtasks_core.records import (
     order_of,
     retention_note,
 )
+from qtasks_core.together import together
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_sqlite import batches, listing, shared
 from qtasks_sqlite.connection import (
@@ -117,8 +118,7 @@ class SqliteStorage(Storage):
 
     async def stop(self) -> None:
         try:
-            for inbox in list(self._inboxes):
-                await inbox.close()
+            await together([inbox.close() for inbox in self._inboxes])
         finally:
             self._listeners.stop()
             database, self._database = self._database, None
@@ -234,7 +234,7 @@ class SqliteStorage(Storage):
         return get
 
     async def inbox(self) -> Inbox:
-        inbox = SqliteInbox(self, self.started())
+        inbox = SqliteInbox(self, self.started(), self._inboxes.discard)
         self._inboxes.add(inbox)
         return inbox
 
@@ -296,7 +296,3 @@ class SqliteStorage(Storage):
         if self._database is None:
             raise Closed("SqliteStorage is not started")
         return self._database
-
-    def forget(self, inbox: SqliteInbox) -> None:
-        """Drop an inbox that was closed."""
-        self._inboxes.discard(inbox)

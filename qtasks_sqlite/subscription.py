@@ -242,11 +242,13 @@ class SqliteSubscription(Subscription):
         self._open = False
         if self._bell is not None:
             self._bell.wake()
-        await self._fetching.finish()
-        await self._give_back()
-        self._closed(self)
-        if self._bell is not None:
-            self._bell.close()
+        try:
+            await self._fetching.finish()
+            await self._give_back()
+        finally:
+            self._closed(self)
+            if self._bell is not None:
+                self._bell.close()
 
     async def _give_back(self) -> None:
         """Release what was fetched and no call has returned."""
