@@ -29,8 +29,8 @@ from qtasks_redis.scripts import EXTEND, RING, SETTLE, TAKE
 _MOST_TAKEN = 1000
 
 
-class Held:
-    """The fence: proof that a delivery is ours, and what became of it."""
+class Fence:
+    """Proof that a delivery is ours, and what became of it."""
 
     __slots__ = ("settled", "token", "unsure", "until")
 
@@ -99,7 +99,7 @@ class RedisSubscription(Subscription):
         for at in range(0, len(taken), 4):
             queue, token, count, data = taken[at : at + 4]
             message = decode_message(data)
-            deliveries.append(Delivery(message, names[queue], Held(token, until), count))
+            deliveries.append(Delivery(message, names[queue], Fence(token, until), count))
         self._leftovers.add(deliveries, until)
         return float(change) / 1000
 
@@ -173,7 +173,9 @@ class RedisSubscription(Subscription):
                 args += ("retry", queues.position(message.queue), delay, data)
             else:
                 args.append("release" if isinstance(settlement, Release) else "ack")
-        asked: list[tuple[Held, Hashable]] = [(s.delivery.fence, effect_of(s)) for s in settlements]
+        asked: list[tuple[Fence, Hashable]] = [
+            (s.delivery.fence, effect_of(s)) for s in settlements
+        ]
         try:
             answers = await connection.run(SETTLE, queues.keys, args)
         except BaseException:
