@@ -85,13 +85,6 @@ class PostgresBroker(Broker):
             await self._doorbell.stop()
             await self._database.stop()
 
-    async def clock(self) -> float | None:
-        self._started()
-        return await self._database.clock()
-
-    async def migrate(self, namespace: str) -> list[str]:
-        return await self._database.migrate()
-
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
@@ -122,6 +115,13 @@ class PostgresBroker(Broker):
         await subscription.open(queues)
         self._subscriptions.add(subscription)
         return subscription
+
+    async def clock(self) -> float | None:
+        self._started()
+        return await self._database.clock()
+
+    async def migrate(self, namespace: str) -> list[str]:
+        return await self._database.migrate()
 
     def _started(self) -> str:
         if self._namespace is None:

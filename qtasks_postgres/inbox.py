@@ -67,13 +67,13 @@ class PostgresInbox(Inbox):
         self._catching_up: Shielded[None] = Shielded()
         self._open = True
 
-    @property
-    def address(self) -> str:
-        return self._address
-
     async def open(self) -> None:
         """Listen to the address. Raises `Unavailable`."""
         await self._listener.listen([self._address], self._heard)
+
+    @property
+    def address(self) -> str:
+        return self._address
 
     def expect(self, uuids: Iterable[str]) -> None:
         self._awaited.expect(uuids)
@@ -88,6 +88,13 @@ class PostgresInbox(Inbox):
             raise
         finally:
             self._bell.set()
+
+    async def _register(self, uuids: Sequence[str]) -> None:
+        """Have saves of these tasks push their records here, then read once."""
+        keys = sorted({storable(uuid) for uuid in uuids})
+        for some in slices(keys):
+            await self._database.fetch(WATCH, self._namespace, some, self._address)
+        await self._read(uuids)
 
     def forget(self, uuids: Iterable[str]) -> None:
         self._awaited.forget(uuids)
@@ -105,27 +112,6 @@ class PostgresInbox(Inbox):
                 async with asyncio.timeout(self.HEARTBEAT if self._awaited.uuids else None):
                     await self._bell.wait()
         raise Closed("the inbox is closed")
-
-    async def close(self) -> None:
-        self._open = False
-        self._bell.set()
-        await self._catching_up.finish()
-        self._awaited.forget(self._awaited.watched)
-        with suppress(Closed, Unavailable):  # the rows are few and small
-            await self._unwatch()
-        await self._listener.forget([self._address], self._heard)
-
-    def _heard(self, payload: str | None) -> None:
-        if payload is None:
-            self._missed = True
-        elif payload.startswith("="):
-            try:
-                self._awaited.arrive([decode_task(b64decode(payload[1:]))])
-            except WireError:
-                self._missed = True  # whose it is cannot be read either: `get` knows what it asks
-        else:
-            self._large.append(payload[1:])
-        self._bell.set()
 
     async def _catch_up(self) -> None:
         """Be connected, and read what notifications did not bring."""
@@ -146,6 +132,20 @@ class PostgresInbox(Inbox):
         elif not told and self._awaited.uuids:
             await self._listener.ping()
 
+    async def _read(self, uuids: Sequence[str]) -> None:
+        self._awaited.arrive(await self._get(uuids))
+        read = set(uuids)
+        self._large = [uuid for uuid in self._large if uuid not in read]
+
+    async def close(self) -> None:
+        self._open = False
+        self._bell.set()
+        await self._catching_up.finish()
+        self._awaited.forget(self._awaited.watched)
+        with suppress(Closed, Unavailable):  # the rows are few and small
+            await self._unwatch()
+        await self._listener.forget([self._address], self._heard)
+
     async def _unwatch(self) -> None:
         """Take back what was written for tasks that are not waited for any more."""
         left = sorted(self._awaited.to_unwatch)
@@ -156,14 +156,14 @@ class PostgresInbox(Inbox):
         # One that is watched again since then has lost its row, or not.
         self._missed = self._missed or not self._awaited.watched.isdisjoint(left)
 
-    async def _register(self, uuids: Sequence[str]) -> None:
-        """Have saves of these tasks push their records here, then read once."""
-        keys = sorted({storable(uuid) for uuid in uuids})
-        for some in slices(keys):
-            await self._database.fetch(WATCH, self._namespace, some, self._address)
-        await self._read(uuids)
-
-    async def _read(self, uuids: Sequence[str]) -> None:
-        self._awaited.arrive(await self._get(uuids))
-        read = set(uuids)
-        self._large = [uuid for uuid in self._large if uuid not in read]
+    def _heard(self, payload: str | None) -> None:
+        if payload is None:
+            self._missed = True
+        elif payload.startswith("="):
+            try:
+                self._awaited.arrive([decode_task(b64decode(payload[1:]))])
+            except WireError:
+                self._missed = True  # whose it is cannot be read either: `get` knows what it asks
+        else:
+            self._large.append(payload[1:])
+        self._bell.set()

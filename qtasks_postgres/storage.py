@@ -119,13 +119,6 @@ class PostgresStorage(Storage):
             self._namespace = None
             await self._database.stop()
 
-    async def clock(self) -> float | None:
-        self._started()
-        return await self._database.clock()
-
-    async def migrate(self, namespace: str) -> list[str]:
-        return await self._database.migrate()
-
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         namespace = self._started()
         outcomes = [DONE] * len(tasks)
@@ -157,12 +150,6 @@ class PostgresStorage(Storage):
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         return await self._get(uuids)
 
-    async def inbox(self) -> Inbox:
-        inbox = PostgresInbox(self.get, self._database, self._listener, self._started())
-        await inbox.open()
-        self._inboxes.add(inbox)
-        return inbox
-
     async def _get(
         self, uuids: Sequence[str], transaction: object | None = None
     ) -> list[Task | None]:
@@ -185,6 +172,19 @@ class PostgresStorage(Storage):
                 (row["uuid"], unreadable(error=wrong[row["uuid"]], **row)) for row in rows
             )
         return [records.get(key) for key in keys]
+
+    async def inbox(self) -> Inbox:
+        inbox = PostgresInbox(self.get, self._database, self._listener, self._started())
+        await inbox.open()
+        self._inboxes.add(inbox)
+        return inbox
+
+    async def clock(self) -> float | None:
+        self._started()
+        return await self._database.clock()
+
+    async def migrate(self, namespace: str) -> list[str]:
+        return await self._database.migrate()
 
     def _started(self) -> str:
         if self._namespace is None:

@@ -220,57 +220,15 @@ class PostgresSubscription(Subscription):
                 await self._sleep(pause)
         raise Closed("the subscription is closed")
 
-    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        calls, fences = self._database.calls, {s.delivery.fence for s in settlements}
-        # What a call has settled whose caller was cancelled is known at its end.
-        await calls.others(fences)
-        return await calls.run(self._settle(settlements), fences)
+    def _take_leftovers(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        """Return what this call may have of what was fetched; the next fetch gives back the rest.
 
-    async def _settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        call = SettleCall(settlements, self._settled)
-        for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
-            places = [place for place, s in call.first.items() if isinstance(s, kind)]
-            if not places:
-                continue
-            # Settle and extend lock rows by ascending id, or they could wait for each other.
-            places.sort(key=lambda place: call.first[place].delivery.fence)
-            done = await run([call.first[place] for place in places])
-            for place in places:
-                if call.first[place].delivery.fence.id in done:
-                    self._settled.add(call.done(place))
-        return call.outcomes()
-
-    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
-        rows = await self._database.fetch(EXTEND, *fences, self._lease)
-        held = {row["id"] for row in rows}
-        return [delivery if delivery.fence.id in held else None for delivery in deliveries]
-
-    async def close(self) -> None:
-        self._open = False
-        self._bell.set()
-        await self._fetching.finish()
-        # Where the server cannot be reached the leases run out by themselves.
-        with suppress(Unavailable):
-            await self._give_back()
-        await self._listener.forget(self._channels, self._rung)
-
-    def _rung(self, payload: str | None) -> None:
-        if payload is None:
-            self._floors.forget()
-            self._passed.clear()
-            self._look_at = self._look_again_at = 0.0
-        self._bell.set()
-
-    async def _sleep(self, pause: float) -> None:
-        """Wait for the bell. When it rang there is something new to take, else something due."""
-        try:
-            async with asyncio.timeout(pause):
-                await self._bell.wait()
-        except TimeoutError:
-            self._look_at = self._look_again_at
-        else:
-            self._look_at = max(self._loop.time() + self.BETWEEN_LOOKS, self._look_again_at)
+        There is a rest when the call that fetched was cancelled: this one may want less, or come
+        so late that the leases are about to run out.
+        """
+        if self._loop.time() - self._fetched_at > self._lease / 3:
+            return []
+        return self._leftovers.take(wanted, limit)
 
     async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
         """Fetch deliveries; where there are none, return the seconds that may be slept.
@@ -361,24 +319,35 @@ class PostgresSubscription(Subscription):
             return self.SWEEP
         return float(min(wait, self.SWEEP)) if wait > 0 else self.PATIENCE
 
-    def _take_leftovers(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Return what this call may have of what was fetched; the next fetch gives back the rest.
+    async def _sleep(self, pause: float) -> None:
+        """Wait for the bell. When it rang there is something new to take, else something due."""
+        try:
+            async with asyncio.timeout(pause):
+                await self._bell.wait()
+        except TimeoutError:
+            self._look_at = self._look_again_at
+        else:
+            self._look_at = max(self._loop.time() + self.BETWEEN_LOOKS, self._look_again_at)
 
-        There is a rest when the call that fetched was cancelled: this one may want less, or come
-        so late that the leases are about to run out.
-        """
-        if self._loop.time() - self._fetched_at > self._lease / 3:
-            return []
-        return self._leftovers.take(wanted, limit)
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        calls, fences = self._database.calls, {s.delivery.fence for s in settlements}
+        # What a call has settled whose caller was cancelled is known at its end.
+        await calls.others(fences)
+        return await calls.run(self._settle(settlements), fences)
 
-    async def _give_back(self) -> None:
-        """Release what was fetched and no call has returned."""
-        if leftovers := self._leftovers.take_all():
-            try:
-                await self._release([Release(delivery) for delivery in leftovers])
-            except BaseException:
-                self._leftovers.add(leftovers)
-                raise
+    async def _settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        call = SettleCall(settlements, self._settled)
+        for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
+            places = [place for place, s in call.first.items() if isinstance(s, kind)]
+            if not places:
+                continue
+            # Settle and extend lock rows by ascending id, or they could wait for each other.
+            places.sort(key=lambda place: call.first[place].delivery.fence)
+            done = await run([call.first[place] for place in places])
+            for place in places:
+                if call.first[place].delivery.fence.id in done:
+                    self._settled.add(call.done(place))
+        return call.outcomes()
 
     async def _ack(self, settlements: Sequence[Settlement]) -> set[int]:
         fences = fences_of([settlement.delivery for settlement in settlements])
@@ -401,6 +370,37 @@ class PostgresSubscription(Subscription):
         queues = {delivery.queue for delivery in deliveries}
         self._doorbell.ring(channel_of(self._namespace, queue) for queue in queues)
         return {row["id"] for row in rows}
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
+        rows = await self._database.fetch(EXTEND, *fences, self._lease)
+        held = {row["id"] for row in rows}
+        return [delivery if delivery.fence.id in held else None for delivery in deliveries]
+
+    async def close(self) -> None:
+        self._open = False
+        self._bell.set()
+        await self._fetching.finish()
+        # Where the server cannot be reached the leases run out by themselves.
+        with suppress(Unavailable):
+            await self._give_back()
+        await self._listener.forget(self._channels, self._rung)
+
+    async def _give_back(self) -> None:
+        """Release what was fetched and no call has returned."""
+        if leftovers := self._leftovers.take_all():
+            try:
+                await self._release([Release(delivery) for delivery in leftovers])
+            except BaseException:
+                self._leftovers.add(leftovers)
+                raise
+
+    def _rung(self, payload: str | None) -> None:
+        if payload is None:
+            self._floors.forget()
+            self._passed.clear()
+            self._look_at = self._look_again_at = 0.0
+        self._bell.set()
 
 
 def fences_of(deliveries: Sequence[Delivery]) -> tuple[list[int], list[int]]:

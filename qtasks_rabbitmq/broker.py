@@ -107,15 +107,6 @@ class RabbitMQBroker(Broker):
             [Parcel(m.queue, m.delay, message_id_of(m.uuid), encode_message(m)) for m in messages]
         )
 
-    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        names = self._started()[0]
-        subscription = RabbitMQSubscription(
-            self, names, self._url, queues, self._subscriptions.discard
-        )
-        await subscription.open()
-        self._subscriptions.add(subscription)
-        return subscription
-
     async def dispatch(self, parcels: Sequence[Parcel]) -> list[Outcome]:
         """Publish encoded messages: each is durable with the server, or refused."""
         outcomes = [DONE] * len(parcels)
@@ -132,16 +123,6 @@ class RabbitMQBroker(Broker):
             for at, reason in refused.items():
                 outcomes[at] = Outcome("refused", reason)
         return outcomes
-
-    async def _let_go(self, queues: Collection[str]) -> None:
-        """Have nobody consume from queues that were deleted, before they are made anew.
-
-        The server tells consumers of a deletion a little later. Those of a quorum queue that is
-        there again by then are not told: they stay, and what comes to them is dropped on its way
-        (seen on RabbitMQ 3.10). Ours leave at once; the sleep is for those of other processes.
-        """
-        await together([subscription.let_go(queues) for subscription in self._subscriptions])
-        await asyncio.sleep(NOTICE)
 
     async def _dispatch(self, parcels: Sequence[Parcel], which: Sequence[int]) -> dict[int, str]:
         """Publish some of the parcels in one write; return why the server refused which."""
@@ -175,6 +156,25 @@ class RabbitMQBroker(Broker):
                 await declare(channel, names, methods)
                 self._declared.update(missing)
                 self._levels = max(self._levels, levels)
+
+    async def _let_go(self, queues: Collection[str]) -> None:
+        """Have nobody consume from queues that were deleted, before they are made anew.
+
+        The server tells consumers of a deletion a little later. Those of a quorum queue that is
+        there again by then are not told: they stay, and what comes to them is dropped on its way
+        (seen on RabbitMQ 3.10). Ours leave at once; the sleep is for those of other processes.
+        """
+        await together([subscription.let_go(queues) for subscription in self._subscriptions])
+        await asyncio.sleep(NOTICE)
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        names = self._started()[0]
+        subscription = RabbitMQSubscription(
+            self, names, self._url, queues, self._subscriptions.discard
+        )
+        await subscription.open()
+        self._subscriptions.add(subscription)
+        return subscription
 
     async def _set_up(self, channel: Channel, _purpose: str, version: tuple[int, ...]) -> None:
         """Declare on a new connection what every queue relies on."""

@@ -54,6 +54,50 @@ class RedisInbox(Inbox):
         self._silence: asyncio.Timeout | None = None
         """The reader's timer, set only while something is waited for."""
 
+    async def open(self) -> None:
+        """Connect, subscribe, and read what is waited for. Raises `Unavailable`."""
+        connection = self._connection
+        line = await connection.line()
+        self._line = line
+        self._reader = asyncio.create_task(self._read(line))
+        self._reader.add_done_callback(lambda _: self._bell.set())
+        try:
+            if not self._open:
+                raise Closed("the inbox is closed")
+            self._awaited.to_unwatch.clear()
+            await self._subscribe(
+                [
+                    connection.key(INBOX, self._address),
+                    *(connection.key(WATCH, uuid) for uuid in self._awaited.watched),
+                ]
+            )
+            self._take(await self._get(list(self._awaited.uuids)))
+        except BaseException:
+            await self._hang_up()
+            raise
+
+    async def _subscribe(self, channels: Sequence[str]) -> None:
+        """Subscribe and wait until the server has confirmed each channel."""
+        line = self._line
+        if line is None:
+            raise Unavailable("the inbox has lost its connection")
+        if not channels:
+            return
+        loop = asyncio.get_running_loop()
+        confirmed = [
+            self._confirming.setdefault(channel, loop.create_future()) for channel in channels
+        ]
+        try:
+            with self._connection.reachable():
+                async with asyncio.timeout(self._connection.answer_within):
+                    await line.send_command("SUBSCRIBE", *channels)
+                    await asyncio.wait(confirmed)
+        finally:
+            for channel in channels:
+                self._confirming.pop(channel, None)
+        if not all(future.result() for future in confirmed):
+            raise Unavailable("the inbox has lost its connection")
+
     @property
     def address(self) -> str:
         return self._address
@@ -99,55 +143,11 @@ class RedisInbox(Inbox):
         self._bell.set()
         await self._hang_up()
 
-    async def open(self) -> None:
-        """Connect, subscribe, and read what is waited for. Raises `Unavailable`."""
-        connection = self._connection
-        line = await connection.line()
-        self._line = line
-        self._reader = asyncio.create_task(self._read(line))
-        self._reader.add_done_callback(lambda _: self._bell.set())
-        try:
-            if not self._open:
-                raise Closed("the inbox is closed")
-            self._awaited.to_unwatch.clear()
-            await self._subscribe(
-                [
-                    connection.key(INBOX, self._address),
-                    *(connection.key(WATCH, uuid) for uuid in self._awaited.watched),
-                ]
-            )
-            self._take(await self._get(list(self._awaited.uuids)))
-        except BaseException:
-            await self._hang_up()
-            raise
-
     async def _hang_up(self) -> None:
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.cancel()
             await ended(reader)
-
-    async def _subscribe(self, channels: Sequence[str]) -> None:
-        """Subscribe and wait until the server has confirmed each channel."""
-        line = self._line
-        if line is None:
-            raise Unavailable("the inbox has lost its connection")
-        if not channels:
-            return
-        loop = asyncio.get_running_loop()
-        confirmed = [
-            self._confirming.setdefault(channel, loop.create_future()) for channel in channels
-        ]
-        try:
-            with self._connection.reachable():
-                async with asyncio.timeout(self._connection.answer_within):
-                    await line.send_command("SUBSCRIBE", *channels)
-                    await asyncio.wait(confirmed)
-        finally:
-            for channel in channels:
-                self._confirming.pop(channel, None)
-        if not all(future.result() for future in confirmed):
-            raise Unavailable("the inbox has lost its connection")
 
     async def _read(self, line: AbstractConnection) -> None:
         """Read until the connection breaks; the error is for `receive` to raise."""
