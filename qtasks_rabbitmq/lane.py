@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 UNKNOWN = Outcome("unknown", "RabbitMQ does not answer an acknowledgement")
 TWICE = Outcome("unknown", "the retry is published, but the lease of the old delivery was lost")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 epochs = count(1)
 """Numbers the channels of all lanes; a fence is (epoch, delivery tag)."""
 
@@ -121,7 +121,7 @@ class Lane:
                 sent.append(tag)
             else:
                 # Held until this channel ends: given back it would come again at once.
-                log.error("a task for %s cannot be sent on: %s", parcel.queue, outcome.reason)
+                logger.error("a task for %s cannot be sent on: %s", parcel.queue, outcome.reason)
                 del self._early[tag]
         await self._acknowledge(sent, [])
         if epoch == self._epoch:
@@ -163,7 +163,7 @@ class Lane:
                 async with self._connection.answering():
                     await channel.send(Methods.Close(200, "its queue was deleted", 0, 0))
             except Unavailable as error:
-                log.debug("%s: %s", self._source, error)  # then it is lost anyway
+                logger.debug("%s: %s", self._source, error)  # then it is lost anyway
             channel.fail(f"the queue {self._source} was deleted")
 
     async def cancel_consumers(self) -> None:

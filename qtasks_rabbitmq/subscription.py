@@ -25,7 +25,7 @@ LINGER = 0.5
 """Seconds that a delivery waits for a call of `receive` before another receiver gets it."""
 STRAYS_AT_ONCE = 100
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class RabbitMQSubscription(Subscription):
@@ -134,7 +134,7 @@ class RabbitMQSubscription(Subscription):
         try:
             await together([lane.rest(lambda: self._receiving) for lane in self._lanes.values()])
         except (Unavailable, ConfigurationError) as error:
-            log.warning("deliveries that nobody takes could not be handed on: %s", error)
+            logger.warning("deliveries that nobody takes could not be handed on: %s", error)
         finally:
             self._resting = None
             self._rest_later()
@@ -250,10 +250,10 @@ class Strays(Lane):
         try:
             rest = left_of(self._names, arrival.headers)
         except ValueError as error:
-            log.warning("a delayed task with properties from outside: %s", error)
+            logger.warning("a delayed task with properties from outside: %s", error)
             rest = 0.0
         if queue is None:
             # Not of QTasks: there it becomes a dead letter.
             queue = self.queue
-        log.warning("a delayed task found the queue %s deleted; it is sent there again", queue)
+        logger.warning("a delayed task found the queue %s deleted; it is sent there again", queue)
         self.send_on_later(arrival.tag, Parcel(queue, rest, "", arrival.body))
