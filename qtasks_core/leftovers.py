@@ -20,7 +20,7 @@ class Leftovers:
 
     def add(self, deliveries: Iterable[Delivery], until: float = inf) -> None:
         """Keep deliveries whose lease holds until this time, by any clock of the caller's."""
-        self._kept.extend((until, delivery) for delivery in deliveries)
+        self._kept += [(until, delivery) for delivery in deliveries]
 
     def take(self, wanted: Mapping[str, int], limit: int, now: float = 0.0) -> list[Delivery]:
         """Return what a call of `receive` may have; the rest stays, without expired leases.
