@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Hashable, Sequence
 
-from qtasks_core.recent import repeat_key
+from qtasks_core.recent import effect_of
 from qtasks_core.schemas import DONE, LOST, Outcome, Settlement
 
 
@@ -39,11 +39,12 @@ class SettleCall:
         self._repeats: dict[int, int] = {}
         places: dict[Hashable, int] = {}
         for place, settlement in enumerate(settlements):
-            key = repeat_key(settlement)
+            fence = settlement.delivery.fence
+            key = fence, effect_of(settlement)  # its `repeat_key`, in one call less
             if key in settled:
                 self._outcomes[place] = obeyed
                 continue
-            first = places.setdefault(settlement.delivery.fence, place)
+            first = places.setdefault(fence, place)
             if first == place:
                 self.first[place] = settlement
                 self.keys[place] = key

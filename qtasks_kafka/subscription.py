@@ -198,6 +198,7 @@ class KafkaSubscription(Subscription):
             if not isinstance(settlement, Ack) and _mine(settlement.delivery)
         }
         refused = await self._replace(replaced) if replaced else {}
+        finished: set[int] = set()
         touched: set[Partition] = set()
         for place, settlement in call.first.items():
             partition, offset, *_ = settlement.delivery.fence
@@ -205,6 +206,7 @@ class KafkaSubscription(Subscription):
                 call.answer(place, refused[place])
             elif not partition.lost:
                 if partition.finish(offset):
+                    finished.add(place)
                     self._obeyed.add(call.keys[place])
                 if partition.unconfirmed:
                     touched.add(partition)
@@ -215,7 +217,8 @@ class KafkaSubscription(Subscription):
             await self._idle()
         for place, settlement in call.first.items():
             partition, offset, *_ = settlement.delivery.fence
-            if partition.settled(offset) and call.keys[place] in self._obeyed:
+            obeyed = place in finished or call.keys[place] in self._obeyed
+            if obeyed and partition.settled(offset):
                 call.done(place)
         return call.outcomes()
 
