@@ -182,12 +182,9 @@ class RabbitMQSubscription(Subscription):
         self._bell.set()
         if self._idle is not None:
             self._idle.cancel()
-        pending = {task for task in (self._preparing.pending, self._resting) if task is not None}
-        if pending:
-            await asyncio.wait(pending)
-            for task in pending:
-                # A receive that was cancelled will not collect its error any more.
-                _ = task.cancelled() or task.exception()
+        await self._preparing.finish()
+        if self._resting is not None:
+            await asyncio.wait({self._resting})
         for lane in self._by_source.values():
             if not lane.lost:
                 try:
