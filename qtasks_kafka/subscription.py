@@ -66,7 +66,7 @@ class KafkaSubscription(Subscription):
         self._broker = broker
         self._member = member
         self._left = left
-        """Called at its end."""
+        """Called once nothing is held any more, or may be."""
         self._queues = dict(topics)
         self._fetched: dict[str, deque[tuple[Partition, Any]]] = {
             queue: deque() for queue in topics.values()

@@ -40,7 +40,7 @@ class RabbitMQSubscription(Subscription):
         left: Callable[[RabbitMQSubscription], None],
     ) -> None:
         self._left = left
-        """Called at its end."""
+        """Called once nothing is held any more, or may be."""
         self._names = names
         self._connection = Connection(url, "receiver", broker.heartbeat, self._set_up)
         self._bell = asyncio.Event()

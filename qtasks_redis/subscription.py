@@ -71,14 +71,14 @@ class RedisSubscription(Subscription):
         if not queues or limit < 1:
             raise ValueError("receive must want at least one delivery")
         while self._open:
-            left = self._fetching.pending is not None
-            if not left and (deliveries := self._take_leftovers(queues, limit)):
+            collecting = self._fetching.pending is not None
+            if not collecting and (deliveries := self._take_leftovers(queues, limit)):
                 return deliveries
             pause = await self._fetching.run(lambda: self._fetch(queues, limit))
             if self._open and (deliveries := self._take_leftovers(queues, limit)):
                 return deliveries
             # What a cancelled call had asked for may have been another queue.
-            if self._open and pause > 0 and not left:
+            if self._open and pause > 0 and not collecting:
                 await self._sleep(frozenset(queues), pause)
         raise Closed("the subscription is closed")
 

@@ -85,10 +85,7 @@ class SqliteInbox(Inbox):
             found = finals(turn)
             over = [*found, *forgotten]
             if over:
-                turn.execute(
-                    _UNWATCH,
-                    (namespace, batches.array(over), address),
-                )
+                turn.execute(_UNWATCH, (namespace, batches.array(over), address))
             return found
 
         return watch
