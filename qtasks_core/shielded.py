@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
-
-from qtasks_core.schemas import Delivery
 
 T = TypeVar("T")
 
@@ -16,7 +14,7 @@ class Shielded(Generic[T]):
 
     Only for calls that finish by themselves, such as a round trip. One that waits for a message
     would go on waiting for what its cancelled caller wanted, take it, and hold up the next caller.
-    The owner ends with `abandon`, or awaits `pending`, so that no call outlives it.
+    The owner ends with `finish` or `abandon`, so that no call outlives it.
     """
 
     def __init__(self) -> None:
@@ -35,8 +33,22 @@ class Shielded(Generic[T]):
 
     @property
     def pending(self) -> asyncio.Task[T] | None:
-        """The call that nobody has collected yet, if any; its owner may await it at the end."""
+        """The call that nobody has collected yet, if any."""
         return self._call
+
+    async def finish(self) -> None:
+        """Wait for the uncollected call, if any, and ignore its result and its error.
+
+        For a call that itself keeps what it fetched, as in `Leftovers`.
+        """
+        call = self._call
+        if call is None:
+            return
+        await asyncio.wait({call})
+        if self._call is call:
+            self._call = None
+        if not call.cancelled():
+            call.exception()  # asked for, or asyncio logs it as never retrieved
 
     async def abandon(self) -> T | None:
         """Cancel the uncollected call and wait for it; return its result if it had one."""
@@ -48,19 +60,3 @@ class Shielded(Generic[T]):
         if call.cancelled() or call.exception() is not None:
             return None
         return call.result()
-
-
-class Room:
-    """What one call of `receive` may return of what others before it have fetched."""
-
-    def __init__(self, wanted: Mapping[str, int], limit: int) -> None:
-        self._wanted = dict(wanted)
-        self._limit = limit
-
-    def takes(self, delivery: Delivery) -> bool:
-        """Tell whether a delivery still fits in; if so it takes up its place."""
-        if self._limit <= 0 or self._wanted.get(delivery.queue, 0) <= 0:
-            return False
-        self._limit -= 1
-        self._wanted[delivery.queue] -= 1
-        return True

@@ -102,10 +102,12 @@ class Partition:
         """Say whether a delivered record is still to be settled here."""
         return not self.lost and offset in self.open
 
-    def finish(self, offset: int) -> None:
-        """Mark a record done; the group hears of it with the next commit."""
-        if self.open.pop(offset, None) is not None:
-            self.unconfirmed.add(offset)
+    def finish(self, offset: int) -> bool:
+        """Mark a record done, unless it is; the group hears of it with the next commit."""
+        if self.open.pop(offset, None) is None:
+            return False
+        self.unconfirmed.add(offset)
+        return True
 
     def settled(self, offset: int) -> bool:
         """Say whether a delivered record is done and the group knows it."""

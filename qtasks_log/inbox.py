@@ -12,6 +12,7 @@ from uuid_utils import uuid7
 from qtasks_core import Inbox, Task
 from qtasks_core.errors import Closed
 from qtasks_core.records import FINAL
+from qtasks_core.together import together
 from qtasks_log.reader import Reader
 from qtasks_log.view import View
 
@@ -35,8 +36,7 @@ class Inboxes:
 
     async def close(self) -> None:
         """Close every inbox."""
-        for inbox in list(self.addresses.values()):
-            await inbox.close()
+        await together([inbox.close() for inbox in self.addresses.values()])
 
 
 class LogInbox(Inbox):

@@ -1,14 +1,13 @@
-"""A storage in memory: a dict of records and a queue an inbox."""
+"""A storage in memory: a dict of records, and who is told of them."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from weakref import WeakSet
 
 from msgspec import UNSET, UnsetType
-from uuid_utils import uuid7
 
 from qtasks_core import DONE, Claim, Guarantees, Inbox, Outcome, Storage, Task, TaskPage, TaskQuery
 from qtasks_core.errors import Closed, refuse_transaction
@@ -16,7 +15,9 @@ from qtasks_core.names import checked_id
 from qtasks_core.options import checked_retention
 from qtasks_core.queries import page_of
 from qtasks_core.records import FINAL, RETENTION, expiry_of, judge, refused_by, retention_note
+from qtasks_core.together import together
 from qtasks_memory.connection import Memory, connect
+from qtasks_memory.inbox import MemoryInbox
 
 
 class MemoryStorage(Storage):
@@ -44,8 +45,7 @@ class MemoryStorage(Storage):
 
     async def stop(self) -> None:
         self._memory = None
-        for inbox in list(self._inboxes):
-            await inbox.close()
+        await together([inbox.close() for inbox in self._inboxes])
         for changed in self._watching:
             changed.set()
 
@@ -163,49 +163,3 @@ class MemoryStorage(Storage):
         if self._memory is None:
             raise Closed("MemoryStorage is not started")
         return self._memory
-
-
-class MemoryInbox(Inbox):
-    """A queue under an address of its own; there is no connection that could break."""
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._address = str(uuid7())
-        self._arrived = memory.inboxes[self._address] = asyncio.Queue()
-
-    @property
-    def address(self) -> str:
-        return self._address
-
-    def expect(self, uuids: Iterable[str]) -> None:
-        """Do nothing: what is sent to the address cannot get lost."""
-
-    async def watch(self, uuids: Sequence[str]) -> None:
-        for uuid in uuids:
-            record = self._memory.record(uuid)
-            if record is not None and record.status in FINAL:
-                self._arrived.put_nowait(record)
-            else:
-                self._memory.watchers[uuid].add(self._address)
-
-    def forget(self, uuids: Iterable[str]) -> None:
-        for uuid in uuids:
-            if uuid in self._memory.watchers:
-                self._memory.watchers[uuid].discard(self._address)
-                if not self._memory.watchers[uuid]:
-                    del self._memory.watchers[uuid]
-
-    async def receive(self) -> list[Task]:
-        arrived = [await self._arrived.get()]
-        while not self._arrived.empty():
-            arrived.append(self._arrived.get_nowait())
-        tasks = [task for task in arrived if task is not None]
-        if len(tasks) < len(arrived):
-            await self.close()  # the next call finds it as well
-        if not tasks:
-            raise Closed("the inbox is closed")
-        return tasks
-
-    async def close(self) -> None:
-        self._memory.inboxes.pop(self._address, None)
-        self._arrived.put_nowait(None)

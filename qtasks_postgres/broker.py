@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 from weakref import WeakSet
 
 from qtasks_core import (
     DONE,
-    LOST,
-    Ack,
     Broker,
-    Delivery,
     Guarantees,
     Outcome,
-    Release,
-    Retry,
-    Settlement,
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError, Unavailable
+from qtasks_core.errors import Closed
 from qtasks_core.options import LEASE_TIME
-from qtasks_core.recent import Recent, effect_of, repeat_key
-from qtasks_core.shielded import Room, Shielded
-from qtasks_core.wire import decode_message, encode_message
+from qtasks_core.together import together
+from qtasks_core.wire import encode_message
 from qtasks_postgres import floors
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
-from qtasks_postgres.connection import Database, Listener, channel_of, storable
-from qtasks_postgres.floors import PRIORITIES, Floors, Lane, lanes_of
+from qtasks_postgres.connection import Database, Listener, channel_of
+from qtasks_postgres.doorbell import RING, Doorbell
+from qtasks_postgres.rows import columns_of
+from qtasks_postgres.subscription import PostgresSubscription
 
 RIGHTS = {"messages": ("SELECT", "INSERT", "UPDATE", "DELETE"), **floors.RIGHTS}
-
-LONGEST_DELAY = 100 * 365 * 86400.0
-"""Seconds; a longer delay may be past what a timestamp can hold."""
 
 PUBLISH = """
     INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
@@ -44,137 +33,6 @@ PUBLISH = """
     FROM unnest($2::text[], $3::smallint[], $4::float8[], $5::bytea[])
          AS given (queue, priority, delay, body)
 """
-
-RING = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS rung (channel)"
-
-# A statement is planned once a connection, maybe while its table is empty, and the plan must hold
-# when there are millions of rows. So rows are found in ways that leave the planner no choice: by an
-# array of ids, never by a join that it could begin at the table's end, and in an order that only
-# one index has (by the id alone it could walk the primary key, past all that is in other queues).
-
-# Messages never received before: what may be received at once, in the order of their ids.
-READY = """
-    SELECT id FROM qtasks.messages
-    WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
-      AND priority <= level.priority
-      AND (priority, id) >
-          (level.priority, ($4::bigint[])[want.position * 10 - level.priority])
-    ORDER BY priority, id
-    LIMIT want.most
-    FOR UPDATE SKIP LOCKED
-"""
-
-# Messages that have waited for their moment: delayed, given back, or lost by their holders.
-# statement_timestamp() and not clock_timestamp(), which no index can be searched for.
-DUE = """
-    SELECT id FROM qtasks.messages
-    WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
-      AND wake_at > ($7::timestamptz[])[want.position * 10 - level.priority]
-      AND wake_at <= statement_timestamp()
-    ORDER BY wake_at
-    LIMIT want.most
-    FOR UPDATE SKIP LOCKED
-"""
-
-
-def taking(lane: str, *more: str) -> str:
-    """Return a statement that takes messages of each queue.
-
-    Its priorities are gone through one after the other, the highest first, and no further than it
-    takes to have enough: LIMIT ends the loops, so only what is taken is locked.
-    """
-    returned = ", ".join(("id", "queue", "priority", "delivery", "body", *more))
-    return f"""
-    UPDATE qtasks.messages
-    SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
-    WHERE id = ANY(ARRAY(
-        SELECT chosen.id
-        FROM unnest($2::text[], $3::int[]) WITH ORDINALITY AS want (queue, most, position)
-        CROSS JOIN LATERAL (
-            SELECT message.id
-            FROM generate_series(9, 0, -1) AS level (priority)
-            CROSS JOIN LATERAL ({lane}) AS message
-            LIMIT want.most
-        ) AS chosen
-        LIMIT $5
-    ))
-    RETURNING {returned}
-    """
-
-
-TAKE = taking(READY)
-
-# The inner SELECT sees the row as it was before.
-LOOK = taking(
-    f"SELECT id FROM ({DUE}) AS due UNION ALL SELECT id FROM ({READY}) AS ready",
-    "(SELECT wake_at FROM qtasks.messages AS old WHERE old.id = messages.id) IS NULL AS first",
-)
-
-# What SKIP LOCKED passes over is still there to be seen: then the wait is zero.
-NEXT = """
-    SELECT min(coalesce(
-        (
-            SELECT 0.0 FROM qtasks.messages
-            WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
-              AND priority <= level.priority
-              AND (priority, id) >
-                  (level.priority, ($3::bigint[])[want.position * 10 - level.priority])
-            ORDER BY priority, id
-            LIMIT 1
-        ),
-        (
-            SELECT extract(epoch FROM wake_at - clock_timestamp()) FROM qtasks.messages
-            WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
-              AND wake_at > ($4::timestamptz[])[want.position * 10 - level.priority]
-            ORDER BY wake_at
-            LIMIT 1
-        )
-    ))::float8 AS wait
-    FROM unnest($2::text[]) WITH ORDINALITY AS want (queue, position)
-    CROSS JOIN generate_series(9, 0, -1) AS level (priority)
-"""
-
-# Whose lease has run out, or whose message was delivered again since, holds nothing. coalesce()
-# hides from the planner that the index of waiting messages would do as well, all of it.
-MINE = """
-    id = ANY($1::bigint[])
-    AND delivery = ($2::int[])[array_position($1::bigint[], id)]
-    AND coalesce(wake_at > clock_timestamp(), false)
-"""
-
-ACK = f"DELETE FROM qtasks.messages WHERE {MINE} RETURNING id"
-
-RETRY = f"""
-    WITH gone AS (
-        DELETE FROM qtasks.messages WHERE {MINE} RETURNING id
-    ), again AS (
-        INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
-        SELECT $3, queue, priority,
-               CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END, body
-        FROM unnest($1::bigint[], $4::text[], $5::smallint[], $6::float8[], $7::bytea[])
-             AS next (id, queue, priority, delay, body)
-        WHERE id = ANY(ARRAY(SELECT id FROM gone))
-    )
-    SELECT id FROM gone
-"""
-
-RELEASE = f"""
-    UPDATE qtasks.messages SET wake_at = clock_timestamp() WHERE {MINE} RETURNING id
-"""
-
-EXTEND = f"""
-    UPDATE qtasks.messages
-    SET wake_at = clock_timestamp() + $3::float8 * interval '1 second'
-    WHERE {MINE}
-    RETURNING id
-"""
-
-
-class Fence(NamedTuple):
-    """Which message, and which of its deliveries."""
-
-    id: int
-    delivery: int
 
 
 class PostgresBroker(Broker):
@@ -228,18 +86,12 @@ class PostgresBroker(Broker):
 
     async def stop(self) -> None:
         await self._listener.stop()
-        for subscription in tuple(self._subscriptions):
-            await subscription.close()
-        self._namespace = None
-        await self._doorbell.stop()
-        await self._database.stop()
-
-    async def clock(self) -> float | None:
-        self._started()
-        return await self._database.clock()
-
-    async def migrate(self, namespace: str) -> list[str]:
-        return await self._database.migrate()
+        try:
+            await together([subscription.close() for subscription in self._subscriptions])
+        finally:
+            self._namespace = None
+            await self._doorbell.stop()
+            await self._database.stop()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -272,328 +124,14 @@ class PostgresBroker(Broker):
         self._subscriptions.add(subscription)
         return subscription
 
+    async def clock(self) -> float | None:
+        self._started()
+        return await self._database.clock()
+
+    async def migrate(self, namespace: str) -> list[str]:
+        return await self._database.migrate()
+
     def _started(self) -> str:
         if self._namespace is None:
             raise Closed("PostgresBroker is not started")
         return self._namespace
-
-
-class Doorbell:
-    """Tells sleeping receivers that there is something new, at most one NOTIFY at a time.
-
-    A transaction that notifies holds a lock on the whole database until its commit is on disk, so
-    publishers that notified in theirs would queue up for each other's disk writes. This one has
-    nothing to write, and all that is published while it is under way shares the next. A publisher
-    that dies before it has rung is made up for by the receivers, who look for themselves at times.
-    """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._channels: set[str] = set()
-        self._ringing: asyncio.Task[None] | None = None
-
-    def ring(self, channels: Iterable[str]) -> None:
-        """Wake those who listen to `channels`, soon. No I/O of the caller's."""
-        self._channels.update(channels)
-        if self._channels and (self._ringing is None or self._ringing.done()):
-            self._ringing = asyncio.create_task(self._ring())
-
-    async def stop(self) -> None:
-        """Wait until all is rung. Idempotent."""
-        if self._ringing is not None:
-            await asyncio.wait({self._ringing})
-            self._ringing = None
-
-    async def _ring(self) -> None:
-        while self._channels:
-            channels, self._channels = self._channels, set()
-            # Whoever listens notices a lost server too, and looks for himself once it is back. What
-            # is wrong for longer is told to the next who publishes.
-            with suppress(Unavailable, ConfigurationError):
-                await self._database.fetch(RING, list(channels))
-
-
-class PostgresSubscription(Subscription):
-    """Takes rows and holds them by their leases."""
-
-    SWEEP = 3.0
-    """Seconds after which a sleeper looks without being told, so that he notices a frozen server,
-    and a message whose publisher died before he could ring."""
-
-    PATIENCE = 0.05
-    """Seconds to wait for rows that another receiver has locked and may yet leave behind."""
-
-    BETWEEN_LOOKS = 0.25
-    """Seconds after which it is looked for what has become due or came back."""
-
-    CHEAP_LOOK = 0.05
-    """Seconds; a look that takes longer is not repeated for ten times as long. Floors are stuck as
-    long as a transaction is open that has published or settled."""
-
-    def __init__(
-        self,
-        database: Database,
-        listener: Listener,
-        doorbell: Doorbell,
-        namespace: str,
-        lease: float,
-    ) -> None:
-        self._database = database
-        self._listener = listener
-        self._doorbell = doorbell
-        self._namespace = namespace
-        self._lease = lease
-        self._loop = asyncio.get_running_loop()
-        self._queues: list[str] = []
-        self._channels: list[str] = []
-        self._bell = asyncio.Event()
-        self._fetching: Shielded[float] = Shielded()
-        self._fetched: list[Delivery] = []
-        self._fetched_at = 0.0
-        self._spare: list[Delivery] = []
-        self._floors = Floors(database, namespace)
-        self._passed: dict[Lane, int] = {}
-        self._look_at = 0.0
-        self._look_again_at = 0.0
-        self._settled = Recent()
-        self._open = True
-
-    async def open(self, queues: Iterable[str]) -> None:
-        """Listen to what is published to `queues`. Raises `Unavailable`."""
-        self._queues = list(queues)
-        self._channels = [channel_of(self._namespace, queue) for queue in self._queues]
-        await self._listener.listen(self._channels, self._rung)
-
-    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        wanted = {queue: most for queue, most in wanted.items() if most > 0}
-        while self._open:
-            pause = await self._fetching.run(lambda: self._fetch(wanted, limit))
-            if not self._open:
-                break
-            deliveries = self._select(wanted, limit)
-            if deliveries:
-                return deliveries
-            if not self._spare:
-                await self._sleep(pause)
-        raise Closed("the subscription is closed")
-
-    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        calls, fences = self._database.calls, {s.delivery.fence for s in settlements}
-        # What a call has settled whose caller was cancelled is known at its end.
-        await calls.others(fences)
-        return await calls.run(self._settle(settlements), fences)
-
-    async def _settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        outcomes = [LOST] * len(settlements)
-        places: dict[type[Settlement], list[int]] = {Ack: [], Retry: [], Release: []}
-        first: dict[Fence, int] = {}
-        repeats: list[tuple[int, int]] = []
-        for place, settlement in enumerate(settlements):
-            if repeat_key(settlement) in self._settled:
-                outcomes[place] = DONE
-            elif (before := first.setdefault(settlement.delivery.fence, place)) == place:
-                places[type(settlement)].append(place)
-            elif effect_of(settlements[before]) == effect_of(settlement):
-                repeats.append((before, place))
-        for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
-            if not places[kind]:
-                continue
-            # Settle and extend lock rows by ascending id, or they could wait for each other.
-            places[kind].sort(key=lambda place: settlements[place].delivery.fence)
-            done = await run([settlements[place] for place in places[kind]])
-            for place in places[kind]:
-                if settlements[place].delivery.fence.id in done:
-                    self._settled.add(repeat_key(settlements[place]))
-                    outcomes[place] = DONE
-        for before, place in repeats:
-            outcomes[place] = outcomes[before]
-        return outcomes
-
-    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
-        rows = await self._database.fetch(EXTEND, *fences, self._lease)
-        held = {row["id"] for row in rows}
-        return [delivery if delivery.fence.id in held else None for delivery in deliveries]
-
-    async def close(self) -> None:
-        self._open = False
-        self._bell.set()
-        if self._fetching.pending is not None:
-            await asyncio.wait({self._fetching.pending})
-            await self._fetching.abandon()
-        # Where the server cannot be reached the leases run out by themselves.
-        with suppress(Unavailable):
-            await self._give_back()
-        await self._listener.forget(self._channels, self._rung)
-
-    def _rung(self, payload: str | None) -> None:
-        if payload is None:
-            self._floors.forget()
-            self._passed.clear()
-            self._look_at = self._look_again_at = 0.0
-        self._bell.set()
-
-    async def _sleep(self, pause: float) -> None:
-        """Wait for the bell. When it rang there is something new to take, else something due."""
-        try:
-            async with asyncio.timeout(pause):
-                await self._bell.wait()
-        except TimeoutError:
-            self._look_at = self._look_again_at
-        else:
-            self._look_at = max(self._loop.time() + self.BETWEEN_LOOKS, self._look_again_at)
-
-    async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
-        """Fetch deliveries; where there are none, return the seconds that may be slept.
-
-        A take that finds nothing is enough for a short sleep: whoever answers task by task asks
-        the server one question a task, not four. It is looked closer when the bell rang and there
-        is nothing new, for then something came back, and when the short sleep is over.
-        """
-        rung = self._bell.is_set()
-        self._bell.clear()
-        await self._listener.ensure()
-        await self._give_back()
-        looked = self._loop.time() >= self._look_at
-        if looked:
-            await self._look(wanted, limit)
-        else:
-            await self._take(wanted, limit)
-            if rung and not self._fetched:
-                if looked := self._loop.time() >= self._look_again_at:
-                    await self._look(wanted, limit)
-                else:
-                    self._look_at = min(self._look_at, self._look_again_at)
-        if self._fetched:
-            return 0.0
-        return await self._pause(wanted) if looked else self._look_at - self._loop.time()
-
-    async def _look(self, wanted: Mapping[str, int], limit: int) -> None:
-        """Take also what has become due or came back, and what was committed late."""
-        await self._floors.raise_(self._queues)
-        begun = self._loop.time()
-        ready, due = self._floors.of(wanted)
-        rows = await self._fetch_rows(LOOK, wanted, ready, limit, due)
-        now = self._loop.time()
-        self._look_again_at = now + 10 * (now - begun) if now - begun > self.CHEAP_LOOK else 0.0
-        self._look_at = max(now + self.BETWEEN_LOOKS, self._look_again_at)
-        if not all(row["first"] for row in rows):
-            self._look_at = 0.0  # there may be more of those
-
-    async def _take(self, wanted: Mapping[str, int], limit: int) -> None:
-        """Take what was published since, starting where the last take ended.
-
-        Below lie the index entries of what was taken before, dead until they are vacuumed, and now
-        and then a message whose publisher committed late. `_look` sees to those.
-        """
-        floors = map(max, self._floors.of(wanted)[0], self._passed_in(wanted))
-        await self._fetch_rows(TAKE, wanted, list(floors), limit)
-
-    def _passed_in(self, wanted: Mapping[str, int]) -> list[int]:
-        return [self._passed.get(lane, 0) for lane in lanes_of(wanted)]
-
-    async def _fetch_rows(
-        self,
-        statement: str,
-        wanted: Mapping[str, int],
-        floors: list[int],
-        limit: int,
-        *more: object,
-    ) -> Sequence[Any]:
-        self._fetched_at = self._loop.time()
-        rows = await self._database.fetch(
-            statement,
-            self._namespace,
-            list(wanted),
-            list(wanted.values()),
-            floors,
-            limit,
-            self._lease,
-            *more,
-        )
-        rows.sort(key=lambda row: (-row["priority"], row["id"]))
-        for id, queue, priority, delivery, body, *first in rows:
-            if first != [False]:
-                self._passed[Lane(queue, priority)] = id
-            self._floors.saw(id)
-            fence = Fence(id, delivery)
-            self._fetched.append(Delivery(decode_message(body), queue, fence, delivery))
-        return rows
-
-    async def _pause(self, wanted: Mapping[str, int]) -> float:
-        """Return the seconds until something may become receivable without a new message."""
-        rows = await self._database.fetch(
-            NEXT, self._namespace, list(wanted), *self._floors.of(wanted)
-        )
-        wait = rows[0]["wait"]
-        if wait is None:
-            return self.SWEEP
-        return float(min(wait, self.SWEEP)) if wait > 0 else self.PATIENCE
-
-    def _select(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Return what this call may have of what was fetched; the rest is to be given back.
-
-        There is a rest when the call that fetched was cancelled: this one may want less, or come
-        so late that the leases are about to run out.
-        """
-        fetched, self._fetched = self._fetched, []
-        if self._loop.time() - self._fetched_at > self._lease / 3:
-            self._spare += fetched
-            return []
-        room = Room(wanted, limit)
-        deliveries: list[Delivery] = []
-        for delivery in fetched:
-            if room.takes(delivery):
-                deliveries.append(delivery)
-            else:
-                self._spare.append(delivery)
-        return deliveries
-
-    async def _give_back(self) -> None:
-        """Release what was fetched and no call has returned."""
-        if not (self._spare or self._fetched):
-            return
-        self._spare += self._fetched
-        self._fetched = []
-        await self._release([Release(delivery) for delivery in self._spare])
-        self._spare = []
-
-    async def _ack(self, settlements: Sequence[Settlement]) -> set[int]:
-        fences = fences_of([settlement.delivery for settlement in settlements])
-        rows = await self._database.fetch(ACK, *fences)
-        return {row["id"] for row in rows}
-
-    async def _retry(self, settlements: Sequence[Settlement]) -> set[int]:
-        fences = fences_of([settlement.delivery for settlement in settlements])
-        messages = [s.message for s in settlements if isinstance(s, Retry)]
-        batch = [(message, encode_message(message)) for message in messages]
-        rows = await self._database.fetch(
-            RETRY, *fences, self._namespace, *columns_of(batch), size=size_of(batch)
-        )
-        self._doorbell.ring(channel_of(self._namespace, message.queue) for message in messages)
-        return {row["id"] for row in rows}
-
-    async def _release(self, settlements: Sequence[Settlement]) -> set[int]:
-        deliveries = [settlement.delivery for settlement in settlements]
-        rows = await self._database.fetch(RELEASE, *fences_of(deliveries))
-        queues = {delivery.queue for delivery in deliveries}
-        self._doorbell.ring(channel_of(self._namespace, queue) for queue in queues)
-        return {row["id"] for row in rows}
-
-
-def fences_of(deliveries: Sequence[Delivery]) -> tuple[list[int], list[int]]:
-    """Return the ids and the numbers of the deliveries, column by column."""
-    fences: list[Fence] = [delivery.fence for delivery in deliveries]
-    return [fence.id for fence in fences], [fence.delivery for fence in fences]
-
-
-def columns_of(
-    batch: Sequence[tuple[TaskMessage, bytes]],
-) -> tuple[list[str], list[int], list[float], list[bytes]]:
-    """Return queue, priority, delay and body of messages, column by column."""
-    return (
-        [storable(message.queue) for message, _ in batch],
-        [min(max(message.priority, 0), PRIORITIES - 1) for message, _ in batch],
-        [min(message.delay, LONGEST_DELAY) for message, _ in batch],
-        [body for _, body in batch],
-    )

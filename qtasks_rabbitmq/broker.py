@@ -10,6 +10,7 @@ from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMes
 from qtasks_core.batches import split
 from qtasks_core.errors import Closed, Unavailable, refuse_transaction
 from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
+from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
 from qtasks_rabbitmq.delays import ladder_methods, levels_for, route
@@ -47,7 +48,7 @@ class RabbitMQBroker(Broker):
         self._declared: set[str] = set()
         self._levels = 0
         self._declaring = asyncio.Lock()
-        self._subscriptions: list[RabbitMQSubscription] = []
+        self._subscriptions: set[RabbitMQSubscription] = set()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -77,12 +78,12 @@ class RabbitMQBroker(Broker):
         await self._publishing.channel()
 
     async def stop(self) -> None:
-        for subscription in list(self._subscriptions):
-            await subscription.close()
-            await subscription.end()
-        publishing, self._publishing = self._publishing, None
-        if publishing is not None:
-            await publishing.close()
+        try:
+            await together([subscription.leave() for subscription in self._subscriptions])
+        finally:
+            publishing, self._publishing = self._publishing, None
+            if publishing is not None:
+                await publishing.close()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -91,13 +92,6 @@ class RabbitMQBroker(Broker):
         return await self.dispatch(
             [Parcel(m.queue, m.delay, message_id_of(m.uuid), encode_message(m)) for m in messages]
         )
-
-    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        names = self._started()[0]
-        subscription = RabbitMQSubscription(self, names, self._url, queues, self._forget)
-        await subscription.open()
-        self._subscriptions.append(subscription)
-        return subscription
 
     async def dispatch(self, parcels: Sequence[Parcel]) -> list[Outcome]:
         """Publish encoded messages: each is durable with the server, or refused."""
@@ -116,17 +110,6 @@ class RabbitMQBroker(Broker):
             for at, reason in refused.items():
                 outcomes[at] = Outcome("refused", reason)
         return outcomes
-
-    async def _let_go(self, queues: Collection[str]) -> None:
-        """Have nobody consume from queues that were deleted, before they are made anew.
-
-        The server tells consumers of a deletion a little later. Those of a quorum queue that is
-        there again by then are not told: they stay, and what comes to them is dropped on its way
-        (seen on RabbitMQ 3.10). Ours leave at once; the sleep is for those of other processes.
-        """
-        for subscription in list(self._subscriptions):
-            await subscription.let_go(queues)
-        await asyncio.sleep(NOTICE)
 
     async def _dispatch(self, parcels: Sequence[Parcel], which: Sequence[int]) -> dict[int, str]:
         """Publish some of the parcels in one write; return why the server refused which."""
@@ -161,6 +144,25 @@ class RabbitMQBroker(Broker):
                 self._declared.update(missing)
                 self._levels = max(self._levels, levels)
 
+    async def _let_go(self, queues: Collection[str]) -> None:
+        """Have nobody consume from queues that were deleted, before they are made anew.
+
+        The server tells consumers of a deletion a little later. Those of a quorum queue that is
+        there again by then are not told: they stay, and what comes to them is dropped on its way
+        (seen on RabbitMQ 3.10). Ours leave at once; the sleep is for those of other processes.
+        """
+        await together([subscription.let_go(queues) for subscription in self._subscriptions])
+        await asyncio.sleep(NOTICE)
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        names = self._started()[0]
+        subscription = RabbitMQSubscription(
+            self, names, self._url, queues, self._subscriptions.discard
+        )
+        await subscription.open()
+        self._subscriptions.add(subscription)
+        return subscription
+
     async def _set_up(self, channel: Channel, _purpose: str, version: tuple[int, ...]) -> None:
         """Declare on a new connection what every queue relies on."""
         self._version = version
@@ -168,11 +170,6 @@ class RabbitMQBroker(Broker):
         self._levels = 0
         names, _ = self._started()
         await declare(channel, names, namespace_methods(names))
-
-    def _forget(self, subscription: RabbitMQSubscription) -> None:
-        """Let go of a subscription that has ended."""
-        if subscription in self._subscriptions:
-            self._subscriptions.remove(subscription)
 
     def _started(self) -> tuple[Names, Connection]:
         if self._names is None or self._publishing is None:

@@ -50,7 +50,7 @@ TLS_REFUSALS = frozenset(
 Setup = Callable[["Channel", str, tuple[int, ...]], Awaitable[None]]
 """What to do on each new channel, given it, its purpose and the server's version."""
 
-log = logging.getLogger("qtasks.rabbitmq")
+logger = logging.getLogger("qtasks.rabbitmq")
 
 
 class Connection:
@@ -272,4 +272,4 @@ async def _close(connection: AbstractConnection) -> None:
         async with asyncio.timeout(PATIENCE):
             await connection.close()
     except TimeoutError:
-        log.debug("a connection did not close in time")
+        logger.debug("a connection did not close in time")

@@ -10,9 +10,10 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
-from qtasks_core import LOST, Ack, Delivery, Outcome, Raw, Retry, Settlement
+from qtasks_core import Ack, Delivery, Outcome, Raw, Release, Retry, Settlement
 from qtasks_core.errors import Unavailable
-from qtasks_core.recent import Recent, effect_of
+from qtasks_core.recent import Recent
+from qtasks_core.settling import SettleCall
 from qtasks_core.wire import decode_message
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import rest_of
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 UNKNOWN = Outcome("unknown", "RabbitMQ does not answer an acknowledgement")
 TWICE = Outcome("unknown", "the retry is published, but the lease of the old delivery was lost")
 
-log = logging.getLogger("qtasks.rabbitmq")
+logger = logging.getLogger("qtasks.rabbitmq")
 epochs = count(1)
 """Numbers the channels of all lanes; a fence is (epoch, delivery tag)."""
 
@@ -120,7 +121,7 @@ class Lane:
                 sent.append(tag)
             else:
                 # Held until this channel ends: given back it would come again at once.
-                log.error("a task for %s cannot be sent on: %s", parcel.queue, outcome.reason)
+                logger.error("a task for %s cannot be sent on: %s", parcel.queue, outcome.reason)
                 del self._early[tag]
         await self._acknowledge(sent, [])
         if epoch == self._epoch:
@@ -162,7 +163,7 @@ class Lane:
                 async with self._connection.answering():
                     await channel.send(Methods.Close(200, "its queue was deleted", 0, 0))
             except Unavailable as error:
-                log.debug("%s: %s", self._source, error)  # then it is lost anyway
+                logger.debug("%s: %s", self._source, error)  # then it is lost anyway
             channel.fail(f"the queue {self._source} was deleted")
 
     async def cancel_consumers(self) -> None:
@@ -181,38 +182,27 @@ class Lane:
         retries = any(isinstance(settlement, Retry) for settlement in mine)
         if mine and (retries or self._doubtful()):
             await self.probe()
-        outcomes = [LOST] * len(settlements)
-        done: list[int] = []
-        back: list[int] = []
-        again: dict[int, Retry] = {}
-        taken: dict[int, Settlement] = {}
-        for at, settlement in enumerate(settlements):
-            fence = settlement.delivery.fence
-            before = taken.get(fence[1]) if fence[0] == self._epoch else None
-            if before is not None:
-                outcomes[at] = UNKNOWN if effect_of(before) == effect_of(settlement) else LOST
-            elif fence in self._settled:
-                outcomes[at] = UNKNOWN
-            elif self.mine(settlement.delivery):
-                outcomes[at] = UNKNOWN
-                taken[fence[1]] = settlement
-                if isinstance(settlement, Retry):
-                    again[at] = settlement
-                else:
-                    (done if isinstance(settlement, Ack) else back).append(fence[1])
-        await self._acknowledge(done, back)
+        call = SettleCall(settlements, self._settled, obeyed=UNKNOWN)
+        taken = {place: s for place, s in call.first.items() if self.mine(s.delivery)}
+        tags = {place: settlement.delivery.fence[1] for place, settlement in taken.items()}
+        again = {place: s for place, s in taken.items() if isinstance(s, Retry)}
+        done = [place for place, s in taken.items() if isinstance(s, Ack)]
+        back = [place for place, s in taken.items() if isinstance(s, Release)]
+        await self._acknowledge([tags[place] for place in done], [tags[place] for place in back])
+        for place in (*done, *back):
+            self._settled.add(call.done(place))
         if again:
-            await self._retry(again, outcomes)
+            await self._retry(again, call)
         if taken:
             # Acknowledgements have no reply, but a channel is served in order: with the answer to
             # this the server has seen them, and the death of this process cannot undo them.
             await self.probe()
-        return outcomes
+        return call.outcomes()
 
-    async def _retry(self, retries: Mapping[int, Retry], outcomes: list[Outcome]) -> None:
+    async def _retry(self, retries: Mapping[int, Retry], call: SettleCall) -> None:
         """Publish the new messages, then acknowledge the old ones."""
         epoch = self._epoch
-        tags = {at: retry.delivery.fence[1] for at, retry in retries.items()}
+        tags = {place: retry.delivery.fence[1] for place, retry in retries.items()}
         messages = [retry.message for retry in retries.values()]
         self._settling.update(tags.values())
         try:
@@ -221,14 +211,16 @@ class Lane:
             if epoch == self._epoch:
                 self._settling.difference_update(tags.values())
         done: list[int] = []
-        for at, outcome in zip(retries, published, strict=True):
+        for place, outcome in zip(retries, published, strict=True):
             if outcome.status == "refused":
-                outcomes[at] = outcome
+                call.answer(place, outcome)
             elif epoch == self._epoch:
-                done.append(tags[at])
+                done.append(place)
             else:
-                outcomes[at] = TWICE
-        await self._acknowledge(done, [])
+                call.answer(place, TWICE)
+        await self._acknowledge([tags[place] for place in done], [])
+        for place in done:
+            self._settled.add(call.done(place))
 
     async def _acknowledge(self, done: Sequence[int], back: Sequence[int]) -> None:
         """Acknowledge and give back deliveries of this epoch, in one write."""
@@ -249,7 +241,6 @@ class Lane:
             if epoch == self._epoch:
                 self._settling.difference_update(done, back)
         for tag in (*done, *back):
-            self._settled.add((epoch, tag))
             consumer = self.held.pop(tag, "") if epoch == self._epoch else ""
             if consumer in self._active:
                 self._active[consumer] += 1

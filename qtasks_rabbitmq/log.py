@@ -50,7 +50,7 @@ class Mark:
         self.reached = False
 
 
-log = logging.getLogger("qtasks.rabbitmq")
+logger = logging.getLogger("qtasks.rabbitmq")
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
 
@@ -204,7 +204,7 @@ class RabbitMQLog(Log):
         self._arrived.clear()
         if self._next and await self._read_first(channel) != self._first:
             # The old offsets mean nothing in it, and may never be reached.
-            log.warning("the stream %s was made anew; it is read from its start", self._stream)
+            logger.warning("the stream %s was made anew; it is read from its start", self._stream)
             self._next, self._first = 0, None
         channel.on_delivery = partial(self._arrive, channel)
         channel.on_lost = self._bell.set
@@ -257,7 +257,7 @@ def _decode(offset: int, body: bytes) -> Record | None:
         try:
             return _decoder.decode(memoryview(body)[1:])
         except msgspec.MsgspecError as error:
-            log.error("offset %d of the log cannot be read: %s", offset, error)
+            logger.error("offset %d of the log cannot be read: %s", offset, error)
             return None
-    log.error("offset %d of the log cannot be read: not written by this release", offset)
+    logger.error("offset %d of the log cannot be read: not written by this release", offset)
     return None

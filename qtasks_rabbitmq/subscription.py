@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from qtasks_core import LOST, Delivery, Outcome, Settlement, Subscription
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.shielded import Shielded
+from qtasks_core.together import together
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import left_of
 from qtasks_rabbitmq.lane import Lane
@@ -24,8 +25,7 @@ LINGER = 0.5
 """Seconds that a delivery waits for a call of `receive` before another receiver gets it."""
 STRAYS_AT_ONCE = 100
 
-log = logging.getLogger("qtasks.rabbitmq")
-T = TypeVar("T")
+logger = logging.getLogger("qtasks.rabbitmq")
 
 
 class RabbitMQSubscription(Subscription):
@@ -37,10 +37,10 @@ class RabbitMQSubscription(Subscription):
         names: Names,
         url: str,
         queues: Mapping[str, int],
-        closed: Callable[[RabbitMQSubscription], None],
+        left: Callable[[RabbitMQSubscription], None],
     ) -> None:
-        self._closed = closed
-        """Called at its end."""
+        self._left = left
+        """Called once nothing is held any more, or may be."""
         self._names = names
         self._connection = Connection(url, "receiver", broker.heartbeat, self._set_up)
         self._bell = asyncio.Event()
@@ -132,9 +132,9 @@ class RabbitMQSubscription(Subscription):
 
     async def _rest(self) -> None:
         try:
-            await _all([lane.rest(lambda: self._receiving) for lane in self._lanes.values()])
+            await together([lane.rest(lambda: self._receiving) for lane in self._lanes.values()])
         except (Unavailable, ConfigurationError) as error:
-            log.warning("deliveries that nobody takes could not be handed on: %s", error)
+            logger.warning("deliveries that nobody takes could not be handed on: %s", error)
         finally:
             self._resting = None
             self._rest_later()
@@ -148,7 +148,7 @@ class RabbitMQSubscription(Subscription):
             of_lane.setdefault(settlement.delivery.queue, []).append(at)
         outcomes = [LOST] * len(settlements)
         known = {queue: which for queue, which in of_lane.items() if queue in self._lanes}
-        answers = await _all(
+        answers = await together(
             [
                 self._lanes[queue].settle([settlements[at] for at in which])
                 for queue, which in known.items()
@@ -158,12 +158,12 @@ class RabbitMQSubscription(Subscription):
             for at, outcome in zip(which, answer, strict=True):
                 outcomes[at] = outcome
         if not self._open and not self._holds():
-            await self.end()
+            await self._leave()
         return outcomes
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         lanes = {d.queue: self._lanes[d.queue] for d in deliveries if self._mine(d)}
-        await _all([lane.probe() for lane in lanes.values()])
+        await together([lane.probe() for lane in lanes.values()])
         return [delivery if self._mine(delivery) else None for delivery in deliveries]
 
     def _mine(self, delivery: Delivery) -> bool:
@@ -175,19 +175,16 @@ class RabbitMQSubscription(Subscription):
 
     async def let_go(self, queues: Collection[str]) -> None:
         """Give up the channels of queues that were deleted; `receive` opens others."""
-        await _all([lane.let_go() for queue, lane in self._lanes.items() if queue in queues])
+        await together([lane.let_go() for queue, lane in self._lanes.items() if queue in queues])
 
     async def close(self) -> None:
         self._open = False
         self._bell.set()
         if self._idle is not None:
             self._idle.cancel()
-        pending = {task for task in (self._preparing.pending, self._resting) if task is not None}
-        if pending:
-            await asyncio.wait(pending)
-            for task in pending:
-                # A receive that was cancelled will not collect its error any more.
-                _ = task.cancelled() or task.exception()
+        await self._preparing.finish()
+        if self._resting is not None:
+            await asyncio.wait({self._resting})
         for lane in self._by_source.values():
             if not lane.lost:
                 try:
@@ -195,17 +192,21 @@ class RabbitMQSubscription(Subscription):
                 except Unavailable as error:
                     self._connection.discard(str(error))
         if not self._holds():
-            await self.end()
+            await self._leave()
 
-    async def end(self) -> None:
-        """Close the connection; what is still held goes back to the server. Idempotent."""
+    async def leave(self) -> None:
+        """Close, and give back to the server what is still held. Idempotent."""
+        await self.close()
+        await self._leave()
+
+    async def _leave(self) -> None:
         try:
             # Its answer says that the acknowledgements before it have arrived.
-            await _all([lane.probe() for lane in self._lanes.values()])
+            await together([lane.probe() for lane in self._lanes.values()])
         except Unavailable as error:
             self._connection.discard(str(error))
         await self._connection.close()
-        self._closed(self)
+        self._left(self)
 
     async def _set_up(self, channel: Channel, source: str, version: tuple[int, ...]) -> None:
         """Declare what is needed, and let the lane of a new channel begin."""
@@ -246,21 +247,10 @@ class Strays(Lane):
         try:
             rest = left_of(self._names, arrival.headers)
         except ValueError as error:
-            log.warning("a delayed task with properties from outside: %s", error)
+            logger.warning("a delayed task with properties from outside: %s", error)
             rest = 0.0
         if queue is None:
             # Not of QTasks: there it becomes a dead letter.
             queue = self.queue
-        log.warning("a delayed task found the queue %s deleted; it is sent there again", queue)
+        logger.warning("a delayed task found the queue %s deleted; it is sent there again", queue)
         self.send_on_later(arrival.tag, Parcel(queue, rest, "", arrival.body))
-
-
-async def _all(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Make calls side by side, each to its end; then raise the first error."""
-    if len(calls) == 1:
-        return [await calls[0]]
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]

@@ -25,7 +25,7 @@ QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
 UNLIMITED = (4, 0)
 """From this release on the server drops what was delivered 20 times, unless told not to."""
 
-log = logging.getLogger("qtasks.rabbitmq")
+logger = logging.getLogger("qtasks.rabbitmq")
 
 
 class Names:
@@ -62,9 +62,9 @@ class Names:
             raise ConfigurationError(f"{difference}. Delete it, so that it is made anew")
         if difference not in self._told:
             self._told.add(difference)
-            log.warning("used as it is: %s", difference)
+            logger.warning("used as it is: %s", difference)
             if "x-delivery-limit" in difference:
-                log.warning(
+                logger.warning(
                     "RabbitMQ drops what was delivered more often than a queue's delivery limit "
                     "(20 from release 4.0 on); rabbitmqctl set_policy can raise it"
                 )

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from secrets import token_hex
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from weakref import WeakSet
 
 from qtasks_core import (
-    DONE,
-    LOST,
     Broker,
-    Delivery,
     Guarantees,
     Outcome,
-    Release,
-    Retry,
-    Settlement,
     Subscription,
     TaskMessage,
 )
 from qtasks_core.batches import split
-from qtasks_core.errors import Closed, Unavailable, refuse_transaction
-from qtasks_core.recent import effect_of
-from qtasks_core.shielded import Room, Shielded
-from qtasks_core.wire import decode_message, encode_message
+from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.together import together
+from qtasks_core.wire import encode_message
 from qtasks_redis.connection import (
     MOST_BYTES,
     MOST_ITEMS,
     UNKNOWN,
     Connection,
     connect,
-    ended,
     fitting,
 )
 from qtasks_redis.options import LEASE_TIME, checked
-from qtasks_redis.scripts import EXTEND, PUBLISH, RING, SETTLE, TAKE
+from qtasks_redis.queues import Queues, milliseconds
+from qtasks_redis.scripts import PUBLISH
+from qtasks_redis.subscription import RedisSubscription
 
-_MOST_TAKEN = 1000
 # All that the scripts and the blocking read call. The key holds text, so that most of it fails.
 _TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("SET", "", "PX", 1000), ("GET",), ("EXISTS",), ("LPUSH", "1"), ("BLPOP", 0.01),
@@ -91,11 +81,12 @@ class RedisBroker(Broker):
             raise
 
     async def stop(self) -> None:
-        for subscription in list(self._subscriptions):
-            await subscription.close()
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            await connection.close()
+        try:
+            await together([subscription.close() for subscription in self._subscriptions])
+        finally:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                await connection.close()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -108,7 +99,7 @@ class RedisBroker(Broker):
             queues = Queues(connection)
             args: list[str | bytes] = []
             for at in taken[part]:
-                delay = _milliseconds(messages[at].delay)
+                delay = milliseconds(messages[at].delay)
                 args += (queues.position(messages[at].queue), delay, encoded[at])
             await connection.run(PUBLISH, queues.keys, args)
         return outcomes
@@ -126,237 +117,3 @@ class RedisBroker(Broker):
         if self._connection is None:
             raise Closed("RedisBroker is not started")
         return self._connection
-
-
-class Held:
-    """The fence: proof that a delivery is ours, and what became of it."""
-
-    __slots__ = ("settled", "token", "unsure", "until")
-
-    def __init__(self, token: bytes, until: float) -> None:
-        self.token = token
-        self.until = until
-        """Before this time of the loop's clock nobody else can have taken it over."""
-        self.settled: Hashable = None
-        """What it was settled with; None: it was not."""
-        self.unsure: Hashable = None
-        """What a settle was sent with whose answer never came."""
-
-
-class Queues:
-    """The keys of the queues that one script call touches."""
-
-    def __init__(self, connection: Connection, names: Iterable[str] = ()) -> None:
-        self._connection = connection
-        self._positions: dict[str, str] = {}
-        self.keys: list[str] = []
-        for name in names:
-            self.position(name)
-
-    def position(self, name: str) -> str:
-        """Return where in KEYS this queue begins, adding it if it is new."""
-        position = self._positions.get(name)
-        if position is None:
-            position = self._positions[name] = str(len(self.keys) + 1)
-            kinds = ("stream", "cursor", "leases", "delayed", "bell")
-            self.keys += (self._connection.key(kind, name) for kind in kinds)
-        return position
-
-
-class RedisSubscription(Subscription):
-    """Takes what is there in one round trip, else sleeps in a blocking read until a bell rings.
-
-    The blocking read gets a token, never a message, so that ending it strands nothing: a token
-    that nobody waits for any more is rung again.
-    """
-
-    def __init__(self, connection: Callable[[], Connection], lease: float) -> None:
-        self._connection = connection
-        self._lease = lease
-        self._holder = token_hex(4)
-        self._loop = asyncio.get_running_loop()
-        self._open = True
-        self._taking: Shielded[float] = Shielded()
-        self._handed: list[Delivery] = []
-        """What the server handed over and `receive` has not returned."""
-        self._known: dict[str, int] = {}
-        """Of each queue the earliest due time, in the server's milliseconds, as last heard."""
-        self._listening: asyncio.Task[None] | None = None
-        self._bells: frozenset[str] = frozenset()
-        """The queues whose bells it listens to."""
-        self._asleep = False
-
-    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        queues = {queue: most for queue, most in wanted.items() if most > 0}
-        if not queues or limit < 1:
-            raise ValueError("receive must want at least one delivery")
-        while self._open:
-            leftover = self._taking.pending is not None
-            if not leftover and (deliveries := self._collect(queues, limit)):
-                return deliveries
-            pause = await self._taking.run(lambda: self._take(queues, limit))
-            if self._open and (deliveries := self._collect(queues, limit)):
-                return deliveries
-            # What a cancelled call had asked for may have been another queue.
-            if self._open and pause > 0 and not leftover:
-                await self._sleep(frozenset(queues), pause)
-        raise Closed("the subscription is closed")
-
-    def _collect(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Return what this call may have of what was handed over; the rest is kept.
-
-        There is a rest when the call that took it was cancelled; what is left for too long is lost.
-        """
-        handed, self._handed = self._handed, []
-        now, room = self._loop.time(), Room(wanted, limit)
-        deliveries: list[Delivery] = []
-        for delivery in handed:
-            if delivery.fence.until <= now:
-                continue
-            if room.takes(delivery):
-                deliveries.append(delivery)
-            else:
-                self._handed.append(delivery)
-        return deliveries
-
-    async def _take(self, wanted: Mapping[str, int], limit: int) -> float:
-        """Take what is receivable; return the seconds until that may change by itself."""
-        connection = self._connection()
-        names = list(wanted)
-        args = [self._holder, _milliseconds(self._lease), str(min(limit, _MOST_TAKEN))]
-        for name in names:
-            args += (str(wanted[name]), str(self._known.get(name, 0)))
-        until = self._loop.time() + self._lease
-        change, dues, taken = await connection.run(TAKE, Queues(connection, names).keys, args)
-        self._known.update(zip(names, dues, strict=True))
-        for at in range(0, len(taken), 4):
-            queue, token, count, data = taken[at : at + 4]
-            message = decode_message(data)
-            self._handed.append(Delivery(message, names[queue], Held(token, until), count))
-        return float(change) / 1000
-
-    async def _sleep(self, queues: frozenset[str], seconds: float) -> None:
-        """Wait until a bell rings or `seconds` have passed.
-
-        The time is measured here, since the server ends blocking reads up to 0.1 s late; the
-        read itself goes on, for the next call to listen to.
-        """
-        if self._listening is not None and (self._listening.done() or self._bells != queues):
-            await self._stop_listening()
-        if self._listening is None:
-            self._bells = queues
-            self._listening = asyncio.create_task(self._listen(queues))
-        self._asleep = True
-        try:
-            # A lease that begins meanwhile must not run out unnoticed.
-            bounded = min(seconds, self._lease)
-            done, _ = await asyncio.wait({self._listening}, timeout=bounded)
-        finally:
-            self._asleep = False
-        if done and self._open:
-            listening, self._listening = self._listening, None
-            listening.result()
-
-    async def _listen(self, queues: frozenset[str]) -> None:
-        connection = self._connection()
-        bells = {connection.key("bell", queue): queue for queue in queues}
-        heard = await connection.listen(list(bells))
-        if heard is not None and not self._asleep:
-            await self._ring([bells[heard]])
-
-    async def _stop_listening(self) -> None:
-        """End the blocking read, and ring for the others in case it had just got a token."""
-        listening, self._listening = self._listening, None
-        if listening is not None:
-            listening.cancel()
-            await ended(listening)
-            await self._ring(self._bells)
-
-    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        fresh = [s for s in settlements if s.delivery.fence.settled is None]
-        encoded = [encode_message(s.message) if isinstance(s, Retry) else b"" for s in fresh]
-        outcomes, taken = fitting(encoded, self._connection().server.largest)
-        refused: dict[Settlement, Outcome] = {}
-        if len(taken) < len(fresh):
-            refused = {s: o for s, o in zip(fresh, outcomes, strict=True) if o is not DONE}
-            fresh = [fresh[at] for at in taken]
-            encoded = [encoded[at] for at in taken]
-        done: set[Settlement] = set()
-        for part in split(map(len, encoded), MOST_ITEMS, MOST_BYTES):
-            done.update(await self._settle(fresh[part], encoded[part]))
-        return [
-            DONE if s in done or s.delivery.fence.settled == effect_of(s) else refused.get(s, LOST)
-            for s in settlements
-        ]
-
-    async def _settle(
-        self, settlements: Sequence[Settlement], encoded: Sequence[bytes]
-    ) -> list[Settlement]:
-        """Return those that the server has obeyed."""
-        connection = self._connection()
-        queues = Queues(connection)
-        args: list[str | bytes] = []
-        for settlement, data in zip(settlements, encoded, strict=True):
-            delivery = settlement.delivery
-            args += (queues.position(delivery.queue), delivery.fence.token)
-            if isinstance(settlement, Retry):
-                message = settlement.message
-                delay = _milliseconds(message.delay)
-                args += ("retry", queues.position(message.queue), delay, data)
-            else:
-                args.append("release" if isinstance(settlement, Release) else "ack")
-        asked: list[tuple[Held, Hashable]] = [(s.delivery.fence, effect_of(s)) for s in settlements]
-        try:
-            answers = await connection.run(SETTLE, queues.keys, args)
-        except BaseException:
-            for fence, effect in asked:
-                fence.unsure = fence.unsure or effect
-            raise
-        now = self._loop.time()
-        done: list[Settlement] = []
-        for settlement, (fence, effect), answer in zip(settlements, asked, answers, strict=True):
-            if answer == 1:
-                fence.settled = effect
-                done.append(settlement)
-            elif fence.settled is None and now < fence.until:
-                # What is gone before anyone else could have it went by the settle without answer.
-                fence.settled = fence.unsure
-        return done
-
-    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        if not deliveries:
-            return []
-        connection = self._connection()
-        queues = Queues(connection)
-        args: list[str | bytes] = [_milliseconds(self._lease)]
-        for delivery in deliveries:
-            args += (queues.position(delivery.queue), delivery.fence.token)
-        until = self._loop.time() + self._lease
-        answers = await connection.run(EXTEND, queues.keys, args)
-        for delivery, answer in zip(deliveries, answers, strict=True):
-            if answer == 1:
-                delivery.fence.until = until
-        return [d if answer == 1 else None for d, answer in zip(deliveries, answers, strict=True)]
-
-    async def close(self) -> None:
-        if not self._open:
-            return
-        self._open = False
-        if (taking := self._taking.pending) is not None:
-            await ended(taking)
-        try:
-            await self._stop_listening()
-            handed, self._handed = self._handed, []
-            await self.settle([Release(delivery) for delivery in handed])
-        except Unavailable:
-            # The leases run out by themselves.
-            return
-
-    async def _ring(self, queues: Iterable[str]) -> None:
-        connection = self._connection()
-        await connection.run(RING, Queues(connection, queues).keys, ())
-
-
-def _milliseconds(seconds: float) -> str:
-    """Return a duration as whole milliseconds, never shorter than it was."""
-    return str(math.ceil(seconds * 1000)) if seconds > 0 else "0"

@@ -18,6 +18,7 @@ from qtasks_core import (
 )
 from qtasks_core.errors import Closed, refuse_transaction
 from qtasks_core.options import LEASE_TIME
+from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_sqlite import batches
 from qtasks_sqlite.composition import SqliteComposition
@@ -89,10 +90,8 @@ class SqliteBroker(Broker):
 
     async def stop(self) -> None:
         try:
-            for subscription in list(self._subscriptions):
-                await subscription.close()
+            await together([subscription.close() for subscription in self._subscriptions])
         finally:
-            self._subscriptions.clear()
             self._listeners.stop()
             database, self._database = self._database, None
             if database is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from msgspec import UNSET, UnsetType
@@ -22,7 +21,6 @@ from qtasks_core import (
 )
 from qtasks_core.errors import (
     Closed,
-    Unavailable,
     WireError,
     refuse_transaction,
 )
@@ -39,6 +37,7 @@ from qtasks_core.records import (
     refused_by,
     retention_note,
 )
+from qtasks_core.together import together
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_sqlite import batches, listing, shared
 from qtasks_sqlite.connection import (
@@ -52,7 +51,7 @@ from qtasks_sqlite.connection import (
     path_of,
     with_server,
 )
-from qtasks_sqlite.doorbell import Bell
+from qtasks_sqlite.inbox import SqliteInbox
 from qtasks_sqlite.listening import Listeners
 
 # A record keeps its first `created_at`: its place in lists, whose index is not touched again.
@@ -119,8 +118,7 @@ class SqliteStorage(Storage):
 
     async def stop(self) -> None:
         try:
-            for inbox in list(self._inboxes):
-                await inbox.close()
+            await together([inbox.close() for inbox in self._inboxes])
         finally:
             self._listeners.stop()
             database, self._database = self._database, None
@@ -230,7 +228,7 @@ class SqliteStorage(Storage):
         return get
 
     async def inbox(self) -> Inbox:
-        inbox = SqliteInbox(self, self.started())
+        inbox = SqliteInbox(self, self.started(), self._inboxes.discard)
         self._inboxes.add(inbox)
         return inbox
 
@@ -292,137 +290,3 @@ class SqliteStorage(Storage):
         if self._database is None:
             raise Closed("SqliteStorage is not started")
         return self._database
-
-    def forget(self, inbox: SqliteInbox) -> None:
-        """Drop an inbox that was closed."""
-        self._inboxes.discard(inbox)
-
-
-class SqliteInbox(Inbox):
-    """A bell whose letters name the records to read; the records themselves are in the file."""
-
-    def __init__(self, storage: SqliteStorage, database: Database) -> None:
-        self._storage = storage
-        self._database = database
-        self._bell = Bell(database.doorbell)
-        self._awaited: set[str] = set()
-        self._watched: set[str] = set()
-        """Those of the awaited that are tasks of others."""
-        self._forgotten: set[str] = set()
-        """Watched no more, but still written so in the file."""
-        self._arrived: list[Task] = []
-        self._reread = False
-        """Something may have been missed: all that is awaited has to be read."""
-        self._open = True
-
-    @property
-    def address(self) -> str:
-        return self._bell.address
-
-    def expect(self, uuids: Iterable[str]) -> None:
-        self._awaited.update(uuids)
-
-    async def watch(self, uuids: Sequence[str]) -> None:
-        self._awaited.update(uuids)
-        self._watched.update(uuids)
-        self._forgotten.difference_update(uuids)
-        try:
-            await self._look(uuids)
-        except Unavailable:
-            self._reread = True
-            raise
-        finally:
-            self._bell.wake()
-
-    async def _look(self, watched: Iterable[str], others: Iterable[str] = ()) -> None:
-        """Have these watched, and read them and others, in one transaction."""
-        forgotten = list(self._forgotten)
-        watch = self._watching(list(watched), forgotten)
-        finals = self._storage.getting(others, final=True)
-        found = await self._database.write(lambda turn: watch(turn) | finals(turn))
-        self._forgotten.difference_update(forgotten)
-        self._take(found)
-
-    def _watching(
-        self, watched: Sequence[str], forgotten: Sequence[str]
-    ) -> Callable[[Transaction], dict[str, Task]]:
-        namespace, address = self._storage.namespace, self.address
-        rows = [(namespace, uuid, address) for uuid in watched]
-        finals = self._storage.getting(watched, final=True)
-
-        def watch(turn: Transaction) -> dict[str, Task]:
-            into = "OR IGNORE INTO qtasks_watchers (namespace, uuid, address)"
-            batches.insert(turn.execute, into, rows)
-            found = finals(turn)
-            over = [*found, *forgotten]
-            if over:
-                turn.execute(
-                    f"DELETE FROM qtasks_watchers WHERE {_THESE} AND address = ?",
-                    (namespace, batches.array(over), address),
-                )
-            return found
-
-        return watch
-
-    def forget(self, uuids: Iterable[str]) -> None:
-        uuids = set(uuids)
-        self._awaited -= uuids
-        self._forgotten |= self._watched & uuids
-        self._watched -= uuids
-
-    async def receive(self) -> list[Task]:
-        while self._open:
-            if self._arrived:
-                arrived, self._arrived = self._arrived, []
-                return arrived
-            if self._reread or self._bell.flooded:
-                await self._read_all()
-            elif self._bell.letters:
-                await self._read_named()
-            else:
-                await self._bell.wait()
-        raise Closed("the inbox is closed")
-
-    async def _read_all(self) -> None:
-        """Read what is awaited, under the lock: whose ring was lost has committed by then."""
-        self._reread, self._bell.flooded = True, False
-        named = self._bell.letters.copy()
-        await self._look(self._watched, self._awaited - self._watched)
-        self._reread = False
-        self._bell.letters -= named
-
-    async def _read_named(self) -> None:
-        """Read what the letters name; look under the lock only for what is not there yet."""
-        named = self._bell.letters & self._awaited
-        self._bell.letters &= named
-        for attempt in (self._database.read, self._database.write):
-            missing = named & self._awaited
-            if missing:
-                self._take(await attempt(self._storage.getting(missing, final=True)))
-        # What is missing still was rung by a transaction that did not come to its end.
-        self._bell.letters -= named
-
-    def _take(self, found: dict[str, Task]) -> None:
-        for uuid, task in found.items():
-            if uuid in self._awaited:
-                self._arrived.append(task)
-        self._awaited.difference_update(found)
-        self._watched.difference_update(found)
-
-    async def close(self) -> None:
-        if not self._open:
-            return
-        self._open = False
-        self._bell.wake()
-        self._bell.close()
-        self._storage.forget(self)
-        if self._watched or self._forgotten:
-            # A row that stays is cleared away by the next start: its address is gone.
-            with suppress(Unavailable):
-                await self._database.write(self._leaving())
-
-    def _leaving(self) -> Callable[[Transaction], None]:
-        def leave(turn: Transaction) -> None:
-            turn.execute("DELETE FROM qtasks_watchers WHERE address = ?", (self.address,))
-
-        return leave

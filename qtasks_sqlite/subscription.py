@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeAlias
 
 from qtasks_core import (
-    DONE,
-    LOST,
     Delivery,
     Outcome,
     Release,
@@ -20,8 +17,10 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed
-from qtasks_core.recent import Recent, repeat_key
-from qtasks_core.shielded import Room, Shielded
+from qtasks_core.leftovers import Leftovers
+from qtasks_core.recent import Recent
+from qtasks_core.settling import SettleCall
+from qtasks_core.shielded import Shielded
 from qtasks_core.wire import decode_message
 from qtasks_sqlite import batches
 from qtasks_sqlite.connection import Database, Transaction
@@ -84,23 +83,22 @@ class SqliteSubscription(Subscription):
         self._database = database
         self._closed = closed
         """Called at its end."""
-        self._look: Shielded[_Taken] = Shielded()
-        self._kept: list[tuple[float, Delivery]] = []
-        """Taken, and not yet returned: until when they are held, and they."""
+        self._fetching: Shielded[_Taken] = Shielded()
+        self._leftovers = Leftovers()
         self._bell: Bell | None = None
         self._settled = Recent()
         self._open = True
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        if self._look.pending is not None:
-            await self._collect(wanted, limit)  # what a cancelled call left, for other queues
+        if self._fetching.pending is not None:
+            await self._fetch(wanted, limit)  # what a cancelled call left, for other queues
         asleep = False
         try:
             while self._open:
-                if picked := self._pick(wanted, limit):
-                    return picked
-                taken = await self._collect(wanted, limit)
-                if self._kept:
+                if deliveries := self._leftovers.take(wanted, limit, time.time()):
+                    return deliveries
+                taken = await self._fetch(wanted, limit)
+                if self._leftovers:
                     continue
                 if not asleep:
                     # Who rings from here on rings this bell; so say so, look again, then sleep.
@@ -120,30 +118,15 @@ class SqliteSubscription(Subscription):
             self._bell = Bell(self._database.doorbell)
         return self._bell
 
-    async def _collect(self, wanted: Mapping[str, int], limit: int) -> _Taken:
+    async def _fetch(self, wanted: Mapping[str, int], limit: int) -> _Taken:
         """Look once; a look outlives its waiter, so that what it takes is not stranded."""
 
         async def look() -> _Taken:
-            return await self._database.write(self._taking(wanted, limit))
+            taken = await self._database.write(self._taking(wanted, limit))
+            self._leftovers.add(taken.deliveries, taken.until)
+            return taken
 
-        taken = await self._look.run(look)
-        self._kept.extend((taken.until, delivery) for delivery in taken.deliveries)
-        return taken
-
-    def _pick(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Return of what is kept what is asked for; what was kept too long is another's."""
-        now, room = time.time(), Room(wanted, limit)
-        picked: list[Delivery] = []
-        kept: list[tuple[float, Delivery]] = []
-        for until, delivery in self._kept:
-            if until <= now:
-                continue
-            if room.takes(delivery):
-                picked.append(delivery)
-            else:
-                kept.append((until, delivery))
-        self._kept = kept
-        return picked
+        return await self._fetching.run(look)
 
     def _taking(self, wanted: Mapping[str, int], limit: int) -> Callable[[Transaction], _Taken]:
         def take(turn: Transaction) -> _Taken:
@@ -156,10 +139,10 @@ class SqliteSubscription(Subscription):
                     continue
                 queue = self._broker.number(turn, name)
                 taken.queues.append(queue)
-                room = min(most, limit - len(taken.deliveries))
-                if room > 0:
+                quota = min(most, limit - len(taken.deliveries))
+                if quota > 0:
                     turn.execute(_PROMOTE, (queue, now))
-                    self._take(turn, taken, name, (taken.until, holder, queue, room))
+                    self._take(turn, taken, name, (taken.until, holder, queue, quota))
             if not taken.deliveries:
                 moments = [turn.execute(_NEAREST, (q,)).fetchone()[0] for q in taken.queues]
                 taken.nearest = min((m for m in moments if m is not None), default=None)
@@ -187,25 +170,19 @@ class SqliteSubscription(Subscription):
         """Return the work that settles those of these deliveries that are still held."""
 
         def settle(turn: Transaction) -> list[Outcome]:
-            mine = self._mine(turn, [settlement.delivery for settlement in settlements])
+            call = SettleCall(settlements, self._settled)
+            mine = self._mine(turn, [settlement.delivery for settlement in call.first.values()])
             settled: list[Hashable] = []
             ended: list[int] = []
             released: list[int] = []
             retried: list[TaskMessage] = []
-            outcomes: list[Outcome] = []
-            for settlement in settlements:
+            for place, settlement in call.first.items():
                 fence = settlement.delivery.fence
-                key = repeat_key(settlement)
-                if key in self._settled or key in turn.settled:
-                    outcomes.append(DONE)
-                    continue
                 if fence not in mine:
-                    outcomes.append(LOST)
+                    if call.keys[place] in turn.settled:
+                        call.done(place)  # by another call of the same transaction
                     continue
-                outcomes.append(DONE)
-                mine.discard(fence)  # what else is wanted with it comes too late
-                settled.append(key)
-                turn.settled.add(key)
+                settled.append(call.done(place))
                 if isinstance(settlement, Release):
                     released.append(fence[0])
                     turn.rung_queues.add(self._broker.number(turn, settlement.delivery.queue))
@@ -214,8 +191,9 @@ class SqliteSubscription(Subscription):
                 if isinstance(settlement, Retry):
                     retried.append(settlement.message)
             self._change(turn, ended, released, retried)
+            turn.settled.update(settled)
             turn.after_commit(lambda: self._remember(settled))
-            return outcomes
+            return call.outcomes()
 
         return settle
 
@@ -264,17 +242,15 @@ class SqliteSubscription(Subscription):
         self._open = False
         if self._bell is not None:
             self._bell.wake()
-        await self._give_back()
-        self._closed(self)
-        if self._bell is not None:
-            self._bell.close()
+        try:
+            await self._fetching.finish()
+            await self._give_back()
+        finally:
+            self._closed(self)
+            if self._bell is not None:
+                self._bell.close()
 
     async def _give_back(self) -> None:
-        """Release what was taken and not returned; a receiver that still waits raises `Closed`."""
-        if self._look.pending is not None:
-            await asyncio.wait({self._look.pending})
-        left = await self._look.abandon()
-        deliveries = [*(left.deliveries if left else ()), *(d for _, d in self._kept)]
-        self._kept.clear()
-        if deliveries:
-            await self.settle([Release(delivery) for delivery in deliveries])
+        """Release what was fetched and no call has returned."""
+        if leftovers := self._leftovers.take_all():
+            await self.settle([Release(delivery) for delivery in leftovers])

@@ -16,7 +16,7 @@ from qtasks.worker import worker as worker_module
 from qtasks_core import Delivery, Outcome, Subscription, Task
 from qtasks_core.errors import ConfigurationError
 from qtasks_memory import MemoryBroker, MemoryStorage
-from qtasks_memory.storage import MemoryInbox
+from qtasks_memory.inbox import MemoryInbox
 from tests.processes import Process
 
 

@@ -15,7 +15,7 @@ from qtasks.asyncio import QueueTasks
 from qtasks_core import Delivery, Outcome, Settlement, Subscription, Task
 from qtasks_core.records import FINAL
 from qtasks_memory import MemoryBroker, MemoryStorage
-from qtasks_memory.broker import MemorySubscription
+from qtasks_memory.subscription import MemorySubscription
 from tests.processes import until
 
 

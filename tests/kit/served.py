@@ -21,9 +21,9 @@ from qtasks_core import (
 )
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
-from qtasks_memory.broker import MemorySubscription
 from qtasks_memory.connection import Memory
-from qtasks_memory.storage import MemoryInbox
+from qtasks_memory.inbox import MemoryInbox
+from qtasks_memory.subscription import MemorySubscription
 
 
 class FlagServer:

@@ -24,7 +24,7 @@ import asyncio
 import pytest
 from qtasks_conformance import BrokerContract, Part, Subject
 from qtasks_memory import MemoryBroker
-from qtasks_memory.broker import MemorySubscription
+from qtasks_memory.subscription import MemorySubscription
 
 class SlowSubscription(MemorySubscription):
     async def receive(self, wanted, limit):

@@ -27,9 +27,9 @@ from qtasks_core import (
 from qtasks_core.errors import Unavailable
 from qtasks_core.recent import repeat_key
 from qtasks_core.separate import SeparateComposition, record_of
-from qtasks_memory.broker import MemorySubscription
 from qtasks_memory.connection import Entry, Memory
-from qtasks_memory.storage import MemoryInbox
+from qtasks_memory.inbox import MemoryInbox
+from qtasks_memory.subscription import MemorySubscription
 from tests.kit.served import Broker, ServedSubscription, Storage, servers
 from tests.kit.wrong_brokers import Composes
 

@@ -17,8 +17,8 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import NotSupported
-from qtasks_memory.broker import MemorySubscription
 from qtasks_memory.connection import Memory
+from qtasks_memory.subscription import MemorySubscription
 from tests.kit.served import Broker
 
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from qtasks_core import DONE, Guarantees, Outcome, Task
 from qtasks_core.records import FINAL
 from qtasks_memory.connection import Memory, connect
-from qtasks_memory.storage import MemoryInbox
+from qtasks_memory.inbox import MemoryInbox
 from tests.kit.served import Storage
 
 

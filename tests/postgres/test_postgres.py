@@ -19,9 +19,9 @@ from qtasks_postgres import (
     PostgresBackend,
     PostgresBroker,
     PostgresStorage,
-    broker,
     floors,
     storage,
+    subscription,
 )
 from qtasks_postgres.connection import SETTINGS
 from qtasks_postgres.schema import ensure_schema
@@ -99,9 +99,9 @@ async def test_plans_made_on_an_empty_table_use_whole_indexes(fresh: str) -> Non
     await connection.execute("VACUUM ANALYZE qtasks.messages, qtasks.records")
     await connection.execute("SET plan_cache_mode = force_generic_plan")
     statements = {
-        "TAKE": broker.TAKE, "LOOK": broker.LOOK, "LIVING": floors.LIVING,
-        "NEXT": broker.NEXT, "ACK": broker.ACK,
-        "RETRY": broker.RETRY, "RELEASE": broker.RELEASE, "EXTEND": broker.EXTEND,
+        "TAKE": subscription.TAKE, "LOOK": subscription.LOOK, "LIVING": floors.LIVING,
+        "NEXT": subscription.NEXT, "ACK": subscription.ACK,
+        "RETRY": subscription.RETRY, "RELEASE": subscription.RELEASE, "EXTEND": subscription.EXTEND,
         "GET": storage.GET,
     }  # fmt: skip
     for name, statement in statements.items():

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from qtasks_core import Task
 from qtasks_core.errors import Unavailable
 from qtasks_redis import RedisBroker, RedisStorage
-from qtasks_redis.storage import RedisInbox
+from qtasks_redis.inbox import RedisInbox
 from tests.redis.ports import Port
 from tests.services import Service
 

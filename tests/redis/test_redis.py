@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from qtasks_core import DONE, LOST, Ack, Delivery, Release, Retry, Task, TaskMessage
 from qtasks_core.errors import Closed, ConfigurationError, ServerTooOld, Unavailable
 from qtasks_redis import RedisBackend, RedisBroker, RedisStorage, connection
-from qtasks_redis.broker import Held, RedisSubscription
+from qtasks_redis.subscription import Fence, RedisSubscription
 from tests.services import Service
 
 
@@ -165,7 +165,7 @@ async def test_leases_of_different_length_are_each_kept(redis_server: Service) -
     assert await holder.settle([Release(held)]) == [DONE]
     (again,) = await receiving
     assert again.count == 2
-    zombie = replace(held, fence=Held(held.fence.token, 0.0))
+    zombie = replace(held, fence=Fence(held.fence.token, 0.0))
     assert await holder.settle([Ack(zombie)]) == [LOST]
     await short.stop()
     await long.stop()

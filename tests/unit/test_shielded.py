@@ -6,12 +6,8 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as some
 
-from qtasks_core import Delivery
-from qtasks_core.schemas import Raw
-from qtasks_core.shielded import Room, Shielded
+from qtasks_core.shielded import Shielded
 
 
 class Source:
@@ -164,19 +160,28 @@ async def test_abandoned_call_that_resists_cancellation(end: str) -> None:
     assert await shielded.abandon() == ("fetched" if end == "returns" else None)
 
 
-@given(
-    some.lists(some.sampled_from("abc")),
-    some.dictionaries(some.sampled_from("abcd"), some.integers(-1, 5)),
-    some.integers(-1, 12),
-)
-def test_room_is_for_no_more_than_is_wanted_and_for_no_less(
-    queues: list[str], wanted: dict[str, int], limit: int
-) -> None:
-    room = Room(wanted, limit)
-    taken = [queue for queue in queues if room.takes(Delivery(Raw(b"", ""), queue, None))]
-    assert len(taken) <= max(limit, 0)
-    for queue in "abc":
-        most = max(wanted.get(queue, 0), 0)
-        assert taken.count(queue) <= most
-        if len(taken) < limit:
-            assert taken.count(queue) == min(most, queues.count(queue))
+async def test_finish_waits_for_the_uncollected_call() -> None:
+    shielded, source = Shielded[int](), Source()
+    await shielded.finish()
+    assert await cancelled(asyncio.create_task(shielded.run(source.fetch)))
+    finishing = asyncio.create_task(shielded.finish())
+    await asyncio.sleep(0)
+    assert not finishing.done()
+    source.go.set()
+    await finishing
+    assert shielded.pending is None
+    assert source.running == 0
+
+
+async def test_finish_ignores_an_error_and_leaves_it_to_who_waits() -> None:
+    shielded = Shielded[int]()
+
+    async def fails() -> int:
+        await asyncio.sleep(0)
+        raise ConnectionError
+
+    waiter = asyncio.create_task(shielded.run(fails))
+    await asyncio.sleep(0)
+    await shielded.finish()
+    with pytest.raises(ConnectionError):
+        await waiter

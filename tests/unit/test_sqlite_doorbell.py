@@ -15,7 +15,7 @@ import pytest
 from qtasks_core.schemas import Delivery, Task, TaskMessage
 from qtasks_sqlite import SqliteBroker, SqliteStorage
 from qtasks_sqlite.doorbell import Doorbell
-from qtasks_sqlite.storage import SqliteInbox
+from qtasks_sqlite.inbox import SqliteInbox
 
 # A process that dies as soon as its first transaction of this kind is durable.
 DYING = """

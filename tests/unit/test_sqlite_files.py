@@ -146,7 +146,7 @@ async def test_a_stop_that_fails_lets_go_of_the_file(tmp_path: Path) -> None:
     await broker.publish([MESSAGE])
     subscription = await broker.subscribe({"default": 1})
     assert isinstance(subscription, SqliteSubscription)
-    await subscription._collect({"default": 1}, 1)  # as a cancelled call leaves it
+    await subscription._fetch({"default": 1}, 1)  # as a cancelled call leaves it
     await (await storage.inbox()).watch(["v"])
     (tmp_path / "here").rename(tmp_path / "away")
     (tmp_path / "here").mkdir()

@@ -1,0 +1,171 @@
+"""An inbox on Postgres: a channel that the storage's notifications come by."""
+
+from __future__ import annotations
+
+import asyncio
+from base64 import b64decode
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+
+from uuid_utils import uuid7
+
+from qtasks_core import Inbox, Task
+from qtasks_core.awaited import Awaited
+from qtasks_core.errors import Closed, Unavailable, WireError
+from qtasks_core.records import FIRST_FINAL, RANKS
+from qtasks_core.shielded import Shielded
+from qtasks_core.wire import decode_task
+from qtasks_postgres.batches import slices
+from qtasks_postgres.connection import Database, Listener, storable
+
+ADDRESS = "qtasks:"
+"""What the address of an inbox begins with; the whole is the name of its channel."""
+
+# Written into the very row that a save of the task must lock, so that either the save sees the
+# watcher or the read that follows sees the save. Before the first save it makes a row without a
+# record, which every save may replace.
+WATCH = f"""
+    INSERT INTO qtasks.records AS stored (namespace, uuid, progress, created_at, watchers)
+    SELECT $1, uuid, 0, extract(epoch FROM clock_timestamp()), ARRAY[$3::text]
+    FROM unnest($2::text[]) AS watched (uuid)
+    ON CONFLICT (namespace, uuid) DO UPDATE SET watchers = array_append(stored.watchers, $3)
+    WHERE stored.progress & {RANKS - 1} < {FIRST_FINAL}
+        AND NOT $3 = ANY(coalesce(stored.watchers, '{{}}'))
+"""
+# A task that never was, and that nobody waits for any more, leaves no row.
+UNWATCH = """
+    UPDATE qtasks.records SET watchers = array_remove(watchers, $3)
+    WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NULL
+"""
+CLEAR = """
+    DELETE FROM qtasks.records
+    WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NULL
+        AND coalesce(cardinality(watchers), 0) = 0
+"""
+
+
+class PostgresInbox(Inbox):
+    """A channel of its own on the storage's listening connection."""
+
+    HEARTBEAT = 3.0
+    """Seconds of silence after which a waiting inbox asks whether the server is still there."""
+
+    def __init__(
+        self,
+        get: Callable[[Sequence[str]], Awaitable[list[Task | None]]],
+        database: Database,
+        listener: Listener,
+        namespace: str,
+    ) -> None:
+        self._get = get
+        self._database = database
+        self._listener = listener
+        self._namespace = namespace
+        self._address = ADDRESS + str(uuid7())
+        self._awaited = Awaited()
+        self._large: list[str] = []
+        self._missed = False
+        self._bell = asyncio.Event()
+        self._catching_up: Shielded[None] = Shielded()
+        self._open = True
+
+    async def open(self) -> None:
+        """Listen to the address. Raises `Unavailable`."""
+        await self._listener.listen([self._address], self._heard)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def expect(self, uuids: Iterable[str]) -> None:
+        self._awaited.expect(uuids)
+
+    async def watch(self, uuids: Sequence[str]) -> None:
+        self._awaited.watch(uuids)
+        try:
+            await self._listener.ensure()
+            await self._register(uuids)
+        except BaseException:
+            self._missed = True
+            raise
+        finally:
+            self._bell.set()
+
+    async def _register(self, uuids: Sequence[str]) -> None:
+        """Have saves of these tasks push their records here, then read once."""
+        keys = sorted({storable(uuid) for uuid in uuids})
+        for some in slices(keys):
+            await self._database.fetch(WATCH, self._namespace, some, self._address)
+        await self._read(uuids)
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        self._awaited.forget(uuids)
+        if self._awaited.to_unwatch:
+            self._bell.set()
+
+    async def receive(self) -> list[Task]:
+        while self._open:
+            await self._catching_up.run(self._catch_up)
+            if arrived := self._awaited.take():
+                return arrived
+            if not self._open:
+                break
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.HEARTBEAT if self._awaited.uuids else None):
+                    await self._bell.wait()
+        raise Closed("the inbox is closed")
+
+    async def _catch_up(self) -> None:
+        """Be connected, and read what notifications did not bring."""
+        told = self._bell.is_set()
+        self._bell.clear()
+        await self._listener.ensure()
+        await self._unwatch()
+        if self._missed:
+            self._missed = False
+            try:
+                await self._register(list(self._awaited.watched))
+                await self._read(list(self._awaited.expected))
+            except BaseException:
+                self._missed = True
+                raise
+        elif self._large:
+            await self._read(self._large[:])
+        elif not told and self._awaited.uuids:
+            await self._listener.ping()
+
+    async def _read(self, uuids: Sequence[str]) -> None:
+        self._awaited.arrive(await self._get(uuids))
+        read = set(uuids)
+        self._large = [uuid for uuid in self._large if uuid not in read]
+
+    async def close(self) -> None:
+        self._open = False
+        self._bell.set()
+        await self._catching_up.finish()
+        self._awaited.forget(self._awaited.watched)
+        with suppress(Closed, Unavailable):  # the rows are few and small
+            await self._unwatch()
+        await self._listener.forget([self._address], self._heard)
+
+    async def _unwatch(self) -> None:
+        """Take back what was written for tasks that are not waited for any more."""
+        left = sorted(self._awaited.to_unwatch)
+        for some in slices(sorted({storable(uuid) for uuid in left})):
+            await self._database.fetch(UNWATCH, self._namespace, some, self._address)
+            await self._database.fetch(CLEAR, self._namespace, some)
+        self._awaited.to_unwatch.difference_update(left)
+        # One that is watched again since then has lost its row, or not.
+        self._missed = self._missed or not self._awaited.watched.isdisjoint(left)
+
+    def _heard(self, payload: str | None) -> None:
+        if payload is None:
+            self._missed = True
+        elif payload.startswith("="):
+            try:
+                self._awaited.arrive([decode_task(b64decode(payload[1:]))])
+            except WireError:
+                self._missed = True  # whose it is cannot be read either: `get` knows what it asks
+        else:
+            self._large.append(payload[1:])
+        self._bell.set()

@@ -1,0 +1,409 @@
+"""A subscription on Postgres: rows taken with SKIP LOCKED, and held by a lease."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from qtasks_core import (
+    Ack,
+    Delivery,
+    Outcome,
+    Release,
+    Retry,
+    Settlement,
+    Subscription,
+)
+from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.leftovers import Leftovers
+from qtasks_core.recent import Recent
+from qtasks_core.settling import SettleCall
+from qtasks_core.shielded import Shielded
+from qtasks_core.wire import decode_message, encode_message
+from qtasks_postgres.batches import size_of
+from qtasks_postgres.connection import Database, Listener, channel_of
+from qtasks_postgres.doorbell import Doorbell
+from qtasks_postgres.floors import Floors, Lane, lanes_of
+from qtasks_postgres.rows import columns_of
+
+# A statement is planned once a connection, maybe while its table is empty, and the plan must hold
+# when there are millions of rows. So rows are found in ways that leave the planner no choice: by an
+# array of ids, never by a join that it could begin at the table's end, and in an order that only
+# one index has (by the id alone it could walk the primary key, past all that is in other queues).
+
+# Messages never received before: what may be received at once, in the order of their ids.
+READY = """
+    SELECT id FROM qtasks.messages
+    WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
+      AND priority <= level.priority
+      AND (priority, id) >
+          (level.priority, ($4::bigint[])[want.position * 10 - level.priority])
+    ORDER BY priority, id
+    LIMIT want.most
+    FOR UPDATE SKIP LOCKED
+"""
+
+# Messages that have waited for their moment: delayed, given back, or lost by their holders.
+# statement_timestamp() and not clock_timestamp(), which no index can be searched for.
+DUE = """
+    SELECT id FROM qtasks.messages
+    WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
+      AND wake_at > ($7::timestamptz[])[want.position * 10 - level.priority]
+      AND wake_at <= statement_timestamp()
+    ORDER BY wake_at
+    LIMIT want.most
+    FOR UPDATE SKIP LOCKED
+"""
+
+
+def taking(lane: str, *more: str) -> str:
+    """Return a statement that takes messages of each queue.
+
+    Its priorities are gone through one after the other, the highest first, and no further than it
+    takes to have enough: LIMIT ends the loops, so only what is taken is locked.
+    """
+    returned = ", ".join(("id", "queue", "priority", "delivery", "body", *more))
+    return f"""
+    UPDATE qtasks.messages
+    SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
+    WHERE id = ANY(ARRAY(
+        SELECT chosen.id
+        FROM unnest($2::text[], $3::int[]) WITH ORDINALITY AS want (queue, most, position)
+        CROSS JOIN LATERAL (
+            SELECT message.id
+            FROM generate_series(9, 0, -1) AS level (priority)
+            CROSS JOIN LATERAL ({lane}) AS message
+            LIMIT want.most
+        ) AS chosen
+        LIMIT $5
+    ))
+    RETURNING {returned}
+    """
+
+
+TAKE = taking(READY)
+
+# The inner SELECT sees the row as it was before.
+LOOK = taking(
+    f"SELECT id FROM ({DUE}) AS due UNION ALL SELECT id FROM ({READY}) AS ready",
+    "(SELECT wake_at FROM qtasks.messages AS old WHERE old.id = messages.id) IS NULL AS first",
+)
+
+# What SKIP LOCKED passes over is still there to be seen: then the wait is zero.
+NEXT = """
+    SELECT min(coalesce(
+        (
+            SELECT 0.0 FROM qtasks.messages
+            WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
+              AND priority <= level.priority
+              AND (priority, id) >
+                  (level.priority, ($3::bigint[])[want.position * 10 - level.priority])
+            ORDER BY priority, id
+            LIMIT 1
+        ),
+        (
+            SELECT extract(epoch FROM wake_at - clock_timestamp()) FROM qtasks.messages
+            WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
+              AND wake_at > ($4::timestamptz[])[want.position * 10 - level.priority]
+            ORDER BY wake_at
+            LIMIT 1
+        )
+    ))::float8 AS wait
+    FROM unnest($2::text[]) WITH ORDINALITY AS want (queue, position)
+    CROSS JOIN generate_series(9, 0, -1) AS level (priority)
+"""
+
+# Whose lease has run out, or whose message was delivered again since, holds nothing. coalesce()
+# hides from the planner that the index of waiting messages would do as well, all of it.
+MINE = """
+    id = ANY($1::bigint[])
+    AND delivery = ($2::int[])[array_position($1::bigint[], id)]
+    AND coalesce(wake_at > clock_timestamp(), false)
+"""
+
+ACK = f"DELETE FROM qtasks.messages WHERE {MINE} RETURNING id"
+
+RETRY = f"""
+    WITH gone AS (
+        DELETE FROM qtasks.messages WHERE {MINE} RETURNING id
+    ), again AS (
+        INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
+        SELECT $3, queue, priority,
+               CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END, body
+        FROM unnest($1::bigint[], $4::text[], $5::smallint[], $6::float8[], $7::bytea[])
+             AS next (id, queue, priority, delay, body)
+        WHERE id = ANY(ARRAY(SELECT id FROM gone))
+    )
+    SELECT id FROM gone
+"""
+
+RELEASE = f"""
+    UPDATE qtasks.messages SET wake_at = clock_timestamp() WHERE {MINE} RETURNING id
+"""
+
+EXTEND = f"""
+    UPDATE qtasks.messages
+    SET wake_at = clock_timestamp() + $3::float8 * interval '1 second'
+    WHERE {MINE}
+    RETURNING id
+"""
+
+
+class Fence(NamedTuple):
+    """Which message, and which of its deliveries."""
+
+    id: int
+    delivery: int
+
+
+class PostgresSubscription(Subscription):
+    """Takes rows and holds them by their leases."""
+
+    SWEEP = 3.0
+    """Seconds after which a sleeper looks without being told, so that he notices a frozen server,
+    and a message whose publisher died before he could ring."""
+
+    PATIENCE = 0.05
+    """Seconds to wait for rows that another receiver has locked and may yet leave behind."""
+
+    BETWEEN_LOOKS = 0.25
+    """Seconds after which it is looked for what has become due or came back."""
+
+    CHEAP_LOOK = 0.05
+    """Seconds; a look that takes longer is not repeated for ten times as long. Floors are stuck as
+    long as a transaction is open that has published or settled."""
+
+    def __init__(
+        self,
+        database: Database,
+        listener: Listener,
+        doorbell: Doorbell,
+        namespace: str,
+        lease: float,
+    ) -> None:
+        self._database = database
+        self._listener = listener
+        self._doorbell = doorbell
+        self._namespace = namespace
+        self._lease = lease
+        self._loop = asyncio.get_running_loop()
+        self._queues: list[str] = []
+        self._channels: list[str] = []
+        self._bell = asyncio.Event()
+        self._fetching: Shielded[float] = Shielded()
+        self._leftovers = Leftovers()
+        self._fetched_at = 0.0
+        self._floors = Floors(database, namespace)
+        self._passed: dict[Lane, int] = {}
+        self._look_at = 0.0
+        self._look_again_at = 0.0
+        self._settled = Recent()
+        self._open = True
+
+    async def open(self, queues: Iterable[str]) -> None:
+        """Listen to what is published to `queues`. Raises `Unavailable`."""
+        self._queues = list(queues)
+        self._channels = [channel_of(self._namespace, queue) for queue in self._queues]
+        await self._listener.listen(self._channels, self._rung)
+
+    async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        wanted = {queue: most for queue, most in wanted.items() if most > 0}
+        while self._open:
+            pause = await self._fetching.run(lambda: self._fetch(wanted, limit))
+            if not self._open:
+                break
+            if deliveries := self._take_leftovers(wanted, limit):
+                return deliveries
+            if not self._leftovers:
+                await self._sleep(pause)
+        raise Closed("the subscription is closed")
+
+    def _take_leftovers(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        """Return what this call may have of what was fetched; the next fetch gives back the rest.
+
+        There is a rest when the call that fetched was cancelled: this one may want less, or come
+        so late that the leases are about to run out.
+        """
+        if self._loop.time() - self._fetched_at > self._lease / 3:
+            return []
+        return self._leftovers.take(wanted, limit)
+
+    async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
+        """Fetch deliveries; where there are none, return the seconds that may be slept.
+
+        A take that finds nothing is enough for a short sleep: whoever answers task by task asks
+        the server one question a task, not four. It is looked closer when the bell rang and there
+        is nothing new, for then something came back, and when the short sleep is over.
+        """
+        rung = self._bell.is_set()
+        self._bell.clear()
+        await self._listener.ensure()
+        await self._give_back()
+        looked = self._loop.time() >= self._look_at
+        if looked:
+            await self._look(wanted, limit)
+        else:
+            await self._take(wanted, limit)
+            if rung and not self._leftovers:
+                if looked := self._loop.time() >= self._look_again_at:
+                    await self._look(wanted, limit)
+                else:
+                    self._look_at = min(self._look_at, self._look_again_at)
+        if self._leftovers:
+            return 0.0
+        return await self._pause(wanted) if looked else self._look_at - self._loop.time()
+
+    async def _look(self, wanted: Mapping[str, int], limit: int) -> None:
+        """Take also what has become due or came back, and what was committed late."""
+        await self._floors.raise_(self._queues)
+        begun = self._loop.time()
+        ready, due = self._floors.of(wanted)
+        rows = await self._fetch_rows(LOOK, wanted, ready, limit, due)
+        now = self._loop.time()
+        self._look_again_at = now + 10 * (now - begun) if now - begun > self.CHEAP_LOOK else 0.0
+        self._look_at = max(now + self.BETWEEN_LOOKS, self._look_again_at)
+        if not all(row["first"] for row in rows):
+            self._look_at = 0.0  # there may be more of those
+
+    async def _take(self, wanted: Mapping[str, int], limit: int) -> None:
+        """Take what was published since, starting where the last take ended.
+
+        Below lie the index entries of what was taken before, dead until they are vacuumed, and now
+        and then a message whose publisher committed late. `_look` sees to those.
+        """
+        floors = map(max, self._floors.of(wanted)[0], self._passed_in(wanted))
+        await self._fetch_rows(TAKE, wanted, list(floors), limit)
+
+    def _passed_in(self, wanted: Mapping[str, int]) -> list[int]:
+        return [self._passed.get(lane, 0) for lane in lanes_of(wanted)]
+
+    async def _fetch_rows(
+        self,
+        statement: str,
+        wanted: Mapping[str, int],
+        floors: list[int],
+        limit: int,
+        *more: object,
+    ) -> Sequence[Any]:
+        self._fetched_at = self._loop.time()
+        rows = await self._database.fetch(
+            statement,
+            self._namespace,
+            list(wanted),
+            list(wanted.values()),
+            floors,
+            limit,
+            self._lease,
+            *more,
+        )
+        rows.sort(key=lambda row: (-row["priority"], row["id"]))
+        deliveries: list[Delivery] = []
+        for id, queue, priority, delivery, body, *first in rows:
+            if first != [False]:
+                self._passed[Lane(queue, priority)] = id
+            self._floors.saw(id)
+            fence = Fence(id, delivery)
+            deliveries.append(Delivery(decode_message(body), queue, fence, delivery))
+        self._leftovers.add(deliveries)
+        return rows
+
+    async def _pause(self, wanted: Mapping[str, int]) -> float:
+        """Return the seconds until something may become receivable without a new message."""
+        rows = await self._database.fetch(
+            NEXT, self._namespace, list(wanted), *self._floors.of(wanted)
+        )
+        wait = rows[0]["wait"]
+        if wait is None:
+            return self.SWEEP
+        return float(min(wait, self.SWEEP)) if wait > 0 else self.PATIENCE
+
+    async def _sleep(self, pause: float) -> None:
+        """Wait for the bell. When it rang there is something new to take, else something due."""
+        try:
+            async with asyncio.timeout(pause):
+                await self._bell.wait()
+        except TimeoutError:
+            self._look_at = self._look_again_at
+        else:
+            self._look_at = max(self._loop.time() + self.BETWEEN_LOOKS, self._look_again_at)
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        calls, fences = self._database.calls, {s.delivery.fence for s in settlements}
+        # What a call has settled whose caller was cancelled is known at its end.
+        await calls.others(fences)
+        return await calls.run(self._settle(settlements), fences)
+
+    async def _settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        call = SettleCall(settlements, self._settled)
+        for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
+            places = [place for place, s in call.first.items() if isinstance(s, kind)]
+            if not places:
+                continue
+            # Settle and extend lock rows by ascending id, or they could wait for each other.
+            places.sort(key=lambda place: call.first[place].delivery.fence)
+            done = await run([call.first[place] for place in places])
+            for place in places:
+                if call.first[place].delivery.fence.id in done:
+                    self._settled.add(call.done(place))
+        return call.outcomes()
+
+    async def _ack(self, settlements: Sequence[Settlement]) -> set[int]:
+        fences = fences_of([settlement.delivery for settlement in settlements])
+        rows = await self._database.fetch(ACK, *fences)
+        return {row["id"] for row in rows}
+
+    async def _retry(self, settlements: Sequence[Settlement]) -> set[int]:
+        fences = fences_of([settlement.delivery for settlement in settlements])
+        messages = [s.message for s in settlements if isinstance(s, Retry)]
+        batch = [(message, encode_message(message)) for message in messages]
+        rows = await self._database.fetch(
+            RETRY, *fences, self._namespace, *columns_of(batch), size=size_of(batch)
+        )
+        self._doorbell.ring(channel_of(self._namespace, message.queue) for message in messages)
+        return {row["id"] for row in rows}
+
+    async def _release(self, settlements: Sequence[Settlement]) -> set[int]:
+        deliveries = [settlement.delivery for settlement in settlements]
+        rows = await self._database.fetch(RELEASE, *fences_of(deliveries))
+        queues = {delivery.queue for delivery in deliveries}
+        self._doorbell.ring(channel_of(self._namespace, queue) for queue in queues)
+        return {row["id"] for row in rows}
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
+        rows = await self._database.fetch(EXTEND, *fences, self._lease)
+        held = {row["id"] for row in rows}
+        return [delivery if delivery.fence.id in held else None for delivery in deliveries]
+
+    async def close(self) -> None:
+        self._open = False
+        self._bell.set()
+        await self._fetching.finish()
+        # Where the server cannot be reached the leases run out by themselves.
+        with suppress(Unavailable):
+            await self._give_back()
+        await self._listener.forget(self._channels, self._rung)
+
+    async def _give_back(self) -> None:
+        """Release what was fetched and no call has returned."""
+        if leftovers := self._leftovers.take_all():
+            try:
+                await self._release([Release(delivery) for delivery in leftovers])
+            except BaseException:
+                self._leftovers.add(leftovers)
+                raise
+
+    def _rung(self, payload: str | None) -> None:
+        if payload is None:
+            self._floors.forget()
+            self._passed.clear()
+            self._look_at = self._look_again_at = 0.0
+        self._bell.set()
+
+
+def fences_of(deliveries: Sequence[Delivery]) -> tuple[list[int], list[int]]:
+    """Return the ids and the numbers of the deliveries, column by column."""
+    fences: list[Fence] = [delivery.fence for delivery in deliveries]
+    return [fence.id for fence in fences], [fence.delivery for fence in fences]

@@ -1,0 +1,227 @@
+"""An inbox on Redis: a connection that is subscribed to what is waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from uuid_utils import uuid7
+
+from qtasks_core import Inbox, Task
+from qtasks_core.awaited import Awaited
+from qtasks_core.errors import Closed, Unavailable, WireError
+from qtasks_core.wire import decode_task
+from qtasks_redis.connection import Connection, ended
+
+if TYPE_CHECKING:
+    from redis.asyncio.connection import AbstractConnection
+
+INBOX: Final = "inbox"
+WATCH: Final = "final"
+"""Kinds of keys that name channels: of an address, and of a watched task."""
+_PING_AFTER: Final = 2.0
+"""Seconds of silence after which a server that owes results is asked whether it is there."""
+_PONG_WITHIN: Final = 2.5
+_MOST_TO_UNWATCH: Final = 64
+_NAMED: Final = b"="
+"""What a push begins with that names a record by its key instead of holding it."""
+
+
+class RedisInbox(Inbox):
+    """One connection that is subscribed to an address and to each watched task.
+
+    Its reader keeps what is waited for, asks a silent server for a sign of life while anything
+    is, and ends with the connection; the next `receive` tells, the one after opens a new one.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        get: Callable[[Sequence[str]], Awaitable[list[Task | None]]],
+    ) -> None:
+        self._connection = connection
+        self._get = get
+        self._address = str(uuid7())
+        self._open = True
+        self._awaited = Awaited()
+        self._confirming: dict[str, asyncio.Future[bool]] = {}
+        """For each channel whether the server has confirmed it, False when the line broke first."""
+        self._bell = asyncio.Event()
+        self._line: AbstractConnection | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._silence: asyncio.Timeout | None = None
+        """The reader's timer, set only while something is waited for."""
+
+    async def open(self) -> None:
+        """Connect, subscribe, and read what is waited for. Raises `Unavailable`."""
+        connection = self._connection
+        line = await connection.line()
+        self._line = line
+        self._reader = asyncio.create_task(self._read(line))
+        self._reader.add_done_callback(lambda _: self._bell.set())
+        try:
+            if not self._open:
+                raise Closed("the inbox is closed")
+            self._awaited.to_unwatch.clear()
+            await self._subscribe(
+                [
+                    connection.key(INBOX, self._address),
+                    *(connection.key(WATCH, uuid) for uuid in self._awaited.watched),
+                ]
+            )
+            self._take(await self._get(list(self._awaited.uuids)))
+        except BaseException:
+            await self._hang_up()
+            raise
+
+    async def _subscribe(self, channels: Sequence[str]) -> None:
+        """Subscribe and wait until the server has confirmed each channel."""
+        line = self._line
+        if line is None:
+            raise Unavailable("the inbox has lost its connection")
+        if not channels:
+            return
+        loop = asyncio.get_running_loop()
+        confirmed = [
+            self._confirming.setdefault(channel, loop.create_future()) for channel in channels
+        ]
+        try:
+            with self._connection.reachable():
+                async with asyncio.timeout(self._connection.answer_within):
+                    await line.send_command("SUBSCRIBE", *channels)
+                    await asyncio.wait(confirmed)
+        finally:
+            for channel in channels:
+                self._confirming.pop(channel, None)
+        if not all(future.result() for future in confirmed):
+            raise Unavailable("the inbox has lost its connection")
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def expect(self, uuids: Iterable[str]) -> None:
+        self._awaited.expect(uuids)
+        self._mind_silence()
+
+    async def watch(self, uuids: Sequence[str]) -> None:
+        new = self._awaited.watch(uuids)
+        self._mind_silence()
+        if self._reader is None or self._reader.done():
+            raise Unavailable("the inbox has lost its connection")
+        line = self._line
+        try:
+            await self._subscribe([self._connection.key(WATCH, uuid) for uuid in new])
+            self._take(await self._get(list(uuids)))
+        except BaseException:
+            # What has not been read yet is read after the next reconnect, so bring that about.
+            if line is not None:
+                await line.disconnect(nowait=True)
+            raise
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        self._awaited.forget(uuids)
+
+    async def receive(self) -> list[Task]:
+        while self._open:
+            if arrived := self._awaited.take():
+                return arrived
+            self._bell.clear()
+            if self._reader is None:
+                await self.open()
+            elif self._reader.done():
+                reader, self._reader = self._reader, None
+                reader.result()
+            else:
+                await self._bell.wait()
+        raise Closed("the inbox is closed")
+
+    async def close(self) -> None:
+        self._open = False
+        self._bell.set()
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.cancel()
+            await ended(reader)
+
+    async def _read(self, line: AbstractConnection) -> None:
+        """Read until the connection breaks; the error is for `receive` to raise."""
+        try:
+            await self._follow(line)
+        finally:
+            self._line = None
+            for future in self._confirming.values():
+                if not future.done():
+                    future.set_result(False)
+            await line.disconnect(nowait=True)
+
+    async def _follow(self, line: AbstractConnection) -> None:
+        asked = False
+        while True:
+            patience = None
+            if self._awaited.uuids:
+                patience = _PONG_WITHIN if asked else _PING_AFTER
+            try:
+                async with asyncio.timeout(patience) as self._silence:
+                    reply = await line.read_response(timeout=math.inf, disconnect_on_error=False)
+            except TimeoutError:
+                if asked:
+                    raise Unavailable("the inbox's server does not answer PING") from None
+                if self._awaited.uuids:
+                    with self._connection.reachable():
+                        await line.send_command("PING")
+                    asked = True
+                continue
+            except Exception as error:  # noqa: BLE001  # raised as ours
+                self._connection.raise_ours(error)
+            finally:
+                self._silence = None
+            asked = False
+            await self._hear(reply)
+            if len(self._awaited.to_unwatch) >= _MOST_TO_UNWATCH:
+                channels = [self._connection.key(WATCH, uuid) for uuid in self._awaited.to_unwatch]
+                self._awaited.to_unwatch.clear()
+                with self._connection.reachable():
+                    await line.send_command("UNSUBSCRIBE", *channels)
+
+    async def _hear(self, reply: Any) -> None:
+        kind = reply[0]
+        if kind == b"message":
+            bodies = list(_bodies(reply[2]))
+            try:
+                self._take([decode_task(body) for body in bodies if body[:1] != _NAMED])
+            except WireError:
+                # Whose it is cannot be read either; `get` knows what it asks for.
+                self._take(await self._get(list(self._awaited.uuids)))
+            named = [self._connection.name_in(body[1:]) for body in bodies if body[:1] == _NAMED]
+            wanted = [uuid for uuid in named if uuid in self._awaited.uuids]
+            if wanted:
+                self._take(await self._get(wanted))
+        elif kind == b"subscribe":
+            future = self._confirming.get(reply[1].decode())
+            if future is not None and not future.done():
+                future.set_result(True)
+
+    def _take(self, tasks: Sequence[Task | None]) -> None:
+        """Keep what is waited for; a channel is of no use once its record has arrived."""
+        self._awaited.to_unwatch.update(self._awaited.arrive(tasks))
+        self._bell.set()
+
+    def _mind_silence(self) -> None:
+        """Have the reader look at the clock now that something is waited for."""
+        if self._awaited.uuids and self._silence is not None and self._silence.when() is None:
+            self._silence.reschedule(asyncio.get_running_loop().time() + _PING_AFTER)
+
+
+def _bodies(data: bytes) -> Iterable[bytes]:
+    """Split what was pushed at once into its records."""
+    at = 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 4 + size]
+        at += 4 + size

@@ -1,0 +1,144 @@
+"""An inbox in SQLite: told by a doorbell which records to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from qtasks_core import Inbox, Task
+from qtasks_core.awaited import Awaited
+from qtasks_core.errors import Closed, Unavailable
+from qtasks_sqlite import batches
+from qtasks_sqlite.connection import Database, Transaction
+from qtasks_sqlite.doorbell import Bell
+
+_UNWATCH = """
+DELETE FROM qtasks_watchers
+WHERE namespace = ? AND uuid IN (SELECT value FROM json_each(?)) AND address = ?
+"""
+
+
+class Records(Protocol):
+    """What an inbox asks of its storage."""
+
+    namespace: int
+
+    def getting(
+        self, uuids: Iterable[str], *, final: bool = False
+    ) -> Callable[[Transaction], dict[str, Task]]:
+        """Return the work that reads what there is of these records, or of the final of them."""
+
+
+class SqliteInbox(Inbox):
+    """A bell whose letters name the records to read; the records themselves are in the file."""
+
+    def __init__(
+        self, storage: Records, database: Database, closed: Callable[[SqliteInbox], None]
+    ) -> None:
+        self._storage = storage
+        self._database = database
+        self._closed = closed
+        """Called at its end."""
+        self._bell = Bell(database.doorbell)
+        self._awaited = Awaited()
+        self._missed = False
+        """Something may have been missed: all that is awaited has to be read."""
+        self._open = True
+
+    @property
+    def address(self) -> str:
+        return self._bell.address
+
+    def expect(self, uuids: Iterable[str]) -> None:
+        self._awaited.expect(uuids)
+
+    async def watch(self, uuids: Sequence[str]) -> None:
+        self._awaited.watch(uuids)
+        try:
+            await self._look(uuids)
+        except Unavailable:
+            self._missed = True
+            raise
+        finally:
+            self._bell.wake()
+
+    async def _look(self, watched: Iterable[str], others: Iterable[str] = ()) -> None:
+        """Have these watched, and read them and others, in one transaction."""
+        forgotten = list(self._awaited.to_unwatch)
+        watch = self._watching(list(watched), forgotten)
+        finals = self._storage.getting(others, final=True)
+        found = await self._database.write(lambda turn: watch(turn) | finals(turn))
+        self._awaited.to_unwatch.difference_update(forgotten)
+        self._awaited.arrive(found.values())
+
+    def _watching(
+        self, watched: Sequence[str], forgotten: Sequence[str]
+    ) -> Callable[[Transaction], dict[str, Task]]:
+        namespace, address = self._storage.namespace, self.address
+        rows = [(namespace, uuid, address) for uuid in watched]
+        finals = self._storage.getting(watched, final=True)
+
+        def watch(turn: Transaction) -> dict[str, Task]:
+            into = "OR IGNORE INTO qtasks_watchers (namespace, uuid, address)"
+            batches.insert(turn.execute, into, rows)
+            found = finals(turn)
+            over = [*found, *forgotten]
+            if over:
+                turn.execute(_UNWATCH, (namespace, batches.array(over), address))
+            return found
+
+        return watch
+
+    def forget(self, uuids: Iterable[str]) -> None:
+        self._awaited.forget(uuids)
+
+    async def receive(self) -> list[Task]:
+        while self._open:
+            if arrived := self._awaited.take():
+                return arrived
+            if self._missed or self._bell.flooded:
+                await self._read_all()
+            elif self._bell.letters:
+                await self._read_named()
+            else:
+                await self._bell.wait()
+        raise Closed("the inbox is closed")
+
+    async def _read_all(self) -> None:
+        """Read what is awaited, under the lock: whose ring was lost has committed by then."""
+        self._missed, self._bell.flooded = True, False
+        named = self._bell.letters.copy()
+        await self._look(self._awaited.watched, self._awaited.expected)
+        self._missed = False
+        self._bell.letters -= named
+
+    async def _read_named(self) -> None:
+        """Read what the letters name; look under the lock only for what is not there yet."""
+        named = self._bell.letters & self._awaited.uuids
+        self._bell.letters &= named
+        for attempt in (self._database.read, self._database.write):
+            missing = named & self._awaited.uuids
+            if missing:
+                found = await attempt(self._storage.getting(missing, final=True))
+                self._awaited.arrive(found.values())
+        # What is missing still was rung by a transaction that did not come to its end.
+        self._bell.letters -= named
+
+    async def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self._bell.wake()
+        self._bell.close()
+        self._closed(self)
+        if self._awaited.watched or self._awaited.to_unwatch:
+            # A row that stays is cleared away by the next start: its address is gone.
+            with suppress(Unavailable):
+                await self._database.write(self._leaving())
+
+    def _leaving(self) -> Callable[[Transaction], None]:
+        def leave(turn: Transaction) -> None:
+            turn.execute("DELETE FROM qtasks_watchers WHERE address = ?", (self.address,))
+
+        return leave
