@@ -1,4 +1,4 @@
-"""Bringing a server to what this release needs, as often and from as many places as one likes."""
+"""`migrate` creates what the server must have. It can be repeated, and called concurrently."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from qtasks_core import Broker, Storage
 
 
 class BrokerMigrationContract(Contract):
-    """`migrate` of a broker, where it has it."""
+    """`migrate` of a broker, if it has it."""
 
     async def test_migrating_a_broker_changes_nothing_that_is_there(self, rig: Rig) -> None:
-        """Before it starts, after, again, and at once from several places."""
+        """`migrate` works before and after `start`, again, and concurrently; it keeps all data.
+
+        When there is nothing to change, it returns an empty list.
+        """
         await asyncio.gather(
             *(first_migrate(rig.subject.broker.broker(), rig.namespace) for _ in range(3))
         )
@@ -25,15 +28,18 @@ class BrokerMigrationContract(Contract):
         assert_done(await broker.publish([message]))
         parts = [broker, await rig.broker(), broker, rig.subject.broker.broker()]
         told = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
-        assert told == [[]] * 4, "a later one tells of changes where nothing had to be changed"
+        assert told == [[]] * 4, "a repeated `migrate` reports changes though nothing was to change"
         assert uuids(await collect(await broker.subscribe({"q": 1}), 1)) == [message.uuid]
 
 
 class StorageMigrationContract(Contract):
-    """`migrate` of a storage, where it has it."""
+    """`migrate` of a storage, if it has it."""
 
     async def test_migrating_a_storage_changes_nothing_that_is_there(self, rig: Rig) -> None:
-        """Before it starts, after, again, and at once from several places."""
+        """`migrate` works before and after `start`, again, and concurrently; it keeps all data.
+
+        When there is nothing to change, it returns an empty list.
+        """
         await asyncio.gather(
             *(first_migrate(rig.subject.storage.storage(), rig.namespace) for _ in range(3))
         )
@@ -43,11 +49,11 @@ class StorageMigrationContract(Contract):
         assert_done(await storage.save([record]))
         parts = [storage, await rig.storage(), storage, rig.subject.storage.storage()]
         told = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
-        assert told == [[]] * 4, "a later one tells of changes where nothing had to be changed"
+        assert told == [[]] * 4, "a repeated `migrate` reports changes though nothing was to change"
         assert await storage.get([record.uuid]) == [record]
 
 
 async def first_migrate(part: Broker | Storage, namespace: str) -> None:
-    """Migrate with a part that was never started, where it supports that at all."""
+    """Migrate with an instance that was never started, if it supports `migrate`."""
     if "migrate" not in part.guarantees.unsupported:
         await part.migrate(namespace)
