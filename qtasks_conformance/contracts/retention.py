@@ -18,7 +18,7 @@ class RetentionContract(Contract):
     """`delete` and `expire`, if the storage has them."""
 
     async def test_what_is_deleted_is_gone(self, rig: Rig) -> None:
-        """A deleted record is gone for every client, whatever its status; its uuid can be reused."""
+        """A deleted record is gone for every client, whatever its status; its uuid is reusable."""
         storage, other = await rig.storage(), await rig.storage()
         needs(storage, "delete")
         one, two, kept = rig.record("success"), rig.record("process"), rig.record("success")

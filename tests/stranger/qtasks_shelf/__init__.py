@@ -9,7 +9,7 @@ OPTIONS = {"lease": float}
 
 
 class ShelfBackend(Backend):
-    """Answers for `shelf://NAME?lease=SECONDS`."""
+    """The backend for `shelf://NAME?lease=SECONDS`."""
 
     contract = 1
 
