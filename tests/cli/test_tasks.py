@@ -116,7 +116,7 @@ def test_a_wrong_call_is_one_line(
 def test_without_an_app_no_task_is_known_but_what_is_included(qtasks: Command) -> None:
     said = qtasks("call", "apart", "1", app=None)
     assert said.code == 2
-    assert said.error.endswith("'apart': say where tasks are by -A module:app or --include")
+    assert "no task 'apart': the app has no tasks; name your app with -A module:app" in said.error
     assert qtasks.ok("call", "apart", "1", "--include", "tests.cli.shop", app=None).line
 
 
