@@ -29,7 +29,7 @@ from qtasks.asyncio import QueueTasks
 NAME = "profile"
 CONCURRENCY = 512
 STEPS = {
-    "enqueue: encode the call": ("AsyncTask.map", "App.add_tasks", "QueueTasks.add_tasks"),
+    "enqueue: encode the call": ("AsyncTask.map", "QueueTasks.add_tasks"),
     "enqueue: submit a batch": ("Client._submit", "Client.submit_all"),
     "run: decode, call, encode": ("Runner._run", "Runner._start", "Runner._post"),
     "end: complete a batch": ("Worker._flush", "Worker._ended"),

@@ -127,7 +127,8 @@ class Subject:
     broker: Part
     storage: Part
     lease: float
-    """The lease of `broker` in seconds. Keep it short: many tests wait for its end."""
+    """The lease of `broker` in seconds. Within this time (plus `slack`), another receiver must get
+    what a dead one held. Keep it short: many tests wait for its end."""
     server: Server | None = None
     """The server, to kill and to freeze. For a pair on two servers: one object for both.
 

@@ -39,7 +39,7 @@ def list_dead(session: Session, /, limit: int, as_json: bool, **by: Any) -> None
 def choosing(command: Any) -> Any:
     """Add the arguments and options that choose dead tasks."""
     command = filters(command)
-    command = click.option("--all", "every", is_flag=True, help="All that match the options.")(
+    command = click.option("--all", "every", is_flag=True, help="All dead tasks that match.")(
         command
     )
     return click.argument("uuids", nargs=-1, type=click.UUID, metavar="[UUID]…")(command)

@@ -56,7 +56,7 @@ def code_of(error: QTasksError) -> int:
     "-b",
     "--broker",
     metavar="URL",
-    help="The broker, instead of QTASKS_BROKER_URL. `ps` shows its password to all local users.",
+    help="The broker, instead of QTASKS_BROKER_URL. `ps` shows a password in it to all users.",
 )
 @click.option(
     "--log-level",

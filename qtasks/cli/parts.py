@@ -40,7 +40,10 @@ NEEDED_BY = {
 @json_option
 @pass_session
 def guarantees(session: Session, as_json: bool) -> None:
-    """Show what the broker and the storage guarantee in their current configuration."""
+    """Show what the broker and the storage guarantee.
+
+    It depends on their configuration, and on that of their servers.
+    """
     with session.started() as app:
         both = app.guarantees()
     if as_json:

@@ -14,7 +14,7 @@ _MIB = 1024 * 1024
 
 
 @click.command()
-@click.option("--queues", metavar="A,B", help="Default: the queues of the app's tasks.")
+@click.option("--queues", metavar="A,B", help="The queues. Default: those of the app's tasks.")
 @click.option(
     "--concurrency",
     type=click.IntRange(min=1),
@@ -34,14 +34,12 @@ _MIB = 1024 * 1024
     type=click.IntRange(min=1),
     help="Worker processes to supervise and restart. Default: this process is the worker.",
 )
-@click.option(
-    "--max-tasks", type=click.IntRange(min=1), help="Tasks after which a worker is replaced."
-)
+@click.option("--max-tasks", type=click.IntRange(min=1), help="Tasks after which a worker exits.")
 @click.option(
     "--max-memory",
     type=click.IntRange(min=1),
     metavar="MIB",
-    help="Resident memory at which a worker is replaced.",
+    help="Resident memory at which a worker exits. With --processes, another one follows.",
 )
 @click.option(
     "--health-port",

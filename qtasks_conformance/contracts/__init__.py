@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-# pytest explains failed assertions only in modules named `test_…`, unless it is told of others.
+# pytest explains failed assertions only in modules named `test_…`, unless others are registered.
 for _module in (
     "backends", "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
     "delivering", "depth", "faults", "freezing", "idling", "inboxes", "keys", "leases", "migrating",

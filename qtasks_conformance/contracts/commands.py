@@ -127,15 +127,15 @@ async def say_hello(commands: asyncio.Queue[Command], sender: Broker) -> None:
 
 async def heard(commands: asyncio.Queue[Command], count: int) -> list[Command]:
     """Return the next `count` commands, without the hellos that were meant for others."""
-    told: list[Command] = []
+    got: list[Command] = []
     try:
         async with patient(SOON, f"hearing {count} commands"):
-            while len(told) < count:
+            while len(got) < count:
                 command = await commands.get()
                 if command.name != HELLO:
-                    told.append(command)
+                    got.append(command)
     except TimeoutError:
         raise AssertionError(
-            f"a listener got only {len(told)} of {count} commands within {SOON:g} s: {told}"
+            f"a listener got only {len(got)} of {count} commands within {SOON:g} s: {got}"
         ) from None
-    return told
+    return got

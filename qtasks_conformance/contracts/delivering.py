@@ -290,10 +290,12 @@ class DeliveringContract(Contract):
         assert attempts in (left[first], left[second]), (
             f"neither {first} alone nor {second} alone took effect"
         )
-        told = [way for way, o in zip((first, second), outcomes, strict=True) if o.status == "done"]
+        taken = [
+            way for way, o in zip((first, second), outcomes, strict=True) if o.status == "done"
+        ]
         if broker.guarantees.settle_confirmed:
-            assert len(told) == 1, f"exactly one of {first} and {second} must be `done`"
-        for way in told:
+            assert len(taken) == 1, f"exactly one of {first} and {second} must be `done`"
+        for way in taken:
             assert attempts == left[way], f"{way} was `done`, but it is not what took effect"
 
     async def test_deliveries_are_counted_where_declared(self, rig: Rig) -> None:

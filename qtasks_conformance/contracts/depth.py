@@ -81,13 +81,13 @@ async def expect_depth(
     broker: Broker, ready: int, delayed: int, in_flight: int, queue: str = "q"
 ) -> None:
     """Wait until `depth` answers these numbers: a server may count with a short delay."""
-    wanted, told = QueueDepth(ready, delayed, in_flight), QueueDepth()
+    wanted, got = QueueDepth(ready, delayed, in_flight), QueueDepth()
     try:
         async with patient(SOON, f"the depth {wanted}"):
-            while (told := await broker.depth(queue)) != wanted:
+            while (got := await broker.depth(queue)) != wanted:
                 known = [
                     (here, there)
-                    for here, there in zip(_fields(told), _fields(wanted), strict=True)
+                    for here, there in zip(_fields(got), _fields(wanted), strict=True)
                     if here is not None
                 ]
                 assert known, "`depth` knows none of its numbers: declare it unsupported instead"
@@ -96,7 +96,7 @@ async def expect_depth(
                 await asyncio.sleep(0.05)
     except TimeoutError:
         raise AssertionError(
-            f"`depth` of queue {queue!r} still answers {told}; it must be {wanted}"
+            f"`depth` of queue {queue!r} still answers {got}; it must be {wanted}"
         ) from None
 
 

@@ -25,7 +25,7 @@ T = TypeVar("T")
 Kind = Literal["cancel", "error"]
 Moment = Literal["early", "late"]
 
-CALLS = ("receive what is there", "receive what comes", "settle", "extend", "publish")
+CALLS = ("receive waiting messages", "receive new messages", "settle", "extend", "publish")
 MOMENTS: tuple[Moment, ...] = ("early", "late")
 PLACES = 4
 """How many awaits of each call are tried without `--full`."""
@@ -165,14 +165,14 @@ async def _try_to_retry(rig: Rig, kind: Kind, moment: Moment, full: bool) -> Non
             break
     await trial.drain(came)
     for at, attempts in enumerate(came.values(), 1):
-        told = (
+        what = (
             f"after a fault ({kind}, {moment}) at await number {at} of a retry, messages of these "
             f"attempts are left: {attempts}"
         )
         if broker.guarantees.atomic_retries:
-            assert attempts == [2], told
-        assert len(attempts) <= CUTS + 2, told
-        assert set(attempts) <= {1, 2}, told
+            assert attempts == [2], what
+        assert len(attempts) <= CUTS + 2, what
+        assert set(attempts) <= {1, 2}, what
 
 
 class Trial:
@@ -195,14 +195,14 @@ class Trial:
             await self._fail(publish(), fault)
             assert_done(await retry_call(publish))
             await self._finish(uuids)
-        elif call == "receive what comes":
+        elif call == "receive new messages":
             publishing = self._rig.background(self._publish_soon(messages))
             taken = await self._fail(self.subscription.receive({"q": 3}, 3), fault)
             await publishing
             await self._finish(uuids, taken or [])
         else:
             assert_done(await retry_call(partial(self.broker.publish, messages)))
-            if call == "receive what is there":
+            if call == "receive waiting messages":
                 taken = await self._fail(self.subscription.receive({"q": 3}, 3), fault)
                 await self._finish(uuids, taken or [])
             elif call == "extend":

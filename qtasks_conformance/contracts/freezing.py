@@ -74,14 +74,14 @@ class BrokerFreezeContract(Contract):
 
         calls: dict[str, tuple[Call, Right]] = {
             "publish": (lambda: broker.publish(during), never),
-            "extend": (lambda: holder.extend([extended]), lambda told: None not in told),
+            "extend": (lambda: holder.extend([extended]), lambda answer: None not in answer),
             "settle (Ack)": (lambda: holder.settle([Ack(acked)]), unanswered),
             "settle (Retry)": (lambda: holder.settle([retry]), unanswered),
             "settle (Release)": (lambda: holder.settle([Release(released)]), unanswered),
             "subscribe": (subscribe, always),
             "start": (lambda: late.start(rig.namespace), never),
-            "clock": (broker.clock, lambda told: told is None),
-            "depth": (lambda: broker.depth("before"), lambda told: told.ready in (None, 3)),
+            "clock": (broker.clock, lambda answer: answer is None),
+            "depth": (lambda: broker.depth("before"), lambda answer: answer.ready in (None, 3)),
             "purge": (lambda: broker.purge("purged"), never),
             "broadcast": (lambda: broker.broadcast(Command(name="ping")), never),
             "migrate": (lambda: broker.migrate(rig.namespace), lambda changed: changed == []),
@@ -99,7 +99,7 @@ class BrokerFreezeContract(Contract):
         await take(fresh[0], uuids_of(before), "before")
         settlements: list[Settlement] = [Ack(extended), Ack(acked), retry, Release(released)]
         outcomes = await retry_call(lambda: holder.settle(settlements))
-        lost = [d for d, told in zip(held, outcomes, strict=True) if told.status == "refused"]
+        lost = [d for d, answer in zip(held, outcomes, strict=True) if answer.status == "refused"]
         await holder.close()
         again = {message_of(delivery).uuid for delivery in (retried, released, *lost)}
         await take(await receiver.subscribe({"held": 10}), again, "held")
@@ -144,11 +144,14 @@ class StorageFreezeContract(Contract):
         unknown = rig.record("new").uuid
         calls: dict[str, tuple[Call, Right]] = {
             "save": (lambda: storage.save([during]), never),
-            "get": (lambda: storage.get([kept.uuid, unknown]), lambda told: told == [kept, None]),
+            "get": (
+                lambda: storage.get([kept.uuid, unknown]),
+                lambda answer: answer == [kept, None],
+            ),
             "watch": (lambda: inbox.watch([later.uuid]), always),
             "inbox": (partial(opened_inbox, storage), always),
             "start": (lambda: late.start(rig.namespace), never),
-            "clock": (storage.clock, lambda told: told is None),
+            "clock": (storage.clock, lambda answer: answer is None),
             "query": (lambda: storage.query(TaskQuery()), lambda page: kept in page.tasks),
             "expire": (storage.expire, lambda count: count == 0),
             "migrate": (lambda: storage.migrate(rig.namespace), lambda changed: changed == []),
@@ -218,11 +221,11 @@ class Shared:
             "release": (lambda: storage.release(self._claim), never),
             "set": (lambda: storage.set("other", b"during"), never),
             "get_value": (lambda: storage.get_value("key"), lambda value: value == b"before"),
-            "values": (lambda: storage.values("key"), lambda told: told == {"key": b"before"}),
+            "values": (lambda: storage.values("key"), lambda answer: answer == {"key": b"before"}),
             "append": (lambda: storage.append(stream, [b"during"]), never),
             "read": (
                 lambda: storage.read(stream, 0),
-                lambda told: [item for _, item in told] == [b"before"],
+                lambda answer: [item for _, item in answer] == [b"before"],
             ),
             "delete": (lambda: storage.delete([self._gone.uuid]), never),
         }
@@ -260,11 +263,11 @@ def always(answer: object) -> bool:
 
 async def assert_unavailable(calls: Mapping[str, tuple[Call, Right]]) -> None:
     """Make the calls concurrently; fail unless each raises `Unavailable` in time or is right."""
-    told = await asyncio.gather(
+    errors = await asyncio.gather(
         *(one_on_a_frozen_server(call, right) for call, right in calls.values()),
         return_exceptions=True,
     )
-    wrong = {name: error for name, error in zip(calls, told, strict=True) if error is not None}
+    wrong = {name: error for name, error in zip(calls, errors, strict=True) if error is not None}
     if wrong:
         first = next(iter(wrong.values()))
         text = "; ".join(

@@ -27,8 +27,8 @@ class BrokerMigrationContract(Contract):
         message = rig.message()
         assert_done(await broker.publish([message]))
         parts = [broker, await rig.broker(), broker, rig.subject.broker.broker()]
-        told = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
-        assert told == [[]] * 4, "a repeated `migrate` reports changes though nothing was to change"
+        got = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
+        assert got == [[]] * 4, "a repeated `migrate` reports changes though nothing was to change"
         assert uuids(await collect(await broker.subscribe({"q": 1}), 1)) == [message.uuid]
 
 
@@ -48,8 +48,8 @@ class StorageMigrationContract(Contract):
         record = rig.record("success")
         assert_done(await storage.save([record]))
         parts = [storage, await rig.storage(), storage, rig.subject.storage.storage()]
-        told = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
-        assert told == [[]] * 4, "a repeated `migrate` reports changes though nothing was to change"
+        got = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
+        assert got == [[]] * 4, "a repeated `migrate` reports changes though nothing was to change"
         assert await storage.get([record.uuid]) == [record]
 
 

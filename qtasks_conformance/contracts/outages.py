@@ -160,8 +160,8 @@ class StorageOutageContract(Contract):
         heard = await waiting
         assert heard == {record.uuid: record for record in (early, mine, watched)}
         assert inbox.address == address
-        told = await hear_despite_outages(deaf, {own.uuid, watched.uuid, late.uuid})
-        assert told == {record.uuid: record for record in (own, watched, late)}
+        got = await hear_despite_outages(deaf, {own.uuid, watched.uuid, late.uuid})
+        assert got == {record.uuid: record for record in (own, watched, late)}
 
 
 async def gives_up(call: Callable[[], Awaitable[object]]) -> None:

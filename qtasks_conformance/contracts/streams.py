@@ -26,13 +26,13 @@ class StreamContract(Contract):
         await storage.append(uuid, items[:1])
         await storage.append(uuid, [])
         await storage.append(uuid, items[1:])
-        told = await other.read(uuid, 0)
-        assert [item for _, item in told] == items
-        positions = [position for position, _ in told]
+        got = await other.read(uuid, 0)
+        assert [item for _, item in got] == items
+        positions = [position for position, _ in got]
         assert positions == sorted(set(positions))
         assert positions[0] >= 1
         for at in (0, 1, 150, len(items) - 1):
-            assert await other.read(uuid, positions[at]) == told[at + 1 :]
+            assert await other.read(uuid, positions[at]) == got[at + 1 :]
         assert await other.read(new_uuid(), 0) == []
 
     @pytest.mark.parametrize("script", SCRIPTS)
@@ -60,8 +60,8 @@ class StreamContract(Contract):
                 await storage.append(uuid, batch)
 
         await asyncio.gather(append(), other.append(uuid, batches[b"there"]))
-        told = [item for _, item in await storage.read(uuid, 0)]
-        whole = [told[at : at + 3] for at in range(0, len(told), 3)]
+        got = [item for _, item in await storage.read(uuid, 0)]
+        whole = [got[at : at + 3] for at in range(0, len(got), 3)]
         for who, sent in batches.items():
             assert [batch for batch in whole if batch[0].startswith(who + b" ")] == sent
 

@@ -138,8 +138,8 @@ class ValueContract(Contract):
         await see(seen, None)
         for at in range(100):
             assert await near.set("key", b"%03d" % at)
-        told = await see(seen, b"099")
-        assert told == sorted({value for value in told if value is not None})
+        got = await see(seen, b"099")
+        assert got == sorted({value for value in got if value is not None})
 
     async def test_stopping_ends_watching(self, rig: Rig) -> None:
         """`stop` makes a waiting watcher raise `Closed`. After a cancel, another can watch."""
@@ -185,13 +185,13 @@ def watching(rig: Rig, storage: Storage, key: str) -> asyncio.Queue[bytes | None
 
 async def see(seen: asyncio.Queue[bytes | None], until: bytes | None) -> list[bytes | None]:
     """Return the values that a watcher gets, up to `until`; fail if that does not come."""
-    told: list[bytes | None] = []
+    got: list[bytes | None] = []
     try:
         async with patient(SOON, f"seeing the value {until!r}"):
-            while not told or told[-1] != until:
-                told.append(await seen.get())
+            while not got or got[-1] != until:
+                got.append(await seen.get())
     except TimeoutError:
         raise AssertionError(
-            f"a watcher did not get the value {until!r} within {SOON:g} s, only {told}"
+            f"a watcher did not get the value {until!r} within {SOON:g} s, only {got}"
         ) from None
-    return told
+    return got
