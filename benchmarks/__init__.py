@@ -1,1 +1,1 @@
-"""Measurements as commands."""
+"""Benchmarks. Each module is a command: `python -m benchmarks.throughput --backend sqlite`."""

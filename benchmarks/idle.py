@@ -1,9 +1,9 @@
-"""What a worker costs that has nothing to do.
+"""The CPU time of an idle worker.
 
     python -m benchmarks.idle --backend sqlite [--seconds 60]
 
-One worker process works off 1,000 tasks, so that everything in it has begun; then its CPU time is
-read before and after a while without work.
+One worker process runs 1,000 tasks to warm up. Then its CPU time is read before and after some
+seconds without work.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ NAME = "idle"
 
 
 def cpu_time(pid: int) -> float:
-    """Return the seconds of CPU that all threads of a process have taken."""
+    """Return the CPU seconds that all threads of a process have used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def measure(url: str, backend: str, seconds: float, pid: int) -> None:
-    """Print the row."""
+    """Measure the worker process `pid`, and print the row."""
     app = QueueTasks(NAME, url)
     app.include_router(router)
     async with app:
@@ -43,17 +43,17 @@ async def measure(url: str, backend: str, seconds: float, pid: int) -> None:
 
 
 def main() -> None:
-    """Start a worker and measure it."""
+    """Measure one backend."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--backend", default="sqlite", choices=BACKENDS[1:])
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
     with served(options.backend) as url:
-        watch(url, options.backend, options.seconds)
+        measure_worker(url, options.backend, options.seconds)
 
 
-def watch(url: str, backend: str, seconds: float) -> None:
-    """Measure one worker on these parts."""
+def measure_worker(url: str, backend: str, seconds: float) -> None:
+    """Start a worker process and measure it."""
     command = [sys.executable, "-m", "benchmarks.tasks", url, NAME, "100", "0"]
     with subprocess.Popen(command) as worker:
         try:

@@ -1,13 +1,13 @@
-"""What it costs that QTasks has a thread of its own for I/O: beside the same engine on one loop.
+"""The cost of the I/O thread, compared with the same engine on one event loop.
 
     python -m benchmarks.io_thread --backend memory|sqlite|redis [--tasks 20000] [--rounds 3]
 
-The engine's client, runner and worker run here twice: as in an app, client and worker on the I/O
-thread, and all of them on the caller's loop, where nothing crosses. Rows: enqueue by 200
-concurrent callers, process, and a round trip, alone and beside a thread that computes, with the
-interpreter's switch interval at its default of 5 ms and at 0.5 ms, which `run_forever` sets.
-Rates are tasks a second, the best of all rounds before the range; `CPU` is what the process
-spends a task, all threads together, which a busy machine changes less.
+The engine runs in two arrangements: with client and worker on the I/O thread, as in an app, and
+with everything on the caller's loop, so that nothing crosses between threads. Rows: enqueue by 200
+concurrent callers, process, and a round trip, with and without another thread that computes. Each
+is measured with Python's default switch interval of 5 ms and with 0.5 ms, which `run_forever` sets.
+Rates are tasks per second: the best of all rounds, then the range. `CPU` is the time that all
+threads of the process use per task; a busy machine changes it less than the rates.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ Submit = Callable[[TaskMessage, bool], Awaitable[Task | None]]
 
 
 class Row:
-    """Rates of several rounds, and the CPU a task of the best one."""
+    """The rates of several rounds, and the CPU time per task of the best one."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
         self.cpu = 0.0
 
     def add(self, count: int, seconds: float, cpu: float) -> None:
-        """Add a round that has done `count` tasks."""
+        """Add a round of `count` tasks, with its wall time and CPU time in seconds."""
         rate = count / seconds
         if not self.rates or rate > max(self.rates):
             self.cpu = cpu / count * 1e6
@@ -64,7 +64,7 @@ class Row:
 
 
 class Stopwatch:
-    """Wall time and CPU time of the block."""
+    """Measures the wall time and the CPU time of a block, in seconds."""
 
     def __enter__(self) -> Stopwatch:
         self._begin = time.perf_counter(), time.process_time()
@@ -77,7 +77,7 @@ class Stopwatch:
 
 @asynccontextmanager
 async def on_the_io_thread(app: QueueTasks) -> AsyncIterator[tuple[Submit, Callable[..., object]]]:
-    """Submit as an app does, to a client on the I/O thread."""
+    """Submit to a client on the I/O thread, as an app does."""
 
     async def submit(message: TaskMessage, wait: bool) -> Task | None:
         return await app.submit(message, 60.0 if wait else None)
@@ -88,7 +88,7 @@ async def on_the_io_thread(app: QueueTasks) -> AsyncIterator[tuple[Submit, Calla
 
 @asynccontextmanager
 async def on_one_loop(app: QueueTasks) -> AsyncIterator[tuple[Submit, Callable[..., object]]]:
-    """Have the client and the worker on the caller's loop; each end still wakes the loop once."""
+    """Run the client and the worker on the caller's loop. Each result still wakes the loop once."""
     client = Client(app.name, app.broker, app.storage)
     await client.start(asyncio.get_running_loop().time() + 10)
 
@@ -123,8 +123,8 @@ ARRANGEMENTS = {"one loop": on_one_loop, "I/O thread": on_the_io_thread}
 async def measure(
     url: str, arrangement: str, tasks: int, rows: dict[str, Row]
 ) -> tuple[float, float]:
-    """Add a round to the rows; return the mean round trip in seconds, alone and beside a thread
-    that computes.
+    """Add a round to the rows; return the mean round trip in seconds, without and with another
+    thread that computes.
     """
     app = QueueTasks(f"io-{uuid4().hex[:8]}", url)
     app.include_router(router)
@@ -155,7 +155,7 @@ async def measure(
 
 
 async def mean(call: Callable[[], Awaitable[object]], times: int) -> float:
-    """Return the mean seconds of a call: what waits for the interpreter lock does so rarely."""
+    """Return the mean seconds of a call. A median would hide the rare waits for the GIL."""
     begin = time.perf_counter()
     for _ in range(times):
         await call()
@@ -164,22 +164,22 @@ async def mean(call: Callable[[], Awaitable[object]], times: int) -> float:
 
 @contextmanager
 def computing() -> Iterator[None]:
-    """Have a thread beside that computes in Python all the time, as a task's function may."""
-    ended = threading.Event()
+    """Run a thread that computes in Python during the block, as a task's function may."""
+    stopped = threading.Event()
 
     def compute() -> None:
-        while not ended.is_set():
+        while not stopped.is_set():
             sum(range(1000))
 
     thread = threading.Thread(target=compute)
     thread.start()
     yield
-    ended.set()
+    stopped.set()
     thread.join()
 
 
 async def crossing() -> float:
-    """Return the mean seconds to the I/O thread and back, with nothing to do there."""
+    """Return the mean seconds of an empty call to the I/O thread and back."""
 
     def answer(reply: LoopReply[None]) -> None:
         reply.set(None)
@@ -188,7 +188,7 @@ async def crossing() -> float:
 
 
 async def crossings_at_once() -> float:
-    """Return the seconds a crossing takes when 200 callers make theirs at once."""
+    """Return the mean seconds of such a call when 200 callers make it at once."""
 
     def answer(reply: LoopReply[None]) -> None:
         reply.set(None)
@@ -201,7 +201,7 @@ async def crossings_at_once() -> float:
 
 
 def print_rows(backend: str, url: str, tasks: int, rounds: int) -> None:
-    """Measure all arrangements in turn, several times, and print them."""
+    """Measure all arrangements in turns, several rounds, and print them."""
     print(f"\n{backend}: {tasks} no-op tasks, client and worker in one process", flush=True)
     cases = [(name, interval) for interval in (0.005, 0.0005) for name in ARRANGEMENTS]
     found = {case: {"enqueue": Row(), "process": Row()} for case in cases}

@@ -1,9 +1,9 @@
-"""A worker's memory over many tasks, and whether the oldest results are still there.
+"""The memory of a worker over many tasks, and whether the oldest results can still be read.
 
     python -m benchmarks.memory [--tasks 200000]
 
-One worker process on SQLite works off a tenth of the tasks, then the rest; its resident memory is
-read after both. Then 1,000 of the oldest records are read.
+One worker process on SQLite runs a tenth of the tasks, then the rest. Its resident memory is read
+after each. Then the 1,000 oldest records are read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ CHUNK = 10_000
 
 
 def resident(pid: int) -> int:
-    """Return the resident bytes of a process."""
+    """Return the resident memory of a process in bytes."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-async def work_off(app: QueueTasks, count: int) -> list[str]:
-    """Enqueue `count` tasks and wait for the end of all; return the first thousand."""
+async def run_tasks(app: QueueTasks, count: int) -> list[str]:
+    """Enqueue `count` tasks and wait until all have finished; return the first 1,000 uuids."""
     first: list[str] = []
     for _ in range(count // CHUNK):
         tasks = await nothing.using(app).map([()] * CHUNK)
@@ -40,13 +40,13 @@ async def work_off(app: QueueTasks, count: int) -> list[str]:
 
 
 async def measure(url: str, tasks: int, pid: int) -> None:
-    """Print the rows."""
+    """Measure the worker process `pid`, and print the rows."""
     app = QueueTasks(NAME, url)
     app.include_router(router)
     async with app:
-        oldest = await work_off(app, tasks // 10)
+        oldest = await run_tasks(app, tasks // 10)
         before = resident(pid)
-        await work_off(app, tasks - tasks // 10)
+        await run_tasks(app, tasks - tasks // 10)
         after = resident(pid)
         found = await read(app, oldest)
     mebi = 2**20
@@ -56,7 +56,7 @@ async def measure(url: str, tasks: int, pid: int) -> None:
 
 
 async def read(app: QueueTasks, uuids: list[str]) -> int:
-    """Return how many of these are there and successful."""
+    """Return how many of these tasks have a record with status `success`."""
     handles = await asyncio.gather(*(app.get_task(uuid) for uuid in uuids))
     return sum(handle is not None and handle.status == "success" for handle in handles)
 

@@ -1,12 +1,12 @@
-"""Where the time of one task goes: a sampling profile by thread, by step and by layer.
+"""Where the time of a task goes: a sampling profile by thread, step and layer.
 
     python -m benchmarks.profile --backend memory|sqlite|redis|... [--tasks 60000]
 
-One process enqueues no-op tasks with `map` and works them off; `py-spy` (`pip install py-spy`)
-looks 500 times a second at what its threads do. A sample belongs to the step whose function of the
-engine is on its stack, and to the layer that its innermost known frame is in. Native code (msgspec,
-SQLite, a driver's parser) counts for what has called it. A thread that sleeps does not count; one
-that was woken and waits for a core or for the interpreter lock does.
+One process enqueues no-op tasks with `map` and runs them. `py-spy` (`pip install py-spy`) samples
+its threads 500 times a second. A sample belongs to the step whose engine function is on its stack,
+and to the layer of its innermost known frame. Native code (msgspec, SQLite, a driver's parser)
+counts for its caller. A sleeping thread is not counted. A thread that waits for a core or for the
+GIL is counted.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from qtasks.asyncio import QueueTasks
 NAME = "profile"
 CONCURRENCY = 512
 STEPS = {
-    "enqueue: encode the call": ("AsyncTask.map", "App.add_tasks", "QueueTasks.add_tasks"),
+    "enqueue: encode the call": ("AsyncTask.map", "QueueTasks.add_tasks"),
     "enqueue: submit a batch": ("Client._submit", "Client.submit_all"),
     "run: decode, call, encode": ("Runner._run", "Runner._start", "Runner._post"),
     "end: complete a batch": ("Worker._flush", "Worker._ended"),
     "begin: admit a batch": ("Worker._admit",),
     "begin: receive a batch": ("Worker._receive_loop",),
 }
-"""The functions of the engine that stand for a step, the innermost steps first."""
+"""The engine's functions for each step, the innermost steps first."""
 LAYERS = (
     ("waking loops, waiting to run", r"selectors\.py"),
     ("wire format, records", r"qtasks_core/"),
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 async def live(url: str, tasks: int) -> None:
-    """Be what is profiled: enqueue, then work off."""
+    """The profiled process: enqueue all tasks, then run them."""
     app = QueueTasks(NAME, url)
     app.include_router(router)
     async with app:
@@ -80,7 +80,7 @@ async def live(url: str, tasks: int) -> None:
 
 
 def profile(backend: str, url: str, tasks: int, directory: str) -> None:
-    """Run the target under py-spy and print what it has seen."""
+    """Run the profiled process under py-spy, and print the shares."""
     stacks = Path(directory, "stacks")
     target = [sys.executable, "-m", "benchmarks.profile", "--target", url, "--tasks", str(tasks)]
     spy = ["py-spy", "record", "--rate", "500", "--threads", "--format", "raw", "--output"]
@@ -94,7 +94,7 @@ def profile(backend: str, url: str, tasks: int, directory: str) -> None:
         thread, *frames = stack.split(";")
         step, layer = step_of(frames), layer_of(frames)
         if step == layer == "other":
-            continue  # the interpreter's start and imports
+            continue  # imports and the start of the interpreter
         by["thread"][re.sub(r"thread \(\d+\): |[-_]\d+$", "", thread)] += int(count)
         by["step"][step] += int(count)
         by["layer"][layer] += int(count)
@@ -111,7 +111,7 @@ def step_of(frames: list[str]) -> str:
 
 
 def layer_of(frames: list[str]) -> str:
-    """Return the layer of the innermost frame that is in any."""
+    """Return the layer of the innermost frame that belongs to one."""
     if frames and "._write_to_self " in frames[-1]:
         return LAYERS[0][0]
     for frame in reversed(frames):
@@ -123,7 +123,7 @@ def layer_of(frames: list[str]) -> str:
 
 def print_shares(backend: str, tasks: int, by: Samples) -> None:
     """Print shares of all samples, the largest first."""
-    print(f"\n{backend}: {tasks} no-op tasks, enqueued and worked off in one process")
+    print(f"\n{backend}: {tasks} no-op tasks, enqueued and run in one process")
     for kind, counts in by.items():
         total = sum(counts.values())
         print(f"  by {kind}, {total} samples")

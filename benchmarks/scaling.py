@@ -1,8 +1,9 @@
-"""How throughput grows with worker processes, on tasks that sleep 10 ms.
+"""How throughput grows with the number of worker processes, for tasks that sleep 10 ms.
 
     python -m benchmarks.scaling --backend redis [--tasks 2000]
 
-1, 2 and 4 supervised processes, 10 tasks at once in each. One can run 1,000 a second at most.
+1, 2 and 4 supervised processes run 10 tasks at once each. So one process runs at most 1,000 tasks a
+second.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ router = AsyncRouter()
 
 @router.task(name="sleep")
 async def sleep() -> None:
-    """Wait as a call of another service would."""
+    """Wait, as for a call of another service."""
     await asyncio.sleep(SECONDS)
 
 
 async def rate(url: str, tasks: int, processes: int) -> float:
-    """Return tasks a second, from the first end to the last, with all processes at work."""
+    """Return tasks per second while all processes are busy."""
     name = f"scaling-{uuid4().hex[:8]}"
     app = QueueTasks(name, url)
     app.include_router(router)
@@ -48,17 +49,17 @@ async def rate(url: str, tasks: int, processes: int) -> float:
             try:
                 await all_up(app, processes)
                 handles = await sleep.using(app).map([()] * tasks * processes)
-                ends = await asyncio.gather(*(handle.wait_result() for handle in handles))
+                finished = await asyncio.gather(*(handle.wait_result() for handle in handles))
             finally:
                 supervisor.terminate()
-    times = sorted(end.finished_at or 0.0 for end in ends)
-    # The slope of the middle: not how the first batches were dealt and the last ones ran out.
+    times = sorted(task.finished_at or 0.0 for task in finished)
+    # Without the first and the last tenth, when not all processes have enough tasks.
     low, high = len(times) // 10, len(times) * 9 // 10
     return (high - low) / (times[high] - times[low])
 
 
 async def all_up(app: QueueTasks, processes: int) -> None:
-    """Wait until so many workers receive: by the registry, else for a while."""
+    """Wait until all workers are in the registry; without a registry, wait for 4 seconds."""
     if "values" in app.storage.guarantees.unsupported:
         await asyncio.sleep(4.0)
         return
@@ -68,7 +69,7 @@ async def all_up(app: QueueTasks, processes: int) -> None:
 
 
 def work(arguments: str) -> None:
-    """Be the workers of a measurement."""
+    """Run the worker processes of a measurement."""
     options = json.loads(arguments)
     app = QueueTasks(options["name"], options["url"])
     app.include_router(router)

@@ -1,4 +1,4 @@
-"""Where a benchmark's tasks live: a server of its own, a new file, or memory."""
+"""The backend of a benchmark: a new server, a new file, or memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BACKENDS = ("memory", "sqlite", *SERVICES)
 
 @contextmanager
 def served(backend: str) -> Iterator[str]:
-    """Give the URL of a backend that nobody else uses, or of `QTASKS_TEST_…_URL`."""
+    """Yield the URL of a new backend, or of the server in `QTASKS_TEST_…_URL`."""
     if backend == "memory":
         yield "memory://bench"
     elif backend == "sqlite":

@@ -1,7 +1,7 @@
-"""The no-op task of the benchmarks and a worker that works off a number of them.
+"""The no-op task of the benchmarks, and a worker that runs a number of them.
 
-`python -m benchmarks.tasks URL NAME CONCURRENCY COUNT` prints `{"rate": tasks a second}`; with a
-COUNT of 0 it goes on until SIGTERM.
+`python -m benchmarks.tasks URL NAME CONCURRENCY COUNT` prints `{"rate": tasks per second}`. With a
+COUNT of 0 it runs until SIGTERM.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ async def nothing() -> None:
 
 
 async def work_off(app: QueueTasks, count: int, concurrency: int) -> float:
-    """Run a worker until it has completed `count` tasks; return tasks a second.
+    """Run a worker until it has completed `count` tasks; return tasks per second.
 
-    The clock runs from the first completion that was acknowledged to the last, without the first.
+    Time and tasks are counted from the end of the first completed batch, to leave out the start.
     """
     async with app:
         composition = app.client.composition
         complete, loop = composition.complete, asyncio.get_running_loop()
-        ended, first = 0, (0, 0.0)
+        finished, first = 0, (0, 0.0)
         all_done: asyncio.Future[float] = loop.create_future()
 
         async def counted(
             subscription: Subscription, completions: Sequence[Completion]
         ) -> list[Outcome]:
-            nonlocal ended, first
+            nonlocal finished, first
             outcomes = await complete(subscription, completions)
-            ended += sum(1 for c in completions if c.task is not None and c.task.status in FINAL)
+            finished += sum(1 for c in completions if c.task is not None and c.task.status in FINAL)
             if not first[0]:
-                first = ended, time.perf_counter()
-            if ended >= count and not all_done.done():
-                rate = (ended - first[0]) / (time.perf_counter() - first[1])
+                first = finished, time.perf_counter()
+            if finished >= count and not all_done.done():
+                rate = (finished - first[0]) / (time.perf_counter() - first[1])
                 loop.call_soon_threadsafe(all_done.set_result, rate)
             return outcomes
 
@@ -59,7 +59,7 @@ async def work_off(app: QueueTasks, count: int, concurrency: int) -> float:
 
 
 def main() -> None:
-    """Be the worker that the arguments describe."""
+    """Run the worker that the arguments describe."""
     url, name, concurrency, count = sys.argv[1:]
     sys.setswitchinterval(0.0005)
     app = QueueTasks(name, url)

@@ -1,10 +1,11 @@
-"""Throughput and round trips of one backend, beside the bare driver doing the same, in one run.
+"""Throughput and round trips of one backend, compared with its bare driver in the same run.
 
     python -m benchmarks.throughput --backend redis [--tasks 20000]
 
-No-op tasks, one worker process, results stored. The server is started for the run (or taken from
-`QTASKS_TEST_…_URL`). Rows: enqueue by concurrent callers, enqueue in bulk, process, round trip,
-waits for an answer of the server a task, and the bare driver's rates with the ratio to them.
+One worker process runs no-op tasks and stores their results. The server is started for the run, or
+taken from `QTASKS_TEST_…_URL`. Rows: enqueue by concurrent callers, enqueue in bulk, process, round
+trips, and how often a task waits for an answer of the server. Beside them: the rates of the bare
+driver, and the ratio.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from qtasks_core.separate import compose
 CALLERS = 200
 ROUND_TRIPS = 1000
 BATCH = 100
-"""The engine's batch when a worker runs 100 tasks at once, its default."""
+"""The engine's batch size for a worker that runs 100 tasks at once, the default."""
 
 Rates = dict[str, float]
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 def measure(backend: str, url: str, tasks: int, concurrency: int) -> None:
     """Run all measurements on the server at `url` and print them."""
-    # As in a worker process: see QueueTasks.run_forever.
+    # `QueueTasks.run_forever` sets the same in a worker process.
     sys.setswitchinterval(0.0005)
     ours = asyncio.run(engine(backend, url, tasks, concurrency))
     bare: Rates = {}
@@ -70,7 +71,7 @@ def measure(backend: str, url: str, tasks: int, concurrency: int) -> None:
         print(line)
     if waits:
         shown = ", ".join(f"{phase} {count:.4f}" for phase, count in waits.items())
-        print(f"  {'waits for the server a task':44}{shown}")
+        print(f"  {'waits for the server per task':44}{shown}")
 
 
 LABELS = {
@@ -83,13 +84,13 @@ LABELS = {
 
 
 async def engine(backend: str, url: str, tasks: int, concurrency: int) -> Rates:
-    """Measure QTasks: enqueuing here, the worker in a process of its own."""
+    """Measure QTasks: enqueue in this process, run the worker in another one."""
     name = f"bench-{uuid4().hex[:8]}"
     app = QueueTasks(name, url)
     app.include_router(router)
     rates: Rates = {}
     async with app:
-        await nothing.add_task()  # creates the queue, which takes some servers a second
+        await nothing.add_task()  # creates the queue: on some servers that takes a second
         few = tasks // 4
         begin = time.perf_counter()
         await asyncio.gather(*(caller(few // CALLERS) for _ in range(CALLERS)))
@@ -99,7 +100,7 @@ async def engine(backend: str, url: str, tasks: int, concurrency: int) -> Rates:
         rates["bulk"] = tasks / (time.perf_counter() - begin)
         queued = 1 + tasks + (few // CALLERS) * CALLERS
         if backend == "memory":
-            rates["process"] = await process_here(app, queued, concurrency)
+            rates["process"] = await work_off(app, queued, concurrency)  # memory is per process
             async with app.worker(concurrency=concurrency):
                 return {**rates, **await round_trips()}
         rates["process"] = await asyncio.to_thread(process, url, name, queued, concurrency)
@@ -111,12 +112,13 @@ async def engine(backend: str, url: str, tasks: int, concurrency: int) -> Rates:
 
 
 async def caller(times: int) -> None:
+    """Enqueue tasks one after the other."""
     for _ in range(times):
         await nothing.add_task()
 
 
 async def round_trips() -> Rates:
-    """Enqueue and wait, one at a time."""
+    """Enqueue a task and wait for its result, one at a time; return p50 and p99 in ms."""
     took = []
     for _ in range(ROUND_TRIPS):
         begin = time.perf_counter()
@@ -126,7 +128,7 @@ async def round_trips() -> Rates:
 
 
 def worker(url: str, name: str, concurrency: int, count: int) -> subprocess.Popen[str]:
-    """Start a worker process that ends by itself after `count` tasks (0: never)."""
+    """Start a worker process that exits after `count` tasks (0: never)."""
     arguments = [url, name, str(concurrency), str(count)]
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.tasks", *arguments], stdout=subprocess.PIPE, text=True
@@ -134,19 +136,14 @@ def worker(url: str, name: str, concurrency: int, count: int) -> subprocess.Pope
 
 
 def process(url: str, name: str, count: int, concurrency: int) -> float:
-    """Let one worker process work off what is queued; return its tasks a second."""
+    """Run all queued tasks in one worker process; return tasks per second."""
     with worker(url, name, concurrency, count) as running:
         output, _ = running.communicate(timeout=600)
     return float(json.loads(output)["rate"])
 
 
-async def process_here(app: QueueTasks, count: int, concurrency: int) -> float:
-    """Do as `process` in this process: what is in memory cannot be worked off in another."""
-    return await work_off(app, count, concurrency)
-
-
 async def count_waits(url: str) -> Rates:
-    """Take tasks through the contracts, a phase at a time, and count waits a task in each."""
+    """Run tasks through the contracts, phase by phase; return the waits per task in each phase."""
     waits, rounds = Waits(), 20
     waits.install()
     broker, storage = resolve_broker(url), resolve_storage(url)
@@ -164,7 +161,7 @@ async def count_waits(url: str) -> Rates:
     subscription = await broker.subscribe({"default": BATCH})
     for turn in range(rounds + 1):
         if turn == 1:
-            counts.clear()  # the first turn creates queues and prepares statements
+            counts.clear()  # the first round creates queues and prepares statements
         messages = [TaskMessage(uuid=str(uuid4()), task_name="nothing") for _ in range(BATCH)]
         await counted("publish", lambda: composition.submit(messages))  # noqa: B023
         left = BATCH

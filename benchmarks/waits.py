@@ -1,4 +1,4 @@
-"""Counting how often a process waits for an answer of a server, at its sockets."""
+"""Counts how often a process waits for an answer of a server, by watching its sockets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 class Waits:
     """Counts answers: reads on a connection that has written since its last read.
 
-    A batch written in pieces and answered in pieces counts once, however long it is; what a
-    server pushes unasked does not count. Install it before connections are made.
+    A batch counts once, even if it is written and answered in several pieces. What a server pushes
+    without a request does not count. Install it before connections are opened.
     """
 
     def __init__(self) -> None:

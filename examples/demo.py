@@ -1,6 +1,6 @@
-"""The demo: a worker and an API on the embedded default, asked over HTTP, then stopped.
+"""The demo: starts a worker and an API on one SQLite file, sends requests, and stops both.
 
-`python -m examples.demo` uses a database in a temporary directory and leaves nothing behind.
+`python -m examples.demo` uses a temporary directory and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHOP = Path(__file__).parent / "fastapi_shop"
 REQUESTS = 200
 
 say = partial(print, flush=True)
-"""In the order in which things happen, into a pipe too."""
+"""Print at once, so that the lines stay in order with the output of the other processes."""
 
 
 def main() -> int:
@@ -49,12 +49,12 @@ def main() -> int:
 
 
 def start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start one of the two processes in the example's folder."""
+    """Start a process in the folder of the example."""
     return subprocess.Popen(command, cwd=SHOP, env=environment)
 
 
 def ask(url: str) -> None:
-    """Send requests, print the first answers and how long the round trips took."""
+    """Send requests; print the first answers and the times of the round trips."""
     took: list[float] = []
     for number in range(REQUESTS):
         begin = time.perf_counter()
@@ -71,7 +71,7 @@ def ask(url: str) -> None:
 
 
 def wait_until_answers(url: str, processes: list[subprocess.Popen[bytes]]) -> None:
-    """Wait until the API answers a request, which takes a worker too."""
+    """Wait until the API answers a request. That needs the worker too."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         for process in processes:
@@ -86,7 +86,7 @@ def wait_until_answers(url: str, processes: list[subprocess.Popen[bytes]]) -> No
 
 
 def free_port() -> int:
-    """Return a TCP port nobody uses now."""
+    """Return a TCP port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

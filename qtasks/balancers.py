@@ -8,9 +8,9 @@ from qtasks_core import Balancer
 
 
 class Greedy(Balancer):
-    """Asks every queue for all free slots, and each time another one first.
+    """Asks every queue for all free slots, each time starting with another queue.
 
-    A broker takes what is there in that order, so a queue does not wait for the backlog of another.
+    A broker receives from the queues in that order, so no queue waits for the backlog of another.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,11 @@
-"""What an operator does with queues and records; both faces and the command line use it.
+"""What an operator does with queues and records. Apps and the command line use it.
 
-These functions run on the I/O thread. `App.control` calls them there and calls them again when the
-server was out of reach, so each of them may be repeated.
+    from qtasks import control
+
+    depths = await app.control(control.depths, ["mails", "reports"])
+
+These functions run on the I/O thread: call them through `App.control`. It calls them again if the
+server could not be reached, so each of them can be repeated safely.
 """
 
 from __future__ import annotations
@@ -34,9 +38,9 @@ from qtasks_core.names import checked_id, checked_name
 from qtasks_core.separate import record_of, say_not_taken, smaller_of
 
 REVIVED_FROM = "revived_from"
-"""The header by which a revived task names the dead one."""
+"""The header of a revived task that holds the uuid of the dead task."""
 _OF_THE_ENGINE = "qtasks-"
-"""Headers that begin so are the story of one message, and end with it."""
+"""Headers that start like this belong to one message; a revived task does not inherit them."""
 _REVIVED = UUID("6d0b6f2e-5a55-4f0c-9d5e-3b6c2a5f8a10")
 _SUBMIT_TIMEOUT = 30.0
 _WAITING: tuple[Status, ...] = ("new", "scheduled", "retry")
@@ -44,33 +48,36 @@ _BATCH = 500
 
 
 def revived_uuid(uuid: str, submission: str = "") -> str:
-    """Return the uuid a dead task gets when it is revived. Always the same, so that reviving it
-    twice, after a crash or by two operators, makes one task.
+    """Return the uuid that a dead task gets when it is revived.
 
-    The uuid of a task with a key may die again in a later life: `submission`, the record's, tells
-    which one it is.
+    It is always the same, so reviving a task twice (after a crash, or by two operators) makes only
+    one new task. A uuid that comes from a key can be enqueued again later, and die again: then
+    `submission`, from the record, tells the two dead tasks apart.
     """
     return str(uuid5(_REVIVED, f"{uuid}/{submission}" if submission else uuid))
 
 
 async def query(client: Client, query: TaskQuery) -> TaskPage:
-    """List records, newest first, a page at a time. Raises `NotSupported`."""
+    """Return one page of records, newest first. Raises `NotSupported`."""
     return await client.storage.query(query)
 
 
 async def depths(client: Client, queues: Iterable[str]) -> dict[str, QueueDepth]:
-    """Count what is in each queue. Raises `NotSupported`, `ConfigurationError` for a wrong name."""
+    """Return the depth of each queue: how many messages are ready, delayed and in flight.
+
+    Raises `NotSupported`, and `ConfigurationError` for a wrong name.
+    """
     names = [checked_name(queue, "a queue") for queue in queues]
     found = await asyncio.gather(*(client.broker.depth(name) for name in names))
     return dict(zip(names, found, strict=True))
 
 
 async def purge(client: Client, queue: str) -> int:
-    """Drop the messages that wait in a queue; return how many, -1 where that is unknown.
+    """Drop the messages that wait in a queue; return how many, or -1 if that is unknown.
 
-    Their tasks are cancelled, so that nobody waits for them, and so is what was enqueued meanwhile.
-    A storage that cannot list tasks keeps their records as they are. Raises `NotSupported`,
-    `ConfigurationError` for a wrong name.
+    Their tasks are cancelled, so that nobody keeps waiting for them. Tasks that are enqueued during
+    the purge may be cancelled too. A storage that cannot list tasks keeps the records as they are.
+    Raises `NotSupported`, and `ConfigurationError` for a wrong name.
     """
     dropped = await client.broker.purge(checked_name(queue, "a queue"))
     with suppress(NotSupported):
@@ -79,35 +86,36 @@ async def purge(client: Client, queue: str) -> int:
 
 
 async def _cancel_waiting(client: Client, queue: str) -> None:
-    """Cancel the tasks of a queue that have not begun. Should a message of one be left, no worker
-    runs it.
+    """Cancel the tasks of a queue that have not started.
+
+    If a message of such a task is left in the queue, no worker runs it.
     """
     kept = client.storage.guarantees.retention
     query = TaskQuery(status=_WAITING, queue=queue, limit=_BATCH)
     while True:
         page = await client.storage.query(query)
         if page.tasks:
-            ends = [cancelled(record, kept) for record in page.tasks]
-            outcomes = await client.storage.save(ends)
-            if smaller := smaller_of(ends, outcomes):
+            finals = [cancelled(record, kept) for record in page.tasks]
+            outcomes = await client.storage.save(finals)
+            if smaller := smaller_of(finals, outcomes):
                 saved = await client.storage.save(list(smaller.values()))
-                say_not_taken(ends, outcomes, dict(zip(smaller, saved, strict=True)))
+                say_not_taken(finals, outcomes, dict(zip(smaller, saved, strict=True)))
         if page.cursor is None:
             return
         query = replace(query, cursor=page.cursor)
 
 
 async def workers(client: Client) -> list[WorkerInfo]:
-    """Return what the workers said of themselves lately. Raises `NotSupported`."""
+    """Return the workers that are alive, by their last heartbeats. Raises `NotSupported`."""
     return await workers_alive(client.storage)
 
 
 async def migrate(of: Client | Lifecycle) -> dict[str, list[str] | None]:
     """Create or update what the servers of an app's broker and storage must have.
 
-    The app may be stopped. Returns for each of the two what was created or changed, in words; None:
-    it has nothing that could be migrated. Raises `Unavailable`, and `ConfigurationError` where the
-    server was used by a newer release.
+    The app need not be started. Returns, by the names of the broker's and the storage's class, what
+    was created or changed, in words; None if it has nothing to migrate. Raises `Unavailable`, and
+    `ConfigurationError` if a newer release has used the server.
     """
     done: dict[str, list[str] | None] = {}
     for part in (of.broker, of.storage):
@@ -121,11 +129,11 @@ async def migrate(of: Client | Lifecycle) -> dict[str, list[str] | None]:
 async def revive(
     client: Client, uuids: Sequence[str], without_result: Collection[str] = ()
 ) -> list[Outcome]:
-    """Submit dead tasks again as new tasks; the `there` of an outcome is the new task's record.
+    """Submit dead tasks again as new tasks. Each outcome's `there` is the record of the new task.
 
-    `refused`: there is no such record, it is not dead, or it could never be decoded. A task that
-    was revived before is `done`, with a `reason` that says so, and not submitted again. Tasks named
-    in `without_result` store no result.
+    `refused`: there is no such record, it is not dead, or its message could never be decoded. A
+    task that was revived before is `done` with a `reason`, and is not submitted a second time.
+    `without_result` are the names of tasks whose results are not stored.
     """
     records = await client.storage.get([checked_id(uuid, "a uuid") for uuid in uuids])
     earlier = await client.storage.get(
@@ -137,7 +145,8 @@ async def revive(
         if record is None or record.dead is None:
             outcomes.append(_not_dead(uuid, record))
         elif record.encoding == "raw":
-            outcomes.append(Outcome("refused", f"task {uuid} was never decoded: {record.error}"))
+            reason = f"task {uuid} cannot be revived: its message was never decoded: {record.error}"
+            outcomes.append(Outcome("refused", reason))
         elif revived is not None:
             outcomes.append(Outcome("done", "it was revived before", there=revived))
         else:
@@ -168,7 +177,7 @@ def _again(record: Task, store_result: bool) -> TaskMessage:
 
 
 async def drop(client: Client, uuids: Sequence[str]) -> list[Outcome]:
-    """Delete the records of dead tasks. `refused`: there is none, or it is not dead.
+    """Delete the records of dead tasks. `refused`: there is no record, or it is not dead.
 
     Raises `NotSupported`.
     """
@@ -185,5 +194,5 @@ async def drop(client: Client, uuids: Sequence[str]) -> list[Outcome]:
 def _not_dead(uuid: str, record: Task | None) -> Outcome:
     if record is None:
         return Outcome("refused", f"there is no record of a task {uuid}")
-    reason = f"task {uuid} is in {record.status!r}, not dead"
+    reason = f"task {uuid} is not dead: its status is {record.status!r}"
     return Outcome("refused", reason, there=record)

@@ -1,4 +1,4 @@
-"""What a task's function raises to decide its own end."""
+"""Exceptions that a task's function raises to decide what happens next."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import math
 
 
 class Retry(Exception):
-    """Run this task again, after `after` seconds (None: the backoff of the task's retries).
+    """Raise it to run this task again, `after` so many seconds.
 
-    Raises `ValueError` for a number that is negative or not finite.
+        raise Retry(after=60)
+
+    None: after the backoff of the task's retries. The constructor raises `ValueError` for a number
+    that is negative or not finite.
     """
 
     def __init__(self, after: float | None = None) -> None:
         if after is not None and not (math.isfinite(after) and after >= 0):
-            raise ValueError(f"Retry(after={after}): it takes seconds, 0 or more")
+            raise ValueError(
+                f"Retry(after={after}): `after` must be a number of seconds, 0 or more"
+            )
         super().__init__(after)
         self.after = after
 
 
 class Reject(Exception):
-    """End this task in `error` at once, without a further try."""
+    """Raise it to finish this task with status `error` at once, without another attempt.
+
+    raise Reject("the address does not exist")
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)

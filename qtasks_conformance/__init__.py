@@ -1,4 +1,6 @@
-"""The contracts as tests: subclass them, say in one fixture which parts to test, run pytest.
+"""The conformance kit: the contracts of brokers and storages as tests for your backend.
+
+Write one fixture that names the classes to test, subclass the contracts, and run pytest:
 
     from qtasks_conformance import (
         BackendContract, BrokerContract, CompositionContract, Part, StorageContract, Subject,
@@ -18,7 +20,10 @@
     class TestMyPair(CompositionContract): ...
     class TestMyBackend(BackendContract): ...
 
-It needs the extra `conformance` (pytest, pytest-asyncio) and no option of either.
+`BrokerContract` tests a broker, `StorageContract` a storage, `CompositionContract` both together,
+and `BackendContract` the backend that is registered for a URL. Leave out what you do not need.
+
+Install the extra `conformance` (pytest and pytest-asyncio). No options are needed.
 """
 
 from __future__ import annotations
@@ -50,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the contracts, and with them pytest, only when asked: child processes do not."""
+    """Import the contracts on first use: child processes import this package without pytest."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from qtasks_conformance import contracts

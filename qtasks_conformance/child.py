@@ -1,32 +1,32 @@
-"""The other process: `python -m qtasks_conformance.child`, told what to do line by line."""
+"""The other process of a test: `python -m qtasks_conformance.child`. It reads commands on stdin."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
 
-from qtasks_conformance.commands import Answer, Hands, encode, setup_decoder
+from qtasks_conformance.commands import Answer, CommandRunner, encode, setup_decoder
 
 LINE_LIMIT = 64 * 1024 * 1024
-"""Bytes of the longest line."""
+"""The longest line in bytes."""
 
 
 async def main() -> None:
-    """Obey lines of stdin until it closes, which also happens when the parent dies."""
+    """Execute the commands on stdin until it closes, which also happens when the parent dies."""
     lines = asyncio.StreamReader(limit=LINE_LIMIT)
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(lines), sys.stdin
     )
-    hands = Hands(setup_decoder.decode(await lines.readline()))
-    await hands.start()
-    say(encode(Answer()))
+    runner = CommandRunner(setup_decoder.decode(await lines.readline()))
+    await runner.start()
+    write(encode(Answer()))
     while line := await lines.readline():
-        say(await hands.obey(line))
-    await hands.stop()
+        write(await runner.execute(line))
+    await runner.stop()
 
 
-def say(line: bytes) -> None:
-    """Write one line at once."""
+def write(line: bytes) -> None:
+    """Write one line to stdout at once."""
     sys.stdout.buffer.write(line + b"\n")
     sys.stdout.buffer.flush()
 

@@ -1,6 +1,7 @@
-"""What another process can be told to do with parts of its own, and how it answers.
+"""The commands that a test sends to another process, and the answers that come back.
 
-Commands and answers are JSON, a line each, so that they travel through a pipe.
+That process has a broker and a storage of its own. Commands and answers are JSON, one a line, so
+that they travel through a pipe.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 
 import qtasks_core as core
 from qtasks_conformance.subject import Part
-from qtasks_conformance.waiting import persist
+from qtasks_conformance.waiting import retry_call
 from qtasks_core import (
     Ack,
     Completion,
@@ -38,11 +39,11 @@ from qtasks_core.separate import compose, record_of
 
 How = Literal["ack", "retry", "release"]
 Halt = Literal["before", "after"]
-Half = Literal["published", "recorded"]
+Step = Literal["published", "recorded"]
 
 
 class Setup(Struct, frozen=True):
-    """The first line: which parts, in which namespace."""
+    """The first line: which broker and storage to build, and in which namespace to start them."""
 
     broker: Part
     storage: Part
@@ -56,33 +57,33 @@ class Publish(Struct, frozen=True, tag=True):
 
 
 class Stream(Struct, frozen=True, tag=True):
-    """Publish messages one by one with a pause (seconds) between them."""
+    """Publish messages one by one, with a pause in seconds after each; answers with outcomes."""
 
     messages: list[TaskMessage]
     pause: float
 
 
 class Subscribe(Struct, frozen=True, tag=True):
-    """Subscribe to queues and receive nothing yet."""
+    """Subscribe to queues, without receiving from them yet."""
 
     queues: dict[str, int]
 
 
 class Receive(Struct, frozen=True, tag=True):
-    """Receive `count` more deliveries and hold them; answers with all that are held."""
+    """Receive `count` more deliveries and hold them; answers with all held deliveries."""
 
     wanted: dict[str, int]
     count: int
 
 
 class Settle(Struct, frozen=True, tag=True):
-    """Settle held deliveries by their positions; answers with outcomes."""
+    """Settle held deliveries, each by its position; answers with outcomes."""
 
     how: list[tuple[int, How]]
 
 
 class Extend(Struct, frozen=True, tag=True):
-    """Extend all held deliveries; answers with whether each is still held."""
+    """Extend all held deliveries; answers for each whether it is still held."""
 
 
 class Save(Struct, frozen=True, tag=True):
@@ -94,11 +95,12 @@ class Save(Struct, frozen=True, tag=True):
 class Submit(Struct, frozen=True, tag=True):
     """Submit messages through the composition; answers with outcomes.
 
-    With `only` it stops for good when no more than that half is done, as `Complete` does.
+    With `only` it does only that one of the two steps, and then hangs forever. The answer says
+    whether it did. If the composition does both in one step, it submits normally.
     """
 
     messages: list[TaskMessage]
-    only: Half | None = None
+    only: Step | None = None
 
 
 class Admit(Struct, frozen=True, tag=True):
@@ -106,10 +108,10 @@ class Admit(Struct, frozen=True, tag=True):
 
 
 class Complete(Struct, frozen=True, tag=True):
-    """Complete held deliveries: position, settlement, status to record.
+    """Complete held deliveries: position, settlement, status to record; answers with outcomes.
 
-    With `halt` it stops for good before, or after, the settling; the answer says if it did. Where
-    one step does both there is nothing between to halt at, and it completes.
+    With `halt` it hangs forever, before or after settling. The answer says whether it did. If the
+    composition records and settles in one step, it completes normally.
     """
 
     ends: list[tuple[int, How, Status]]
@@ -123,7 +125,7 @@ class Broadcast(Struct, frozen=True, tag=True):
 
 
 class TakeClaim(Struct, frozen=True, tag=True):
-    """Claim a key for some seconds; answers with whether it was had."""
+    """Claim a key for `ttl` seconds; answers whether the claim was granted."""
 
     key: str
     owner: str
@@ -131,21 +133,21 @@ class TakeClaim(Struct, frozen=True, tag=True):
 
 
 class SetValue(Struct, frozen=True, tag=True):
-    """Set a shared value, whatever is there."""
+    """Set a shared value, whatever its current value is."""
 
     key: str
     value: bytes | None
 
 
 class Increment(Struct, frozen=True, tag=True):
-    """Count a shared value up, so many times, by comparing and setting."""
+    """Add 1 to a shared value `times` times, each time by compare-and-set."""
 
     key: str
     times: int
 
 
 class Append(Struct, frozen=True, tag=True):
-    """Append items to a stream, batch by batch."""
+    """Append items to the stream of a task, batch by batch."""
 
     uuid: str
     batches: list[list[bytes]]
@@ -171,14 +173,14 @@ Command = (
 
 
 class Seen(Struct, frozen=True):
-    """A delivery as the other process saw it."""
+    """A delivery that the other process received."""
 
     message: TaskMessage
     count: int | None
 
 
 class Answer(Struct, frozen=True):
-    """What came of a command; only the fields that belong to it are filled."""
+    """The result of a command; only the fields that belong to the command are set."""
 
     outcomes: list[Outcome] = []
     held: list[Seen] = []
@@ -196,8 +198,8 @@ part_decoder = msgspec.json.Decoder(Part)
 encode = msgspec.json.encode
 
 
-class Hands:
-    """Builds parts and does with them what it is told, one command at a time."""
+class CommandRunner:
+    """Builds a broker and a storage, and executes commands on them, one at a time."""
 
     def __init__(self, setup: Setup) -> None:
         self._namespace = setup.namespace
@@ -208,26 +210,26 @@ class Hands:
         self._halfway: asyncio.Task[list[Outcome]] | None = None
 
     async def start(self) -> None:
-        """Start both parts."""
+        """Start the broker and the storage."""
         await self._broker.start(self._namespace)
         await self._storage.start(self._namespace)
         self._composition = compose(self._broker, self._storage)
 
     async def stop(self) -> None:
-        """Stop both parts in an orderly way, which is what a crash does not do."""
+        """Stop the broker and the storage properly, as a crash would not."""
         if self._halfway is not None:
             self._halfway.cancel()
             await asyncio.wait({self._halfway})
         await self._broker.stop()
         await self._storage.stop()
 
-    async def obey(self, line: bytes) -> bytes:
-        """Do what a line says and return the line of the answer; errors are answers too."""
+    async def execute(self, line: bytes) -> bytes:
+        """Execute the command in a line and return the answer as a line. Errors are answers too."""
         try:
             answer = await self._do(command_decoder.decode(line))
         except Unavailable as error:
             answer = Answer(unavailable=str(error))
-        except Exception:  # noqa: BLE001 the parent raises it
+        except Exception:  # noqa: BLE001 (the parent process raises it)
             answer = Answer(failure=traceback.format_exc())
         return encode(answer)
 
@@ -289,7 +291,7 @@ class Hands:
         return outcomes
 
     async def _complete_halfway(self, completions: list[Completion], halt: Halt) -> bool:
-        """Start to complete and say whether it came to the settling; then it never goes on."""
+        """Start to complete; return whether `settle` was called. If so, the call never returns."""
         subscription = self._open()
         settle = subscription.settle
         halted = asyncio.Event()
@@ -303,8 +305,8 @@ class Hands:
         setattr(subscription, "settle", settle_and_halt)  # noqa: B010 a method is replaced
         return await self._until(halted, self._composition.complete(subscription, completions))
 
-    async def _submit_halfway(self, messages: list[TaskMessage], only: Half) -> bool:
-        """Start to submit and say whether it came to a second half; that is never done."""
+    async def _submit_halfway(self, messages: list[TaskMessage], only: Step) -> bool:
+        """Start to submit; return whether a second step was called. If so, it is never done."""
         broker, storage = (self._broker, "publish"), (self._storage, "save")
         (part, method), left = (broker, storage) if only == "published" else (storage, broker)
         halted, idle = asyncio.Event(), asyncio.Event()
@@ -331,7 +333,7 @@ class Hands:
     async def _until(
         self, halted: asyncio.Event, call: Coroutine[object, object, list[Outcome]]
     ) -> bool:
-        """Start a call and say whether it halts; if not, it is done."""
+        """Start a call; return True when it halts, False when it is done without halting."""
         self._halfway = asyncio.create_task(call)
         halting = asyncio.create_task(halted.wait())
         await asyncio.wait({self._halfway, halting}, return_when="FIRST_COMPLETED")
@@ -346,7 +348,7 @@ class Hands:
             self._subscription = await self._broker.subscribe(wanted)
         enough = len(self._held) + count
         while (missing := enough - len(self._held)) > 0:
-            self._held += await persist(partial(self._subscription.receive, wanted, missing))
+            self._held += await retry_call(partial(self._subscription.receive, wanted, missing))
 
     def _record(self, at: int, status: Status) -> Task:
         message = message_of(self._held[at])
@@ -354,12 +356,12 @@ class Hands:
 
     def _open(self) -> Subscription:
         if self._subscription is None:
-            raise Closed("nothing was received yet")
+            raise Closed("not subscribed: nothing was received yet")
         return self._subscription
 
 
 async def count_up(storage: Storage, key: str) -> None:
-    """Add 1 to a shared number as several processes can do it at once."""
+    """Add 1 to a shared number, safely while other processes do the same."""
     while True:
         was = await storage.get_value(key)
         if await storage.set(key, str(int(was or b"0") + 1).encode(), expect=was):
@@ -367,13 +369,16 @@ async def count_up(storage: Storage, key: str) -> None:
 
 
 def message_of(delivery: Delivery) -> TaskMessage:
-    """Return the message of a delivery, which the kit never makes undecodable."""
-    assert isinstance(delivery.message, TaskMessage), delivery
+    """Return the message of a delivery that must be decodable."""
+    assert isinstance(delivery.message, TaskMessage), (
+        f"a message that `publish` took was delivered as `Raw`, as if it could not be decoded: "
+        f"{delivery}"
+    )
     return delivery.message
 
 
 def settlement(delivery: Delivery, how: How) -> Settlement:
-    """Return a settlement; a retry is due at once and counts one attempt more."""
+    """Return a settlement of this kind. A retry has no delay and the next attempt's number."""
     if how == "ack":
         return Ack(delivery)
     if how == "release":

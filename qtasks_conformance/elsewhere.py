@@ -1,4 +1,4 @@
-"""The parent's side of another process that can be told, stopped and killed."""
+"""The test's side of another process: sends it commands, freezes it and kills it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from qtasks_conformance.commands import (
     Append,
     Broadcast,
     Command,
+    CommandRunner,
     Complete,
     Extend,
-    Half,
     Halt,
-    Hands,
     How,
     Increment,
     Publish,
@@ -32,6 +31,7 @@ from qtasks_conformance.commands import (
     Settle,
     Setup,
     SetValue,
+    Step,
     Stream,
     Submit,
     Subscribe,
@@ -44,104 +44,104 @@ from qtasks_core import Outcome, Status, Task, TaskMessage, Verdict
 from qtasks_core.errors import Unavailable
 
 STARTED_WITHIN = 30.0
-"""Seconds for a new process, which is none of the part's doing, on a busy machine."""
+"""Seconds for a new process to start on a busy machine. The backend has no part in that."""
 
 
 class Elsewhere(ABC):
-    """Parts in another process, or what stands for one."""
+    """A broker and a storage in another process. Each method runs there what it is named after."""
 
     @abstractmethod
     async def start(self) -> None:
-        """Build and start the parts there."""
+        """Start the process, and the broker and the storage in it."""
 
     @abstractmethod
     async def kill(self) -> None:
-        """End it without giving it a chance to say goodbye."""
+        """Kill it without a chance to clean up, as SIGKILL does."""
 
     @abstractmethod
     def pause(self) -> None:
-        """Stop it in its tracks, as SIGSTOP does."""
+        """Freeze it, as SIGSTOP does."""
 
     @abstractmethod
     def resume(self) -> None:
-        """Let it go on, unaware of the time that has passed."""
+        """Let it continue after `pause`. It does not notice how much time has passed."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Free what is left of it; harmless after `kill`."""
+        """Free its resources. Safe to call after `kill`."""
 
     @abstractmethod
     async def _ask(self, line: bytes) -> bytes:
-        """Send a line and wait for the answer's."""
+        """Send a command as a line and return the answer as a line."""
 
     async def publish(self, messages: Sequence[TaskMessage]) -> list[Outcome]:
-        """Publish there."""
+        """Publish messages; return their outcomes."""
         return (await self._tell(Publish(list(messages)))).outcomes
 
     async def stream(self, messages: Sequence[TaskMessage], pause: float) -> list[Outcome]:
-        """Publish there one by one, with a pause (seconds) after each."""
+        """Publish messages one by one, with a pause in seconds after each."""
         within = PATIENCE + 3 * pause * len(messages)
         return (await self._tell(Stream(list(messages), pause), within)).outcomes
 
     async def subscribe(self, capacity: int) -> None:
-        """Subscribe to queue `q` there, before anything is received."""
+        """Subscribe to queue `q`, before anything is received."""
         await self._tell(Subscribe({"q": capacity}))
 
     async def receive(self, count: int, *queues: str) -> list[Seen]:
-        """Receive and hold `count` more there; returns all that is held."""
+        """Receive and hold `count` more deliveries; return all held deliveries."""
         wanted = dict.fromkeys(queues or ("q",), count)
         return (await self._tell(Receive(wanted, count))).held
 
     async def settle(self, *how: tuple[int, How]) -> list[Outcome]:
-        """Settle held deliveries there, by position."""
+        """Settle held deliveries, by position; return the outcomes."""
         return (await self._tell(Settle(list(how)))).outcomes
 
     async def extend(self) -> list[bool]:
-        """Extend all that is held there; says which are still held."""
+        """Extend all held deliveries; return for each whether it is still held."""
         return (await self._tell(Extend())).mine
 
     async def save(self, *tasks: Task) -> list[Outcome]:
-        """Save records there."""
+        """Save records; return the outcomes."""
         return (await self._tell(Save(list(tasks)))).outcomes
 
     async def submit(self, *messages: TaskMessage) -> list[Outcome]:
-        """Submit there."""
+        """Submit messages; return the outcomes."""
         return (await self._tell(Submit(list(messages)))).outcomes
 
-    async def submit_halfway(self, message: TaskMessage, only: Half) -> bool:
-        """Submit there, but only publish or only record; says whether these are two steps."""
+    async def submit_halfway(self, message: TaskMessage, only: Step) -> bool:
+        """Submit, but only publish or only record; return whether these are separate steps."""
         return (await self._tell(Submit([message], only))).halted
 
     async def admit(self) -> list[Verdict]:
-        """Admit all that is held there."""
+        """Ask the composition about all held deliveries; return the verdicts."""
         return (await self._tell(Admit())).verdicts
 
     async def complete(self, *ends: tuple[int, How, Status]) -> list[Outcome]:
-        """Complete held deliveries there: position, settlement, status to record."""
+        """Complete held deliveries: position, settlement, status to record."""
         return (await self._tell(Complete(list(ends)))).outcomes
 
     async def complete_halfway(self, end: tuple[int, How, Status], halt: Halt) -> bool:
-        """Complete there, but halt for good at the settling; says whether it came to that."""
+        """Complete, but hang forever before or after settling; return whether it came to that."""
         return (await self._tell(Complete([end], halt))).halted
 
     async def broadcast(self, command: core.Command) -> None:
-        """Broadcast from there."""
+        """Broadcast a command."""
         await self._tell(Broadcast(command))
 
     async def claim(self, key: str, owner: str, ttl: float) -> bool:
-        """Claim there; says whether it was had."""
+        """Claim a key for `ttl` seconds; return whether the claim was granted."""
         return (await self._tell(TakeClaim(key, owner, ttl))).mine == [True]
 
     async def set(self, key: str, value: bytes | None) -> None:
-        """Set a shared value there."""
+        """Set a shared value."""
         await self._tell(SetValue(key, value))
 
     async def increment(self, key: str, times: int) -> None:
-        """Count a shared value up there."""
+        """Add 1 to a shared value `times` times."""
         await self._tell(Increment(key, times))
 
     async def append(self, uuid: str, batches: Sequence[Sequence[bytes]]) -> None:
-        """Append to a stream there, batch by batch."""
+        """Append to the stream of a task, batch by batch."""
         await self._tell(Append(uuid, [list(batch) for batch in batches]))
 
     async def _tell(self, command: Command, within: float = PATIENCE) -> Answer:
@@ -149,15 +149,17 @@ class Elsewhere(ABC):
             async with asyncio.timeout(within):
                 answer = answer_decoder.decode(await self._ask(encode(command)))
         except TimeoutError:
-            raise AssertionError(f"no answer within {within} s to {command}") from None
+            raise AssertionError(
+                f"in another process, this call did not return within {within:g} s: {command}"
+            ) from None
         if answer.unavailable is not None:
             raise Unavailable(answer.unavailable)
-        assert answer.failure is None, f"in the other process:\n{answer.failure}"
+        assert answer.failure is None, f"a call in another process raised:\n{answer.failure}"
         return answer
 
 
 class Process(Elsewhere):
-    """A child process."""
+    """A real child process."""
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
@@ -170,7 +172,7 @@ class Process(Elsewhere):
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
         async with asyncio.timeout(STARTED_WITHIN):
-            assert await self._ask(encode(self._setup)), "the child process did not start"
+            await self._ask(encode(self._setup))
 
     async def kill(self) -> None:
         process = self._running()
@@ -194,11 +196,14 @@ class Process(Elsewhere):
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
-        with suppress(ConnectionError):  # it has ended: the missing answer says so
+        with suppress(ConnectionError):  # it has exited, and so the answer below is empty
             process.stdin.write(line + b"\n")
             await process.stdin.drain()
         answer = await process.stdout.readline()
-        assert answer, f"the child process ended with {await process.wait()}"
+        assert answer, (
+            f"the other process ended with {await process.wait()} before it answered; "
+            "its stderr is in the test's output"
+        )
         return answer
 
     def _running(self) -> asyncio.subprocess.Process:
@@ -206,19 +211,19 @@ class Process(Elsewhere):
         return self._process
 
 
-class Inside(Elsewhere):
-    """Other instances in this process, for parts that end with it.
+class InProcess(Elsewhere):
+    """Stands for another process if the data ends with the process: other instances in this one.
 
-    Killing drops them without a word. While nothing is asked of them they do nothing, which is
-    all that stopping means.
+    Killing cancels the running call and abandons the instances. Pausing needs no code: the
+    instances do nothing until they get a command.
     """
 
     def __init__(self, setup: Setup) -> None:
-        self._hands = Hands(setup)
+        self._runner = CommandRunner(setup)
         self._running: asyncio.Task[bytes] | None = None
 
     async def start(self) -> None:
-        await self._hands.start()
+        await self._runner.start()
 
     async def kill(self) -> None:
         if self._running is not None:
@@ -233,8 +238,8 @@ class Inside(Elsewhere):
 
     async def close(self) -> None:
         await self.kill()
-        await self._hands.stop()
+        await self._runner.stop()
 
     async def _ask(self, line: bytes) -> bytes:
-        self._running = asyncio.create_task(self._hands.obey(line))
+        self._running = asyncio.create_task(self._runner.execute(line))
         return await self._running

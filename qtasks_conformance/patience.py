@@ -1,4 +1,4 @@
-"""How long the kit waits, and the warning for a test that nearly waited too long."""
+"""How long the kit waits, and the warning for a test that waited almost too long."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from contextlib import asynccontextmanager, contextmanager
 
 
 class SlowPass(UserWarning):
-    """A test passed, but one of its waits took more than a third of its patience.
+    """A test passed, but one of its waits took more than a third of the time that it may take.
 
-    On a busier machine the test fails. Make it a failure here with
+    On a busier machine that test may fail. Look for what is slow: often a timer where the server
+    could notify. To make this warning a failure, run pytest with
     `-W error::qtasks_conformance.SlowPass`.
     """
 
 
 class Patience(float):
-    """Seconds for what has no time of its own in the contracts; normally a fraction of it is used.
+    """Seconds for an event that has no time limit in the contracts; usually it is much faster.
 
-    What has a time of its own, such as a lease, is waited for with an ordinary number.
+    An event with a limit of its own, such as the end of a lease, gets an ordinary number: its waits
+    are not checked for `SlowPass`.
     """
 
     def __rmul__(self, times: float) -> Patience:
@@ -29,22 +31,22 @@ class Patience(float):
 
 
 PATIENCE = Patience(os.environ.get("QTASKS_CONFORMANCE_PATIENCE", "30"))
-"""For what must happen at some time."""
+"""Seconds for what must happen at some time."""
 SOON = Patience(min(10.0, PATIENCE))
-"""For what must happen long before a long lease runs out, a rebalance included."""
+"""Seconds for what must happen long before a long lease ends, even with a rebalance."""
 
 SHARE = 1 / 3
-"""The part of its patience that a wait may take without a warning."""
+"""The fraction of its patience that a wait may take without a warning."""
 
 
 class _Waits:
-    """What is known of the waits of the test that runs now."""
+    """The waits of the running test."""
 
     def __init__(self) -> None:
         self.slow: list[str] = []
-        """Those that took too much of their patience."""
+        """Descriptions of the waits that took too long."""
         self.away = 0.0
-        """Seconds in which the test itself kept the server away: no wait can end in them."""
+        """Seconds during which the test itself had stopped the server. They do not count."""
 
 
 _waits = _Waits()
@@ -52,7 +54,7 @@ _waits = _Waits()
 
 @contextmanager
 def timed(within: float, wait: str) -> Iterator[None]:
-    """Note a wait that ends well and took too much of its patience; `wait` says what it was for."""
+    """Note a wait that succeeds but takes too long; `wait` describes it for the warning."""
     began = time.monotonic() - _waits.away
     yield
     took = time.monotonic() - _waits.away - began
@@ -62,7 +64,7 @@ def timed(within: float, wait: str) -> Iterator[None]:
 
 @contextmanager
 def server_away() -> Iterator[None]:
-    """Have the server killed or frozen inside: that time is not counted as waiting."""
+    """Do not count the time of the block: the test has killed or frozen the server in it."""
     began = time.monotonic()
     try:
         yield
@@ -72,18 +74,18 @@ def server_away() -> Iterator[None]:
 
 @asynccontextmanager
 async def patient(within: float, wait: str) -> AsyncIterator[None]:
-    """Raise TimeoutError when the body takes more than `within` seconds, and time it if not."""
+    """Raise `TimeoutError` if the block takes longer than `within` seconds; note a slow pass."""
     with timed(within, wait):
         async with asyncio.timeout(within):
             yield
 
 
 def forget_slow_waits() -> None:
-    """Begin a test: the waits of the one before are not its own."""
+    """Forget the waits of the previous test."""
     _waits.slow.clear()
 
 
 def tell_slow_waits(test: str) -> None:
-    """End a test: warn of its slow waits."""
+    """Warn about the slow waits of a test that has finished."""
     if _waits.slow:
         warnings.warn(SlowPass(f"{test}: {'; '.join(_waits.slow)}"), stacklevel=2)

@@ -1,4 +1,4 @@
-"""What a test works with: parts of the subject in a namespace of its own, all freed at the end."""
+"""What a test works with: brokers and storages in a new namespace, all stopped at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from uuid_utils import uuid7
 
 from qtasks_conformance.commands import Setup
-from qtasks_conformance.elsewhere import Elsewhere, Inside, Process
+from qtasks_conformance.elsewhere import Elsewhere, InProcess, Process
 from qtasks_conformance.subject import Subject
 from qtasks_core import Broker, Inbox, Status, Storage, Task, TaskMessage
 from qtasks_core.schemas import LONGEST_ID
@@ -21,72 +21,72 @@ P = TypeVar("P", bound=Broker | Storage)
 LONG_LEASE = 30.0
 """Seconds: longer than any test that must not lose a lease."""
 SCRIPTS = ("ü", "中", "🦀", "marks")
-"""Characters of two, three and four bytes, and those that mean something to some server."""
+"""Characters of two, three and four bytes in UTF-8, and those that are special to some server."""
 _MARKS = "a:b/c.*?%_{}[]()'\"\\|&;$,=+-#@! \t\r\n"
 
 
 class Rig:
-    """Starts parts and other processes for one test."""
+    """Starts brokers, storages and other processes for one test, and stops them at its end."""
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.namespace = f"kit{uuid7().hex[-12:]}"
         self.within = subject.lease + subject.slack
-        """Seconds within which a lost delivery must be with another."""
+        """Seconds within which another receiver must get a delivery whose holder died."""
         self._namespaces = {self.namespace}
         self._end = AsyncExitStack()
-        self._end.push_async_callback(self._clean_up)  # the first to come is the last to run
+        self._end.push_async_callback(self._clean_up)  # pushed first, so it runs last
 
     async def broker(self, *, namespace: str | None = None, lease: float | None = None) -> Broker:
-        """Start one more broker; with a lease of its own (seconds) where the test needs it."""
+        """Start one more broker, by default with the lease of the subject (in seconds)."""
         part = self.subject.broker if lease is None else self.subject.broker.but(lease=lease)
         return await self.started(part.broker(), namespace)
 
     async def storage(
         self, *, namespace: str | None = None, retention: float | None = None
     ) -> Storage:
-        """Start one more storage; with a retention of its own (seconds) where the test needs it."""
+        """Start one more storage, by default with the retention of the subject (in seconds)."""
         part = self.subject.storage
         storage = (part if retention is None else part.but(retention=retention)).storage()
         return await self.started(storage, namespace)
 
     async def started(self, part: P, namespace: str | None = None) -> P:
-        """Start a part that is built already."""
+        """Start a broker or a storage that is already built."""
         self._end.push_async_callback(part.stop)
         await part.start(self._used(namespace))
         return part
 
     async def inbox(self, storage: Storage) -> Inbox:
-        """Open an inbox."""
+        """Open an inbox; it is closed at the end of the test."""
         inbox = await storage.inbox()
         self._end.push_async_callback(inbox.close)
         return inbox
 
     async def elsewhere(self, *, lease: float | None = None) -> Elsewhere:
-        """Start another process with parts of its own."""
+        """Start another process with its own broker and storage."""
         part = self.subject.broker if lease is None else self.subject.broker.but(lease=lease)
         setup = Setup(part, self.subject.storage, self.namespace)
-        other = Inside(setup) if self.subject.ends_with_process else Process(setup)
+        other = InProcess(setup) if self.subject.ends_with_process else Process(setup)
         self._end.push_async_callback(other.close)
         await other.start()
         return other
 
     def background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Run something beside the test; whatever becomes of the test, it ends with it."""
+        """Run a coroutine in the background; it is cancelled at the end of the test."""
         task = asyncio.create_task(work)
-        self._end.push_async_callback(ended, task)
+        self._end.push_async_callback(cancel_and_wait, task)
         return task
 
     def message(self, **fields: Any) -> TaskMessage:
-        """Make a message with a new uuid, in queue `q` unless said otherwise."""
+        """Return a message with a new uuid, in queue `q` unless `fields` has another."""
         return TaskMessage(**{"uuid": new_uuid(), "task_name": "kit.task", "queue": "q", **fields})
 
     def messages(self, count: int, **fields: Any) -> list[TaskMessage]:
-        """Make so many messages."""
+        """Return `count` messages with new uuids."""
         return [self.message(**fields) for _ in range(count)]
 
     def record(self, status: Status, **fields: Any) -> Task:
-        """Make a record with a new uuid unless one is given."""
+        """Return a record with a new uuid, unless `fields` has one."""
         return Task(
             **{
                 "uuid": new_uuid(),
@@ -98,12 +98,12 @@ class Rig:
         )
 
     def _used(self, namespace: str | None) -> str:
-        """Return the namespace, its own unless one is given, and have it cleaned up."""
+        """Return the namespace (the test's own for None), and note it for the clean-up."""
         self._namespaces.add(namespace or self.namespace)
         return namespace or self.namespace
 
     async def _clean_up(self) -> None:
-        """Clean up each namespace, also when that fails for another."""
+        """Clean up every namespace, even if that fails for one of them."""
         async with AsyncExitStack() as each:
             for namespace in self._namespaces:
                 each.push_async_callback(self._clean_up_one, namespace)
@@ -113,17 +113,17 @@ class Rig:
             try:
                 await self.subject.clean_up(namespace)
             except BaseException as error:
-                error.add_note(f"while the namespace {namespace} was cleaned up")
+                error.add_note(f"raised by `clean_up` of the subject for namespace {namespace}")
                 raise
 
     async def close(self) -> None:
-        """Free everything, the newest first, even when some of it fails."""
+        """Stop everything in reverse order, even if some of it fails. Takes at most 60 seconds."""
         async with asyncio.timeout(60):
             await self._end.aclose()
 
 
-async def ended(task: asyncio.Task[Any]) -> None:
-    """Cancel a task and wait for it; how it failed was for the test to see."""
+async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
+    """Cancel a background task and wait for it. Its error is ignored: the test has awaited it."""
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled():
@@ -131,9 +131,10 @@ async def ended(task: asyncio.Task[Any]) -> None:
 
 
 def longest_ids(script: str) -> tuple[str, str, str]:
-    """Return three of the longest uuids, addresses, keys or owners there are.
+    """Return three ids for uuids, addresses, keys or owners; two have the greatest length.
 
-    Two differ in their last character; the third is the first but for its last character.
+    The first two differ only in their last character. The third is the first without its last
+    character.
     """
     filled = (_MARKS if script == "marks" else script) * LONGEST_ID
     same = filled[: LONGEST_ID - 1]
@@ -141,5 +142,5 @@ def longest_ids(script: str) -> tuple[str, str, str]:
 
 
 def new_uuid() -> str:
-    """Return a uuid as the engine makes them."""
+    """Return a uuid like those of the engine."""
     return str(uuid7())

@@ -1,4 +1,4 @@
-"""What is tested: parts that any process can build, their server, and what they must promise."""
+"""What is tested: a broker, a storage, their server, and the guarantees that they must declare."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ Order = Literal["none", "queue", "partition"]
 
 @dataclass(frozen=True)
 class Part:
-    """How to build a broker or a storage, here or in a child process.
+    """How to build a broker or a storage, in this process or in another one.
 
-    `target` is `module:Class`, `arguments` are its keyword arguments, made of what JSON knows.
+        Part("my_package:MyBroker", {"url": "my://localhost", "lease": 2.0})
+
+    `target` is `module:Class`. `arguments` are the keyword arguments of its constructor; they must
+    be values that JSON can represent.
     """
 
     target: str
@@ -32,51 +35,64 @@ class Part:
         return loaded
 
     def build(self) -> Any:
-        """Return a new part, not yet started."""
+        """Return a new instance, not yet started."""
         return self.load()(**self.arguments)
 
     def broker(self) -> Broker:
-        """Build, and insist on a Broker."""
+        """Return a new broker, not yet started."""
         part = self.build()
-        assert isinstance(part, Broker), f"{self.target} is no Broker"
+        assert isinstance(part, Broker), f"{self.target} is not a subclass of qtasks_core.Broker"
         return part
 
     def storage(self) -> Storage:
-        """Build, and insist on a Storage."""
+        """Return a new storage, not yet started."""
         part = self.build()
-        assert isinstance(part, Storage), f"{self.target} is no Storage"
+        assert isinstance(part, Storage), f"{self.target} is not a subclass of qtasks_core.Storage"
         return part
 
     def but(self, **arguments: Any) -> Part:
-        """Return this part with other arguments."""
+        """Return a copy with these arguments changed or added."""
         return replace(self, arguments={**self.arguments, **arguments})
 
 
 class Server(Protocol):
-    """The server behind the parts, for the tests that crash or freeze it. All calls block.
+    """The server of the broker and the storage, for the tests that crash or freeze it.
 
-    Without `freeze` and `thaw` the tests that need them are skipped.
+        class Docker:
+            def kill(self): run(["docker", "kill", "my-server"], check=True)
+            def restart(self): run(["docker", "start", "my-server"], check=True); wait_until_up()
+            def freeze(self): run(["docker", "pause", "my-server"], check=True)
+            def thaw(self): run(["docker", "unpause", "my-server"], check=False)
+
+    All methods block. Without `freeze` and `thaw`, the tests that need them are skipped.
     """
 
     def kill(self) -> object:
-        """Kill it as a crash does (SIGKILL), and return when it is gone."""
+        """Kill the server without a chance to clean up (SIGKILL); return when it is gone."""
 
     def restart(self) -> object:
-        """Start it again on the same address and data, and return when it answers."""
+        """Start it again at the same address with the same data; return when it answers."""
 
     def freeze(self) -> object:
-        """Stop all its processes (SIGSTOP, `docker pause`): it keeps its port and says nothing.
+        """Stop all its processes (SIGSTOP, `docker pause`): it keeps its port but never answers.
 
-        Takes a moment, and is called on the event loop's thread, as `thaw` is.
+        The kit calls `freeze` and `thaw` on the event loop's thread, so they must be quick.
         """
 
     def thaw(self) -> object:
-        """Let it go on (SIGCONT, `docker unpause`). Harmless when it is not frozen."""
+        """Let it continue (SIGCONT, `docker unpause`). Does nothing if it is not frozen."""
 
 
 @dataclass(frozen=True)
 class Least:
-    """The least a part has to declare. What it declares beyond that is tested as well."""
+    """The least that a broker or a storage must declare in its guarantees.
+
+        Least(survives="server crash", settle_confirmed=True, lacks=("migrate",))
+
+    The kit tests what the guarantees declare. So without `Least`, a backend would pass more tests
+    by declaring less. The fields have the names and meanings of `qtasks_core.Guarantees`. What is
+    declared beyond them is tested too.
+    """
 
     survives: Survives = "nothing"
     settle_confirmed: bool = False
@@ -87,54 +103,72 @@ class Least:
     leases_survive: bool = False
     order: Order = "none"
     lacks: tuple[str, ...] = ()
-    """The optional methods that are not built yet: those, no fewer and no more, are declared
-    unsupported. What is built is taken off this list, and its tests are no longer skipped."""
+    """The optional methods that are not built. `guarantees.unsupported` must list exactly these.
+
+    Their tests are skipped. When you build a method, remove it here and from the guarantees."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A broker and a storage to be tested, each for itself and as a pair.
+    """A broker and a storage to test, each alone and both together.
 
-    The broker's constructor must take `lease` (seconds): tests that must not lose a lease on a
-    slow machine build it with a long one.
+        Subject(
+            broker=Part("my_package:MyBroker", {"url": "my://localhost", "lease": 2.0}),
+            storage=Part("my_package:MyStorage", {"url": "my://localhost"}),
+            lease=2.0,
+            url="my://localhost",
+        )
+
+    The broker's constructor must accept `lease` (seconds). Tests that must not lose a lease on a
+    slow machine build the broker with a long one. To test only a broker or only a storage, take the
+    other from `qtasks_memory`.
     """
 
     broker: Part
     storage: Part
     lease: float
-    """Seconds within which a delivery of a dead receiver of `broker` must go to another."""
+    """The lease of `broker` in seconds. Within this time (plus `slack`), another receiver must get
+    what a dead one held. Keep it short: many tests wait for its end."""
     server: Server | None = None
-    """None where there is none to kill; for a pair on two servers, one that stands for both."""
+    """The server, to kill and to freeze. For a pair on two servers: one object for both.
+
+    None: the tests of crashes and freezes of the server are skipped."""
     ends_with_process: bool = False
-    """Whether all is gone with the process: then 'another process' is another instance here, and
-    killing it means to drop it without a word."""
+    """Whether all data is lost when the process ends, as in memory.
+
+    Then the tests use other instances in this process instead of other processes. To kill one
+    means to abandon it without stopping it."""
     driver: str | None = None
-    """The module that must not be imported before `start`."""
+    """The driver's module, which must not be imported before `start`. None: there is no driver."""
     inject: Callable[[str, str, bytes], Awaitable[None]] | None = None
-    """Put bytes into a queue as another program would: `await inject(namespace, queue, data)`.
+    """Write bytes to a queue as another program would: `await inject(namespace, queue, data)`.
 
     None: the test of messages that cannot be decoded is skipped."""
     spoil: Callable[[str, str, bytes], Awaitable[None]] | None = None
-    """Put bytes in the place of a record's own: `await spoil(namespace, uuid, data)`.
+    """Replace the bytes of a record: `await spoil(namespace, uuid, data)`.
 
     None: the test of records that cannot be read is skipped."""
     begin: Begin | None = None
     """Open a transaction as a caller would: `async with begin() as transaction`.
 
-    Needed by a part that declares `transactions`; it commits at the end, or rolls back an error."""
+    It commits at the end of the block, and rolls back after an error. Required if the broker or the
+    storage declares `transactions`."""
     url: str | None = None
-    """A URL for which a backend is registered. None: the tests of `BackendContract` are skipped."""
+    """A URL of your backend. None: the tests of `BackendContract` are skipped."""
     other_url: str | None = None
-    """One that leads elsewhere: another database, file or path. What is put there stays there.
+    """A URL that leads to another place: another database, file or path.
 
-    None where there is no such place, and the tests of two URLs are skipped."""
+    Messages and records of one URL must not be seen at the other. None: there is no such place, and
+    the tests that need it are skipped."""
     options: tuple[str, ...] = ("lease",)
-    """Options of the URL that must be listed when another one is refused."""
+    """Options of the URL. The error for an unknown option must list them."""
     clean_up: Callable[[str], Awaitable[None]] | None = None
-    """Remove what a test left in a namespace: `await clean_up(namespace)`.
+    """Remove everything in a namespace: `await clean_up(namespace)`.
 
-    Called at a test's end for each namespace that it used, once its parts are stopped."""
+    Called at the end of each test for each namespace that it used, after everything is stopped."""
     slack: float = 4.0
-    """Seconds by which a busy machine may be late."""
+    """Seconds by which a busy machine may exceed `lease`."""
     least_broker: Least = Least()
+    """The least that the broker must declare."""
     least_storage: Least = Least()
+    """The least that the storage must declare."""

@@ -1,4 +1,4 @@
-"""Waiting for what must happen, with a deadline: what the engine does, and what tests assert."""
+"""Helpers that wait with a deadline: they repeat calls, receive, and extend leases."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from qtasks_core.errors import Unavailable
 
 T = TypeVar("T")
 
-__all__ = ["PATIENCE", "SOON", "assert_silent", "collect", "keeping", "patient", "persist", "retry"]
+__all__ = [
+    "PATIENCE", "SOON", "assert_silent", "collect", "heartbeat", "limited", "patient",
+    "retry_call", "retry_call_untimed",
+]  # fmt: skip
 
 
-async def persist(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:
-    """Repeat a call while the server cannot be reached, as the engine does."""
+async def retry_call(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:
+    """Repeat a call while it raises `Unavailable`, as the engine does.
+
+    Raises that error after `within` seconds.
+    """
     with timed(within, "a call that was repeated while the server was away"):
-        return await retry(call, within)
+        return await retry_call_untimed(call, within)
 
 
-async def retry(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:
-    """Do what `persist` does within a longer wait, which is the one to be timed."""
+async def retry_call_untimed(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T:
+    """Do the same as `retry_call`, inside a longer wait that is checked for a slow pass itself."""
     pause = 0.05
     deadline = asyncio.get_running_loop().time() + within
     while True:
@@ -38,14 +44,16 @@ async def retry(call: Callable[[], Awaitable[T]], within: float = PATIENCE) -> T
 
 
 async def limited(call: Awaitable[T], within: float, what: str) -> T:
-    """Await a call; fails when it takes longer than so many seconds."""
+    """Await a call; fail if it takes longer than `within` seconds."""
     try:
         async with asyncio.timeout(within) as limit:
             return await call
     except TimeoutError:
         if not limit.expired():
             raise
-        raise AssertionError(f"{what} took longer than {within:g} s") from None
+        raise AssertionError(
+            f"{what} neither returned nor raised within {within:g} s; a call must not hang"
+        ) from None
 
 
 async def collect(
@@ -55,53 +63,62 @@ async def collect(
     queue: str = "q",
     into: list[Delivery] | None = None,
 ) -> list[Delivery]:
-    """Receive `count` deliveries of one queue; fails when fewer come within so many seconds.
+    """Receive `count` deliveries from one queue; fail if fewer come within `within` seconds.
 
-    They are put `into` a list as they come, where another task can see them.
+    They are appended to `into` as they come, so that another task can see them.
     """
     deliveries = [] if into is None else into
     try:
         async with patient(within, f"receiving {count} from queue {queue}"):
             while (missing := count - len(deliveries)) > 0:
                 receive = partial(subscription.receive, {queue: missing}, missing)
-                deliveries += await retry(receive, within)
+                deliveries += await retry_call_untimed(receive, within)
     except TimeoutError:
         raise AssertionError(
-            f"{len(deliveries)} of {count} deliveries came within {within:.1f} s"
+            f"only {len(deliveries)} of {count} messages in queue {queue!r} were delivered within "
+            f"{within:.1f} s; the others are lost, still held, or late"
         ) from None
     return deliveries
 
 
 @asynccontextmanager
-async def keeping(
+async def heartbeat(
     subscription: Subscription, held: list[Delivery], every: float
 ) -> AsyncIterator[None]:
-    """Extend what is in `held`, now and later, as the engine does; fails when one is lost."""
+    """Extend all deliveries in `held` again and again, as the engine does; fail if one is lost.
 
-    async def keep() -> None:
+    `every`: seconds between two calls. Deliveries that are added to `held` later are extended too.
+    """
+
+    async def beat() -> None:
         while True:
             extended = await subscription.extend(list(held))
-            assert None not in extended, "a delivery was lost although it was extended in time"
+            assert None not in extended, (
+                "`extend` answered None (lost) for a delivery that was extended in time: "
+                "a receiver keeps its lease while it extends it"
+            )
             held[: len(extended)] = [delivery for delivery in extended if delivery is not None]
             await asyncio.sleep(every)
 
-    keeper = asyncio.create_task(keep())
+    beating = asyncio.create_task(beat())
     try:
         yield
     finally:
-        keeper.cancel()
-        await asyncio.wait({keeper})
-        failure = None if keeper.cancelled() else keeper.exception()
+        beating.cancel()
+        await asyncio.wait({beating})
+        failure = None if beating.cancelled() else beating.exception()
     if failure is not None:
         raise failure
 
 
 async def assert_silent(subscription: Subscription, seconds: float, *queues: str) -> None:
-    """Fail when anything can be received within so many seconds."""
+    """Fail if anything is delivered within so many seconds."""
     wanted = dict.fromkeys(queues or ("q",), 10)
     try:
         async with asyncio.timeout(seconds):
             deliveries = await subscription.receive(wanted, 10)
     except TimeoutError:
         return
-    raise AssertionError(f"nothing should have been received, but there was {deliveries}")
+    raise AssertionError(
+        f"no message should be left for this receiver, but `receive` returned {deliveries}"
+    )

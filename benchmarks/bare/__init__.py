@@ -1,14 +1,14 @@
-"""What the drivers do alone: the same operations in the same batches, without any guarantee.
+"""The bare drivers: the same operations in the same batches, without QTasks and its guarantees.
 
-Each module has `run(url, tasks)`, which returns the rates `bulk`, `process` (a second) and the
-round trip's `p50` and `p99` (milliseconds). Enqueuing writes a message and a record; processing
-reads messages, reads their records, writes results and acknowledges, 256 at a time.
+Each module has `run(url, tasks)`. It returns the rates `bulk` and `process` (per second) and the
+round trips `p50` and `p99` (milliseconds). Enqueuing writes a message and a record. Processing
+reads messages and their records, writes results and acknowledges, 256 at a time.
 """
 
 BATCH = 500
 RECEIVE = 256
 ROUND_TRIPS = 1000
 MESSAGE = b"\x01" + bytes(100)
-"""About as long as the message of a task without arguments."""
+"""As long as a typical message of a task without arguments."""
 RECORD = b"\x01" + bytes(160)
-"""About as long as its record."""
+"""As long as the record of such a task."""

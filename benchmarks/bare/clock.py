@@ -1,4 +1,4 @@
-"""Timing round trips the same way everywhere."""
+"""Timing, in the same way for all drivers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.bare import ROUND_TRIPS
 
 
 async def round_trips(once: Callable[[], Awaitable[object]]) -> dict[str, float]:
-    """Await `once` many times; return median and 99th percentile in milliseconds."""
+    """Await `once` 1,000 times; return the median and the 99th percentile in milliseconds."""
     took = []
     for _ in range(ROUND_TRIPS):
         begin = time.perf_counter()
@@ -20,7 +20,7 @@ async def round_trips(once: Callable[[], Awaitable[object]]) -> dict[str, float]
 
 
 class Rate:
-    """Operations a second between entering and leaving."""
+    """Measures the operations per second of a block."""
 
     def __init__(self, count: int) -> None:
         self._count = count

@@ -1,7 +1,7 @@
 """aiokafka alone: an idempotent producer, one consumer, results in a topic, commits in batches.
 
-A log can be asked for a record only by reading it: so admitting asks for the log's end and reads
-up to it, and a result is known to count when it was read back, as in a storage on a log.
+A record can be found in a log only by reading the log. So admitting asks for the end of the log and
+reads up to it, and a result counts when it was read back. `LogStorage` does the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PARTITIONS = 4
 
 
 async def run(url: str, tasks: int) -> dict[str, float]:
-    """Measure on topics of its own."""
+    """Measure on new topics."""
     servers = url.partition("://")[2].partition("?")[0]
     work, results = f"bare-work-{uuid4()}", f"bare-results-{uuid4()}"
     admin = AIOKafkaAdminClient(bootstrap_servers=servers)
@@ -52,7 +52,7 @@ async def run(url: str, tasks: int) -> dict[str, float]:
 
 
 class Log:
-    """The topic of results, read from its start; its end is asked on another connection."""
+    """The topic of results. It is read from the start; another connection asks for its end."""
 
     def __init__(self, topic: str, servers: str) -> None:
         self.topic = topic

@@ -1,4 +1,4 @@
-"""asyncpg alone: SKIP LOCKED, arrays with unnest, LISTEN for the answers."""
+"""asyncpg alone: SKIP LOCKED, arrays with unnest, LISTEN for the results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMPLETE = """
 
 
 async def run(url: str, tasks: int) -> dict[str, float]:
-    """Measure on tables of its own in the database of `url`."""
+    """Measure on new tables in the database of `url`."""
     connection = await asyncpg.connect(url)
     await connection.execute(SCHEMA)
     with Rate(tasks) as bulk:
@@ -63,7 +63,7 @@ async def process(connection: asyncpg.Connection) -> int:
 
 
 async def round_trip(url: str, connection: asyncpg.Connection) -> dict[str, float]:
-    """Notify a worker of each message and the asker of each result."""
+    """Measure round trips: NOTIFY tells the worker of messages, and the client of results."""
     worker, asked, answered = await asyncpg.connect(url), asyncio.Event(), asyncio.Event()
     await worker.add_listener("bare_work", lambda *_: asked.set())
     await connection.add_listener("bare_done", lambda *_: answered.set())

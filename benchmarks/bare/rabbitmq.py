@@ -1,4 +1,4 @@
-"""aio-pika's own layer below, aiormq, alone: a quorum queue, a stream for results, bulk acks."""
+"""aiormq alone, the layer below aio-pika: a quorum queue, a stream for results, bulk acks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PERSISTENT = Basic.Properties(delivery_mode=2)
 
 
 async def run(url: str, tasks: int) -> dict[str, float]:
-    """Measure on queues of its own."""
+    """Measure on new queues."""
     connection = await aiormq.connect(url)
     channel = await connection.channel(publisher_confirms=True)
     work, results = f"bare-work-{uuid4()}", f"bare-results-{uuid4()}"
@@ -57,7 +57,7 @@ def tag_of(message: DeliveredMessage) -> int:
 
 
 class Worker:
-    """Consumes, publishes results, and acknowledges each batch at once."""
+    """Consumes messages, publishes results, and acknowledges each batch in one call."""
 
     def __init__(self, channel: AbstractChannel, results: str) -> None:
         self._channel = channel

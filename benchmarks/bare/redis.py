@@ -1,4 +1,4 @@
-"""redis-py alone: a stream, a group, a key a record, pipelines."""
+"""redis-py alone: a stream with a consumer group, one key per record, pipelines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.bare.clock import Rate, round_trips
 
 
 async def run(url: str, tasks: int) -> dict[str, float]:
-    """Measure on keys of its own in the database of `url`."""
+    """Measure on new keys in the database of `url`."""
     redis: Any = Redis.from_url(url)
     stream = f"bare:{uuid4()}"
     await redis.xgroup_create(stream, "group", mkstream=True)

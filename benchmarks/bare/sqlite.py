@@ -1,4 +1,4 @@
-"""sqlite3 alone, in WAL with the durability of the embedded default."""
+"""sqlite3 alone, in WAL mode, with the durability of the embedded default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.bare.clock import Rate, round_trips
 
 
 async def run(url: str, tasks: int) -> dict[str, float]:
-    """Measure on a file of its own beside the one in `url`."""
+    """Measure on a new file beside the one in `url`."""
     path = url.partition("://")[2].removeprefix("/") + "-bare"
     database = sqlite3.connect(path, isolation_level=None)
     database.executescript(

@@ -1,1 +1,1 @@
-"""QTasks beside other task queues, each as its documentation has it used. See `__main__`."""
+"""Compares QTasks with other task queues, each used as its documentation says. See `__main__`."""

@@ -1,15 +1,15 @@
-"""Rates of QTasks and of other task queues on one server, in one run.
+"""Compares the rates of QTasks and of other task queues on the same kind of server, in one run.
 
     python -m benchmarks.peers --backend redis|postgres [--tasks 10000] [--only qtasks,taskiq]
 
-A no-op task, one worker, a fresh server for each peer; a Postgres gathers its statistics before
-the worker starts, as one has them that has run for a minute. `enqueue`: by 100 concurrent
-callers, or by one where the client blocks. `process`: from the begin of the first task until the
-result of the one that was enqueued last is there, with the server otherwise idle. `round trip`:
-enqueue one and wait for its result, in the peer's own way of waiting; the median.
+Each peer has a no-op task, one worker and a new server. Postgres runs ANALYZE before the worker
+starts, since a server in use would have statistics. `enqueue`: by 100 concurrent callers, or by one
+if the client blocks. `process`: from the start of the first task until the result of the last
+enqueued task is stored, with no other load on the server. `round trip`: enqueue one task and wait
+for its result, in the peer's own way; the median.
 
-Run it where the peers of `benchmarks/peers/requirements.txt` are installed; one that is not is
-said so and left out.
+Install `benchmarks/peers/requirements.txt` first. A peer that is not installed is left out, with a
+note.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ PEERS: dict[str, tuple[type[Peer], ...]] = {
 }
 ROUND_TRIPS = 30
 WORKER_LOG = "worker.log"
-"""In the working directory of a client, which is temporary."""
+"""The file with the worker's output, in the client's temporary working directory."""
 
 
 def main() -> None:
-    """Measure the peers of one backend, each in processes of its own."""
+    """Measure the peers of one backend, each in new processes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--backend", default="redis", choices=PEERS)
     parser.add_argument("--tasks", type=int, default=10_000)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def print_rows(peers: list[type[Peer]], backend: str, tasks: int) -> None:
-    """Print a row for each peer; ratios are to the first."""
+    """Print a row for each peer, with the ratios to the first one."""
     print(f"\n{backend}: {tasks} no-op tasks, {os.cpu_count()} cores, {drivers(backend)}, one run")
     print(f"  {'':22}{'enqueue':>12}{'process':>12}{'round trip':>14}  the first is … times better")
     first: dict[str, float] | None = None
@@ -89,9 +89,9 @@ def drivers(backend: str) -> str:
 
 
 def run_alone(peer: type[Peer], backend: str, tasks: int) -> dict[str, float] | None:
-    """Start a server, measure one peer in a process of its own, and end the server.
+    """Start a server, measure one peer in a new process, and stop the server.
 
-    A peer that fails is said so, with what its worker said, and None returned.
+    If the peer fails, print the output of its worker and return None.
     """
     service = SERVICES[backend]()
     url = service.start()
@@ -106,7 +106,7 @@ def run_alone(peer: type[Peer], backend: str, tasks: int) -> dict[str, float] | 
                 cwd=directory,
             )
             if client.returncode:
-                print(f"  {peer.package} failed; its worker said:", flush=True)
+                print(f"  {peer.package} failed; the output of its worker:", flush=True)
                 print(Path(directory, WORKER_LOG).read_text(), file=sys.stderr)
                 return None
         found: dict[str, float] = json.loads(client.stdout.splitlines()[-1])
@@ -116,12 +116,12 @@ def run_alone(peer: type[Peer], backend: str, tasks: int) -> dict[str, float] | 
 
 
 def command(backend: str, *role: str) -> list[str]:
-    """Return the command of a process that is a client or a worker."""
+    """Return the command that starts a client or a worker."""
     return [sys.executable, "-m", "benchmarks.peers", "--backend", backend, "--be", *role]
 
 
 async def measure(peer: Peer, options: argparse.Namespace) -> None:
-    """Be the client: enqueue, start a worker, wait for the end, print the rates."""
+    """Run the client: enqueue, start a worker, wait for the last result, print the rates."""
     await peer.start()
     begin = time.perf_counter()
     await peer.enqueue(options.tasks)
@@ -134,19 +134,19 @@ async def measure(peer: Peer, options: argparse.Namespace) -> None:
         )
     try:
         await peer.last()
-        ended = time.time()
+        finished = time.time()
         began = float(Path(os.environ["PEERS_BEGAN"]).read_text())  # noqa: ASYNC240
         trips = [await round_trip(peer) for _ in range(ROUND_TRIPS)]
     finally:
         worker.terminate()
         worker.wait(30)
     await peer.stop()
-    found = {"enqueue": options.tasks / took, "process": options.tasks / (ended - began)}
+    found = {"enqueue": options.tasks / took, "process": options.tasks / (finished - began)}
     print(json.dumps({**found, "trip": statistics.median(trips) * 1000}))
 
 
 async def analyze(url: str) -> None:
-    """Let the server know how many rows there are now, else it plans for none."""
+    """Update the statistics of the server: without them it plans for empty tables."""
     import asyncpg
 
     connection = await asyncpg.connect(url)

@@ -1,4 +1,4 @@
-"""What a peer has to be able to do, to be measured beside the others."""
+"""The interface of a task queue that is measured."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 
 CONCURRENCY = 100
-"""Tasks at once in the worker, and concurrent callers of an asynchronous client."""
+"""How many tasks the worker runs at once, and how many callers an asynchronous client has."""
 
 _began = False
 
 
 def begun() -> None:
-    """Note when the first task began; every peer's no-op task calls this and nothing else."""
+    """Note when the first task started. The no-op task of every peer only calls this."""
     global _began
     if not _began:
         _began = True
@@ -23,41 +23,41 @@ def begun() -> None:
             with open(os.environ["PEERS_BEGAN"], "x") as file:
                 file.write(repr(time.time()))
         except FileExistsError:
-            return  # another process of the same worker was first
+            return  # another process of this worker was first
 
 
 class Peer(ABC):
-    """One task queue with one no-op task, at a server of its own."""
+    """One task queue with one no-op task, on a new server."""
 
     package: str
-    """What is measured, by its name in the package index."""
+    """The name of its distribution on PyPI."""
     notes = ""
-    """What is not as with the others."""
+    """How it differs from the others."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     @abstractmethod
     async def enqueue(self, count: int) -> None:
-        """Enqueue so many tasks; return when all are."""
+        """Enqueue `count` tasks; return when all are enqueued."""
 
     @abstractmethod
     async def last(self) -> None:
-        """Wait until the task that was enqueued last has ended, and its result is there."""
+        """Wait until the task that was enqueued last has finished and its result is stored."""
 
     @abstractmethod
     def work(self) -> None:
-        """Be the worker, for ever."""
+        """Run the worker forever."""
 
     async def start(self) -> None:  # noqa: B027  # some connect at first use
-        """Connect, and create what the server must have."""
+        """Connect, and create tables and the like."""
 
     async def stop(self) -> None:  # noqa: B027
         """Disconnect."""
 
 
 async def by_callers(add: Callable[[], Awaitable[object]], count: int) -> None:
-    """Have 100 callers enqueue `count` tasks, each one after the other."""
+    """Enqueue `count` tasks by 100 concurrent callers."""
 
     async def caller(times: int) -> None:
         for _ in range(times):

@@ -9,10 +9,10 @@ from benchmarks.peers.peer import CONCURRENCY, Peer, begun, by_callers
 
 
 class Procrastinate(Peer):
-    """A table of jobs with their states; there are no results."""
+    """A table of jobs with their states. It stores no results."""
 
     package = "procrastinate"
-    notes = "stores no results; its state is asked for every 5 ms"
+    notes = "stores no results; its state is polled every 5 ms"
 
     def __init__(self, url: str) -> None:
         from procrastinate import App, PsycopgConnector
@@ -54,10 +54,10 @@ class Procrastinate(Peer):
 
 
 class PgQueuer(Peer):
-    """A table of jobs, which leave for a log when they have ended; there are no results."""
+    """A table of jobs; finished ones move to a log table. It stores no results."""
 
     package = "pgqueuer"
-    notes = "stores no results; its state is asked for every 5 ms; batches of 100"
+    notes = "stores no results; its state is polled every 5 ms; batches of 100"
 
     async def start(self) -> None:
         import asyncpg
@@ -94,7 +94,7 @@ class PgQueuer(Peer):
                 async def nothing(_: Any) -> None:
                     begun()
 
-                # Its own default, 10, is meant for tasks that take a while.
+                # The default of 10 is meant for long tasks.
                 await app.run(batch_size=CONCURRENCY, max_concurrent_tasks=2 * CONCURRENCY)
 
         asyncio.run(receive())

@@ -1,4 +1,4 @@
-"""QTasks among its peers: the same on every backend."""
+"""QTasks as a peer, for every backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qtasks.asyncio import QueueTasks
 
 
 class QTasks(Peer):
-    """One URL is the broker and the storage."""
+    """One URL for the broker and the storage."""
 
     package = "qtasks"
 

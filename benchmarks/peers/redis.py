@@ -11,7 +11,7 @@ from benchmarks.peers.peer import CONCURRENCY, Peer, begun, by_callers
 
 
 class Taskiq(Peer):
-    """Streams with acknowledgements, results in keys."""
+    """Streams with acknowledgements; results in keys."""
 
     package = "taskiq"
 
@@ -54,7 +54,7 @@ class Taskiq(Peer):
 
 
 class Dramatiq(Peer):
-    """A list and a set of what is in flight, a plain function in threads."""
+    """A list, and a set of messages in flight; a plain function in threads."""
 
     package = "dramatiq"
     notes = "blocking client; 8 threads, its default"
@@ -72,7 +72,7 @@ class Dramatiq(Peer):
 
         def nothing() -> int:
             begun()
-            return 0  # None would not be stored
+            return 0  # it does not store None
 
         self.actor: Any = dramatiq.actor(nothing, broker=self.broker)
         self.handle: Any = None
@@ -86,7 +86,8 @@ class Dramatiq(Peer):
 
         while True:
             try:
-                self.handle.get_result(block=True, timeout=2000)  # ms; the driver gives it 5 s
+                # In milliseconds, and below the 5 s of the driver's socket timeout.
+                self.handle.get_result(block=True, timeout=2000)
                 return
             except ResultTimeout:
                 continue
@@ -99,10 +100,10 @@ class Dramatiq(Peer):
 
 
 class Celery(Peer):
-    """A list, results in keys, a plain function in a pool of processes."""
+    """A list; results in keys; a plain function in a pool of processes."""
 
     package = "celery"
-    notes = "blocking client; a pool of as many processes as cores; acks_late"
+    notes = "blocking client; one process per core; acks_late"
 
     def __init__(self, url: str) -> None:
         from celery import Celery as App

@@ -1,4 +1,4 @@
-"""The store in memory: said before anything of it is imported."""
+"""Runs the store in memory. This must be set before `store` is imported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Arguments of a task as they are typed in a shell: JSON values, read into the annotated types.
+"""Reads the arguments of a task from a shell: JSON values, converted to the annotated types.
 
-A text that is no JSON value of its type is taken as it stands: `2030-01-31` where a date is wanted.
+Text that is not a JSON value of the annotated type is converted as it is: `2030-01-31` for a date.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _KEYWORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 def read_arguments(
     definition: TaskDefinition, texts: Sequence[str]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Read `1 '"text"' name=JSON …`.
+    """Return the positional and the keyword arguments of `1 '"text"' name=JSON …`.
 
-    Raises `SerializationError` with the argument's name, `SignatureMismatch`.
+    Raises `SignatureMismatch` if they do not fit the function, and `SerializationError` with the
+    argument's name if a value does not fit its type.
     """
     args: list[str] = []
     kwargs: dict[str, str] = {}
@@ -62,7 +63,7 @@ def _read(definition: TaskDefinition, name: str, text: str, kind: Any) -> Any:
         value = msgspec.json.decode(text)
         wrong = None
     except msgspec.DecodeError:
-        wrong = f"{text} is not JSON; a text is written in quotes, '\"like this\"'"
+        wrong = f"{text} is not JSON; write text in quotes, '\"like this\"'"
     if kind is Any:
         if wrong is None:
             return value
@@ -75,7 +76,8 @@ def _read(definition: TaskDefinition, name: str, text: str, kind: Any) -> Any:
         try:
             return msgspec.convert(text, kind, dec_hook=from_plain)
         except (TypeError, ValueError) as error:
-            # Where text is wanted, it is the text that is wrong.
+            # A type that is written as text (a date, a UUID) explains better what is wrong with
+            # it than the attempt to read it as JSON.
             if not str(error).startswith("Expected `"):
                 wrong = str(error)
     raise SerializationError(f"{definition.name}: argument {name!r}: {wrong}")

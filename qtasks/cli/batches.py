@@ -1,4 +1,4 @@
-"""Doing one thing to many tasks: a row for each, and a bar where the rows go elsewhere."""
+"""Applies one operation to many tasks: a row for each, and a progress bar."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def apply(
     line: Callable[[Row], str],
     fields: Callable[[Outcome], Row],
 ) -> None:
-    """Work through tasks, batch by batch; raise `Refused` in the end if any was.
+    """Apply `operation` to tasks, batch by batch, and print the results.
 
-    `line` returns what is printed of one that was not, from its row with `fields`. In JSON each
-    has its row, whose `error` says why it was refused.
+    With JSON, a row is printed for each task: its uuid, `fields(outcome)`, and `error`, the reason
+    if it was refused. Else `line(row)` is printed for each task that was not refused.
+    Raises `Refused` at the end if any task was refused.
     """
     refused: list[str] = []
     with progress(label, length=len(uuids)) as bar:
@@ -49,6 +50,9 @@ def apply(
 
 
 def progress(label: str, items: Iterable[Any] | None = None, length: int | None = None) -> Any:
-    """Return a progress bar, unless it would stand in a file or between a terminal's lines."""
+    """Return a progress bar on stderr.
+
+    It is hidden if stderr is not a terminal, or if the rows are printed on the same terminal.
+    """
     hidden = not sys.stderr.isatty() or sys.stdout.isatty()
     return click.progressbar(items, length, label=label, file=sys.stderr, hidden=hidden)

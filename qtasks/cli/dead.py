@@ -18,7 +18,7 @@ from qtasks_core import Outcome
 
 @click.group()
 def dead() -> None:
-    """Look after dead tasks: list, revive, drop."""
+    """List, revive and drop dead tasks."""
 
 
 @dead.command("list")
@@ -37,9 +37,9 @@ def list_dead(session: Session, /, limit: int, as_json: bool, **by: Any) -> None
 
 
 def choosing(command: Any) -> Any:
-    """Add what says which dead tasks are meant."""
+    """Add the arguments and options that choose dead tasks."""
     command = filters(command)
-    command = click.option("--all", "every", is_flag=True, help="All that the options choose.")(
+    command = click.option("--all", "every", is_flag=True, help="All dead tasks that match.")(
         command
     )
     return click.argument("uuids", nargs=-1, type=click.UUID, metavar="[UUID]…")(command)
@@ -54,9 +54,9 @@ def revive(
 ) -> None:
     """Enqueue dead tasks again, as new tasks; print each new uuid.
 
-    The dead record stays. What was revived before is not enqueued twice.
+    The dead record stays. A task that was revived before is not enqueued a second time.
     """
-    refuse_both(uuids, every, by)
+    check_choice(uuids, every, by)
     with session.started() as app:
         no_result = [d.name for d in app.definitions.values() if not d.options.store_result]
 
@@ -72,7 +72,7 @@ def revive(
             before = " (revived before)" if row["revived_before"] else ""
             return f"{row['uuid']} -> {row['revived_as']}{before}"
 
-        chosen = named(app, uuids, by, False)
+        chosen = chosen_uuids(app, uuids, by, False)
         apply(operation, chosen, as_json, "reviving", line, fields)
 
 
@@ -85,7 +85,7 @@ def drop(
     session: Session, /, uuids: tuple[UUID, ...], every: bool, yes: bool, as_json: bool, **by: Any
 ) -> None:
     """Delete the records of dead tasks."""
-    refuse_both(uuids, every, by)
+    check_choice(uuids, every, by)
     if every:
         confirm("Delete the records of all these dead tasks?", yes, as_json)
     with session.started() as app:
@@ -96,21 +96,26 @@ def drop(
         def fields(outcome: Outcome) -> Row:
             return {"dropped": outcome.status == "done"}
 
-        apply(
-            operation, named(app, uuids, by, True), as_json, "dropping", "{uuid}".format_map, fields
+        chosen = chosen_uuids(app, uuids, by, True)
+        apply(operation, chosen, as_json, "dropping", "{uuid}".format_map, fields)
+
+
+def check_choice(uuids: tuple[UUID, ...], every: bool, by: dict[str, Any]) -> None:
+    """Raise `UsageError` unless either uuids are given, or --all with or without filters."""
+    filtered = any(value is not None for value in by.values())
+    if bool(uuids) == every or (filtered and not every):
+        raise click.UsageError(
+            "give the uuids of tasks, or --all with any of --name, --queue, --before, --after"
         )
 
 
-def refuse_both(uuids: tuple[UUID, ...], every: bool, by: dict[str, Any]) -> None:
-    """Raise `UsageError` unless the tasks are named, or --all chooses them."""
-    filtered = any(value is not None for value in by.values())
-    if bool(uuids) == every or (filtered and not every):
-        raise click.UsageError("name the tasks by uuid, or choose them by --all and its options")
+def chosen_uuids(
+    app: App, uuids: tuple[UUID, ...], by: dict[str, Any], undecodable: bool
+) -> list[str]:
+    """Return the uuids of the chosen tasks.
 
-
-def named(app: App, uuids: tuple[UUID, ...], by: dict[str, Any], undecodable: bool) -> list[str]:
-    """Return the chosen tasks, all of them before the first is touched: what a revived task
-    becomes meanwhile is not among them.
+    The list is complete before the first task is changed. Otherwise a revived task that dies
+    again would be chosen a second time.
     """
     if uuids:
         return [str(uuid) for uuid in uuids]

@@ -1,4 +1,4 @@
-"""The command `qtasks`: its options, and what becomes of errors."""
+"""The command `qtasks`: its global options, and how errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXIT_CODES: tuple[tuple[type[QTasksError], int], ...] = (
     (TaskTimeout, 5),
     (Interrupted, 130),
 )
-"""Every other error ends with 1."""
+"""Exit codes by class of error. Every other error of QTasks exits with 1."""
 
 
 def code_of(error: QTasksError) -> int:
@@ -50,19 +50,19 @@ def code_of(error: QTasksError) -> int:
     "--app",
     "path",
     metavar="MODULE:APP",
-    help="The app. Else QTASKS_APP, QTASKS_BROKER_URL, or the embedded default.",
+    help="The app. Default: QTASKS_APP, else QTASKS_BROKER_URL, else the embedded SQLite file.",
 )
 @click.option(
     "-b",
     "--broker",
     metavar="URL",
-    help="The broker, instead of QTASKS_BROKER_URL. `ps` shows a password in it to everybody.",
+    help="The broker, instead of QTASKS_BROKER_URL. `ps` shows a password in it to all users.",
 )
 @click.option(
     "--log-level",
     type=click.Choice(LEVELS, case_sensitive=False),
     metavar="LEVEL",
-    help="What is logged to stderr. Default: info of `run`, and warning.",
+    help="The level of the log on stderr. Default: info for `run`, warning for all others.",
 )
 @click.option(
     "--version",
@@ -76,12 +76,12 @@ def code_of(error: QTasksError) -> int:
 def qtasks(
     context: click.Context, path: str | None, broker: str | None, log_level: str | None
 ) -> None:
-    """Run workers of a QTasks app, enqueue, and look after its tasks."""
+    """Run workers, enqueue tasks and manage them."""
     context.obj = Session(path, broker, log_level, context.obj)
 
 
 def print_version(context: click.Context, asked: bool) -> None:
-    """Print what is installed of ours; another project may be installed under the same name."""
+    """Print the version of this project's package, not of another one with the same name."""
     if asked and not context.resilient_parsing:
         found = our_distribution()
         version = f"{HOME}, which is not installed" if found is None else found.version
@@ -106,11 +106,8 @@ for command in (
 
 
 def main() -> None:
-    """Be the command, under one name however it was started.
-
-    An error of ours is one line and an exit code; others are bugs.
-    """
-    # Asked here, since what cannot be parsed has no options yet.
+    """Run the command line. Errors of QTasks become one line and an exit code; others are bugs."""
+    # Read from argv: when the arguments cannot be parsed, there are no parsed options to ask.
     log = JsonLog() if "--json" in sys.argv else None
     if log is not None:
         logging.getLogger().addHandler(log)
@@ -118,33 +115,33 @@ def main() -> None:
         check_encoding(sys.argv)
         sys.exit(qtasks.main(prog_name="qtasks", standalone_mode=False, obj=log))
     except QTasksError as error:
-        end(message_of(error), code_of(error), log, getattr(error, "uuid", None))
+        fail(message_of(error), code_of(error), log, getattr(error, "uuid", None))
     except click.Abort:
-        end("Aborted!", 1, log)
+        fail("Aborted!", 1, log)
     except click.ClickException as error:
         error = with_hint(error)
         if log is None:
             error.show()
             sys.exit(error.exit_code)
-        end(error.format_message(), error.exit_code, log)
+        fail(error.format_message(), error.exit_code, log)
 
 
-def end(message: str, code: int, log: JsonLog | None, uuid: str | None = None) -> NoReturn:
-    """Say in one line, or in one document, why the command has failed, and exit."""
+def fail(message: str, code: int, log: JsonLog | None, uuid: str | None = None) -> NoReturn:
+    """Print why the command failed, as one line or one JSON document, and exit."""
     if log is None:
         click.echo(f"qtasks: {message}", err=True)
     else:
-        said: dict[str, Any] = {"error": message, "exit_code": code}
+        document: dict[str, Any] = {"error": message, "exit_code": code}
         if uuid is not None:
-            said["uuid"] = uuid
+            document["uuid"] = uuid
         if held := log.take():
-            said["log"] = held
-        click.echo(json.dumps(said, ensure_ascii=False), err=True)
+            document["log"] = held
+        click.echo(json.dumps(document, ensure_ascii=False), err=True)
     sys.exit(code)
 
 
 def message_of(error: QTasksError) -> str:
-    """Return the line that tells of an error."""
+    """Return the line that is printed for an error."""
     line = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, NotSupported):
         return (
@@ -155,20 +152,20 @@ def message_of(error: QTasksError) -> str:
 
 
 def with_hint(error: click.ClickException) -> click.ClickException:
-    """Where other programs have `-A` behind the command, too, say where ours stands."""
+    """Explain a global option that was written after the command, as other programs allow it."""
     if not isinstance(error, click.NoSuchOption):
         return error
     for option in qtasks.params:
         if error.option_name in option.opts and option.metavar is not None:
             command = error.ctx.command_path.removeprefix("qtasks ") if error.ctx else ""
             right = f"qtasks {error.option_name} {option.metavar} {command}"
-            hint = f"{error.option_name} stands before the command: {right}"
+            hint = f"write {error.option_name} before the command: {right}"
             return click.UsageError(hint, error.ctx)
     return error
 
 
 def check_encoding(arguments: Iterable[str]) -> None:
-    """Refuse bytes that are no text, which no part could take. Raises `UsageError`."""
+    """Raise `UsageError` for arguments that are not text: no broker or storage can store them."""
     for argument in arguments:
         try:
             argument.encode()

@@ -1,4 +1,4 @@
-"""What commands print: JSON, one document or one object a line, and plain columns for people."""
+"""How commands print: JSON (one document, or one object a line), or columns for people."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from qtasks_core.errors import SerializationError
 Row = dict[str, Any]
 F = TypeVar("F", bound=Callable[..., Any])
 _MEASURED = 200
-"""Rows that decide how wide the columns are; what comes later is printed as it arrives."""
+"""The first rows, which set the widths of the columns; later rows are printed as they arrive."""
 _TIMES = ("created_at", "started_at", "finished_at", "due_at", "seen_at")
 _NARROW = 5
-"""Columns of a terminal that are left of any cell."""
+"""The least width of a shortened cell, in characters."""
 
 
 def json_option(command: F) -> F:
@@ -38,23 +38,24 @@ def json_option(command: F) -> F:
 
 
 class JsonLines(logging.Formatter):
-    """A record of the log as one JSON object."""
+    """Formats each log record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         trace = self.formatException(record.exc_info) if record.exc_info else None
-        said = {
+        fields = {
             "time": record.created,
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
             "traceback": trace,
         }
-        return json.dumps(said, ensure_ascii=False)
+        return json.dumps(fields, ensure_ascii=False)
 
 
 class JsonLog(MemoryHandler):
-    """The log of a command that prints JSON, held until the end: an error takes it into its own
-    document.
+    """Holds the log of a command that prints JSON until it ends.
+
+    If the command fails, the messages become a field of the document that describes the error.
     """
 
     def __init__(self) -> None:
@@ -62,13 +63,13 @@ class JsonLog(MemoryHandler):
         target.setFormatter(JsonLines())
         super().__init__(10_000, logging.CRITICAL + 1, target)
 
-    def go_on(self) -> None:
-        """Print each record as it comes from now on: the log of a worker."""
+    def print_at_once(self) -> None:
+        """Print each record as it comes from now on, for the log of a worker."""
         self.flushLevel = logging.NOTSET
         self.flush()
 
     def take(self) -> list[str]:
-        """Return the messages that are held, which are not printed then."""
+        """Return the messages that are held; they are not printed any more."""
         messages = [record.getMessage() for record in self.buffer]
         self.buffer.clear()
         return messages
@@ -80,9 +81,12 @@ def print_json(value: object) -> None:
 
 
 def confirm(question: str, yes: bool, as_json: bool) -> None:
-    """Ask, unless `yes` is the answer; raise `Abort` for a no. Who reads JSON is not asked."""
+    """Ask the user, unless `yes` is set; raise `Abort` if the answer is no.
+
+    With JSON there is nobody to ask: raises `UsageError` without `yes`.
+    """
     if as_json and not yes:
-        raise click.UsageError("with --json nobody is asked: say --yes")
+        raise click.UsageError("with --json no question is asked: confirm with --yes")
     if not yes:
         click.confirm(question, abort=True, err=True)
 
@@ -90,10 +94,10 @@ def confirm(question: str, yes: bool, as_json: bool) -> None:
 def print_rows(
     rows: Iterable[Row], columns: Sequence[str], as_json: bool, nothing: str = ""
 ) -> None:
-    """Print rows as they come: one JSON object a line with all they hold, or these columns.
+    """Print rows as they come: all fields as one JSON object a line, or `columns` as a table.
 
-    On a terminal long cells are cut so that a row fits into a line. `nothing` is said on stderr
-    where there is no row.
+    On a terminal, long cells are shortened so that a row fits into a line. If there are no rows,
+    `nothing` is printed to stderr.
     """
     if as_json:
         for row in rows:
@@ -117,9 +121,9 @@ def print_rows(
 
 
 def fitted(widths: Sequence[int], columns: Sequence[str], terminal: int) -> list[int]:
-    """Return widths of columns that fit into a terminal's line, as far as that can be.
+    """Return widths of columns that fit into a terminal's line, if that is possible.
 
-    The widest give way first. A uuid is never cut: it is what the next command needs.
+    The widest columns shrink first. A uuid is never shortened: the next command needs it.
     """
     found = list(widths)
     left = [at for at, name in enumerate(columns) if name not in ("uuid", "id")]
@@ -132,12 +136,12 @@ def fitted(widths: Sequence[int], columns: Sequence[str], terminal: int) -> list
 
 
 def shortened(cell: str, width: int) -> str:
-    """Return a cell that is at most so wide."""
+    """Return a cell of at most `width` characters."""
     return cell if len(cell) <= width else cell[: width - 1] + "…"
 
 
 def print_fields(row: Row, as_json: bool) -> None:
-    """Print one thing: a JSON document, or a line for each field that is set."""
+    """Print one row: as a JSON document, or one line for each field that is set."""
     if as_json:
         print_json(row)
         return
@@ -149,11 +153,11 @@ def print_fields(row: Row, as_json: bool) -> None:
 
 
 def text(name: str, value: object, short: bool = True) -> str:
-    """Return a cell, `short` in one line; `-` where nothing is known."""
+    """Return a value as text for people, on one line if `short`; None is `-`."""
     if value is None:
         return "-"
     if name in _TIMES and isinstance(value, float):
-        with suppress(ValueError, OverflowError):  # beyond the calendar it stays a number
+        with suppress(ValueError, OverflowError):  # outside the calendar: shown as a number
             return datetime.fromtimestamp(value).astimezone().isoformat(" ", "seconds")
     if isinstance(value, str):
         found = value
@@ -165,7 +169,7 @@ def text(name: str, value: object, short: bool = True) -> str:
 
 
 def task_row(app: App, record: Task) -> Row:
-    """Return what is printed of a task. Times are Unix times in seconds, as everywhere."""
+    """Return the fields that are printed for a task. Times are Unix times in seconds."""
     handle: Handle[Any] = Handle(app, record, app.decoder_of(record))
     raw = record.encoding == "raw"
     return {
@@ -192,7 +196,7 @@ def task_row(app: App, record: Task) -> Row:
 
 
 def decoded(read: Callable[[], object]) -> object:
-    """Return what `read` does, or why it cannot: one bad record must not end a listing."""
+    """Return the result of `read`, or a note: one bad record must not stop a listing."""
     try:
         return read()
     except SerializationError as error:
@@ -200,7 +204,7 @@ def decoded(read: Callable[[], object]) -> object:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON can say it: bytes in base64, what else it does not know as text."""
+    """Return a value that JSON can represent: bytes as base64, any unknown type as text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -216,7 +220,7 @@ def plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return plain(value.model_dump(mode="json"))
     try:
-        # What is within may still be what JSON cannot say, as a NaN.
+        # Again, because a value inside may still not fit JSON, for instance a NaN.
         return plain(msgspec.to_builtins(value, enc_hook=str))
     except TypeError:
         return str(value)

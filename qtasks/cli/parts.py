@@ -1,4 +1,4 @@
-"""Commands for the broker and the storage of an app."""
+"""Commands for the broker and the storage of an app: `guarantees` and `migrate`."""
 
 from __future__ import annotations
 
@@ -33,55 +33,61 @@ NEEDED_BY = {
     "append": "progress of tasks",
     "read": "progress of tasks",
 }
-"""What an operator misses where a broker or storage does not support a method."""
+"""What does not work for an operator if a broker or storage does not support a method."""
 
 
 @click.command()
 @json_option
 @pass_session
 def guarantees(session: Session, as_json: bool) -> None:
-    """Show what the broker and the storage guarantee, as they are configured."""
+    """Show what the broker and the storage guarantee.
+
+    It depends on their configuration, and on that of their servers.
+    """
     with session.started() as app:
         both = app.guarantees()
     if as_json:
-        broker, storage = map(told_of, both)
+        broker, storage = map(shown_fields, both)
         print_json({"broker": broker, "storage": storage})
         return
     for title, part in zip(("broker", "storage"), both, strict=True):
-        fields = told_of(part)
+        fields = shown_fields(part)
         del fields["unsupported"]
         missing = ", ".join(missing_in(part)) or None
         print_fields({title: fields.pop("part"), **fields, "not supported": missing}, False)
         click.echo()
 
 
-def told_of(part: Guarantees) -> dict[str, object]:
-    """Return what is said of a part: all but what no call can ask for yet."""
-    fields = asdict(part)
+def shown_fields(guarantees: Guarantees) -> dict[str, object]:
+    """Return the guarantees to show: all but transactions, which no command can use."""
+    fields = asdict(guarantees)
     del fields["transactions"]
     return fields
 
 
-def missing_in(part: Guarantees) -> list[str]:
-    """Return what an operator misses in a part, each once."""
-    return list(dict.fromkeys(NEEDED_BY.get(method, method) for method in part.unsupported))
+def missing_in(guarantees: Guarantees) -> list[str]:
+    """Return what does not work for an operator with this broker or storage, each once."""
+    return list(dict.fromkeys(NEEDED_BY.get(method, method) for method in guarantees.unsupported))
 
 
 @click.command()
 @json_option
 @pass_session
 def migrate(session: Session, as_json: bool) -> None:
-    """Create or update what the servers must have. Harmless to repeat, and while others do it."""
+    """Create or update what the servers must have.
+
+    You can run it again, and while others run it.
+    """
     migrating = partial(control.migrate, session.quiet())
     done = io_thread().run_blocking(repeat, migrating, time.monotonic() + CONNECT_TIMEOUT)
     if as_json:
         print_json(done)
         return
-    print_fields({part: told(changes) for part, changes in done.items()}, False)
+    print_fields({part: summary_of(changes) for part, changes in done.items()}, False)
 
 
-def told(changes: list[str] | None) -> str:
-    """Return the line for what was changed; None: nothing can be."""
+def summary_of(changes: list[str] | None) -> str:
+    """Return one line about the changes; None means that there is nothing to migrate."""
     if changes is None:
         return "has nothing to migrate"
     return "; ".join(changes) or "up to date"

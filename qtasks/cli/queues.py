@@ -1,4 +1,4 @@
-"""Commands for queues, and for the workers that listen to them."""
+"""Commands for queues, and for the workers that receive from them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from qtasks_core.errors import NotSupported
 @json_option
 @pass_session
 def queues(session: Session, names: tuple[str, ...], as_json: bool) -> None:
-    """Show how much is in each queue; by default in those of the app's tasks and of its workers.
+    """Show how many messages are in each queue.
 
-    `-` (in JSON null) is what the broker cannot know.
+    By default: in the queues of the app's tasks and of its workers. `-` (in JSON null) is a number
+    that the broker does not know.
     """
     with session.started() as app:
         found = app.control_blocking(control.depths, names or known_queues(app))
@@ -31,9 +32,9 @@ def queues(session: Session, names: tuple[str, ...], as_json: bool) -> None:
 
 
 def known_queues(app: App) -> list[str]:
-    """Return the queues of the app's tasks and of all workers that run now."""
+    """Return the queues of the app's tasks and of all running workers."""
     names = {"default", *(d.options.queue for d in app.definitions.values())}
-    # Where the storage keeps no registry, what the app itself knows has to do.
+    # A storage without shared values has no registry of workers.
     with suppress(NotSupported):
         names.update(*(worker.queues for worker in app.control_blocking(control.workers)))
     return sorted(names)
@@ -46,7 +47,7 @@ def known_queues(app: App) -> list[str]:
 @pass_session
 def purge(session: Session, queue: str, yes: bool, as_json: bool) -> None:
     """Drop the messages that wait in a queue, and cancel their tasks."""
-    confirm(f"Drop all that waits in queue {queue!r}?", yes, as_json)
+    confirm(f"Drop all messages that wait in queue {queue!r}?", yes, as_json)
     with session.started() as app:
         count = app.control_blocking(control.purge, queue)
         storage = app.guarantees()[1]
@@ -56,7 +57,7 @@ def purge(session: Session, queue: str, yes: bool, as_json: bool) -> None:
         return
     kept = ""
     if "query" in storage.unsupported:
-        kept = f"; {storage.part} cannot list their tasks, which are not cancelled"
+        kept = f"; their tasks are not cancelled, because {storage.part} cannot list them"
     number = "an unknown number of" if dropped is None else dropped
     click.echo(f"dropped {number} messages{kept}")
 
@@ -65,7 +66,7 @@ def purge(session: Session, queue: str, yes: bool, as_json: bool) -> None:
 @json_option
 @pass_session
 def workers(session: Session, as_json: bool) -> None:
-    """List the workers that run now and what they run."""
+    """List the running workers and the tasks that they run."""
     with session.started() as app:
         rows = (
             {**asdict(w), "running": [t._asdict() if as_json else t.task_name for t in w.running]}

@@ -1,7 +1,7 @@
-"""`--reload`: run the command again whenever a source file of the app changes. For development.
+"""`--reload`: restart the command whenever a source file of the app changes. For development.
 
-Files are compared by their times twice a second: that needs no library, and also sees changes made
-from outside a container.
+The modification times of the files are compared twice a second. That needs no library, and it also
+sees changes that are made from outside a container.
 """
 
 from __future__ import annotations
@@ -26,36 +26,39 @@ Times = dict[str, int]
 
 
 def run_reloading(modules: Iterable[str]) -> NoReturn:
-    """Run this command without `--reload` in a child, anew after each change; exit as it does."""
+    """Run this command without `--reload` in a child process; restart it after each change.
+
+    Exits with the child's exit status.
+    """
     command = [sys.executable, "-m", "qtasks", *(a for a in sys.argv[1:] if a != "--reload")]
     roots = source_roots(modules)
-    asked: list[int] = []
+    signals: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        signals.append(number)
 
-    # A terminal's Ctrl-C reaches the child too; a SIGTERM is for this process alone.
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     while True:
         before = times_of(roots)
         child = subprocess.Popen(command)
-        changed = watch(child, roots, before, asked)
+        changed = watch(child, roots, before, signals)
         if changed is None:
-            raise SystemExit(end(child, asked))
-        logger.info("%s changed; starting anew", changed)
-        end(child, [signal.SIGTERM])
+            raise SystemExit(stop_child(child, signals))
+        logger.info("%s changed; restarting", changed)
+        stop_child(child, [signal.SIGTERM])
 
 
 def watch(
-    child: subprocess.Popen[bytes], roots: Iterable[Path], before: Times, asked: list[int]
+    child: subprocess.Popen[bytes], roots: Iterable[Path], before: Times, signals: list[int]
 ) -> str | None:
-    """Wait for a changed file and return its name; None: it is time to end.
+    """Wait for a changed file and return its name; None if a signal came or the child exited.
 
-    A child that failed, perhaps by a typing error, waits for the next change too.
+    A child that failed, for instance with a syntax error, does not end the wait: the next change
+    may fix it.
     """
-    told = False
-    while not asked:
+    logged = False
+    while not signals:
         time.sleep(_PERIOD)
         now = times_of(roots)
         if now != before:
@@ -63,27 +66,28 @@ def watch(
         status = child.poll()
         if status == 0:
             return None
-        if status is not None and not told:
-            told = True
-            logger.info("the worker ended; waiting for a change")
+        if status is not None and not logged:
+            logged = True
+            logger.info("the worker exited with status %d; waiting for a change", status)
     return None
 
 
-def end(child: subprocess.Popen[bytes], signals: list[int]) -> int:
-    """Hand on the signals, one by one as they come, and return the child's exit status."""
-    handed = 0
+def stop_child(child: subprocess.Popen[bytes], signals: list[int]) -> int:
+    """Forward the signals to the child, also those still to come; return its exit status."""
+    forwarded = 0
     while child.poll() is None:
-        for number in signals[handed:]:
-            # The child of a terminal has its own SIGINT; twice would mean: at once.
+        for number in signals[forwarded:]:
+            # On a terminal, Ctrl-C reaches the child directly. A second SIGINT from here would
+            # make it stop at once, without its grace period.
             if number != signal.SIGINT or not sys.stdin.isatty():
                 child.send_signal(number)
-        handed = len(signals)
+        forwarded = len(signals)
         time.sleep(0.02)
     return child.wait()
 
 
 def source_roots(modules: Iterable[str]) -> list[Path]:
-    """Return the working directory, and where the modules live that are not below it."""
+    """Return the working directory, and the places of those modules that are not below it."""
     roots = [Path.cwd()]
     for module in modules:
         spec = find_spec(module.partition(".")[0])
@@ -95,19 +99,19 @@ def source_roots(modules: Iterable[str]) -> list[Path]:
 
 
 def times_of(roots: Iterable[Path]) -> Times:
-    """Return when each source file was last written."""
+    """Return the modification time of each source file."""
     times: Times = {}
     for name in files_of(roots):
         try:
             times[name] = os.stat(name).st_mtime_ns
         except FileNotFoundError:
-            # An editor replaces files; it will be there the next time.
+            # An editor is replacing the file; the next look finds it.
             continue
     return times
 
 
 def files_of(roots: Iterable[Path]) -> Iterator[str]:
-    """Iterate over the Python files below `roots`, without environments and hidden directories."""
+    """Yield the Python files below `roots`, except in environments and hidden directories."""
     for root in roots:
         if root.is_file():
             yield str(root)

@@ -1,4 +1,4 @@
-"""How a command gets its app: found, with the modules it should include, started and stopped."""
+"""How a command gets its app: imports it with its modules, starts it and stops it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from qtasks_core.errors import ConfigurationError
 from qtasks_core.urls import redact
 
 CONNECT_TIMEOUT = 3.0
-"""Seconds: a person waits. A worker waits for its servers instead."""
-
-
+"""Seconds that a command waits for its servers. A worker (`run`) waits without a limit."""
 LEVELS = ("debug", "info", "warning", "error")
 
 
 class Session:
-    """What the options before the command said, and the log where that is JSON."""
+    """The global options, and the log if it is printed as JSON."""
 
     def __init__(
         self, path: str | None, broker: str | None, log_level: str | None, json_log: JsonLog | None
@@ -40,17 +38,17 @@ class Session:
             logging.getLogger("qtasks").setLevel(log_level.upper())
 
     def app(self, include: Iterable[str] = ()) -> App:
-        """Import the app and the modules beside it. Raises `ConfigurationError`.
+        """Import the app and the included modules. Raises `ConfigurationError`.
 
-        The working directory is importable, as it is for `python -m`.
+        Modules in the working directory can be imported, as with `python -m`.
         """
         if os.getcwd() not in sys.path and "" not in sys.path:
             sys.path.insert(0, os.getcwd())
         app = default_app() if self.path is None else import_app(self.path, "-A")
         if self.broker is not None and app.addresses()[0] != redact(self.broker):
             raise ConfigurationError(
-                f"-b {redact(self.broker)}: the app {app.name!r} names its own broker in its code, "
-                f"{app.addresses()[0]}"
+                f"-b {redact(self.broker)}: the app {app.name!r} sets its broker in its code, "
+                f"{app.addresses()[0]}; leave out -b, or remove the broker from the code"
             )
         for name in include:
             for value in list(vars(import_named(name, "--include")).values()):
@@ -60,7 +58,11 @@ class Session:
 
     @contextmanager
     def started(self, include: Iterable[str] = ()) -> Iterator[App]:
-        """Give the app, connected, for one command. Raises `Unavailable`, `ConfigurationError`."""
+        """Yield the connected app for one command; stop it afterwards.
+
+        Raises `Unavailable` if a server cannot be reached within `CONNECT_TIMEOUT`, and
+        `ConfigurationError`.
+        """
         app = self.quiet(include)
         app.start_blocking(CONNECT_TIMEOUT)
         try:
@@ -69,11 +71,11 @@ class Session:
             app.stop_blocking()
 
     def quiet(self, include: Iterable[str] = ()) -> App:
-        """Return the app, not connected, for one command. Raises `ConfigurationError`."""
+        """Return the app for one command, without connecting. Raises `ConfigurationError`."""
         logging.basicConfig(format="qtasks: %(message)s", level=logging.WARNING)
         app = self.app(include)
         if self.log_level is None:
-            # From here on an error is raised, and told in the one line that its command ends with.
+            # From here on every error is raised, and `main` prints it: do not log it as well.
             logging.disable(logging.ERROR)
         return app
 
@@ -89,5 +91,5 @@ include_option = click.option(
 
 
 def split(text: str | None) -> tuple[str, ...]:
-    """Return the names of a list like `a,b`."""
+    """Return the names in a list like `a,b`."""
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())

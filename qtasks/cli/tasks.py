@@ -1,4 +1,4 @@
-"""Commands for tasks: enqueue one, look at one or many, cancel one."""
+"""Commands for tasks: `call`, `status`, `tasks` and `cancel`."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ _PAGE = 500
 
 
 class NoSuchRecord(QTasksError):
-    """The storage has no record of a task."""
+    """The storage has no record of the task."""
 
 
-class Ended(QTasksError):
-    """The task that was waited for has failed or was cancelled."""
+class DidNotSucceed(QTasksError):
+    """`call --wait`: the task failed or was cancelled."""
 
 
 class Interrupted(QTasksError):
-    """Ctrl-C ended the wait for a task."""
+    """`call --wait`: the user stopped waiting with Ctrl-C."""
 
     def __init__(self, message: str, uuid: str) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class Interrupted(QTasksError):
 
 
 def no_option(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
-    """Refuse what looks like an option that does not exist; `-1` is a number."""
+    """Raise `NoSuchOption` for text that looks like an unknown option; `-1` is a number."""
     for text in [value] if isinstance(value, str) else value:
         if text.startswith("-") and not text[1:2].isdigit():
             name = text.partition("=")[0]
@@ -70,9 +70,9 @@ def no_option(context: click.Context, parameter: click.Parameter, value: Any) ->
     help="Seconds to wait for the result.",
 )
 @click.option("--delay", type=click.FloatRange(min=0), help="Seconds before it may start.")
-@click.option("--queue", help="Another queue than the task's own.")
-@click.option("--priority", type=click.IntRange(0, 9), help="9 first.")
-@click.option("--key", help="Enqueue once: a later call with this key is no second task.")
+@click.option("--queue", help="The queue. Default: the task's queue.")
+@click.option("--priority", type=click.IntRange(0, 9), help="9 runs first.")
+@click.option("--key", help="Enqueue once: a second call with this key adds no task.")
 @include_option
 @json_option
 @pass_session
@@ -88,8 +88,8 @@ def call(
 ) -> None:
     """Enqueue a task and print its uuid, or with --wait its result.
 
-    Each argument is a JSON value: 1, true, '"text"', '[1, 2]', or name='"text"'. Where the function
-    wants a text or a date, quotes may be left out: 2030-01-31.
+    Each argument is a JSON value: 1, true, '"text"', '[1, 2]', or name='"text"'. If the parameter
+    is annotated as str, a date or the like, the quotes can be left out: 2030-01-31.
     """
     with session.started(include) as app:
         definition = known(app, name)
@@ -108,7 +108,7 @@ def call(
             print_fields(task_row(app, record), True)
         if record.status in ("error", "cancel"):
             why = f": {record.error}" if record.error else ""
-            raise Ended(f"task {name} {record.uuid} ended in {record.status!r}{why}")
+            raise DidNotSucceed(f"task {name} {record.uuid} ended in {record.status!r}{why}")
         if not as_json and wait is None:
             click.echo(record.uuid)
         elif not as_json:
@@ -117,12 +117,15 @@ def call(
 
 
 def known(app: App, name: str) -> TaskDefinition:
-    """Return a task of the app. Raises `UnknownTask`, with what may have been meant."""
+    """Return a task of the app. Raises `UnknownTask` with suggestions."""
     if not app.definitions:
-        raise UnknownTask(f"no task {name!r}: say where tasks are by -A module:app or --include")
+        raise UnknownTask(
+            f"no task {name!r}: the app has no tasks; name your app with -A module:app, "
+            "or modules with routers with --include"
+        )
     if name in app.definitions:
         return app.definitions[name]
-    # A task is called by its whole name, `module.function`; people remember the function.
+    # Tasks are named `module.function` by default, but people remember the function.
     near = [one for one in app.definitions if one.rpartition(".")[2] == name]
     near = near or get_close_matches(name, app.definitions, n=1) or sorted(app.definitions)
     more = f" and {len(near) - 3} more" if len(near) > 3 else ""
@@ -135,7 +138,7 @@ def known(app: App, name: str) -> TaskDefinition:
 @json_option
 @pass_session
 def status(session: Session, uuid: UUID, as_json: bool) -> None:
-    """Show all that is known of one task."""
+    """Show the record of one task."""
     with session.started() as app:
         record = app.get_blocking(uuid)
         if record is None:
@@ -144,7 +147,7 @@ def status(session: Session, uuid: UUID, as_json: bool) -> None:
 
 
 def moment(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
-    """Return the Unix time of a date or time in ISO 8601, local unless it has an offset."""
+    """Return the Unix time of an ISO 8601 date or time; it is local unless it has an offset."""
     try:
         return None if value is None else datetime.fromisoformat(value).timestamp()
     except ValueError:
@@ -152,15 +155,15 @@ def moment(context: click.Context, option: click.Parameter, value: str | None) -
 
 
 def filters(command: Any) -> Any:
-    """Add the options that choose tasks."""
+    """Add the options that filter tasks."""
     for option in (
         click.option(
             "--before",
             metavar="TIME",
             callback=moment,
-            help="Enqueued before, e.g. 2030-01-31T12:00.",
+            help="Enqueued before this time, e.g. 2030-01-31T12:00.",
         ),
-        click.option("--after", metavar="TIME", callback=moment, help="Enqueued after."),
+        click.option("--after", metavar="TIME", callback=moment, help="Enqueued after this time."),
         click.option("--name", help="The task's name."),
         click.option("--queue", help="The task's queue."),
     ):
@@ -170,10 +173,10 @@ def filters(command: Any) -> Any:
 
 @click.command()
 @click.option(
-    "--status", multiple=True, type=click.Choice(get_args(Status)), help="May be repeated."
+    "--status", multiple=True, type=click.Choice(get_args(Status)), help="Can be repeated."
 )
 @filters
-@click.option("--dead", is_flag=True, help="Only those that will not be tried again.")
+@click.option("--dead", is_flag=True, help="Only dead tasks: failed, with no retry to come.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True)
 @json_option
 @pass_session
@@ -195,7 +198,7 @@ def tasks(
 
 
 def nothing_in(app: App, what: str) -> str:
-    """Say that something is not there, and where it was looked for."""
+    """Return the message that no task or worker was found, with the place of the search."""
     return f"no {what} of the app {app.name!r} found in its storage, {app.addresses()[1]}"
 
 
@@ -218,24 +221,27 @@ def cancel(session: Session, uuids: tuple[UUID, ...], as_json: bool) -> None:
 
 
 def cancelled(app: App, uuid: str) -> Outcome:
-    """Cancel one task; refused where there is none, or it had ended."""
+    """Cancel one task. `refused`: there is no such task, or it has already finished."""
     try:
         if app.cancel_task_blocking(uuid):
             return DONE
     except UnknownTask:
         return Outcome("refused", f"there is no record of a task {uuid}")
-    return Outcome("refused", f"task {uuid} had ended before it was cancelled")
+    return Outcome("refused", f"task {uuid} cannot be cancelled: it has already finished")
 
 
 def query_of(
     *, name: str | None, after: float | None, before: float | None, **fields: Any
 ) -> TaskQuery:
-    """Return the query that the options of `filters` mean."""
+    """Return the query for the options of `filters`."""
     return TaskQuery(task_name=name, created_after=after, created_before=before, **fields)
 
 
 def records_of(app: App, query: TaskQuery, limit: int | None = None) -> Iterator[Task]:
-    """Iterate over what a query finds, page by page. Raises `NotSupported`."""
+    """Yield the records that match, at most `limit`, reading page by page.
+
+    Raises `NotSupported`.
+    """
     left = limit
     while left is None or left > 0:
         size = _PAGE if left is None else min(left, _PAGE)

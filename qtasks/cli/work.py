@@ -1,4 +1,4 @@
-"""The command that is a worker."""
+"""The command `run`: a worker."""
 
 from __future__ import annotations
 
@@ -14,45 +14,43 @@ _MIB = 1024 * 1024
 
 
 @click.command()
-@click.option("--queues", metavar="A,B", help="Default: those of the app's tasks.")
+@click.option("--queues", metavar="A,B", help="The queues. Default: those of the app's tasks.")
 @click.option(
     "--concurrency",
     type=click.IntRange(min=1),
     default=100,
     show_default=True,
-    help="Tasks at once in a process.",
+    help="Tasks that one process runs at once.",
 )
 @click.option(
     "--grace",
     type=click.FloatRange(min=0),
     default=30.0,
     show_default=True,
-    help="Seconds that running tasks have at a stop.",
+    help="Seconds that running tasks have to finish when the worker stops.",
 )
 @click.option(
     "--processes",
     type=click.IntRange(min=1),
-    help="Worker processes, started again when they end. Default: this process is the worker.",
+    help="Worker processes to supervise and restart. Default: this process is the worker.",
 )
-@click.option(
-    "--max-tasks", type=click.IntRange(min=1), help="Tasks after which a worker makes room."
-)
+@click.option("--max-tasks", type=click.IntRange(min=1), help="Tasks after which a worker exits.")
 @click.option(
     "--max-memory",
     type=click.IntRange(min=1),
     metavar="MIB",
-    help="Resident memory at which a worker makes room.",
+    help="Resident memory at which a worker exits. With --processes, another one follows.",
 )
 @click.option(
     "--health-port",
     type=click.IntRange(1, 65535),
-    help="Answer /live and /ready over HTTP at this port.",
+    help="Answer /live and /ready over HTTP on this port.",
 )
 @click.option(
     "--health-host",
     default="127.0.0.1",
     show_default=True,
-    help="The address of that port; 0.0.0.0 in a container.",
+    help="The address for the health port; 0.0.0.0 in a container.",
 )
 @click.option("--reload", is_flag=True, help="Restart when a source file changes.")
 @include_option
@@ -72,11 +70,14 @@ def run(
     include: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Run tasks until SIGTERM or SIGINT; a second signal gives running tasks back at once."""
+    """Run tasks until SIGTERM or SIGINT.
+
+    A second signal puts running tasks back into their queues at once.
+    """
     if session.log_level is None and (reload or as_json):
         logging.getLogger("qtasks").setLevel(logging.INFO)
     if session.json_log is not None:
-        session.json_log.go_on()
+        session.json_log.print_at_once()
     if reload:
         from qtasks.cli.reload import run_reloading
 
@@ -85,8 +86,8 @@ def run(
     app = session.app(include)
     if not app.definitions:
         raise ConfigurationError(
-            "no task is known that a worker could run: name the app by -A module:app, "
-            "or modules with routers by --include"
+            "the app has no tasks to run: name your app with -A module:app, "
+            "or modules with routers with --include"
         )
     app.run_forever(
         queues=split(queues) or None,

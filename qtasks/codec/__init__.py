@@ -1,1 +1,1 @@
-"""Serializers: how values become bytes and back."""
+"""Serializers: how values become bytes, and bytes become values again."""

@@ -1,4 +1,4 @@
-"""MessagePack for arguments and results, by msgspec."""
+"""The default serializer: MessagePack for arguments and results, with msgspec."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCALARS: dict[Any, Callable[[Any], Any]] = {
     str: str.__str__,
     bytes: bytes.__bytes__,
 }
-"""Each with what makes it plain: msgspec has no encoding of classes derived from them."""
+"""Plain types, each with a function that removes a subclass: msgspec cannot encode subclasses."""
 _PLAIN: dict[type, Callable[[Any], Any]] = {
     int: int.__int__,
     float: float.__float__,
@@ -36,9 +36,9 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {
     time: lambda value: datetime.timetz(datetime.combine(date.min, value)),
     timedelta: lambda value: timedelta.__add__(value, timedelta()),
 }
-"""The same for all scalars, wherever they are in a value. A datetime is a date too."""
+"""The same for scalars inside other values. `datetime` stands before `date`, its base class."""
 _ALSO: dict[Any, tuple[type, ...]] = {float: (int,), bytes: (bytearray, memoryview)}
-"""What is encoded alike."""
+"""Other types that an annotation accepts, because they are encoded in the same way."""
 _STANDARD = (
     kinds.NoneType, kinds.BoolType, kinds.IntType, kinds.FloatType, kinds.StrType,
     kinds.BytesType, kinds.ByteArrayType, kinds.MemoryViewType, kinds.DateTimeType,
@@ -47,26 +47,27 @@ _STANDARD = (
     kinds.VarTupleType, kinds.TupleType, kinds.DictType, kinds.UnionType,
 )  # fmt: skip
 _NO_TYPE = (TypeError, NameError, AttributeError)
-"""What an annotation leads to that is no type, or one with a field whose type is not found."""
+"""Raised for an annotation that is not a type, or has a field whose type cannot be resolved."""
 
 
 class MsgpackSerializer(Serializer):
-    """The default. Values without an annotation carry tags for what MessagePack cannot tell apart.
+    """The default serializer.
 
-    With an annotation msgspec encodes and decodes by it: dataclasses, Structs, TypedDict, unions,
-    enums and the standard library's types. Pydantic models (2.11 or later) go through their own
-    validation, as plain data where there is a tag for it, else as their own JSON. Of a datetime
-    with a zone it is the moment that arrives, in UTC.
+    Without an annotation, values carry tags for the types that MessagePack does not have, such as
+    tuples and UUIDs, so they come back as they were. With an annotation, msgspec encodes and
+    decodes by it: dataclasses, Structs, TypedDict, unions, enums and types of the standard library.
+    Pydantic models (2.11 or later) are dumped and validated by pydantic. A datetime with a time
+    zone comes back as the same moment in UTC.
     """
 
     name = "msgpack"
 
     def encoder(self, annotation: Any) -> Callable[[Any], Any]:
-        """Return what makes a value of this annotation ready for `encode`.
+        """Return a function that prepares a value of this annotation for `encode`.
 
-        It refuses what the annotation does not allow where that consists of scalars, unions and the
-        standard collections; of others, decoding does.
-        Raises `SerializationError` for an annotation that no value can be decoded by.
+        It raises `SerializationError` for a value that does not fit an annotation made of scalars,
+        unions and standard collections. For other annotations, a wrong value is found when it is
+        decoded. Raises `SerializationError` for an annotation that cannot be decoded.
         """
         if annotation is Any or annotation is object:
             return tag
@@ -115,9 +116,10 @@ class MsgpackSerializer(Serializer):
             raise SerializationError(str(error)) from error
 
     def decoder(self, annotation: Any) -> Callable[[Any], Any]:
-        """Return a function from bytes to a value of this type, compiled now.
+        """Return a function that decodes bytes into a value of this type. It is compiled now.
 
-        Raises `SerializationError` for a type that has no encoding.
+        Raises `SerializationError` for a type that has no encoding. The function raises it for
+        bytes that do not fit the type.
         """
         if annotation is Any or annotation is object:
             return _decode_untyped
@@ -130,7 +132,8 @@ class MsgpackSerializer(Serializer):
             try:
                 return typed.decode(data)
             except (msgspec.MsgspecError, RecursionError):
-                # A sender that does not know the annotations tags what a typed decoder wants bare.
+                # A sender without the annotations tags values that the typed decoder expects
+                # without tags.
                 value = _decode_untyped(data)
             try:
                 return msgspec.convert(value, annotation, dec_hook=from_plain)
@@ -150,7 +153,7 @@ def _can_be_decoded(annotation: Any) -> bool:
 
 
 def _is_standard(annotation: Any) -> bool:
-    """Say whether decoding a value builds nothing but what the standard library has."""
+    """Tell whether decoding by this annotation builds only types of the standard library."""
     return all(isinstance(kind, _STANDARD) for kind in kinds_in(annotation))
 
 
@@ -165,7 +168,7 @@ def _scalar(annotation: type) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if type(value) is annotation:
             return value
-        if not isinstance(value, bool):  # which is an int, but not taken for one
+        if not isinstance(value, bool):  # a bool is an int, but is not accepted as one
             if isinstance(value, annotation):
                 return plain(value)
             if isinstance(value, also):
@@ -176,20 +179,20 @@ def _scalar(annotation: type) -> Callable[[Any], Any]:
 
 
 def _to_plain(value: Any) -> Any:
-    """Encode what msgspec does not know: pydantic models, and classes derived from a scalar's."""
+    """Encode what msgspec does not know: pydantic models, and subclasses of scalars."""
     for scalar, plain in _PLAIN.items():
         if isinstance(value, scalar):
             return plain(value)
     if not hasattr(value, "model_dump"):
         raise TypeError(f"a {type(value).__qualname__} has no encoding")
-    # What is computed from the other fields would not be taken as a field again.
+    # `round_trip` leaves out computed fields: validation would refuse them.
     dump = partial(value.model_dump, round_trip=True)
     try:
         fields = dump()
     except TypeError:
-        return dump(mode="json")  # a set of models: they are dicts then, which no set holds
+        return dump(mode="json")  # a set of models: dumped they are dicts, which no set can hold
     try:
-        # JSON would change the types of what an `Any` or a union in the model leaves open.
+        # JSON would change the types of values in fields that are `Any` or a union.
         return tag(fields)
     except SerializationError:
         return tag_or(fields, dump(mode="json", warnings=False))
@@ -202,12 +205,12 @@ def from_plain(annotation: Any, value: Any) -> Any:
     if not hasattr(annotation, "model_validate"):
         raise TypeError(f"{annotation!r} has no decoding")
     try:
-        # By name, as it was encoded; by the aliases too, as other senders may write it.
+        # By name, as `_to_plain` writes it. Aliases are accepted too: other senders may use them.
         return annotation.model_validate(value, by_name=True)
     except ValueError:
         from pydantic_core import to_json
 
-        # Strict models take the text of a path or an enum from JSON only.
+        # Strict models accept text for a path or an enum only from JSON.
         return annotation.model_validate_json(to_json(value), by_name=True)
 
 

@@ -1,4 +1,4 @@
-"""Tags for what MessagePack cannot tell apart, where no annotation says what a value is."""
+"""Tags for types that MessagePack does not have, for values without an annotation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ _FROM_TEXT: dict[int, Callable[[str], Any]] = {
 
 
 def tag(value: Any) -> Any:
-    """Return the value with tags in it. Raises `SerializationError` for what cannot travel."""
+    """Return the value with tags in it.
+
+    Raises `SerializationError` if it has a part that would not come back as it was.
+    """
     kind = type(value)
     if kind in _PLAIN:
         return value
@@ -76,7 +79,10 @@ def tag(value: Any) -> Any:
 
 
 def tag_or(value: Any, other: Any) -> Any:
-    """Return the value with tags in it, and what has none as it is in `other`, its form in JSON."""
+    """Return the value with tags in it; parts that have no tag are taken from `other`.
+
+    `other` is the same value in its JSON form.
+    """
     kind, alike = type(value), _size(value) == _size(other)
     if kind is dict and alike:
         return {
@@ -91,8 +97,8 @@ def tag_or(value: Any, other: Any) -> Any:
     except SerializationError:
         if hasattr(value, "get_secret_value") and set(str(other)) == {"*"}:
             raise SerializationError(
-                f"a {kind.__qualname__} would come back as its mask; give its field a serializer "
-                "that reveals it in JSON, or pass the secret by another way"
+                f"a {kind.__qualname__} would come back as its mask, ***; give its field a "
+                "serializer that reveals it in JSON, or pass the secret in another way"
             ) from None
         return other
 
@@ -106,19 +112,25 @@ def _refuse_loss(value: Any) -> None:
     if zone is not None and type(zone) is not timezone:
         raise SerializationError(
             f"a {type(value).__name__} in {zone} would come back without the rules of its zone; "
-            "pass it in UTC, and the name of the zone beside it"
+            "pass it in UTC, and pass the name of the zone as another argument"
         )
     if getattr(value, "fold", 0):
-        raise SerializationError(f"a {type(value).__name__} with fold=1 would come back without it")
+        raise SerializationError(
+            f"a {type(value).__name__} with fold=1 would come back without it; pass it in UTC"
+        )
 
 
 def _plain_key(key: Any) -> Any:
     if type(key) in _KEYS:
         return key
-    raise SerializationError(f"a {type(key).__qualname__} cannot be a key of a dict")
+    raise SerializationError(
+        f"a {type(key).__qualname__} cannot be a key of a dict; "
+        "use str, int, float, bool, bytes or None"
+    )
 
 
 def untag(code: int, data: memoryview) -> Any:
+    """Return the value of a tag. Raises `ValueError` for an unknown one."""
     if code in _FROM_TEXT:
         return _FROM_TEXT[code](bytes(data).decode())
     if code == _TUPLE:
@@ -127,7 +139,7 @@ def untag(code: int, data: memoryview) -> Any:
         return set(_decoder.decode(data))
     if code == _FROZENSET:
         return frozenset(_decoder.decode(data))
-    raise ValueError(f"unknown extension {code}")
+    raise ValueError(f"unknown MessagePack extension {code}; a newer release may have written it")
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -136,16 +148,17 @@ _Tagger: TypeAlias = Callable[[Any], Any]
 
 
 def tagger(annotation: Any) -> _Tagger | None:
-    """Return what tags those parts of a value that this annotation leaves open; None: it has none.
+    """Return a function that tags the parts of a value that this annotation leaves open (`Any`).
 
-    What is returned does not change the value, and passes on what does not fit.
+    None if the annotation leaves nothing open. The function returns a new value; parts that do not
+    fit the annotation are left as they are.
     """
     kind = inspect.type_info(annotation)
     return _Compiler().tagger(kind) if _is_open(kind) else None
 
 
 def kinds_in(annotation: Any) -> list[inspect.Type]:
-    """Return what msgspec makes of an annotation, with all parts, each once."""
+    """Return msgspec's types for an annotation and everything inside it, each once."""
     return _all_in(inspect.type_info(annotation))
 
 
@@ -161,7 +174,7 @@ def _all_in(kind: inspect.Type) -> list[inspect.Type]:
 
 
 def _is_open(kind: inspect.Type) -> bool:
-    """Say whether a type leaves a part open."""
+    """Tell whether a type has `Any` or `object` in it."""
     return any(map(_is_any, _all_in(kind)))
 
 
@@ -197,13 +210,13 @@ def _parts(kind: inspect.Type) -> list[inspect.Type]:
 
 
 class _Compiler:
-    """Makes taggers of open types; a type that contains itself leads back to its own."""
+    """Builds taggers for open types. A type that contains itself uses its own tagger inside."""
 
     def __init__(self) -> None:
         self._made: dict[int, _Tagger | None] = {}
 
     def tagger(self, kind: inspect.Type) -> _Tagger | None:
-        """Return the tagger of a type, None where nothing is open."""
+        """Return the tagger of a type; None if it is not open."""
         if not _is_open(kind):
             return None
         if id(kind) in self._made:
@@ -238,7 +251,7 @@ class _Compiler:
         taggers = [made for part in kind.types if (made := self.tagger(part))]
 
         def tag_union(value: Any) -> Any:
-            # Each passes on what is not its own.
+            # Each tagger leaves the values of the other types as they are.
             return reduce(lambda tagged, tagger: tagger(tagged), taggers, value)
 
         return tag_union
@@ -297,7 +310,7 @@ class _Compiler:
 
 
 def _with(value: Any, fields: Mapping[str, Any]) -> Any:
-    """Return a copy with other fields, unchecked: it is only encoded."""
+    """Return a copy with other values in these fields. It skips validation: it is only encoded."""
     if isinstance(value, tuple):
         return value._replace(**fields)  # type: ignore[attr-defined]
     other = copy.copy(value)

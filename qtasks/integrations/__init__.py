@@ -1,1 +1,1 @@
-"""QTasks inside other frameworks: a module for each, which imports it; nothing else does."""
+"""QTasks inside other frameworks, a module for each. Only that module imports the framework."""

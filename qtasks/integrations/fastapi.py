@@ -1,4 +1,4 @@
-"""FastAPI (and Starlette): an app's life within the API's, and what failures are over HTTP.
+"""FastAPI and Starlette: starts and stops the app with the API, and turns errors into responses.
 
 api = FastAPI(lifespan=lifespan(app))
 install_error_handlers(api)
@@ -41,11 +41,14 @@ A = TypeVar("A")
 
 
 def lifespan(app: App | None = None, inner: Lifespan[A] | None = None) -> StatefulLifespan[A]:
-    """Return a lifespan that starts `app` (the process's default app) and stops it at the end.
+    """Return a lifespan that starts `app` with the API and stops it at the end.
 
-    `inner` is another lifespan, which runs within this one; what it yields is the API's state. A
-    server that is out of reach fails the API's start with `Unavailable` instead of its requests.
-    The default app logs where it writes tasks to if no worker is there.
+        api = FastAPI(lifespan=lifespan(app))
+
+    `app` is the process's default app unless you pass one. `inner` is your own lifespan: it runs
+    while the app is started, and yields the API's state. If a server cannot be reached, the API
+    does not start: `Unavailable` is raised. For the default app, a warning is logged if no worker
+    is alive.
     """
 
     @asynccontextmanager
@@ -67,7 +70,7 @@ def lifespan(app: App | None = None, inner: Lifespan[A] | None = None) -> Statef
 
 
 async def _warn_of_no_worker(app: App) -> None:
-    """Log that no worker takes the tasks of a default app, whose broker no code has named."""
+    """Log a warning if no worker is alive: the default app may use another broker than it does."""
     with suppress(NotSupported, Unavailable):
         if not await app.control(workers):
             logger.warning(
@@ -77,10 +80,13 @@ async def _warn_of_no_worker(app: App) -> None:
 
 
 def install_error_handlers(api: Starlette) -> None:
-    """Answer requests whose endpoint raised an error of QTasks: a status that fits, and JSON.
+    """Turn errors of QTasks that an endpoint raises into JSON responses with a fitting status.
 
-    The body has `detail` and, where it is known, the task's `uuid`, by which the client can ask
-    again: past a timeout the task goes on. Tracebacks and addresses of servers go to the log alone.
+        install_error_handlers(api)
+
+    For instance, `TaskTimeout` becomes 504 and `Unavailable` becomes 503. The body has `detail`,
+    and the task's `uuid` if it is known. With it the client can ask again after a timeout: the task
+    keeps running. Tracebacks and addresses of servers are only logged.
     """
     api.add_exception_handler(TaskFailed, _failed)
     api.add_exception_handler(TaskCancelled, _failed)
@@ -97,17 +103,18 @@ ANSWERS: tuple[tuple[type[QTasksError], int, str | None], ...] = (
     (TaskNotFinished, 409, None),
     (PayloadTooLarge, 413, None),
     (SerializationError, 422, None),
-    (Refused, 502, "the task queue does not take this task"),
+    (Refused, 502, "the task queue refused this task"),
     (QTasksError, 500, "the task queue has failed"),
 )
-"""Errors, the status of their answer and its `detail`; None: what the error says. The last one is
-for all others: a wrong configuration, a call that does not fit the task."""
+"""The status and the `detail` for each class of errors; None: the message of the error. The last
+entry is for all others, for instance a wrong configuration or arguments that do not fit the task.
+"""
 
 Handler: TypeAlias = Callable[[Request, Exception], Awaitable[JSONResponse]]
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:
-    # Starlette wants a handler of any exception; it calls each with its own.
+    # The type is for any exception, but Starlette calls this only for the registered classes.
     assert isinstance(error, TaskFailed | TaskCancelled)
     record = error.record
     detail = record.error or "the task was cancelled"
@@ -118,16 +125,16 @@ async def _failed(_: Request, error: Exception) -> JSONResponse:
 def _answering(status: int, detail: str | None) -> Handler:
     async def answer(request: Request, error: Exception) -> JSONResponse:
         if status >= 500:
-            # Where it was raised matters only when it should not have been.
+            # A traceback is useful only for an unexpected error.
             logger.log(
                 logging.ERROR if status == 500 else logging.WARNING,
                 "%s %s: %s",
                 request.method, request.url.path, error,
                 exc_info=error if status == 500 else None,
             )  # fmt: skip
-        # `args` are what the error says without the address of a server.
-        told = str(error.args[0]) if error.args else type(error).__name__
-        body = {"detail": told if detail is None else detail}
+        # `args[0]` is the message without the address of a server.
+        message = str(error.args[0]) if error.args else type(error).__name__
+        body = {"detail": message if detail is None else detail}
         if isinstance(error, TaskTimeout) and error.uuid is not None:
             body["uuid"] = error.uuid
         return JSONResponse(body, status)

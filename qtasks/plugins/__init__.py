@@ -1,4 +1,4 @@
-"""Plugins that come with QTasks, and what one needs to write another."""
+"""Plugins that come with QTasks, and the classes that you need to write your own."""
 
 from qtasks.plugins.retries import Backoff, Retries
 from qtasks_core.contracts.plugin import Again, Decision, GiveUp, Plugin, Proceed, Run

@@ -1,4 +1,4 @@
-"""The plugin that runs failed tasks again. Its name keeps apart from `qtasks.Retry`, the signal."""
+"""The plugin that runs failed tasks again. It is named `Retries`: `qtasks.Retry` is the signal."""
 
 from __future__ import annotations
 
@@ -14,45 +14,50 @@ from qtasks_core.errors import ConfigurationError
 
 
 class Backoff(Struct, frozen=True):
-    """How often a task may run again, and how long it waits before: exponential, full jitter.
+    """How often a failed task is retried, and how long it waits before each retry.
 
-    Before run n + 1 it waits a random time from 0 to `first * factor ** (n - 1)` seconds, at most
-    `longest`. Jitter over the whole range is what clears up a crowd of clients soonest: Marc
-    Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    Raises `ConfigurationError`.
+        Backoff(5, first=2.0)  # five retries, after at most 2, 4, 8, 16 and 32 seconds
+
+    Before retry n it waits a random time from 0 to `first * factor ** (n - 1)` seconds, and never
+    more than `longest` (exponential backoff with full jitter). Jitter over the whole range spreads
+    the load of many clients best: Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture
+    Blog, 2015. Raises `ConfigurationError` for a number that is out of range.
     """
 
     retries: int
     """How many runs may follow the first."""
     first: float = 1.0
+    """Seconds: the longest wait before the first retry."""
     factor: float = 2.0
+    """By how much the longest wait grows with each retry."""
     longest: float = 300.0
+    """Seconds: the limit of every wait."""
 
     def __post_init__(self) -> None:
         if self.retries < 0:
-            raise ConfigurationError(f"retries={self.retries} is below 0")
+            raise ConfigurationError(f"retries={self.retries}: it must be 0 or more")
         for name, least in (("first", 0), ("factor", 1), ("longest", 0)):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= least):
-                raise ConfigurationError(f"{name}={value} is not a number from {least} on")
+                raise ConfigurationError(f"{name}={value}: it must be a number of {least} or more")
 
     def most(self, attempt: int) -> float:
-        """Return the seconds that the wait after this attempt, 1 for the first, takes at most."""
+        """Return the longest wait in seconds after this attempt (1 for the first run)."""
         try:
             return min(self.longest, self.first * self.factor ** (attempt - 1))
         except OverflowError:
             return self.longest if self.first else 0.0
 
     def delay(self, attempt: int) -> float:
-        """Return the seconds to wait after this attempt."""
+        """Return a random wait in seconds after this attempt (1 for the first run)."""
         return random.uniform(0.0, self.most(attempt))
 
     def decide(self, run: Run, error: BaseException) -> Decision:
-        """Say what follows a run that raised `error`."""
+        """Decide what follows a run that raised `error`."""
         if isinstance(error, Retry):
             return Again(self.delay(run.attempt) if error.after is None else error.after)
         if run.attempt <= self.retries:
-            return Again(max(self.delay(run.attempt), _asked(error)))
+            return Again(max(self.delay(run.attempt), _retry_after(error)))
         tries = run.attempt
         return GiveUp(f"failed {tries} times" if tries > 1 else "no retry is configured")
 
@@ -60,14 +65,15 @@ class Backoff(Struct, frozen=True):
 class Retries(Plugin):
     """Runs a task again after an exception.
 
-    `otherwise` is a `Backoff`, or how many runs may follow the first; None leaves what `on` does
-    not name to the plugins further out. `on` says what holds for some exceptions: the nearest
-    class in the exception's own order of classes counts. How many runs there were is counted for
-    the task, whatever each of them raised.
+        Retries(3, on={ConnectionError: Backoff(10), ValueError: 0})
 
-    An exception whose attribute `retry_after` is a number of seconds is waited for no shorter than
-    that. A function that raises `qtasks.Retry` runs again however often it did before, without
-    `after=` by the backoff that holds for `Retry`.
+    `otherwise` is a `Backoff`, or the number of retries. None: exceptions that `on` does not name
+    are left to the next plugin. `on` sets the backoff for classes of exceptions; the most specific
+    class counts. All runs of the task count, whatever exception each of them raised.
+
+    If the exception has an attribute `retry_after`, a number of seconds, the wait is at least that
+    long. A function that raises `qtasks.Retry` always runs again, however often it has run.
+    Without `after=` it waits for the backoff that applies to `Retry`.
     """
 
     def __init__(
@@ -79,12 +85,12 @@ class Retries(Plugin):
         self._on = {kind: _backoff(given) for kind, given in (on or {}).items()}
 
     def backoff(self, error: BaseException) -> Backoff | None:
-        """Return what holds for an exception, None where this plugin leaves it to others."""
+        """Return the backoff for an exception; None if this plugin does not decide about it."""
         nearest = (self._on[kind] for kind in type(error).__mro__ if kind in self._on)
         return next(nearest, self._otherwise)
 
     async def decide(self, run: Run, error: BaseException) -> Decision | None:
-        """Run the task again after the backoff, or give it up when it ran often enough."""
+        """Decide to run the task again after the backoff, or to give up if no retry is left."""
         backoff = self.backoff(error)
         return None if backoff is None else backoff.decide(run, error)
 
@@ -93,9 +99,9 @@ def _backoff(given: int | Backoff) -> Backoff:
     return given if isinstance(given, Backoff) else Backoff(given)
 
 
-def _asked(error: BaseException) -> float:
-    """Return the seconds that an exception asks to wait, 0 where it does not say."""
-    asked = getattr(error, "retry_after", None)
-    if isinstance(asked, int | float) and math.isfinite(asked):
-        return max(0.0, asked)
+def _retry_after(error: BaseException) -> float:
+    """Return the seconds in the exception's `retry_after`, or 0 if it has none."""
+    seconds = getattr(error, "retry_after", None)
+    if isinstance(seconds, int | float) and math.isfinite(seconds):
+        return max(0.0, seconds)
     return 0.0

@@ -1,19 +1,17 @@
-"""The four classes to subclass, put together from a file a theme.
-
-Test modules are named for what they test, so pytest is told to explain their assertions too.
-"""
+"""The four contracts to subclass. Each is put together from one module per subject."""
 
 from __future__ import annotations
 
 import pytest
 
-for _theme in (
+# pytest explains failed assertions only in modules named `test_…`, unless others are registered.
+for _module in (
     "backends", "cancelling", "claims", "commands", "declared_broker", "declared_storage", "delays",
     "delivering", "depth", "faults", "freezing", "idling", "inboxes", "keys", "leases", "migrating",
     "outages", "pairs", "poison", "querying", "records", "repeating", "retention", "streams",
     "submitting", "transactions", "undecodable", "values",
 ):  # fmt: skip
-    pytest.register_assert_rewrite(f"{__name__}.{_theme}")
+    pytest.register_assert_rewrite(f"{__name__}.{_module}")
 pytest.register_assert_rewrite("qtasks_conformance.waiting")
 
 from qtasks_conformance.contracts.backends import BackendContract  # noqa: E402
@@ -82,7 +80,12 @@ class BrokerContract(
     BrokerOutageContract,
     BrokerFreezeContract,
 ):
-    """All that a Broker must do. Needs a fixture `subject`."""
+    """Everything that a broker must do.
+
+        class TestMyBroker(BrokerContract): ...
+
+    Needs a fixture `subject` that returns a `Subject`.
+    """
 
 
 class StorageContract(
@@ -101,7 +104,12 @@ class StorageContract(
     StorageOutageContract,
     StorageFreezeContract,
 ):
-    """All that a Storage must do. Needs a fixture `subject`."""
+    """Everything that a storage must do.
+
+        class TestMyStorage(StorageContract): ...
+
+    Needs a fixture `subject` that returns a `Subject`.
+    """
 
 
 class CompositionContract(
@@ -111,7 +119,13 @@ class CompositionContract(
     CompositionRepeatContract,
     PoisonContract,
 ):
-    """All that a broker and a storage must do together. Needs a fixture `subject`."""
+    """Everything that a broker and a storage must do together.
+
+        class TestMyPair(CompositionContract): ...
+
+    Needs a fixture `subject` that returns a `Subject`. It tests the joint composition if the broker
+    has one with this storage, else the default composition.
+    """
 
 
 __all__ = ["BackendContract", "BrokerContract", "CompositionContract", "StorageContract"]

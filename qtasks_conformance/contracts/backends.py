@@ -1,4 +1,4 @@
-"""A backend is found by its URL, uses all of the URL, and shows no password of it."""
+"""A backend is found by its URL, uses the whole URL, and never shows its password."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
-from qtasks_conformance.contracts.pairs import end
+from qtasks_conformance.contracts.pairs import completion
 from qtasks_conformance.rig import Rig, new_uuid
 from qtasks_conformance.subject import Subject
 from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, limited
@@ -28,17 +28,17 @@ HALVES: tuple[Half, ...] = ("broker", "storage")
 
 
 class BackendContract(Contract):
-    """What is registered for the scheme of the subject's URL."""
+    """The backend that is registered for the scheme of the subject's URL. Needs `url=`."""
 
     async def test_the_backend_is_found(self, subject: Subject) -> None:
-        """By its entry point, for a version of the contracts that this release takes."""
+        """The entry point names a backend with a supported contract version."""
         url = url_of(subject)
         backend = find_backend(url)
-        assert isinstance(backend.broker(url), Broker), "broker(url) is no Broker"
-        assert isinstance(backend.storage(url), Storage), "storage(url) is no Storage"
+        assert isinstance(backend.broker(url), Broker), "`broker(url)` does not return a Broker"
+        assert isinstance(backend.storage(url), Storage), "`storage(url)` does not return a Storage"
 
     async def test_both_halves_work_together(self, rig: Rig) -> None:
-        """Of one URL, in several instances: a task goes from a client to a worker and back."""
+        """Instances of one URL work together: a task goes from a client to a worker and back."""
         url = url_of(rig.subject)
         client, worker = await started_broker(rig, url), await started_broker(rig, url)
         mine, others = await started_storage(rig, url), await started_storage(rig, url)
@@ -50,14 +50,14 @@ class BackendContract(Contract):
         composition = compose(worker, others)
         ((verdict, _),) = await composition.admit([delivery])
         assert verdict == "run"
-        ends = [end(delivery, "ack", "success")]
+        ends = [completion(delivery, "ack", "success")]
         assert_settled(await composition.complete(subscription, ends), worker.guarantees)
         (task,) = await mine.get([message.uuid])
-        assert task is not None, "what one instance has saved, another of the same URL does not see"
+        assert task is not None, "a record of one instance is not seen by another of the same URL"
         assert task.status == "success"
 
     async def test_brokers_of_other_urls_share_nothing(self, rig: Rig) -> None:
-        """Each receives what was published by its own URL, and nothing else."""
+        """A broker of one URL does not receive messages that were published at another URL."""
         urls = url_of(rig.subject), other_url_of(rig.subject)
         brokers = [await started_broker(rig, url) for url in urls]
         messages = rig.messages(len(brokers))
@@ -66,83 +66,89 @@ class BackendContract(Contract):
         for broker, message in zip(brokers, messages, strict=True):
             subscription = await broker.subscribe({"q": 10})
             (delivery,) = await collect(subscription, 1)
-            assert delivery.message == message, "it came from the other URL"
+            assert delivery.message == message, "a message of another URL was delivered"
             await assert_silent(subscription, 0.3)
 
     async def test_storages_of_other_urls_share_nothing(self, rig: Rig) -> None:
-        """A record that is saved by one URL is not read by the other."""
+        """A storage of one URL does not read records that were saved at another URL."""
         urls = url_of(rig.subject), other_url_of(rig.subject)
         storages = [await started_storage(rig, url) for url in urls]
         uuid = new_uuid()
         for storage in storages:
-            assert await storage.get([uuid]) == [None], "it was saved by the other URL"
+            assert await storage.get([uuid]) == [None], "a record of another URL was read"
             record = rig.record("success", uuid=uuid)
             assert_done(await storage.save([record]))
             assert await storage.get([uuid]) == [record]
 
     @pytest.mark.parametrize("half", HALVES)
     async def test_a_url_that_leads_nowhere_is_told(self, rig: Rig, half: Half) -> None:
-        """`start` raises: it does not work with some other server, and it does not hang."""
+        """If nobody listens at the URL, `start` raises `Unavailable` or `ConfigurationError`.
+
+        It must not hang, and not use another server.
+        """
         with nowhere(url_of(rig.subject)) as url, pytest.raises((Unavailable, ConfigurationError)):
             await started(rig, half, url)
 
     @pytest.mark.parametrize("half", HALVES)
     async def test_an_option_that_does_not_exist_is_refused(self, rig: Rig, half: Half) -> None:
-        """By its name, with those that exist: when the part is built, or when it starts."""
+        """An unknown option raises `ConfigurationError`, at the latest in `start`.
+
+        The message names the option and lists those that exist.
+        """
         with pytest.raises(ConfigurationError) as caught:
             await started(rig, half, with_option(url_of(rig.subject)))
         words = re.findall(r"\w+", str(caught.value))
-        assert "colour" in words, f"the option is not named: {caught.value}"
+        assert "colour" in words, f"the error does not name the option: {caught.value}"
         missing = [option for option in rig.subject.options if option not in words]
-        assert not missing, f"{missing} are not among the options that exist: {caught.value}"
+        assert not missing, f"the error does not list the options {missing}: {caught.value}"
 
     @pytest.mark.parametrize("half", HALVES)
     async def test_a_password_is_not_shown(
         self, rig: Rig, half: Half, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Neither in an error or what caused it, nor in a repr, the guarantees or a log record."""
+        """The password of a URL is in no error or its causes, no repr, guarantees or log record."""
         caplog.set_level(logging.DEBUG)
         secret = f"secret{new_uuid()}"
         with login_to_nowhere(url_of(rig.subject), secret) as url:
-            shown = [await told(rig, half, tried) for tried in (url, with_option(url))]
+            shown = [await shown_text(rig, half, tried) for tried in (url, with_option(url))]
         written = logging.Formatter()
         shown += [written.format(record) + repr(record.args) for record in caplog.records]
         leaks = [text.replace(secret, "(the password)") for text in shown if secret in text]
-        assert not leaks, leaks
+        assert not leaks, f"the password of the URL is shown, use `redact`: {leaks}"
 
 
 def url_of(subject: Subject) -> str:
-    """Return the subject's URL; the test is skipped where it says none."""
+    """Return the subject's URL. Skip the test if it has none."""
     if subject.url is None:
-        pytest.skip("the subject says no URL")
+        pytest.skip("the subject has no `url`")
     return subject.url
 
 
 def other_url_of(subject: Subject) -> str:
-    """Return a URL that leads elsewhere; the test is skipped where the subject says none."""
+    """Return the subject's URL of another place. Skip the test if it has none."""
     if subject.other_url is None:
-        pytest.skip("the subject says no other URL")
+        pytest.skip("the subject has no `other_url`")
     return subject.other_url
 
 
 async def started_broker(rig: Rig, url: str) -> Broker:
-    """Start a broker of a URL."""
+    """Start a broker for a URL."""
     return await rig.started(find_backend(url).broker(url))
 
 
 async def started_storage(rig: Rig, url: str) -> Storage:
-    """Start a storage of a URL."""
+    """Start a storage for a URL."""
     return await rig.started(find_backend(url).storage(url))
 
 
 async def started(rig: Rig, half: Half, url: str) -> Broker | Storage:
-    """Start one half of a URL; fails when that neither works nor raises."""
+    """Start the broker or the storage of a URL; fail if `start` hangs."""
     start = started_broker if half == "broker" else started_storage
     return await limited(start(rig, url), PATIENCE, f"starting the {half}")
 
 
-async def told(rig: Rig, half: Half, url: str) -> str:
-    """Return all that can be read of one half of a URL, and of what it raises."""
+async def shown_text(rig: Rig, half: Half, url: str) -> str:
+    """Return all text that the broker or the storage of a URL shows, with its errors."""
     texts: list[str] = []
     try:
         backend = find_backend(url)
@@ -161,32 +167,32 @@ def with_option(url: str) -> str:
 
 
 def netloc_of(url: str) -> tuple[str, str, str]:
-    """Return what stands before the user and the hosts of a URL, these, and the rest."""
+    """Split a URL into its scheme with `://`, the user and hosts, and the rest."""
     scheme, _, rest = url.partition("://")
     netloc = re.split("[/?]", rest, maxsplit=1)[0]
     return f"{scheme}://", netloc, rest[len(netloc) :]
 
 
 def has_port(url: str) -> bool:
-    """Tell whether a URL names a server by its host and port."""
+    """Tell whether a URL has a host with a port."""
     return re.search(r":\d+$", netloc_of(url)[1]) is not None
 
 
 @contextmanager
 def nowhere(url: str) -> Iterator[str]:
-    """Give the URL with a port of this machine at which nobody listens, and none will."""
+    """Yield the URL with a port of this machine where nobody listens during the block."""
     if not has_port(url):
-        pytest.skip("the URL names no port of a server")
+        pytest.skip("the URL has no port")
     scheme, netloc, rest = netloc_of(url)
     login, at, _ = netloc.rpartition("@")
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # bound, so that no other program can listen there
         yield f"{scheme}{login}{at}127.0.0.1:{taken.getsockname()[1]}{rest}"
 
 
 @contextmanager
 def login_to_nowhere(url: str, password: str) -> Iterator[str]:
-    """Give the URL with a user and a password; to nowhere, if it names a server."""
+    """Yield the URL with a user and a password. If it has a port, nobody listens there."""
     scheme, netloc, rest = netloc_of(url)
     hosts = netloc.rpartition("@")[2]
     url = f"{scheme}user:{password}@{hosts}{rest}"

@@ -1,4 +1,4 @@
-"""What all contracts share: the rig of a test, made from the subject."""
+"""The base of all contracts: it gives each test a rig that is built from the subject."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from qtasks_conformance.rig import Rig
 from qtasks_conformance.subject import Part, Subject
 
 LIMIT = 180.0
-"""Seconds after which a test that hangs is cancelled; the deadlines of the tests are shorter."""
+"""Seconds after which a test that hangs is cancelled. All deadlines in the tests are shorter."""
 
 
 def needs(part: Part, *methods: str) -> None:
-    """Skip the test of a part that declares one of these unsupported; call it before any start."""
+    """Skip the test if the broker or storage declares one of these methods unsupported.
+
+    Call it before anything is started: a test that is skipped then costs nothing.
+    """
     guarantees = part.build().guarantees
     missing = set(methods) & set(guarantees.unsupported)
     if missing:
@@ -28,13 +31,13 @@ asynchronous = pytest.mark.asyncio(loop_scope="function")
 
 
 class Contract:
-    """A base for test classes; pytest collects only subclasses named `Test…`."""
+    """The base of the contracts. pytest collects only your subclasses, which are named `Test…`."""
 
     pytestmark = asynchronous
 
     @pytest_asyncio.fixture(loop_scope="function")
     async def rig(self, subject: Subject, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-        """Parts in a fresh namespace; nothing of them is left when the test ends."""
+        """Give a rig with a new namespace; everything is stopped when the test ends."""
         mine = asyncio.all_tasks()
         loop = asyncio.get_running_loop()
 

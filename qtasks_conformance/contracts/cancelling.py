@@ -20,10 +20,10 @@ CANCELS = 300
 
 
 class CancellingContract(Contract):
-    """Invariant 10."""
+    """Invariant 10: cancelling a receive, closing and stopping strand no delivery."""
 
     async def test_cancelled_receives_strand_nothing(self, rig: Rig) -> None:
-        """300 receives cancelled at random instants lose nothing and double nothing."""
+        """300 calls of `receive` are cancelled at random times: no message is lost or doubled."""
         broker = await rig.broker(lease=LONG_LEASE)
         publisher = await rig.elsewhere(lease=LONG_LEASE)
         subscription = await broker.subscribe({"q": 1000})
@@ -34,7 +34,9 @@ class CancellingContract(Contract):
         assert_done(await publishing)
         received += await collect(subscription, len(messages) - len(received), SOON)
         elapsed = asyncio.get_running_loop().time() - started
-        assert elapsed < LONG_LEASE, f"it took {elapsed:.1f} s: a lease may have run out"
+        assert elapsed < LONG_LEASE, (
+            f"the test took {elapsed:.1f} s, longer than its lease of {LONG_LEASE:g} s"
+        )
         assert uuids(received) == sorted(message.uuid for message in messages)
         assert_settled(await subscription.settle([Ack(d) for d in received]), broker.guarantees)
         await assert_silent(subscription, 0.3)
@@ -58,7 +60,7 @@ class CancellingContract(Contract):
         return received
 
     async def test_what_a_cancelled_receive_took_is_returned_by_the_next(self, rig: Rig) -> None:
-        """A message that arrives while its receive is being cancelled comes with the next."""
+        """A message that arrives while `receive` is cancelled is returned by the next call."""
         broker = await rig.broker(lease=LONG_LEASE)
         subscription = await broker.subscribe({"q": 10})
         for instant in (0.0, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016):
@@ -79,7 +81,10 @@ class CancellingContract(Contract):
             await subscription.settle([Ack(deliveries[0])])
 
     async def test_what_a_cancelled_receive_took_is_not_forced_on_the_next(self, rig: Rig) -> None:
-        """The next may want less, or another queue: what is over stays for a later call."""
+        """After a cancelled `receive`, the next call still returns no more than it asks for.
+
+        It may ask for fewer messages or other queues. The rest is returned by later calls.
+        """
         broker = await rig.broker(lease=LONG_LEASE)
         subscription = await broker.subscribe({"q": 10, "other": 10})
         for instant in (0.0, 0.001, 0.004):
@@ -95,14 +100,19 @@ class CancellingContract(Contract):
             while len(received) < 6:
                 async with patient(SOON, "receiving after a cancelled receive"):
                     some = await subscription.receive({"q": 2, "other": 1}, 2)
-                assert 1 <= len(some) <= 2
-                assert sum(delivery.queue == "other" for delivery in some) <= 1
+                assert 1 <= len(some) <= 2, "`receive` must return 1 to `limit` deliveries"
+                assert sum(delivery.queue == "other" for delivery in some) <= 1, (
+                    "`receive` returned more of a queue than was wanted"
+                )
                 received += some
             assert_settled(await subscription.settle([Ack(d) for d in received]), broker.guarantees)
             assert len(set(uuids(received))) == 6
 
     async def test_closing_releases_what_was_not_returned(self, rig: Rig) -> None:
-        """Another receives it long before the lease; what was returned can still be settled."""
+        """`close` releases what was fetched but not returned, long before the lease ends.
+
+        Deliveries that were returned before can still be settled.
+        """
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         messages = rig.messages(20)
         assert_done(await broker.publish(messages))
@@ -128,7 +138,7 @@ class CancellingContract(Contract):
         await assert_silent(successor, 0.5)
 
     async def test_closing_after_a_cancel_releases(self, rig: Rig) -> None:
-        """What a cancelled receive had taken is released by `close`."""
+        """`close` releases what a cancelled `receive` had fetched."""
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         for instant in (0.0, 0.002):
             subscription = await broker.subscribe({"q": 10})
@@ -148,7 +158,7 @@ class CancellingContract(Contract):
             await successor.close()
 
     async def test_stopping_releases_what_was_not_returned(self, rig: Rig) -> None:
-        """Stopping a broker strands nothing either."""
+        """`stop` of a broker releases what was fetched but not returned."""
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         assert_done(await broker.publish(rig.messages(10)))
         stopped = await broker.subscribe({"q": 10})
@@ -157,10 +167,10 @@ class CancellingContract(Contract):
         await stopped.settle([Ack(delivery) for delivery in returned])
         await broker.stop()
         successor = await other.subscribe({"q": 10})
-        assert len(await collect(successor, 9, SOON)) == 9
+        await collect(successor, 9, SOON)
 
     async def test_stopping_ends_a_waiting_receive(self, rig: Rig) -> None:
-        """Stopped, a broker and its subscriptions raise `Closed`; stopping twice is harmless."""
+        """`stop` makes a waiting `receive` and all later calls raise `Closed`. Twice is allowed."""
         broker = await rig.broker()
         subscription = await broker.subscribe({"q": 10})
         receiving = rig.background(subscription.receive({"q": 10}, 10))
@@ -168,13 +178,13 @@ class CancellingContract(Contract):
         await broker.stop()
         await broker.stop()
         await asyncio.wait({receiving}, timeout=SOON)
-        assert receiving.done(), "the receive goes on waiting"
+        assert receiving.done(), "`receive` still waits; it must raise `Closed`"
         assert isinstance(receiving.exception(), Closed)
         with pytest.raises(Closed):
             await broker.publish([rig.message()])
 
     async def test_closing_ends_a_waiting_receive(self, rig: Rig) -> None:
-        """A receive that waits raises `Closed`, and so does the next; closing twice is harmless."""
+        """`close` makes a waiting `receive` raise `Closed`, and the next call. Twice is allowed."""
         broker = await rig.broker()
         subscription = await broker.subscribe({"q": 10})
         receiving = rig.background(subscription.receive({"q": 10}, 10))
@@ -182,7 +192,7 @@ class CancellingContract(Contract):
         await subscription.close()
         await subscription.close()
         await asyncio.wait({receiving}, timeout=SOON)
-        assert receiving.done(), "the receive goes on waiting"
+        assert receiving.done(), "`receive` still waits; it must raise `Closed`"
         assert isinstance(receiving.exception(), Closed)
         with pytest.raises(Closed):
             await subscription.receive({"q": 10}, 10)

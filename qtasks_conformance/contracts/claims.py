@@ -1,4 +1,4 @@
-"""Claims: one owner a key among all processes, for a time."""
+"""Claims: at most one owner per key, among all processes, for a limited time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qtasks_core import Claim, Storage
 
 
 class ClaimContract(Contract):
-    """`claim` and `release`, where a storage has them."""
+    """`claim` and `release`, if the storage has them."""
 
     async def test_one_of_many_has_a_claim(self, rig: Rig) -> None:
-        """Of many who claim a key at once, in several processes, one has it."""
+        """If several clients in several processes claim a key at once, exactly one gets it."""
         needs(rig.subject.storage, "claim", "release")
         storage, here = await rig.storage(), await rig.storage()
         other = await rig.elsewhere()
@@ -27,10 +27,12 @@ class ClaimContract(Contract):
                 here.claim(key, "near", 30.0),
                 other.claim(key, "far", 30.0),
             )
-            assert sorted([mine is not None, near is not None, far]) == [False, False, True]
+            assert sorted([mine is not None, near is not None, far]) == [False, False, True], (
+                "exactly one of three owners must get the claim: decide it atomically"
+            )
 
     async def test_a_claim_says_what_it_is(self, rig: Rig) -> None:
-        """It has the key, the owner, and about when it is over."""
+        """A claim has its key, its owner, and the Unix time at which it expires."""
         needs(rig.subject.storage, "claim", "release")
         storage = await rig.storage()
         claim = await storage.claim("a/ключ", "host:1 größe", 30.0)
@@ -40,7 +42,7 @@ class ClaimContract(Contract):
 
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_keys_and_owners_fit(self, rig: Rig, script: str) -> None:
-        """200 characters of any script; what differs at all is another key, or another owner."""
+        """Keys and owners of 200 characters of any script work, and similar ones are different."""
         needs(rig.subject.storage, "claim", "release")
         storage, other = await rig.storage(), await rig.storage()
         names = longest_ids(script)
@@ -57,7 +59,7 @@ class ClaimContract(Contract):
         assert await storage.claim(names[0], names[1], 30.0) is not None
 
     async def test_a_claim_is_over_after_its_time(self, rig: Rig) -> None:
-        """Nobody else has it before, and somebody else may have it then."""
+        """Another owner can get a claim after its time, and not before."""
         needs(rig.subject.storage, "claim", "release")
         storage, other = await rig.storage(), await rig.storage()
         began = time.monotonic()
@@ -69,7 +71,7 @@ class ClaimContract(Contract):
         assert await storage.claim("key", "mine", 1.0) is None
 
     async def test_the_owner_extends_a_claim(self, rig: Rig) -> None:
-        """Claiming again holds it from then on, by another client of the same owner as well."""
+        """The same owner extends its claim by claiming again, also from another client."""
         needs(rig.subject.storage, "claim", "release")
         storage, same = await rig.storage(), await rig.storage()
         assert await storage.claim("key", "mine", 1.0) is not None
@@ -80,7 +82,7 @@ class ClaimContract(Contract):
         assert await storage.claim("key", "theirs", 1.0) is None
 
     async def test_a_released_claim_is_free(self, rig: Rig) -> None:
-        """Releasing is at once; releasing what another has by now takes nothing from it."""
+        """A released claim is free at once. Releasing a claim of another owner is ignored."""
         needs(rig.subject.storage, "claim", "release")
         storage, other = await rig.storage(), await rig.storage()
         mine = await storage.claim("key", "mine", 30.0)
@@ -92,7 +94,7 @@ class ClaimContract(Contract):
         assert await storage.claim("key", "mine", 30.0) is None
 
     async def test_a_killed_owner_loses_its_claim(self, rig: Rig) -> None:
-        """What a dead process held is held until its time is over, and not longer."""
+        """The claim of a killed process ends with its time, neither earlier nor later."""
         needs(rig.subject.storage, "claim", "release")
         storage = await rig.storage()
         other = await rig.elsewhere()
@@ -104,7 +106,7 @@ class ClaimContract(Contract):
         assert time.monotonic() - began >= 1.99
 
     async def test_claims_stay_in_their_namespace(self, rig: Rig) -> None:
-        """The same key of another app is another claim."""
+        """The same key of another app has its own claim."""
         needs(rig.subject.storage, "claim", "release")
         storage = await rig.storage()
         other = await rig.storage(namespace="other" + rig.namespace)
@@ -116,7 +118,7 @@ class ClaimContract(Contract):
 
 
 async def wait_for(storage: Storage, key: str, owner: str, within: float) -> Claim | None:
-    """Claim again and again until it is had."""
+    """Claim again and again until it is granted; None if that takes longer than `within`."""
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         claim = await storage.claim(key, owner, 30.0)

@@ -1,4 +1,4 @@
-"""Commands to every worker that listens."""
+"""Commands that are broadcast to all workers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qtasks_core import Broker, Command
 from qtasks_core.errors import Closed
 
 HELLO = "hello"
-"""What is sent until a listener is known to listen."""
+"""The name of the command that is sent until a listener is known to listen."""
 
 
 class CommandContract(Contract):
-    """`broadcast` and `commands`, where a broker has them."""
+    """`broadcast` and `commands`, if the broker has them."""
 
     async def test_a_command_reaches_every_listener(self, rig: Rig) -> None:
-        """All who listen hear all commands as they went, in order, the sender as well."""
+        """Every listener gets every command unchanged and in order, also the sender's own."""
         needs(rig.subject.broker, "broadcast", "commands")
         brokers = [await rig.broker() for _ in range(2)]
         ears = [await listening(rig, broker, brokers[0]) for broker in (*brokers, brokers[0])]
@@ -37,7 +37,7 @@ class CommandContract(Contract):
             assert await heard(ear, len(sent)) == sent
 
     async def test_a_command_comes_from_another_process(self, rig: Rig) -> None:
-        """Whoever has the broker's address can tell the workers what to do."""
+        """A command of another process reaches the listeners."""
         needs(rig.subject.broker, "broadcast", "commands")
         broker = await rig.broker()
         ear, other = await listening(rig, broker, broker), await rig.elsewhere()
@@ -46,14 +46,17 @@ class CommandContract(Contract):
         assert await heard(ear, 1) == [command]
 
     async def test_a_command_is_for_who_listens_now(self, rig: Rig) -> None:
-        """Who begins to listen later does not hear it: a pause of yesterday pauses nothing."""
+        """A listener does not get commands from before it began to listen.
+
+        Otherwise an old `pause` would pause a new worker.
+        """
         needs(rig.subject.broker, "broadcast", "commands")
         broker = await rig.broker()
         ear = await listening(rig, broker, broker)
         await broker.broadcast(Command(name="pause"))
         assert await heard(ear, 1) == [Command(name="pause")]
         late: asyncio.Queue[Command] = asyncio.Queue()
-        rig.background(until_the_end(await rig.broker(), late))
+        rig.background(listen_into(await rig.broker(), late))
         async with patient(SOON, "listening to commands"):
             while late.empty():
                 await broker.broadcast(Command(name=HELLO))
@@ -61,7 +64,7 @@ class CommandContract(Contract):
         assert {late.get_nowait().name for _ in range(late.qsize())} == {HELLO}
 
     async def test_commands_stay_in_their_namespace(self, rig: Rig) -> None:
-        """The workers of another app hear nothing."""
+        """Listeners of another app get nothing."""
         needs(rig.subject.broker, "broadcast", "commands")
         broker = await rig.broker()
         other = await rig.broker(namespace="other" + rig.namespace)
@@ -76,15 +79,15 @@ class CommandContract(Contract):
         assert theirs.empty()
 
     async def test_stopping_ends_listening(self, rig: Rig) -> None:
-        """A listener that waits raises `Closed`; a cancelled one is gone, and another may come."""
+        """`stop` makes a waiting listener raise `Closed`. After a cancel, another can listen."""
         needs(rig.subject.broker, "broadcast", "commands")
         broker, sender = await rig.broker(), await rig.broker()
-        waiting = rig.background(until_the_end(broker, asyncio.Queue()))
+        waiting = rig.background(listen_into(broker, asyncio.Queue()))
         await asyncio.sleep(0.2)
         waiting.cancel()
         await asyncio.wait({waiting})
         commands: asyncio.Queue[Command] = asyncio.Queue()
-        waiting = rig.background(until_the_end(broker, commands))
+        waiting = rig.background(listen_into(broker, commands))
         await say_hello(commands, sender)
         await broker.stop()
         with pytest.raises(Closed):
@@ -92,22 +95,22 @@ class CommandContract(Contract):
                 await waiting
 
 
-async def until_the_end(broker: Broker, into: asyncio.Queue[Command]) -> None:
-    """Put what is heard into a queue."""
+async def listen_into(broker: Broker, into: asyncio.Queue[Command]) -> None:
+    """Listen, and put each command into a queue."""
     async for command in broker.commands():
         into.put_nowait(command)
 
 
 async def listening(rig: Rig, broker: Broker, sender: Broker) -> asyncio.Queue[Command]:
-    """Start a listener, and return what it hears once it is known to listen."""
+    """Start a listener; return the queue of its commands when it is known to listen."""
     commands: asyncio.Queue[Command] = asyncio.Queue()
-    rig.background(until_the_end(broker, commands))
+    rig.background(listen_into(broker, commands))
     await say_hello(commands, sender)
     return commands
 
 
 async def say_hello(commands: asyncio.Queue[Command], sender: Broker) -> None:
-    """Broadcast until it is heard, then leave nothing of that in the queue."""
+    """Broadcast until a listener hears it; then remove these commands from its queue."""
     async with patient(SOON, "listening to commands"):
         while commands.empty():
             await sender.broadcast(Command(name=HELLO))
@@ -123,14 +126,16 @@ async def say_hello(commands: asyncio.Queue[Command], sender: Broker) -> None:
 
 
 async def heard(commands: asyncio.Queue[Command], count: int) -> list[Command]:
-    """Return the next commands, those but for hellos to others."""
-    told: list[Command] = []
+    """Return the next `count` commands, without the hellos that were meant for others."""
+    got: list[Command] = []
     try:
         async with patient(SOON, f"hearing {count} commands"):
-            while len(told) < count:
+            while len(got) < count:
                 command = await commands.get()
                 if command.name != HELLO:
-                    told.append(command)
+                    got.append(command)
     except TimeoutError:
-        raise AssertionError(f"only {told} was heard within {SOON} s") from None
-    return told
+        raise AssertionError(
+            f"a listener got only {len(got)} of {count} commands within {SOON:g} s: {got}"
+        ) from None
+    return got

@@ -1,4 +1,4 @@
-"""A broker is what its guarantees say, and no less than what is pinned for it."""
+"""A broker declares true guarantees, and no less than the subject pins."""
 
 from __future__ import annotations
 
@@ -25,26 +25,29 @@ from qtasks_core import Broker, Command
 
 
 class DeclaredBrokerContract(Contract):
-    """The guarantees of a broker, and the methods that it may leave out."""
+    """The guarantees of a broker, its optional methods, its driver, and its start and stop."""
 
     async def test_guarantees_are_no_less_than_pinned(self, rig: Rig) -> None:
-        """Each backend's least guarantees are pinned, so that declaring less passes no more."""
+        """A broker declares at least what `least_broker` pins; its lease is at most the subject's.
+
+        Otherwise a broker could pass more tests by declaring less.
+        """
         broker = await rig.broker()
         assert_at_least(broker.guarantees, rig.subject.least_broker)
         lease = broker.guarantees.lease
-        assert lease is not None, "a broker states its lease"
-        assert 0 < lease <= rig.subject.lease
+        assert lease is not None, "`guarantees.lease` is None: a broker must state its lease"
+        assert 0 < lease <= rig.subject.lease, "the declared lease is longer than the subject's"
 
     async def test_missing_methods_are_named_when_it_is_built(self, subject: Subject) -> None:
-        """A class that leaves out an abstract method fails when it is built, naming it."""
+        """A class without one of the abstract methods raises `TypeError` when it is built."""
         assert_abstract_methods_are_missed(subject.broker, Broker)
 
     async def test_the_driver_is_imported_late(self, subject: Subject) -> None:
-        """Importing and building it, and asking for its guarantees, imports no driver."""
+        """The driver is imported in `start`, not by importing or building the broker."""
         await assert_driver_comes_late(subject.broker, subject.driver)
 
     async def test_a_missing_driver_is_named(self, subject: Subject) -> None:
-        """Without its driver `start` says in one line what is missing."""
+        """Without its driver, `start` raises an error of one line that names what is missing."""
         await assert_missing_driver_is_named(subject.broker, subject.driver)
 
     @pytest.mark.parametrize("method", optional_methods(Broker))
@@ -55,7 +58,7 @@ class DeclaredBrokerContract(Contract):
         await assert_declared(call, method, broker.guarantees.unsupported)
 
     async def test_it_is_closed_before_and_after(self, rig: Rig) -> None:
-        """Before `start` and after `stop` each call raises `Closed`; stopping twice is harmless."""
+        """Before `start` and after `stop`, each call raises `Closed`. Stopping twice is allowed."""
         for broker in (rig.subject.broker.broker(), await rig.broker()):
             await broker.stop()
             await broker.stop()
@@ -67,21 +70,22 @@ class DeclaredBrokerContract(Contract):
             await assert_closed(calls, broker.guarantees.unsupported)
 
     async def test_the_clock_is_the_servers(self, rig: Rig) -> None:
-        """Whoever asks hears one time, which goes on; or nobody is told any."""
+        """All instances read the same clock, which never goes back; or all return None."""
         one, other = await rig.broker(), await rig.broker()
-        told = [await part.clock() for part in (one, other, one)]
-        times = [time for time in told if time is not None]
-        assert len(times) in (0, 3)
-        assert times == sorted(times)
+        answers = [await part.clock() for part in (one, other, one)]
+        times = [time for time in answers if time is not None]
+        assert len(times) in (0, 3), "`clock` must always return a time, or always None"
+        assert times == sorted(times), "`clock` went back: it must be the server's, not this host's"
 
     async def test_nothing_unknown_is_declared_unsupported(self, rig: Rig) -> None:
-        """What is abstract cannot be left out, and what does not exist is a slip of the pen."""
+        """`guarantees.unsupported` names optional methods only: no abstract ones, no others."""
         broker = await rig.broker()
-        assert set(broker.guarantees.unsupported) <= set(optional_methods(Broker))
+        unknown = set(broker.guarantees.unsupported) - set(optional_methods(Broker))
+        assert not unknown, f"{sorted(unknown)} are not optional methods of a broker"
 
 
 def optional_calls(broker: Broker) -> dict[str, Call]:
-    """Return a call of each method that a broker may leave out."""
+    """Return a call of each optional method."""
     return {
         "depth": partial(broker.depth, "q"),
         "purge": partial(broker.purge, "q"),
@@ -92,7 +96,7 @@ def optional_calls(broker: Broker) -> dict[str, Call]:
 
 
 async def first_command(commands: AsyncIterator[Command]) -> None:
-    """Listen for a moment: that nothing comes is fine."""
+    """Listen for a moment. No command need come."""
     try:
         async with asyncio.timeout(0.2):
             await anext(commands)

@@ -1,4 +1,4 @@
-"""A storage is what its guarantees say, and no less than what is pinned for it."""
+"""A storage declares true guarantees, and no less than the subject pins."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ from qtasks_core import Claim, Storage, TaskQuery
 
 
 class DeclaredStorageContract(Contract):
-    """The guarantees of a storage, and the methods that it may leave out."""
+    """The guarantees of a storage, its optional methods, its driver, and its start and stop."""
 
     async def test_guarantees_are_no_less_than_pinned(self, rig: Rig) -> None:
-        """Each backend's least guarantees are pinned, so that declaring less passes no more."""
+        """A storage declares at least what `least_storage` pins.
+
+        Otherwise a storage could pass more tests by declaring less.
+        """
         storage = await rig.storage()
         assert_at_least(storage.guarantees, rig.subject.least_storage)
 
     async def test_missing_methods_are_named_when_it_is_built(self, subject: Subject) -> None:
-        """A class that leaves out an abstract method fails when it is built, naming it."""
+        """A class without one of the abstract methods raises `TypeError` when it is built."""
         assert_abstract_methods_are_missed(subject.storage, Storage)
 
     async def test_the_driver_is_imported_late(self, subject: Subject) -> None:
-        """Importing and building it, and asking for its guarantees, imports no driver."""
+        """The driver is imported in `start`, not by importing or building the storage."""
         await assert_driver_comes_late(subject.storage, subject.driver)
 
     async def test_a_missing_driver_is_named(self, subject: Subject) -> None:
-        """Without its driver `start` says in one line what is missing."""
+        """Without its driver, `start` raises an error of one line that names what is missing."""
         await assert_missing_driver_is_named(subject.storage, subject.driver)
 
     @pytest.mark.parametrize("method", optional_methods(Storage))
@@ -50,7 +53,7 @@ class DeclaredStorageContract(Contract):
         await assert_declared(call, method, storage.guarantees.unsupported)
 
     async def test_it_is_closed_before_and_after(self, rig: Rig) -> None:
-        """Before `start` and after `stop` each call raises `Closed`; stopping twice is harmless."""
+        """Before `start` and after `stop`, each call raises `Closed`. Stopping twice is allowed."""
         for storage in (rig.subject.storage.storage(), await rig.storage()):
             await storage.stop()
             await storage.stop()
@@ -63,21 +66,22 @@ class DeclaredStorageContract(Contract):
             await assert_closed(calls, storage.guarantees.unsupported)
 
     async def test_the_clock_is_the_servers(self, rig: Rig) -> None:
-        """Whoever asks hears one time, which goes on; or nobody is told any."""
+        """All instances read the same clock, which never goes back; or all return None."""
         one, other = await rig.storage(), await rig.storage()
-        told = [await part.clock() for part in (one, other, one)]
-        times = [time for time in told if time is not None]
-        assert len(times) in (0, 3)
-        assert times == sorted(times)
+        answers = [await part.clock() for part in (one, other, one)]
+        times = [time for time in answers if time is not None]
+        assert len(times) in (0, 3), "`clock` must always return a time, or always None"
+        assert times == sorted(times), "`clock` went back: it must be the server's, not this host's"
 
     async def test_nothing_unknown_is_declared_unsupported(self, rig: Rig) -> None:
-        """What is abstract cannot be left out, and what does not exist is a slip of the pen."""
+        """`guarantees.unsupported` names optional methods only: no abstract ones, no others."""
         storage = await rig.storage()
-        assert set(storage.guarantees.unsupported) <= set(optional_methods(Storage))
+        unknown = set(storage.guarantees.unsupported) - set(optional_methods(Storage))
+        assert not unknown, f"{sorted(unknown)} are not optional methods of a storage"
 
 
 def optional_calls(storage: Storage) -> dict[str, Call]:
-    """Return a call of each method that a storage may leave out."""
+    """Return a call of each optional method."""
     uuid = new_uuid()
     return {
         "query": partial(storage.query, TaskQuery()),

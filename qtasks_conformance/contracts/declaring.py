@@ -1,4 +1,4 @@
-"""Comparing what a part declares with what is pinned and with what it does."""
+"""Checks that compare the declared guarantees with the pinned ones, and with what happens."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ORDERS = ("none", "partition", "queue")
 
 
 def optional_methods(contract: type) -> list[str]:
-    """Return the methods a part may leave out: those that raise `NotSupported` by themselves."""
+    """Return the methods that a backend may leave out: those with a body that is not abstract."""
     return [
         name
         for name, _ in inspect.getmembers(contract, inspect.isfunction)
@@ -52,21 +52,29 @@ def optional_methods(contract: type) -> list[str]:
 
 
 def assert_at_least(guarantees: Guarantees, least: Least) -> None:
-    """Fail when less is declared than is pinned."""
-    assert guarantees.part
-    assert guarantees.durability
-    assert EVENTS.index(guarantees.survives) >= EVENTS.index(least.survives)
-    assert ORDERS.index(guarantees.order) >= ORDERS.index(least.order)
+    """Fail if less is declared than is pinned."""
+    assert guarantees.part, "`guarantees.part` is empty: give the name of the class"
+    assert guarantees.durability, "`guarantees.durability` is empty: say what survives a crash"
+    assert EVENTS.index(guarantees.survives) >= EVENTS.index(least.survives), (
+        f"`survives` is {guarantees.survives!r}, which is less than the pinned {least.survives!r}"
+    )
+    assert ORDERS.index(guarantees.order) >= ORDERS.index(least.order), (
+        f"`order` is {guarantees.order!r}, which is less than the pinned {least.order!r}"
+    )
     for name in (
         "settle_confirmed", "counts_deliveries", "priorities", "transactions", "leases_survive",
         "atomic_retries",
     ):  # fmt: skip
-        assert getattr(guarantees, name) >= getattr(least, name), name
-    assert set(guarantees.unsupported) == set(least.lacks)
+        assert getattr(guarantees, name) >= getattr(least, name), (
+            f"the guarantees declare {name}=False, but the subject pins {name}=True"
+        )
+    assert set(guarantees.unsupported) == set(least.lacks), (
+        "`guarantees.unsupported` and `lacks` of the subject must list the same methods"
+    )
 
 
 def assert_abstract_methods_are_missed(part: Part, contract: type) -> None:
-    """Take each abstract method away from the part's class in turn, and try to build it."""
+    """Remove each abstract method in turn from a subclass; it must refuse to be built."""
     for name in sorted(contract.__abstractmethods__):  # type: ignore[attr-defined]
         incomplete = type("Incomplete", (part.load(),), {name: getattr(contract, name)})
         with pytest.raises(TypeError, match=rf"\b{name}\b"):
@@ -74,31 +82,37 @@ def assert_abstract_methods_are_missed(part: Part, contract: type) -> None:
 
 
 async def assert_driver_comes_late(part: Part, driver: str | None) -> None:
-    """Build the part in an interpreter of its own and look for the driver."""
-    told = await told_by(_COMES_LATE, part, driver)
-    assert told == "", f"{driver} is imported before `start`"
+    """Build the class in a new interpreter; fail if that imports the driver."""
+    output = await output_of(_COMES_LATE, part, driver)
+    assert output == "", (
+        f"{driver} is imported before `start`: import the driver inside `start`, so that programs "
+        "that do not use this backend do not need it"
+    )
 
 
 async def assert_missing_driver_is_named(part: Part, driver: str | None) -> None:
-    """Start the part in an interpreter that cannot import the driver."""
-    told = await told_by(_IS_MISSING, part, driver)
-    assert told.count("\n") == 1, f"`start` without {driver} is no `MissingDriver` of one line"
+    """Start the class in an interpreter that cannot import the driver."""
+    output = await output_of(_IS_MISSING, part, driver)
+    assert output.count("\n") == 1, (
+        f"without the module {driver}, `start` must raise `MissingDriver` with a message of one "
+        f"line; the message was {output!r}"
+    )
 
 
-async def told_by(program: str, part: Part, driver: str | None) -> str:
-    """Run a program in an interpreter of its own, and return what it writes."""
+async def output_of(program: str, part: Part, driver: str | None) -> str:
+    """Run a program in a new interpreter, and return its stdout."""
     if driver is None:
-        pytest.skip("it has no driver")
+        pytest.skip("the subject has no `driver`")
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, encode(part).decode(), driver,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.PIPE,
     )  # fmt: skip
-    told, _ = await child.communicate()
-    return told.decode()
+    output, _ = await child.communicate()
+    return output.decode()
 
 
 async def assert_closed(calls: Mapping[str, Call], unsupported: tuple[str, ...]) -> None:
-    """Fail unless each call that is supported raises `Closed`; `migrate` needs no `start`."""
+    """Fail unless each supported call raises `Closed`. `migrate` is left out: it needs no start."""
     for method, call in calls.items():
         if method in (*unsupported, "migrate"):
             continue
@@ -106,11 +120,13 @@ async def assert_closed(calls: Mapping[str, Call], unsupported: tuple[str, ...])
             await call()
         except Closed:
             continue
-        raise AssertionError(f"`{method}` is not closed")
+        raise AssertionError(
+            f"`{method}` worked before `start` or after `stop`; it must raise `Closed`"
+        )
 
 
 async def assert_declared(call: Call, method: str, unsupported: tuple[str, ...]) -> None:
-    """Fail unless the call raises `NotSupported` exactly when it is declared to."""
+    """Fail unless the call raises `NotSupported` exactly if the method is declared unsupported."""
     if method in unsupported:
         with pytest.raises(NotSupported):
             await call()

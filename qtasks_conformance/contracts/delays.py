@@ -1,4 +1,4 @@
-"""Delays: never early, at most two seconds late, and never a cause of a second delivery."""
+"""Delays: a message is never early, at most two seconds late, and delivered only once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from qtasks_conformance.waiting import assert_silent, collect
 from qtasks_core import Ack, Broker, Retry, Subscription
 
 LATE = 2.0
-"""Seconds that a due message may take on an idle system."""
+"""Seconds by which a due message may be late on an idle system."""
 CENTURY = 100 * 365.25 * 86_400
 """Seconds."""
 ROUNDING = 0.002
-"""Seconds by which two clocks that count milliseconds may differ."""
+"""Seconds by which two clocks with a resolution of 1 ms may differ."""
 
 
 class DelayContract(Contract):
-    """Invariant 3, measured on this process's monotonic clock."""
+    """Invariant 3 (delays), measured on this process's monotonic clock."""
 
     async def test_a_published_delay_passes(self, rig: Rig) -> None:
-        """Each message of a batch starts no earlier than its own delay says, and not much later."""
+        """Each message of a batch is delivered after its own delay, at most 2 s late."""
         broker = await rig.broker(lease=LONG_LEASE)
-        subscription = await joined(rig, broker)
+        subscription = await warm_subscription(rig, broker)
         delays = [2.4, 0.3, 1.2, 0.0]
         before = clock()
         assert_done(await broker.publish([rig.message(delay=delay) for delay in delays]))
@@ -40,9 +40,9 @@ class DelayContract(Contract):
             await subscription.settle([Ack(delivery)])
 
     async def test_a_retry_delay_passes(self, rig: Rig) -> None:
-        """The delay of a retry counts from its settlement."""
+        """The delay of a retry starts when it is settled."""
         broker = await rig.broker(lease=LONG_LEASE)
-        subscription = await joined(rig, broker)
+        subscription = await warm_subscription(rig, broker)
         assert_done(await broker.publish([rig.message()]))
         (delivery,) = await collect(subscription, 1)
         again = replace(message_of(delivery), attempt=2, delay=1.1)
@@ -54,9 +54,9 @@ class DelayContract(Contract):
         assert message_of(back).attempt == 2
 
     async def test_a_new_earliest_wakes_sleepers(self, rig: Rig) -> None:
-        """A receiver asleep towards a later delay hears of an earlier one of another client."""
+        """A receiver that waits for a long delay is woken when a shorter one is published."""
         publisher, broker = await rig.broker(), await rig.broker(lease=LONG_LEASE)
-        subscription = await joined(rig, broker)
+        subscription = await warm_subscription(rig, broker)
         assert_done(await publisher.publish([rig.message(delay=3600.0)]))
         waiting = rig.background(collect(subscription, 1))
         await asyncio.sleep(0.5)
@@ -68,9 +68,9 @@ class DelayContract(Contract):
         assert message_of(delivery).delay == 0.7
 
     async def test_the_longest_delay_is_kept(self, rig: Rig) -> None:
-        """Of a hundred years, for a new message and for a retry: it does not overflow."""
+        """A delay of 100 years does not overflow, in a new message and in a retry."""
         broker = await rig.broker(lease=LONG_LEASE)
-        subscription = await joined(rig, broker)
+        subscription = await warm_subscription(rig, broker)
         assert_done(await broker.publish([rig.message(delay=CENTURY), rig.message()]))
         (delivery,) = await collect(subscription, 1)
         again = replace(message_of(delivery), attempt=2, delay=CENTURY)
@@ -78,9 +78,9 @@ class DelayContract(Contract):
         await assert_silent(subscription, 1.0)
 
     async def test_a_delay_beyond_the_lease_is_delivered_once(self, rig: Rig) -> None:
-        """However long a delay, it never causes a second delivery."""
+        """A delay that is longer than the lease does not cause a second delivery."""
         brokers = [await rig.broker() for _ in range(2)]
-        first, second = [await joined(rig, broker) for broker in brokers]
+        first, second = [await warm_subscription(rig, broker) for broker in brokers]
         delay = 2.2 * rig.subject.lease
         message = rig.message(delay=delay)
         before = clock()
@@ -96,15 +96,15 @@ class DelayContract(Contract):
                     brokers[0].guarantees,
                 )
         await asyncio.wait(waiting, timeout=1.0)
-        assert sum(task.done() for task in waiting) == 1, "it was delivered twice"
+        assert sum(task.done() for task in waiting) == 1, "a delayed message was delivered twice"
         for task in waiting:
             task.cancel()
         await asyncio.wait(waiting)
         await asyncio.gather(assert_silent(first, 0.3), assert_silent(second, 0.3))
 
 
-async def joined(rig: Rig, broker: Broker) -> Subscription:
-    """Subscribe, and be sure that messages flow: joining may take a transport its time."""
+async def warm_subscription(rig: Rig, broker: Broker) -> Subscription:
+    """Subscribe and receive a first message: some servers need time until messages flow."""
     subscription = await broker.subscribe({"q": 10})
     assert_done(await broker.publish([rig.message()]))
     await subscription.settle([Ack(d) for d in await collect(subscription, 1)])
@@ -117,7 +117,12 @@ def clock() -> float:
 
 
 def assert_on_time(delay: float, before: float, after: float) -> None:
-    """Fail unless now is due: the server got the message between `before` and `after`."""
+    """Fail unless a delay is over now. The server got the message between `before` and `after`."""
     now = clock()
-    assert now - before >= delay - ROUNDING, f"{delay} s had not passed after {now - before:.3f} s"
-    assert now - after <= delay + LATE, f"{delay} s took {now - after:.3f} s"
+    assert now - before >= delay - ROUNDING, (
+        f"a message with a delay of {delay} s was delivered too early, after {now - before:.3f} s"
+    )
+    assert now - after <= delay + LATE, (
+        f"a message with a delay of {delay} s was delivered too late, after {now - after:.3f} s; "
+        f"{LATE:g} s more than the delay are allowed"
+    )

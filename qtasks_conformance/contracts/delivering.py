@@ -1,4 +1,4 @@
-"""Publishing, receiving, settling; each item with its own outcome; namespaces that never meet."""
+"""Publishing, receiving and settling, each item with its own outcome; separate namespaces."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from msgspec.structs import replace
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.rig import LONG_LEASE, SCRIPTS, Rig, longest_ids
-from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, patient, retry
+from qtasks_conformance.waiting import PATIENCE, assert_silent, collect, patient, retry_call_untimed
 from qtasks_core import Ack, Broker, Delivery, Guarantees, Outcome, Release, Retry, Settlement
 
 SEPARATORS = (".", "-", "_")
-"""What names may contain beside letters and digits, and a backend may join them with."""
+"""The characters in names besides letters and digits. A backend may join names with them."""
 MANY = 2000
-"""Items of a large batch."""
+"""The items of a large batch."""
 BACKLOG = 60
-"""Messages in each queue, when several are full."""
+"""Messages in each queue, for tests with several full queues."""
 
 
 class DeliveringContract(Contract):
-    """What happens while nothing goes wrong."""
+    """Publishing, receiving and settling while nothing goes wrong. Invariants 8 and 9."""
 
     async def test_a_message_comes_as_it_went(self, rig: Rig) -> None:
-        """Every field of a message survives, bytes and text of any kind included."""
+        """Every field of a message is delivered as it was published, with any bytes and text."""
         broker = await rig.broker()
         sent = rig.message(
             task_name="models.übung", args=bytes(range(256)), kwargs=b"\x00\r\n", priority=0,
@@ -43,7 +43,7 @@ class DeliveringContract(Contract):
         assert_settled(await subscription.settle([Ack(delivery)]), broker.guarantees)
 
     async def test_an_empty_batch_is_nothing(self, rig: Rig) -> None:
-        """A batch without items is answered without outcomes."""
+        """`publish`, `settle` and `extend` of nothing return an empty list."""
         broker = await rig.broker()
         assert await broker.publish([]) == []
         subscription = await broker.subscribe({"q": 10})
@@ -51,17 +51,17 @@ class DeliveringContract(Contract):
         assert await subscription.extend([]) == []
 
     async def test_publish_answers_for_each(self, rig: Rig) -> None:
-        """A batch has an outcome for each message, and each of them can be received."""
+        """`publish` returns one outcome for each message, and each message can be received."""
         broker = await rig.broker(lease=LONG_LEASE)
         messages = rig.messages(50)
         outcomes = await broker.publish(messages)
-        assert len(outcomes) == len(messages)
+        assert len(outcomes) == len(messages), "`publish` must return an outcome for each message"
         assert_done(outcomes)
         deliveries = await collect(await broker.subscribe({"q": 100}), len(messages))
         assert uuids(deliveries) == sorted(message.uuid for message in messages)
 
     async def test_calls_run_side_by_side(self, rig: Rig) -> None:
-        """Publishing, settling and extending beside each other, each has its own answer."""
+        """Concurrent calls of `publish`, `settle` and `extend` each get their own answer."""
         broker = await rig.broker(lease=LONG_LEASE)
         subscription = await broker.subscribe({"q": 200})
         assert_done(await broker.publish(rig.messages(60)))
@@ -76,11 +76,11 @@ class DeliveringContract(Contract):
             assert_done(outcomes)
         for outcomes in settled:
             assert_settled(outcomes, broker.guarantees)
-        assert [None] not in extended
+        assert [None] not in extended, "`extend` called a delivery lost that is still held"
         assert uuids(await collect(subscription, 40)) == sorted(m.uuid for m in messages)
 
     async def test_many_at_once(self, rig: Rig) -> None:
-        """A batch may be larger than what a server takes in one statement."""
+        """A batch of 2000 works, even if the server takes fewer in one statement."""
         broker = await rig.broker(lease=LONG_LEASE)
         messages = rig.messages(MANY)
         assert_done(await broker.publish(messages))
@@ -88,13 +88,16 @@ class DeliveringContract(Contract):
         held = await collect(subscription, MANY)
         assert uuids(held) == sorted(message.uuid for message in messages)
         extended = await subscription.extend(held)
-        assert len(extended) == MANY
-        assert None not in extended
+        assert len(extended) == MANY, "`extend` must return an answer for each delivery"
+        assert None not in extended, "`extend` called a delivery lost that is still held"
         assert_settled(await subscription.settle([Ack(d) for d in held]), broker.guarantees)
         await assert_silent(subscription, 0.3)
 
     async def test_no_queue_waits_for_the_backlog_of_another(self, rig: Rig) -> None:
-        """Who asks for another queue first each time gets of each, though one would do."""
+        """A receiver that names another queue first each time gets messages from both queues.
+
+        `receive` takes from the queues in the order in which they are named.
+        """
         broker = await rig.broker(lease=LONG_LEASE)
         queues = ["a", "b"]
         for queue in queues:
@@ -105,14 +108,16 @@ class DeliveringContract(Contract):
             while len(came) < BACKLOG:
                 queues.reverse()
                 receive = partial(subscription.receive, dict.fromkeys(queues, 5), 5)
-                deliveries = await retry(receive)
+                deliveries = await retry_call_untimed(receive)
                 came += [delivery.queue for delivery in deliveries]
                 outcomes = await subscription.settle([Ack(delivery) for delivery in deliveries])
                 assert_settled(outcomes, broker.guarantees)
-        assert min(came.count(queue) for queue in queues) >= BACKLOG / 6, came
+        assert min(came.count(queue) for queue in queues) >= BACKLOG / 6, (
+            f"`receive` neglects the queue that is named first: {came}"
+        )
 
     async def test_the_largest_message_fits(self, rig: Rig) -> None:
-        """What an app lets through by default, 1 MiB of arguments, travels; retried as well."""
+        """A message with 1 MiB of arguments, an app's default limit, is delivered and retried."""
         broker = await rig.broker(lease=LONG_LEASE)
         message = rig.message(args=bytes(range(256)) * 4096)
         assert_done(await broker.publish([message]))
@@ -125,7 +130,7 @@ class DeliveringContract(Contract):
         assert delivery.message == again
 
     async def test_a_waiting_receive_is_woken(self, rig: Rig) -> None:
-        """What another client publishes wakes a receiver that waits."""
+        """A waiting `receive` returns when another client publishes."""
         publisher, receiver = await rig.broker(), await rig.broker()
         subscription = await receiver.subscribe({"q": 10})
         waiting = rig.background(collect(subscription, 1))
@@ -136,7 +141,7 @@ class DeliveringContract(Contract):
         assert delivery.message == message
 
     async def test_no_more_is_received_than_wanted(self, rig: Rig) -> None:
-        """At most `wanted` of each queue and `limit` in all; the rest comes later."""
+        """`receive` returns at most `wanted` of each queue and `limit` in all; the rest later."""
         broker = await rig.broker(lease=LONG_LEASE)
         messages = rig.messages(6, queue="a") + rig.messages(6, queue="b")
         assert_done(await broker.publish(messages))
@@ -145,17 +150,19 @@ class DeliveringContract(Contract):
         async with asyncio.timeout(LONG_LEASE):
             while len(only_a) < 4:
                 only_a += await subscription.receive({"a": 4 - len(only_a), "b": 0}, 10)
-            assert {d.queue for d in only_a} == {"a"}
+            assert {d.queue for d in only_a} == {"a"}, "0 messages of queue b were wanted"
             received = list(only_a)
             while len(received) < len(messages):
                 some = await subscription.receive({"a": 2, "b": 2}, 3)
-                assert 1 <= len(some) <= 3
-                assert max(sum(d.queue == name for d in some) for name in "ab") <= 2
+                assert 1 <= len(some) <= 3, "`receive` must return 1 to `limit` deliveries"
+                assert max(sum(d.queue == name for d in some) for name in "ab") <= 2, (
+                    "`receive` returned more of a queue than was wanted"
+                )
                 received += some
         assert uuids(received) == sorted(message.uuid for message in messages)
 
     async def test_two_receivers_share_a_queue(self, rig: Rig) -> None:
-        """Each message goes to one receiver; between them they get all."""
+        """Each message is delivered to one receiver only; together they get all messages."""
         brokers = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         subscriptions = [await broker.subscribe({"q": 100}) for broker in brokers]
         messages = rig.messages(60)
@@ -169,7 +176,7 @@ class DeliveringContract(Contract):
         assert_done(await brokers[0].publish(messages[:30]))
         assert_done(await brokers[1].publish(messages[30:]))
         done, _ = await asyncio.wait(takers, timeout=LONG_LEASE, return_when="FIRST_COMPLETED")
-        assert done, f"{len(received)} of {len(messages)} were received"
+        assert done, f"only {len(received)} of {len(messages)} messages were delivered"
         for taker in done:
             taker.result()
         for taker in takers:
@@ -179,7 +186,10 @@ class DeliveringContract(Contract):
         await asyncio.gather(*(assert_silent(s, 0.3) for s in subscriptions))
 
     async def test_publishing_again_is_safe(self, rig: Rig) -> None:
-        """The same uuid twice is delivered once or twice: a publish of unknown fate is repeated."""
+        """A message that is published twice is delivered once or twice, and nothing else.
+
+        A client repeats a `publish` if it does not know whether the first one worked.
+        """
         broker = await rig.broker(lease=LONG_LEASE)
         message = rig.message()
         assert_done(await broker.publish([message]))
@@ -195,33 +205,37 @@ class DeliveringContract(Contract):
         assert uuids(second) == [message.uuid]
 
     async def test_each_submission_of_a_uuid_is_delivered(self, rig: Rig) -> None:
-        """Only where the submission is the same may a message be taken for a repeat."""
+        """A broker may drop a repeated message only if uuid and `submission` are the same."""
         broker = await rig.broker(lease=LONG_LEASE)
         first = rig.message(submission="first")
         second = replace(first, submission="second")
         for message in (first, second):
             assert_done(await broker.publish([message]))
         there = await collect(await broker.subscribe({"q": 10}), 2)
-        assert sorted(message_of(d).submission for d in there) == ["first", "second"]
+        assert sorted(message_of(d).submission for d in there) == ["first", "second"], (
+            "a message of another submission was taken for a repeat and dropped"
+        )
 
     async def test_each_settlement_has_its_own_outcome(self, rig: Rig) -> None:
-        """Ack, Retry and Release in one batch do what they say, and the outcomes are in order."""
+        """Ack, Retry and Release in one batch each take effect; the outcomes are in order."""
         broker = await rig.broker(lease=LONG_LEASE)
         assert_done(await broker.publish(rig.messages(3)))
         subscription = await broker.subscribe({"q": 10})
         acked, retried, released = await collect(subscription, 3)
         again = replace(message_of(retried), attempt=2, args=b"changed")
         outcomes = await subscription.settle([Ack(acked), Retry(retried, again), Release(released)])
-        assert len(outcomes) == 3
+        assert len(outcomes) == 3, "`settle` must return an outcome for each settlement"
         assert_settled(outcomes, broker.guarantees)
         back = await collect(subscription, 2)
         by_uuid = {message_of(delivery).uuid: delivery.message for delivery in back}
-        assert by_uuid == {again.uuid: again, message_of(released).uuid: released.message}
+        assert by_uuid == {again.uuid: again, message_of(released).uuid: released.message}, (
+            "a retry must come back as its new message, a release as the old one, an ack not at all"
+        )
         assert_settled(await subscription.settle([Ack(d) for d in back]), broker.guarantees)
         await assert_silent(subscription, 0.5)
 
     async def test_a_retry_may_move_to_another_queue(self, rig: Rig) -> None:
-        """A retry replaces the delivery by the message it carries, wherever that belongs."""
+        """A retry publishes its new message to the queue that the message names."""
         broker = await rig.broker(lease=LONG_LEASE)
         assert_done(await broker.publish([rig.message()]))
         subscription = await broker.subscribe({"q": 10, "elsewhere": 10})
@@ -233,7 +247,7 @@ class DeliveringContract(Contract):
         await assert_silent(subscription, 0.3, "q", "elsewhere")
 
     async def test_settling_again_is_done(self, rig: Rig) -> None:
-        """Settling is idempotent: repeated, it is done and has no further effect."""
+        """Settling is idempotent: repeated by the same holder, it is `done` and changes nothing."""
         broker = await rig.broker(lease=LONG_LEASE)
         assert_done(await broker.publish(rig.messages(3)))
         subscription = await broker.subscribe({"q": 10})
@@ -253,7 +267,7 @@ class DeliveringContract(Contract):
     async def test_one_of_two_settlements_of_a_delivery_is_obeyed(
         self, rig: Rig, first: str, second: str
     ) -> None:
-        """Settled in two ways at once, one has its effect; the other is never `done`."""
+        """Of two different settlements of one delivery, only one takes effect and is `done`."""
         broker = await rig.broker(lease=LONG_LEASE)
         assert_done(await broker.publish([rig.message()]))
         subscription = await broker.subscribe({"q": 10})
@@ -273,17 +287,24 @@ class DeliveringContract(Contract):
                 while True:
                     came += await subscription.receive({"q": 10}, 10)
         attempts = [message_of(each).attempt for each in came]
-        assert attempts in (left[first], left[second])
-        told = [way for way, o in zip((first, second), outcomes, strict=True) if o.status == "done"]
+        assert attempts in (left[first], left[second]), (
+            f"neither {first} alone nor {second} alone took effect"
+        )
+        taken = [
+            way for way, o in zip((first, second), outcomes, strict=True) if o.status == "done"
+        ]
         if broker.guarantees.settle_confirmed:
-            assert len(told) == 1
-        for way in told:
-            assert attempts == left[way]
+            assert len(taken) == 1, f"exactly one of {first} and {second} must be `done`"
+        for way in taken:
+            assert attempts == left[way], f"{way} was `done`, but it is not what took effect"
         again = [(await subscription.settle([ways[way]]))[0] for way in (first, second)]
         assert [o.status == "done" for o in again] == [o.status == "done" for o in outcomes]
 
     async def test_deliveries_are_counted_where_declared(self, rig: Rig) -> None:
-        """Where deliveries are counted, the first is 1 and a released one comes back as 2."""
+        """If `counts_deliveries` is declared, the first delivery is 1, the next after a release 2.
+
+        Else the count is None, or any number from 1.
+        """
         broker = await rig.broker(lease=LONG_LEASE)
         assert_done(await broker.publish([rig.message()]))
         subscription = await broker.subscribe({"q": 10})
@@ -298,7 +319,7 @@ class DeliveringContract(Contract):
             assert all(count is None or count >= 1 for count in counts)
 
     async def test_priorities_order_a_queue_where_declared(self, rig: Rig) -> None:
-        """Where priorities are declared, what is there is received from 9 down to 0."""
+        """If `priorities` is declared, waiting messages are received from priority 9 down to 0."""
         broker = await rig.broker(lease=LONG_LEASE)
         priorities = [3, 9, 0, 5, 7, 1]
         messages = [rig.message(priority=priority) for priority in priorities]
@@ -314,10 +335,10 @@ class DeliveringContract(Contract):
             assert received == sorted(priorities, reverse=True)
 
     async def test_order_is_kept_where_declared(self, rig: Rig) -> None:
-        """Where a whole queue keeps order, what was published first is received first."""
+        """If `order="queue"` is declared, messages are received in the order of publishing."""
         broker = await rig.broker(lease=LONG_LEASE)
         if broker.guarantees.order != "queue":
-            pytest.skip(f"declared to keep order in: {broker.guarantees.order}")
+            pytest.skip(f"the guarantees declare order={broker.guarantees.order!r}")
         messages = rig.messages(50)
         for message in messages[:20]:
             assert_done(await broker.publish([message]))
@@ -333,7 +354,10 @@ class DeliveringContract(Contract):
         assert came == [message.uuid for message in messages]
 
     async def test_namespaces_never_meet(self, rig: Rig) -> None:
-        """Apps of different names share nothing, whatever their names look like joined."""
+        """Apps with different names share nothing, even if joined names look the same.
+
+        For instance app `a` with queue `b.q`, and app `a.b` with queue `q`.
+        """
         broker = await rig.broker()
         others = await self._neighbours(rig)
         own = {name: rig.message() for name in others}
@@ -344,7 +368,7 @@ class DeliveringContract(Contract):
         for name, other in others.items():
             subscription = await other.subscribe({"q": 10})
             (delivery,) = await collect(subscription, 1)
-            assert delivery.message == own[name]
+            assert delivery.message == own[name], f"namespace {name} got a message of another app"
             await subscription.settle([Ack(delivery)])
             await assert_silent(subscription, 0.2)
 
@@ -354,7 +378,7 @@ class DeliveringContract(Contract):
 
     @pytest.mark.parametrize("mark", SEPARATORS)
     async def test_the_longest_names_fit(self, rig: Rig, mark: str) -> None:
-        """A namespace and a queue of 100 characters each, with a delay and without one."""
+        """Names of 100 characters work for the namespace and the queue, with and without delay."""
         broker = await rig.broker(namespace=rig.namespace.ljust(100, mark), lease=LONG_LEASE)
         queue = "q".ljust(100, mark)
         messages = [rig.message(queue=queue), rig.message(queue=queue, delay=0.5)]
@@ -366,7 +390,7 @@ class DeliveringContract(Contract):
 
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_uuids_fit(self, rig: Rig, script: str) -> None:
-        """200 characters of any script, as uuid and address; published, delayed and retried."""
+        """Uuids and addresses of 200 characters of any script can be published and retried."""
         broker = await rig.broker(lease=LONG_LEASE)
         messages = [
             rig.message(uuid=uuid, reply_to=uuid, submission=uuid, delay=delay)
@@ -392,12 +416,17 @@ def uuids(deliveries: list[Delivery]) -> list[str]:
 
 def assert_done(outcomes: list[Outcome]) -> None:
     """Fail unless there are outcomes and all are `done`."""
-    assert outcomes
-    assert {outcome.status for outcome in outcomes} == {"done"}, outcomes
+    assert outcomes, "there are no outcomes: a call must return one for each item"
+    assert {outcome.status for outcome in outcomes} == {"done"}, (
+        f"each of these items must be `done`, but the outcomes are {outcomes}"
+    )
 
 
 def assert_settled(outcomes: list[Outcome], guarantees: Guarantees) -> None:
-    """Fail unless all are `done`, or `unknown` where the server does not answer a settle."""
+    """Fail unless all are `done`; `unknown` is allowed if `settle_confirmed` is not declared."""
     allowed = {"done"} if guarantees.settle_confirmed else {"done", "unknown"}
-    assert outcomes
-    assert {outcome.status for outcome in outcomes} <= allowed, outcomes
+    assert outcomes, "there are no outcomes: a call must return one for each item"
+    assert {outcome.status for outcome in outcomes} <= allowed, (
+        f"the holder of these deliveries settles them, which must be {' or '.join(sorted(allowed))}"
+        f", but the outcomes are {outcomes}"
+    )

@@ -1,4 +1,4 @@
-"""Counting what is in a queue, and dropping it."""
+"""Counting and dropping the messages of a queue."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from qtasks_core import Ack, Broker, QueueDepth, Release
 
 
 class DepthContract(Contract):
-    """`depth` and `purge`, where a broker has them."""
+    """`depth` and `purge`, if the broker has them."""
 
     async def test_depth_counts_what_is_where(self, rig: Rig) -> None:
-        """Ready, delayed and in flight are told apart, as far as the transport knows."""
+        """`depth` counts ready, delayed and in-flight messages; None for what it cannot know."""
         needs(rig.subject.broker, "depth")
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         await expect_depth(broker, 0, 0, 0)
@@ -30,7 +30,7 @@ class DepthContract(Contract):
         assert_settled(await subscription.settle([Ack(held)]), broker.guarantees)
 
     async def test_depth_is_of_one_queue_and_namespace(self, rig: Rig) -> None:
-        """What is elsewhere is not counted."""
+        """`depth` does not count messages of other queues and other apps."""
         needs(rig.subject.broker, "depth")
         broker = await rig.broker()
         other = await rig.broker(namespace="other" + rig.namespace)
@@ -41,7 +41,10 @@ class DepthContract(Contract):
         await expect_depth(other, 3, 0, 0)
 
     async def test_purge_drops_what_is_not_in_flight(self, rig: Rig) -> None:
-        """Delayed messages go too; what is held stays its holder's, and the queue is used on."""
+        """`purge` drops ready and delayed messages, not those in flight; the queue still works.
+
+        It returns how many it dropped, or -1 if it cannot know.
+        """
         needs(rig.subject.broker, "purge")
         broker = await rig.broker(lease=LONG_LEASE)
         assert_done(await broker.publish(rig.messages(6)))
@@ -51,7 +54,7 @@ class DepthContract(Contract):
         assert await broker.purge("q") in (7, -1)
         assert await broker.purge("q") in (0, -1)
         extended = await subscription.extend(held)
-        assert None not in extended
+        assert None not in extended, "`purge` took a delivery from its holder"
         mine = [delivery for delivery in extended if delivery is not None]
         assert_settled(await subscription.settle([Ack(d) for d in mine]), broker.guarantees)
         await assert_silent(subscription, 2.0)
@@ -60,7 +63,7 @@ class DepthContract(Contract):
         assert uuids(await collect(subscription, 1)) == [after.uuid]
 
     async def test_purge_spares_the_neighbours(self, rig: Rig) -> None:
-        """Other queues, and the same queue of another namespace, keep what they have."""
+        """`purge` does not touch other queues, nor the same queue of another app."""
         needs(rig.subject.broker, "purge")
         broker = await rig.broker(lease=LONG_LEASE)
         other = await rig.broker(namespace="other" + rig.namespace, lease=LONG_LEASE)
@@ -77,22 +80,24 @@ class DepthContract(Contract):
 async def expect_depth(
     broker: Broker, ready: int, delayed: int, in_flight: int, queue: str = "q"
 ) -> None:
-    """Wait until a queue is that deep: a server may count a moment late."""
-    wanted, told = QueueDepth(ready, delayed, in_flight), QueueDepth()
+    """Wait until `depth` answers these numbers: a server may count with a short delay."""
+    wanted, got = QueueDepth(ready, delayed, in_flight), QueueDepth()
     try:
         async with patient(SOON, f"the depth {wanted}"):
-            while (told := await broker.depth(queue)) != wanted:
+            while (got := await broker.depth(queue)) != wanted:
                 known = [
                     (here, there)
-                    for here, there in zip(_fields(told), _fields(wanted), strict=True)
+                    for here, there in zip(_fields(got), _fields(wanted), strict=True)
                     if here is not None
                 ]
-                assert known, "a broker that knows nothing of a queue does not support `depth`"
+                assert known, "`depth` knows none of its numbers: declare it unsupported instead"
                 if all(here == there for here, there in known):
                     return
                 await asyncio.sleep(0.05)
     except TimeoutError:
-        raise AssertionError(f"{told} is not {wanted}") from None
+        raise AssertionError(
+            f"`depth` of queue {queue!r} still answers {got}; it must be {wanted}"
+        ) from None
 
 
 def _fields(depth: QueueDepth) -> tuple[int | None, int | None, int | None]:

@@ -1,4 +1,4 @@
-"""A fault at each await inside a call loses nothing: one place after the other."""
+"""A fault at any await inside a call loses nothing. The awaits are tried one after the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
 from qtasks_conformance.contracts.keys import QUIET
 from qtasks_conformance.rig import LONG_LEASE, Rig
-from qtasks_conformance.waiting import PATIENCE, collect, patient, persist, retry
+from qtasks_conformance.waiting import PATIENCE, collect, patient, retry_call, retry_call_untimed
 from qtasks_core import Ack, Broker, Delivery, Release, Retry, Settlement, Subscription, TaskMessage
 from qtasks_core.errors import Unavailable
 
@@ -25,27 +25,28 @@ T = TypeVar("T")
 Kind = Literal["cancel", "error"]
 Moment = Literal["early", "late"]
 
-CALLS = ("receive what is there", "receive what comes", "settle", "extend", "publish")
+CALLS = ("receive waiting messages", "receive new messages", "settle", "extend", "publish")
 MOMENTS: tuple[Moment, ...] = ("early", "late")
-FEW = 4
-"""Places a call that are tried without `--full`."""
+PLACES = 4
+"""How many awaits of each call are tried without `--full`."""
 CUTS = 2
-"""How often a retry is cut off before it is let through."""
-ALL = 100
-"""Places a call at most: a call that has more never ends."""
+"""How often a retry is interrupted before it may succeed."""
+MOST_PLACES = 100
+"""How many awaits of each call are tried at most with `--full`."""
 
 
 class FaultContract(Contract):
-    """Between taking something and handing it over there is no place where it can get lost."""
+    """Invariants 1 and 10: no await inside a call is a place where a message can get lost."""
 
     @pytest.mark.parametrize("kind", ["cancel", "error"])
     async def test_a_fault_inside_a_call_loses_nothing(
         self, rig: Rig, request: pytest.FixtureRequest, kind: Kind
     ) -> None:
-        """After a fault at any await every message is received, settled, and gone at last.
+        """After a fault at any await, every message is still received and settled.
 
-        The fault comes instead of what is awaited (early), and in place of its answer (late).
-        A message may come twice. Each call is tried on a broker of its own, all side by side.
+        A fault is a cancel, or a broken connection. It comes instead of the awaited operation
+        (early), or after it, instead of its answer (late). A message may be delivered twice. Each
+        call is tried on a separate broker, all at the same time.
         """
         full = request.config.getoption("full", default=False)
         trials = [
@@ -62,10 +63,11 @@ class FaultContract(Contract):
     async def test_a_retry_that_is_cut_off_leaves_few_messages(
         self, rig: Rig, request: pytest.FixtureRequest, kind: Kind
     ) -> None:
-        """Cut off twice at each await, then made again by who still holds the delivery.
+        """A retry is interrupted twice at each await, then repeated by the same holder.
 
-        Where `atomic_retries` is declared the next attempt is there, once. Elsewhere each try may
-        leave it, and the old message be there too; none comes again that is acknowledged.
+        If `atomic_retries` is declared, exactly one message is left: the next attempt. Else each
+        try may leave one, and the old message may be left too. None comes back once it is
+        acknowledged.
         """
         full = request.config.getoption("full", default=False)
         trials = [rig.background(_try_to_retry(rig, kind, moment, full)) for moment in MOMENTS]
@@ -77,7 +79,7 @@ class FaultContract(Contract):
 
 @dataclass
 class Fault:
-    """What goes wrong, at which suspension of a call, and whether the call came so far."""
+    """What goes wrong, at which await of a call, and whether the call got that far."""
 
     kind: Kind
     moment: Moment
@@ -86,9 +88,9 @@ class Fault:
 
 
 class Faulted(Generic[T]):
-    """Awaits a call step by step, and lets it fail at one of its suspensions.
+    """Awaits a call step by step, and makes it fail at one of its awaits.
 
-    It sees the awaits of the call's own task alone: what a part does in tasks of its own goes on.
+    Only awaits in the call's own task are seen. Background tasks of the broker are not affected.
     """
 
     def __init__(self, call: Coroutine[Any, Any, T], fault: Fault) -> None:
@@ -114,7 +116,7 @@ class Faulted(Generic[T]):
                 self._cancel(task, awaited)
             if here and fault.kind == "error" and fault.moment == "early":
                 if awaited is not None:
-                    awaited.cancel()  # what has failed does not go on
+                    awaited.cancel()  # an operation that failed does not continue
             else:
                 try:
                     yield awaited
@@ -124,7 +126,7 @@ class Faulted(Generic[T]):
                 error = ConnectionResetError("a fault of the test")
 
     def _cancel(self, task: asyncio.Task[Any], awaited: asyncio.Future[Any] | None) -> None:
-        """Cancel the task as anybody would: now, or when the answer is there and not yet seen."""
+        """Cancel the task: now, or when the answer is there but not yet read."""
         if self._fault.moment == "early" or awaited is None:
             task.cancel()
         else:
@@ -132,46 +134,49 @@ class Faulted(Generic[T]):
 
 
 async def _try(rig: Rig, call: str, kind: Kind, moment: Moment, full: bool) -> None:
-    """Let a call fail at its first suspension, its second and so on, until it has no more."""
-    # Apart from the others, so that a message that comes to the wrong one is found out.
+    """Make a call fail at its first await, then at its second and so on, until it has no more."""
+    # A separate namespace, so that a message that comes to another trial is found out.
     namespace = f"{rig.namespace}-{CALLS.index(call)}-{moment}"
     trial = Trial(rig, await rig.broker(namespace=namespace))
     at = 0
     try:
-        trial.subscription = await persist(partial(trial.broker.subscribe, {"q": 10}))
-        for at in range(1, (ALL if full else FEW) + 1):
+        trial.subscription = await retry_call(partial(trial.broker.subscribe, {"q": 10}))
+        for at in range(1, (MOST_PLACES if full else PLACES) + 1):
             fault = Fault(kind, moment, at)
             await trial.go(call, fault)
             if not fault.reached:
                 break
         await trial.expect_empty(rig.subject.lease + 0.5 if full else 0.3)
     except (AssertionError, Unavailable, OSError) as error:
-        error.add_note(f"{kind} ({moment}) in: {call}, suspension {at}")
+        error.add_note(f"after a fault ({kind}, {moment}) at await number {at} of: {call}")
         raise
 
 
 async def _try_to_retry(rig: Rig, kind: Kind, moment: Moment, full: bool) -> None:
-    """Cut retries off at their first suspension, the next one at its second, and so on."""
+    """Interrupt one retry at its first await, the next one at its second, and so on."""
     broker = await rig.broker(namespace=f"{rig.namespace}-retry-{moment}", lease=LONG_LEASE)
     trial = Trial(rig, broker)
-    trial.subscription = await persist(partial(broker.subscribe, {"q": 10}))
+    trial.subscription = await retry_call(partial(broker.subscribe, {"q": 10}))
     came: dict[str, list[int]] = {}
-    for at in range(1, (ALL if full else FEW) + 1):
+    for at in range(1, (MOST_PLACES if full else PLACES) + 1):
         fault = Fault(kind, moment, at)
         came[await trial.retry(fault, came)] = []
         if not fault.reached:
             break
     await trial.drain(came)
     for at, attempts in enumerate(came.values(), 1):
-        told = f"{kind} ({moment}) in a retry, suspension {at}: attempts {attempts} are there"
+        what = (
+            f"after a fault ({kind}, {moment}) at await number {at} of a retry, messages of these "
+            f"attempts are left: {attempts}"
+        )
         if broker.guarantees.atomic_retries:
-            assert attempts == [2], told
-        assert len(attempts) <= CUTS + 2, told
-        assert set(attempts) <= {1, 2}, told
+            assert attempts == [2], what
+        assert len(attempts) <= CUTS + 2, what
+        assert set(attempts) <= {1, 2}, what
 
 
 class Trial:
-    """A broker, a subscription, and what has been published and must not be lost."""
+    """A broker, a subscription, and the published messages that must not be lost."""
 
     subscription: Subscription
 
@@ -181,23 +186,23 @@ class Trial:
         self._published: set[str] = set()
 
     async def go(self, call: str, fault: Fault) -> None:
-        """Make a call fail once, repeat it, and see every message settled."""
+        """Make a call fail once, repeat it, and check that every message can be settled."""
         messages = self._rig.messages(3)
         uuids = {message.uuid for message in messages}
         self._published |= uuids
         if call == "publish":
             publish = partial(self.broker.publish, messages)
             await self._fail(publish(), fault)
-            assert_done(await persist(publish))
+            assert_done(await retry_call(publish))
             await self._finish(uuids)
-        elif call == "receive what comes":
+        elif call == "receive new messages":
             publishing = self._rig.background(self._publish_soon(messages))
             taken = await self._fail(self.subscription.receive({"q": 3}, 3), fault)
             await publishing
             await self._finish(uuids, taken or [])
         else:
-            assert_done(await persist(partial(self.broker.publish, messages)))
-            if call == "receive what is there":
+            assert_done(await retry_call(partial(self.broker.publish, messages)))
+            if call == "receive waiting messages":
                 taken = await self._fail(self.subscription.receive({"q": 3}, 3), fault)
                 await self._finish(uuids, taken or [])
             elif call == "extend":
@@ -206,13 +211,13 @@ class Trial:
                 await self._settle(uuids, fault)
 
     async def retry(self, fault: Fault, came: dict[str, list[int]]) -> str:
-        """Publish a message, receive it, and retry it, cut off at first; return its uuid.
+        """Publish a message, receive it, and retry it with interruptions; return its uuid.
 
-        What else comes meanwhile of those in `came` is acknowledged, and its attempt noted there.
+        Messages of earlier calls that come meanwhile are acknowledged; `came` notes their attempts.
         """
         message = self._rig.message()
         self._published.add(message.uuid)
-        assert_done(await persist(partial(self.broker.publish, [message])))
+        assert_done(await retry_call(partial(self.broker.publish, [message])))
         held: Delivery | None = None
         while held is None:
             (delivery,) = await collect(self.subscription, 1)
@@ -223,11 +228,11 @@ class Trial:
         settle = partial(self.subscription.settle, [Retry(held, replace(message, attempt=2))])
         for _ in range(CUTS):
             await self._fail(settle(), fault)
-        await persist(settle)
+        await retry_call(settle)
         return message.uuid
 
     async def drain(self, came: dict[str, list[int]]) -> None:
-        """Note what comes until there is something of each message, and then nothing more."""
+        """Receive until each message has come at least once and the queue is empty."""
         while not all(came.values()):
             (delivery,) = await collect(self.subscription, 1)
             await self._note(delivery, came)
@@ -240,18 +245,20 @@ class Trial:
     async def _note(self, delivery: Delivery, came: dict[str, list[int]]) -> None:
         message = message_of(delivery)
         came[message.uuid].append(message.attempt)
-        assert len(came[message.uuid]) <= CUTS + 2, "a message comes again and again"
+        assert len(came[message.uuid]) <= CUTS + 2, (
+            "a message that is acknowledged is delivered again and again"
+        )
         await self._acknowledge([delivery])
 
     async def _publish_soon(self, messages: list[TaskMessage]) -> None:
         await asyncio.sleep(0.05)
-        assert_done(await persist(partial(self.broker.publish, messages)))
+        assert_done(await retry_call(partial(self.broker.publish, messages)))
 
     async def _extend(self, uuids: set[str], fault: Fault) -> None:
         held = await self._receive(len(uuids))
         extend = partial(self.subscription.extend, held)
         await self._fail(extend(), fault)
-        extended = await persist(extend)
+        extended = await retry_call(extend)
         await self._finish(uuids, [delivery for delivery in extended if delivery is not None])
 
     async def _settle(self, uuids: set[str], fault: Fault) -> None:
@@ -263,7 +270,7 @@ class Trial:
         ends: list[Settlement] = [Ack(acked), Retry(retried, again), Release(released)]
         settle = partial(self.subscription.settle, ends)
         await self._fail(settle(), fault)
-        outcomes = await persist(settle)
+        outcomes = await retry_call(settle)
         left = set(uuids)
         if outcomes[0].status != "refused":
             assert_settled(outcomes[:1], self.broker.guarantees)
@@ -271,52 +278,59 @@ class Trial:
         await self._finish(left)
 
     async def _fail(self, call: Coroutine[Any, Any, T], fault: Fault) -> T | None:
-        """Make a call with its fault; return what it returned all the same."""
+        """Make a call with a fault; return its result if it succeeds in spite of it, else None."""
 
         async def make() -> T:
             return await Faulted(call, fault)
 
         making = self._rig.background(make())
         await asyncio.wait({making}, timeout=PATIENCE)
-        assert making.done(), "the call goes on waiting"
+        assert making.done(), "the call hangs after a fault; it must raise or return"
         if making.cancelled():
-            assert fault.kind == "cancel", "it was never cancelled"
+            assert fault.kind == "cancel", (
+                "the call raised `CancelledError` though nobody cancelled it: raise `Unavailable`"
+            )
             return None
         try:
             return making.result()
         except (Unavailable, ConnectionResetError):
-            assert fault.reached, "there was no fault yet"
-            assert fault.kind == "error", "a cancelled call must end as cancelled"
+            assert fault.reached, "the call raised an error before there was a fault"
+            assert fault.kind == "error", (
+                "a cancelled call must raise `CancelledError`, not another error"
+            )
             return None
 
     async def _finish(self, uuids: set[str], held: list[Delivery] | None = None) -> None:
-        """Acknowledge what is held and receive the rest, again where its lease was lost."""
+        """Acknowledge what is held; receive the rest, and again what has lost its lease."""
         left = uuids - await self._acknowledge(held or [])
         try:
             async with patient(PATIENCE, "receiving the rest after a fault"):
                 while left:
                     left -= await self._acknowledge(await self._receive(10))
         except TimeoutError:
-            raise AssertionError(f"{len(left)} of {len(uuids)} messages are lost") from None
+            raise AssertionError(
+                f"{len(left)} of {len(uuids)} messages are lost: after the fault they were not "
+                f"delivered within {PATIENCE:g} s"
+            ) from None
 
     async def _receive(self, most: int) -> list[Delivery]:
-        return await retry(lambda: self.subscription.receive({"q": most}, most))
+        return await retry_call_untimed(lambda: self.subscription.receive({"q": most}, most))
 
     async def _acknowledge(self, deliveries: list[Delivery]) -> set[str]:
-        """Return the uuids of those that are settled."""
+        """Acknowledge deliveries; return the uuids of those that were not refused."""
         came = [message_of(delivery).uuid for delivery in deliveries]
-        assert set(came) <= self._published, "it received what it never published"
+        assert set(came) <= self._published, "a message of another namespace was delivered"
         if not deliveries:
             return set()
         ends = [Ack(delivery) for delivery in deliveries]
-        outcomes = await persist(partial(self.subscription.settle, ends))
+        outcomes = await retry_call(partial(self.subscription.settle, ends))
         mine = [outcome for outcome in outcomes if outcome.status != "refused"]
         if mine:
             assert_settled(mine, self.broker.guarantees)
         return {u for u, o in zip(came, outcomes, strict=True) if o.status != "refused"}
 
     async def expect_empty(self, silent: float) -> None:
-        """Take what comes a second time until nothing does for so many seconds."""
+        """Acknowledge repeated deliveries until nothing comes for so many seconds."""
         try:
             async with asyncio.timeout(PATIENCE):
                 while True:
@@ -327,4 +341,4 @@ class Trial:
                         return
                     await self._acknowledge(again)
         except TimeoutError:
-            raise AssertionError("what was settled comes again and again") from None
+            raise AssertionError("settled messages are delivered again and again") from None

@@ -1,4 +1,4 @@
-"""Who waits is woken by what it waits for, and by hardly anything else."""
+"""Waiting costs almost no CPU: a waiting call is woken by its event, not by a timer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_core import Broker, Storage
 
 IDLE = 2.0
-"""Seconds for which nothing happens."""
+"""Seconds to measure while nothing happens."""
 TURNS = 25
-"""How often this process may wake up in a second of that: heartbeats, and looks at what is due."""
+"""How often this process may wake up in a second: for heartbeats and for delayed messages."""
 
 
 class BrokerIdleContract(Contract):
-    """Waiting for messages and commands without polling for them."""
+    """A broker does not poll for messages and commands."""
 
     async def test_waiting_costs_nothing(self, rig: Rig) -> None:
-        """A receiver and a listener that hear nothing sleep, in all threads of the process."""
+        """While `receive` and `commands` wait for nothing, all threads of the process sleep."""
         broker = await rig.broker(lease=LONG_LEASE)
         subscription = await broker.subscribe({"q": 10})
         waiting: list[Coroutine[Any, Any, object]] = [subscription.receive({"q": 10}, 10)]
@@ -31,10 +31,10 @@ class BrokerIdleContract(Contract):
 
 
 class StorageIdleContract(Contract):
-    """Waiting for final records and for changes of values without polling for them."""
+    """A storage does not poll for final records and for changes of values."""
 
     async def test_waiting_costs_nothing(self, rig: Rig) -> None:
-        """An inbox and a watcher that hear nothing sleep, in all threads of the process."""
+        """While an inbox and `watch_value` wait for nothing, all threads of the process sleep."""
         storage = await rig.storage()
         inbox = await rig.inbox(storage)
         record = rig.record("success")
@@ -48,26 +48,29 @@ class StorageIdleContract(Contract):
 async def listen(broker: Broker) -> None:
     """Wait for commands."""
     async for command in broker.commands():
-        raise AssertionError(f"nobody has sent {command}")
+        raise AssertionError(f"`commands` yielded {command}, which nobody has sent")
 
 
 async def watch(storage: Storage) -> None:
     """Wait for changes of a value."""
     async for value in storage.watch_value("key"):
-        assert value is None, "nobody has set it"
+        assert value is None, "`watch_value` yielded a value that nobody has set"
 
 
 async def assert_idle(rig: Rig, waiting: list[Coroutine[Any, Any, object]]) -> None:
-    """Fail when this process does much while these wait for nothing."""
+    """Fail if this process wakes up often while these calls wait for nothing."""
     tasks = [rig.background(call) for call in waiting]
     await asyncio.sleep(0.5)
     before = switches()
     await asyncio.sleep(IDLE)
     turns = (switches() - before) / IDLE
-    assert not [task for task in tasks if task.done()], "one that should wait has ended"
-    assert turns <= TURNS, f"the process woke up {turns:.0f} times a second with nothing to do"
+    assert not [task for task in tasks if task.done()], "a call returned though nothing had come"
+    assert turns <= TURNS, (
+        f"the process woke up {turns:.0f} times a second while it waited; {TURNS} are allowed: "
+        "let the server notify instead of polling"
+    )
 
 
 def switches() -> int:
-    """Return how often a thread of this process has gone to sleep of its own accord."""
+    """Return how often threads of this process have gone to sleep (voluntary switches)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw

@@ -1,4 +1,4 @@
-"""Inboxes hear of final records: before, during and after, one's own and those of others."""
+"""Inboxes receive final records: of the client's own tasks, and of watched tasks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done
 from qtasks_conformance.elsewhere import Elsewhere
 from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids
-from qtasks_conformance.waiting import PATIENCE, SOON, patient, retry
+from qtasks_conformance.waiting import PATIENCE, SOON, patient, retry_call_untimed
 from qtasks_core import Inbox, Task
 from qtasks_core.errors import Closed
 
 
 class InboxContract(Contract):
-    """What a client that waits for results relies on."""
+    """What a client that waits for results relies on.
+
+    An inbox receives the final records whose `reply_to` is its address (`expect`), and those of
+    tasks that it watches (`watch`).
+    """
 
     @pytest.mark.parametrize("how", ["expect", "watch"])
     async def test_told_while_it_waits(self, rig: Rig, how: str) -> None:
-        """A receive that waits returns when another process saves the final record."""
+        """A waiting `receive` returns when another process saves the final record."""
         inbox = await rig.inbox(await rig.storage())
         saver = await rig.elsewhere()
         record = self._record(rig, inbox, how)
@@ -34,7 +38,7 @@ class InboxContract(Contract):
 
     @pytest.mark.parametrize("how", ["expect", "watch"])
     async def test_told_of_what_came_before_it_received(self, rig: Rig, how: str) -> None:
-        """What became final between asking and receiving arrives."""
+        """A record that became final before `receive` was called is received."""
         inbox = await rig.inbox(await rig.storage())
         saver = await rig.storage()
         record = self._record(rig, inbox, how)
@@ -46,7 +50,7 @@ class InboxContract(Contract):
     @pytest.mark.parametrize("script", SCRIPTS)
     @pytest.mark.parametrize("how", ["expect", "watch"])
     async def test_told_of_the_longest_uuids(self, rig: Rig, how: str, script: str) -> None:
-        """200 characters of any script, several saved at once; small records and larger ones."""
+        """Uuids of 200 characters of any script work, for small records and large ones."""
         inbox = await rig.inbox(await rig.storage())
         saver = await rig.storage()
         reply_to = inbox.address if how == "expect" else None
@@ -62,7 +66,7 @@ class InboxContract(Contract):
         assert {uuid: heard[uuid] for uuid in wanted} == wanted
 
     async def test_told_of_what_was_final_before_it_watched(self, rig: Rig) -> None:
-        """A task of another client that is final already arrives at once."""
+        """A watched task that is already final is received at once."""
         saver = await rig.storage()
         record = rig.record("cancel", reply_to="another-client")
         assert_done(await saver.save([record]))
@@ -71,7 +75,7 @@ class InboxContract(Contract):
         assert await hear(inbox, 1) == {record.uuid: record}
 
     async def test_told_of_what_becomes_final_while_it_begins_to_watch(self, rig: Rig) -> None:
-        """Watching and saving at the same time misses nothing."""
+        """No record is missed if it becomes final while `watch` is called."""
         inbox = await rig.inbox(await rig.storage())
         saver = await rig.elsewhere()
         records = [rig.record("success") for _ in range(60)]
@@ -89,7 +93,7 @@ class InboxContract(Contract):
         assert heard == {record.uuid: record for record in records}
 
     async def test_told_only_of_the_end(self, rig: Rig) -> None:
-        """Records that are not final do not arrive, the final one does, and it can be read."""
+        """Only final records are received, and they can be read by then."""
         storage, saver = await rig.storage(), await rig.storage()
         inbox = await rig.inbox(storage)
         start = rig.record("new", reply_to=inbox.address)
@@ -107,22 +111,24 @@ class InboxContract(Contract):
         assert await storage.get([final.uuid]) == [final]
 
     async def test_told_of_what_can_be_read(self, rig: Rig) -> None:
-        """A final record is told when it is there for every reader, and not before."""
+        """A final record is received only when every reader can read it."""
         reader, saver = await rig.storage(), await rig.elsewhere()
         inbox = await rig.inbox(await rig.storage())
         records = [rig.record("success", reply_to=inbox.address) for _ in range(20)]
         inbox.expect([record.uuid for record in records])
         saving = rig.background(save_each(saver, records))
         heard: dict[str, Task] = {}
-        async with patient(SOON, "hearing of records that are saved one by one"):
+        async with patient(SOON, "receiving records that are saved one by one"):
             while len(heard) < len(records):
                 some = await inbox.receive()
-                assert await reader.get([task.uuid for task in some]) == some
+                assert await reader.get([task.uuid for task in some]) == some, (
+                    "an inbox received a record that `get` does not return yet"
+                )
                 heard |= {task.uuid: task for task in some}
         await saving
 
     async def test_told_only_in_its_namespace(self, rig: Rig) -> None:
-        """Who watches the same uuid for another app hears nothing."""
+        """An inbox of another app that watches the same uuid receives nothing."""
         storage = await rig.storage()
         other = await rig.storage(namespace="other" + rig.namespace)
         mine, theirs = await rig.inbox(storage), await rig.inbox(other)
@@ -136,7 +142,7 @@ class InboxContract(Contract):
                 await theirs.receive()
 
     async def test_each_client_hears_its_own(self, rig: Rig) -> None:
-        """Results go to the address in `reply_to`, and to everyone who watches."""
+        """A final record goes to the inbox with the address `reply_to`, and to all that watch."""
         clients = [await rig.storage() for _ in range(3)]
         inboxes = [await rig.inbox(storage) for storage in clients]
         assert len({inbox.address for inbox in inboxes}) == 3
@@ -150,7 +156,7 @@ class InboxContract(Contract):
         assert await hear(inboxes[2], 2) == {record.uuid: record for record in records}
 
     async def test_a_refused_final_is_not_told(self, rig: Rig) -> None:
-        """Who waits hears of the record that is there, never of one that was refused."""
+        """An inbox receives the record that was accepted, never one that was refused."""
         saver = await rig.storage()
         inbox = await rig.inbox(await rig.storage())
         first = rig.record("success", execution="a", reply_to=inbox.address)
@@ -167,7 +173,7 @@ class InboxContract(Contract):
         assert {task.uuid: task for task in more} == {first.uuid: first}
 
     async def test_cancelled_receives_strand_nothing(self, rig: Rig) -> None:
-        """Receives cancelled at random instants lose no news."""
+        """No record is lost if calls of `receive` are cancelled at random times."""
         inbox = await rig.inbox(await rig.storage())
         saver = await rig.elsewhere()
         records = [
@@ -197,7 +203,7 @@ class InboxContract(Contract):
         return heard
 
     async def test_what_is_forgotten_is_waited_for_no_more(self, rig: Rig) -> None:
-        """Forgetting some leaves the others; forgetting what is unknown is harmless."""
+        """`forget` stops waiting for some tasks, not for the others. Unknown uuids are ignored."""
         inbox = await rig.inbox(await rig.storage())
         forgotten, wanted = rig.record("success"), rig.record("success")
         await inbox.watch([forgotten.uuid, wanted.uuid])
@@ -207,21 +213,21 @@ class InboxContract(Contract):
 
     @pytest.mark.parametrize("by", ["close", "stop"])
     async def test_closing_ends_a_waiting_receive(self, rig: Rig, by: str) -> None:
-        """A receive that waits raises `Closed`, and so does the next."""
+        """Closing the inbox or stopping the storage makes this and the next `receive` raise."""
         storage = await rig.storage()
         inbox = await rig.inbox(storage)
         receiving = rig.background(inbox.receive())
         await asyncio.sleep(0.1)
         await (inbox.close() if by == "close" else storage.stop())
         await asyncio.wait({receiving}, timeout=SOON)
-        assert receiving.done(), "the receive goes on waiting"
+        assert receiving.done(), "`receive` still waits; it must raise `Closed`"
         assert isinstance(receiving.exception(), Closed)
         with pytest.raises(Closed):
             async with asyncio.timeout(SOON):
                 await inbox.receive()
 
     async def test_closing_twice_is_harmless(self, rig: Rig) -> None:
-        """`close` gives up the address, once."""
+        """`close` may be called twice."""
         inbox = await rig.inbox(await rig.storage())
         await inbox.close()
         await inbox.close()
@@ -245,24 +251,28 @@ async def save_each(saver: Elsewhere, records: list[Task]) -> None:
 
 
 async def hear(inbox: Inbox, count: int, wanted: Set[str] | None = None) -> dict[str, Task]:
-    """Receive until so many records (those wanted, or any) are there; fails when they are late."""
+    """Receive `count` records, of those `wanted` or of any; fail if they do not come soon."""
     heard: dict[str, Task] = {}
     try:
-        async with patient(SOON, f"hearing of {count} records"):
+        async with patient(SOON, f"receiving {count} final records"):
             while len(heard.keys() & wanted if wanted is not None else heard) < count:
                 heard |= {task.uuid: task for task in await inbox.receive()}
     except TimeoutError:
-        raise AssertionError(f"heard of {len(heard)} within {SOON} s, not of {count}") from None
+        raise AssertionError(
+            f"the inbox received only {len(heard)} of {count} final records within {SOON:g} s"
+        ) from None
     return heard
 
 
-async def hear_through(inbox: Inbox, wanted: Set[str]) -> dict[str, Task]:
-    """Receive until all that is wanted is there, over broken connections; fails when it is late."""
+async def hear_despite_outages(inbox: Inbox, wanted: Set[str]) -> dict[str, Task]:
+    """Receive all `wanted` records, although connections break; fail if some do not come."""
     heard: dict[str, Task] = {}
     try:
-        async with patient(2 * PATIENCE, f"hearing of {len(wanted)} records"):
+        async with patient(2 * PATIENCE, f"receiving {len(wanted)} final records"):
             while not wanted <= heard.keys():
-                heard |= {task.uuid: task for task in await retry(inbox.receive)}
+                heard |= {task.uuid: task for task in await retry_call_untimed(inbox.receive)}
     except TimeoutError:
-        raise AssertionError(f"never heard of {wanted - heard.keys()}") from None
+        raise AssertionError(
+            f"the inbox never received the final records of {wanted - heard.keys()}"
+        ) from None
     return heard

@@ -1,4 +1,4 @@
-"""Tasks with a key: however often and by whomever one is submitted, it is run once."""
+"""Tasks with a key: a task that is submitted many times, by any clients, runs once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
 from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
-from qtasks_conformance.waiting import assert_silent, collect, persist
+from qtasks_conformance.waiting import assert_silent, collect, retry_call
 from qtasks_core import (
     Ack,
     Broker,
@@ -32,15 +32,19 @@ from qtasks_core.errors import Unavailable
 from qtasks_core.separate import compose, record_of
 
 QUIET = 1.0
-"""Seconds without a delivery after which none is under way: what comes later finds a final record
-and is not run."""
+"""Seconds without a delivery after which the queue counts as empty. A message that comes later
+finds a final record, so it does not run either."""
 
 
 class KeyContract(Contract):
-    """One uuid, several submissions: the record says whose messages are run."""
+    """One uuid, several submissions: the record decides whose message runs.
+
+    A message of a task with a key has a `submission`, a new one for each call of `add_task`. Only
+    the submission in the task's first record runs.
+    """
 
     async def test_a_key_is_taken_by_the_first(self, rig: Rig) -> None:
-        """The others are told what is there, and leave nothing in the queue that is run."""
+        """The first submission is accepted; later ones are refused with its record, and not run."""
         broker, storage, composition = await self._pair(rig)
         first, second, third = self._copies(rig, 3)
         assert_done(await composition.submit([first]))
@@ -54,7 +58,7 @@ class KeyContract(Contract):
         assert (outcome.status, outcome.there) == ("refused", record)
 
     async def test_each_of_a_batch_has_its_own_answer(self, rig: Rig) -> None:
-        """What is taken, what is new and what has no key may come together."""
+        """Taken keys, new keys and tasks without a key in one batch each get their own outcome."""
         broker, _, composition = await self._pair(rig)
         taken, again = self._copies(rig, 2)
         assert_done(await composition.submit([taken]))
@@ -69,7 +73,7 @@ class KeyContract(Contract):
 
     @pytest.mark.parametrize("written", ["written", "not written"])
     async def test_a_key_holds_when_publishing_was_in_doubt(self, rig: Rig, written: str) -> None:
-        """Publishing fails with or without having published: submitted again, it is run once."""
+        """`publish` fails, with or without writing; the task is submitted again: it runs once."""
         broker, storage, composition = await self._pair(rig)
         publish = broker.publish
 
@@ -82,7 +86,7 @@ class KeyContract(Contract):
 
         first, second = self._copies(rig, 2)
         setattr(broker, "publish", fail)  # noqa: B010 a method is replaced
-        with suppress(Unavailable):  # which it is not where one step does both
+        with suppress(Unavailable):  # a joint composition does not call `publish`
             await composition.submit([first])
         setattr(broker, "publish", publish)  # noqa: B010
         await composition.submit([second])
@@ -93,7 +97,7 @@ class KeyContract(Contract):
 
     @pytest.mark.parametrize("begun", ["begun", "queued"])
     async def test_a_key_outlives_a_client_that_dies(self, rig: Rig, begun: str) -> None:
-        """Killed between publishing and recording, and submitted again by another: run once."""
+        """A client dies between publishing and recording; another submits the task: one run."""
         broker, _, composition = await self._pair(rig)
         first, second = self._copies(rig, 2)
         assert_done(await broker.publish([first]))
@@ -111,13 +115,13 @@ class KeyContract(Contract):
         await assert_silent(subscription, QUIET)
 
     async def test_of_two_unrecorded_copies_one_is_run(self, rig: Rig) -> None:
-        """Two clients died between publishing and recording; both messages come together."""
+        """Two clients died between publishing and recording: only one of their messages runs."""
         broker, _, composition = await self._pair(rig)
         assert_done(await broker.publish(self._copies(rig, 2)))
         assert len(await self._ran(broker, composition)) == 1
 
     async def test_a_late_record_is_that_of_the_publishing_that_runs(self, rig: Rig) -> None:
-        """A worker may be faster than the client that records what it has published."""
+        """A worker admits a message before the client records it: that record is accepted."""
         broker, storage, composition = await self._pair(rig)
         message = self._copies(rig, 1)[0]
         assert_done(await broker.publish([message]))
@@ -128,7 +132,7 @@ class KeyContract(Contract):
         await complete(composition, subscription, [delivery])
 
     async def test_many_submit_one_key_at_once(self, rig: Rig) -> None:
-        """Of 50 submissions by two processes one is taken, which is run, and the only one."""
+        """Of 50 concurrent submissions by two processes one is accepted, and only that one runs."""
         broker, _, composition = await self._pair(rig)
         other = await rig.elsewhere()
         copies = self._copies(rig, 50)
@@ -143,14 +147,14 @@ class KeyContract(Contract):
         assert await self._ran(broker, composition) == [winner]
 
     async def test_a_retry_keeps_the_key(self, rig: Rig) -> None:
-        """The next attempt is run, and a copy of another submission is not."""
+        """The retry of the accepted submission runs; a message of another submission does not."""
         broker, _, composition = await self._pair(rig)
         first, second = self._copies(rig, 2)
         assert_done(await composition.submit([first]))
         subscription = await broker.subscribe({"q": 10})
         (delivery,) = await collect(subscription, 1)
         again = replace(first, attempt=2)
-        retry = Completion(Retry(delivery, again), ended(first, "retry"))
+        retry = Completion(Retry(delivery, again), record_of_run(first, "retry"))
         assert_settled(await composition.complete(subscription, [retry]), broker.guarantees)
         assert_done(await broker.publish([replace(second, attempt=2)]))
         assert await self._ran(broker, composition, subscription) == [again]
@@ -159,7 +163,7 @@ class KeyContract(Contract):
     async def test_what_was_published_is_not_published_again(
         self, rig: Rig, submission: str
     ) -> None:
-        """Where only the record could not be saved, submitting again only saves it."""
+        """If only saving failed, a repeated `submit` saves the record without publishing again."""
         broker, storage, composition = await self._pair(rig)
         save, left = storage.save, 2
 
@@ -172,7 +176,7 @@ class KeyContract(Contract):
 
         setattr(storage, "save", fail)  # noqa: B010 a method is replaced
         message = rig.message(submission=submission)
-        assert_done(await persist(lambda: composition.submit([message])))
+        assert_done(await retry_call(lambda: composition.submit([message])))
         assert len(await received(await broker.subscribe({"q": 10}))) == 1
         assert await storage.get([message.uuid]) == [record_of(message)]
 
@@ -182,7 +186,7 @@ class KeyContract(Contract):
 
     @staticmethod
     def _copies(rig: Rig, count: int) -> list[TaskMessage]:
-        """Return messages of one task, each of another submission."""
+        """Return messages of one task with different submissions."""
         uuid = new_uuid()
         return [rig.message(uuid=uuid, submission=new_uuid()) for _ in range(count)]
 
@@ -193,9 +197,9 @@ class KeyContract(Contract):
         subscription: Subscription | None = None,
         count: int = 1,
     ) -> list[TaskMessage]:
-        """Run what is in the queue side by side, as far as it is admitted, and end it.
+        """Run everything in the queue that is admitted, and complete it; return those messages.
 
-        At least `count`: of a server that is held up they may come one after the other.
+        Waits until at least `count` have run: a slow server may deliver them one by one.
         """
         subscription = subscription or await broker.subscribe({"q": 100})
         ran: list[TaskMessage] = []
@@ -211,14 +215,14 @@ class KeyContract(Contract):
 
 
 async def received(subscription: Subscription, least: int = 1) -> list[Delivery]:
-    """Return all that can be received; fails when fewer tasks than `least` come in time."""
+    """Receive until the queue is empty; fail if fewer tasks than `least` come in time."""
     deliveries: list[Delivery] = []
     while (missing := least - len({message_of(delivery).uuid for delivery in deliveries})) > 0:
         deliveries += await collect(subscription, missing)
     while True:
         try:
             async with asyncio.timeout(QUIET):
-                deliveries += await persist(lambda: subscription.receive({"q": 100}, 100))
+                deliveries += await retry_call(lambda: subscription.receive({"q": 100}, 100))
         except TimeoutError:
             return deliveries
 
@@ -226,14 +230,15 @@ async def received(subscription: Subscription, least: int = 1) -> list[Delivery]
 async def complete(
     composition: Composition, subscription: Subscription, deliveries: Sequence[Delivery]
 ) -> None:
-    """End the runs of deliveries in success."""
+    """Complete deliveries with status `success`."""
     ends = [
-        Completion(Ack(delivery), ended(message_of(delivery), "success")) for delivery in deliveries
+        Completion(Ack(delivery), record_of_run(message_of(delivery), "success"))
+        for delivery in deliveries
     ]
     outcomes = await composition.complete(subscription, ends)
     assert [outcome.status for outcome in outcomes] == ["done"] * len(ends)
 
 
-def ended(message: TaskMessage, status: Status) -> Task:
-    """Return the record of a run."""
+def record_of_run(message: TaskMessage, status: Status) -> Task:
+    """Return the record of a run with this status."""
     return replace(record_of(message), status=status, execution="a run")

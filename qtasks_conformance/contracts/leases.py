@@ -1,4 +1,7 @@
-"""Leases: a dead receiver's go to another, a living one's do not, a zombie is refused."""
+"""Leases: another receiver gets what a dead one held, never what a living one holds.
+
+A zombie is a receiver that was frozen for longer than its lease and then continues.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,26 @@ from qtasks_conformance.waiting import (
     SOON,
     assert_silent,
     collect,
-    keeping,
-    persist,
-    retry,
+    heartbeat,
+    retry_call,
+    retry_call_untimed,
 )
 from qtasks_core import Ack, Delivery, Guarantees, Release, Subscription
 
 MOMENTS = (0.0, 0.001, 0.004, 0.016, SOON)
-"""Seconds after which a process that settles is killed. By the last of them it has settled, and
-dies at once; one that takes as long is in the midst of it."""
+"""Seconds after which a process that settles is killed: before, during and after its settle.
+
+The last one is an upper limit: the process is killed as soon as it has settled."""
 
 
 class LeaseContract(Contract):
-    """Invariants 1, 4 and 9."""
+    """Invariants 1 (nothing is lost), 4 (leases) and 9 (a lost lease cannot be settled)."""
 
     async def test_a_killed_receiver_loses_nothing(self, rig: Rig) -> None:
-        """What a process held when it was killed goes to another within the lease."""
+        """What a killed process held is delivered to another receiver within the lease.
+
+        If `counts_deliveries` is declared, these deliveries have the count 2.
+        """
         broker, victim = await rig.broker(), await rig.elsewhere()
         messages = rig.messages(5)
         assert_done(await broker.publish(messages))
@@ -41,15 +48,20 @@ class LeaseContract(Contract):
         subscription = await broker.subscribe({"q": 10})
         await victim.kill()
         deliveries: list[Delivery] = []
-        async with keeping(subscription, deliveries, rig.subject.lease / 4):
+        async with heartbeat(subscription, deliveries, rig.subject.lease / 4):
             await collect(subscription, 5, rig.within, into=deliveries)
         assert uuids(deliveries) == sorted(message.uuid for message in messages)
         assert_settled(await subscription.settle([Ack(d) for d in deliveries]), broker.guarantees)
         if broker.guarantees.counts_deliveries:
-            assert sorted(d.count or 0 for d in deliveries)[2:] == [2, 2, 2]
+            assert sorted(d.count or 0 for d in deliveries)[2:] == [2, 2, 2], (
+                "the second delivery of a message must have the count 2"
+            )
 
     async def test_what_was_published_outlives_its_process(self, rig: Rig) -> None:
-        """It is with the server when `publish` returns, delayed messages and retries too."""
+        """When `publish` returns, the message is on the server; delayed messages and retries too.
+
+        The publishing process is killed then, and all messages are still delivered.
+        """
         victim = await rig.elsewhere()
         messages = rig.messages(3)
         later = rig.message(delay=1.0, queue="later")
@@ -62,7 +74,7 @@ class LeaseContract(Contract):
         await victim.kill()
         subscription = await broker.subscribe({"q": 10, "later": 10})
         deliveries: list[Delivery] = []
-        async with keeping(subscription, deliveries, rig.subject.lease / 4):
+        async with heartbeat(subscription, deliveries, rig.subject.lease / 4):
             await collect(subscription, 3, rig.within, into=deliveries)
         assert uuids(deliveries) == sorted(message.uuid for message in messages)
         assert sorted(message_of(d).attempt for d in deliveries) == [1, 1, 2]
@@ -71,10 +83,10 @@ class LeaseContract(Contract):
         assert clock() - before <= rig.within
 
     async def test_a_process_killed_while_it_settles_loses_nothing(self, rig: Rig) -> None:
-        """Killed before its settle, at several moments in it, and after it: all messages come.
+        """A process is killed before, during or after a settle: no message is lost.
 
-        A retry is there as the old message or as the new one, at worst as both; as one alone where
-        `atomic_retries` is declared.
+        A retry leaves the old message or the new one, at worst both. If `atomic_retries` is
+        declared, it leaves exactly one.
         """
         broker = await rig.broker()
         queues = [f"q{at}" for at in range(len(MOMENTS))]
@@ -93,19 +105,21 @@ class LeaseContract(Contract):
         for queue in queues:
             sent = {message.uuid for message in messages[queue]}
             while not sent <= set(uuids(came)):
-                assert clock() < deadline, "messages come again and again"
+                assert clock() < deadline, "acknowledged messages are delivered again and again"
                 some = await collect(subscription, 1, rig.within, queue)
                 assert_settled(await subscription.settle([Ack(some[0])]), broker.guarantees)
                 came += some
         came += await acknowledge_for(subscription, rig.subject.lease + 0.5, *queues)
         times = {uuid: uuids(came).count(uuid) for uuid in uuids(came)}
         most = 1 if broker.guarantees.atomic_retries else 2
-        assert max(times.values()) <= most, f"more than the old and the new message: {times}"
+        assert max(times.values()) <= most, (
+            f"at most {most} message(s) of each task may be left after a crash in a retry: {times}"
+        )
         assert {message_of(delivery).attempt for delivery in came} <= {1, 2}
 
     @staticmethod
     async def _killed_while_it_settles(rig: Rig, queue: str, moment: float) -> None:
-        """Let a process hold what is in a queue, retry one half and release the other, and die."""
+        """Start a process that holds 4 messages; kill it while it retries 2 and releases 2."""
         victim = await rig.elsewhere()
         await victim.receive(4, queue)
         settling = rig.background(
@@ -115,14 +129,16 @@ class LeaseContract(Contract):
         await victim.kill()
 
     async def test_extend_answers_for_each(self, rig: Rig) -> None:
-        """In order, and only for what is still held: what is settled cannot be had back."""
+        """`extend` answers in order: None for a settled delivery, else the delivery."""
         broker = await rig.broker()
         assert_done(await broker.publish(rig.messages(3)))
         subscription = await broker.subscribe({"q": 3})
         held = await collect(subscription, 3)
         assert_settled(await subscription.settle([Ack(held[1])]), broker.guarantees)
         extended = await subscription.extend(held)
-        assert [delivery is not None for delivery in extended] == [True, False, True]
+        assert [delivery is not None for delivery in extended] == [True, False, True], (
+            "`extend` must answer None for the settled delivery, and only for that"
+        )
         mine = [delivery for delivery in extended if delivery is not None]
         assert [message_of(d) for d in mine] == [message_of(held[0]), message_of(held[2])]
         assert_settled(await subscription.settle([Ack(d) for d in mine]), broker.guarantees)
@@ -131,10 +147,10 @@ class LeaseContract(Contract):
 
     @pytest.mark.parametrize("first", ["settle", "extend"])
     async def test_a_zombie_is_refused(self, rig: Rig, first: str) -> None:
-        """A receiver stopped beyond its lease hears that it was lost, and changes nothing.
+        """A receiver that was frozen for longer than its lease cannot settle or extend.
 
-        Its settlements of what another has received by then are refused (at least not confirmed,
-        where the server does not answer a settle); what it receives afterwards is its own.
+        Another receiver has its deliveries by then. Its settles are `refused`, or `unknown` if
+        `settle_confirmed` is not declared, and change nothing. What it receives later is its own.
         """
         broker, zombie = await rig.broker(), await rig.elsewhere()
         messages = rig.messages(3)
@@ -143,19 +159,27 @@ class LeaseContract(Contract):
         subscription = await broker.subscribe({"q": 10})
         zombie.pause()
         held: list[Delivery] = []
-        async with keeping(subscription, held, rig.subject.lease / 4):
+        async with heartbeat(subscription, held, rig.subject.lease / 4):
             await collect(subscription, 3, rig.within, into=held)
             zombie.resume()
             if first == "extend":
-                assert await zombie.extend() == [False, False, False]
+                assert await zombie.extend() == [False, False, False], (
+                    "`extend` must answer None for a lease that was lost"
+                )
             refusals = self._refusals(broker.guarantees)
             outcomes = await zombie.settle((0, "ack"), (1, "retry"), (2, "release"))
-            assert {outcome.status for outcome in outcomes} <= refusals, outcomes
-            assert await zombie.extend() == [False, False, False]
+            assert {outcome.status for outcome in outcomes} <= refusals, (
+                f"settling a lost lease must be {refusals}, but the outcomes are {outcomes}"
+            )
+            assert await zombie.extend() == [False, False, False], (
+                "`extend` must answer None for a lease that was lost"
+            )
             assert_done(await broker.publish([rig.message(queue="own")]))
-            await persist(lambda: zombie.receive(1, "q", "own"))
+            await retry_call(lambda: zombie.receive(1, "q", "own"))
             mixed = await zombie.settle((0, "ack"), (3, "ack"), (1, "ack"), (2, "ack"))
-            assert {mixed[at].status for at in (0, 2, 3)} <= refusals, mixed
+            assert {mixed[at].status for at in (0, 2, 3)} <= refusals, (
+                f"of these, only the second is still held and may be done: {mixed}"
+            )
             assert_settled([mixed[1]], broker.guarantees)
         await self._still_owns(subscription, held)
 
@@ -165,8 +189,10 @@ class LeaseContract(Contract):
 
     @staticmethod
     async def _still_owns(subscription: Subscription, held: list[Delivery]) -> None:
-        """Give all back and find each again, unchanged: the zombie's word had no effect."""
-        assert None not in await subscription.extend(held)
+        """Release all deliveries and receive them unchanged: the zombie had no effect."""
+        assert None not in await subscription.extend(held), (
+            "a settle by the former holder ended the lease of the present holder"
+        )
         await subscription.settle([Release(delivery) for delivery in held])
         back = await collect(subscription, len(held))
         assert uuids(back) == uuids(held)
@@ -175,33 +201,34 @@ class LeaseContract(Contract):
         await assert_silent(subscription, 0.5)
 
     async def test_an_extended_delivery_stays(self, rig: Rig) -> None:
-        """Extended over two and a half lease times it goes to nobody else and can be settled."""
+        """A delivery that is extended for 2.5 leases is delivered to nobody else."""
         subscriptions = [await (await rig.broker()).subscribe({"q": 1}) for _ in range(2)]
         publisher = await rig.broker()
         waiting = [rig.background(s.receive({"q": 1}, 1)) for s in subscriptions]
         await asyncio.sleep(0.2)
         assert_done(await publisher.publish([rig.message()]))
         done, _ = await asyncio.wait(waiting, timeout=30, return_when="FIRST_COMPLETED")
-        assert len(done) == 1, "exactly one receiver gets the message"
+        assert len(done) == 1, "exactly one receiver must get the message"
         holder = subscriptions[waiting.index(next(iter(done)))]
         other = next(task for task in waiting if task not in done)
         held = next(iter(done)).result()
-        async with keeping(holder, held, rig.subject.lease / 4):
+        async with heartbeat(holder, held, rig.subject.lease / 4):
             await asyncio.wait({other}, timeout=2.5 * rig.subject.lease)
-        assert not other.done(), "another receiver got a delivery that is held"
+        assert not other.done(), "another receiver got a message whose lease was extended in time"
         assert_settled(await holder.settle([Ack(held[0])]), publisher.guarantees)
         await asyncio.wait({other}, timeout=0.5)
-        assert not other.done(), "an acknowledged delivery came again"
+        assert not other.done(), "an acknowledged message was delivered again"
         other.cancel()
         await asyncio.wait({other})
 
     @pytest.mark.parametrize("first", ["short", "long"])
     async def test_a_lease_is_the_receivers(self, rig: Rig, first: str) -> None:
-        """Two receivers of one queue have leases of their own, whichever subscribed first.
+        """Two receivers of one queue each have their own lease, whichever subscribed first.
 
-        What the dead one held comes back within its short lease; the other keeps what it holds.
+        One with a short lease dies: its message is delivered again within that lease. The other one
+        keeps what it holds.
         """
-        # Longer than all waits here, so that what waits for the end of this lease is found out.
+        # Longer than all waits here, so a broker that applies this lease to all is found out.
         short, holder = await rig.elsewhere(), await rig.broker(lease=3 * LONG_LEASE)
         broker = await rig.broker()
         if first == "short":
@@ -213,7 +240,7 @@ class LeaseContract(Contract):
         taking, receiving = rig.background(short.receive(1)), rig.background(collect(long, 1))
         deadline = clock() + PATIENCE
         while not (taking.done() and receiving.done()):
-            assert clock() < deadline, "not every receiver of a queue gets of its messages"
+            assert clock() < deadline, "one of two receivers of a queue gets no message"
             assert_done(await broker.publish(rig.messages(3)))
             await asyncio.wait({taking, receiving}, timeout=0.5)
         ((lost,), (kept,)) = taking.result(), receiving.result()
@@ -224,37 +251,41 @@ class LeaseContract(Contract):
         async def acknowledge(subscription: Subscription) -> None:
             while True:
                 receive = partial(subscription.receive, {"q": 10}, 10)
-                some = await retry(receive, LONG_LEASE)
+                some = await retry_call_untimed(receive, LONG_LEASE)
                 acks = [Ack(delivery) for delivery in some]
                 assert_settled(await subscription.settle(acks), broker.guarantees)
                 came.extend(some)
 
-        # The server chooses which of the two gets it, as by Kafka's partitions: both receive.
+        # Both receive: the server may choose who gets the message, as Kafka does by partition.
         receivers = {rig.background(acknowledge(each)) for each in (others, long)}
         deadline = since + max(rig.within, PATIENCE)
         while lost.message.uuid not in uuids(came):
-            assert clock() < deadline, "what the dead one held came to nobody"
+            assert clock() < deadline, (
+                "what a dead receiver with a short lease held was not delivered again"
+            )
             await only_time_passes(receivers, 0.1)
-        # By then a short lease would be over that began with the long one.
+        # If the long lease were cut to the short one, it would have ended by then.
         await only_time_passes(receivers, max(since + rig.subject.lease - clock(), 0.0) + 1.0)
-        assert message_of(kept).uuid not in uuids(came), "another got what is held"
+        assert message_of(kept).uuid not in uuids(came), (
+            "what a receiver with a long lease holds was delivered to another"
+        )
         assert_settled(await long.settle([Ack(kept)]), holder.guarantees)
 
     async def test_settling_follows_a_replaced_fence(self, rig: Rig) -> None:
-        """Where `extend` hands back a replacement, the old delivery can still be settled."""
+        """Where `extend` runner back a replacement, the old delivery can still be settled."""
         broker = await rig.broker()
         assert_done(await broker.publish([rig.message()]))
         subscription = await broker.subscribe({"q": 10})
         (old,) = await collect(subscription, 1)
         for _ in range(2):
             (new,) = await subscription.extend([old])
-            assert new is not None
+            assert new is not None, "`extend` called a delivery lost that is still held"
         assert_settled(await subscription.settle([Ack(old)]), broker.guarantees)
         await assert_silent(subscription, rig.subject.lease)
 
 
 async def only_time_passes(tasks: set[asyncio.Task[None]], seconds: float) -> None:
-    """Wait, and raise what one of the tasks raises meanwhile."""
+    """Wait; raise the error of any task that fails in the meantime."""
     done, _ = await asyncio.wait(tasks, timeout=seconds, return_when="FIRST_COMPLETED")
     for task in done:
         task.result()
@@ -263,7 +294,7 @@ async def only_time_passes(tasks: set[asyncio.Task[None]], seconds: float) -> No
 async def acknowledge_for(
     subscription: Subscription, seconds: float, *queues: str
 ) -> list[Delivery]:
-    """Acknowledge what comes within so many seconds, and return it."""
+    """Receive and acknowledge for so many seconds; return the deliveries."""
     came: list[Delivery] = []
     wanted = dict.fromkeys(queues or ("q",), 10)
     with suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""Bringing a server to what this release needs, as often and from as many places as one likes."""
+"""`migrate` creates what the server must have. It can be repeated, and called concurrently."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from qtasks_conformance.waiting import collect
 
 
 class BrokerMigrationContract(Contract):
-    """`migrate` of a broker, where it has it."""
+    """`migrate` of a broker, if it has it."""
 
     async def test_migrating_a_broker_changes_nothing_that_is_there(self, rig: Rig) -> None:
-        """Before it starts, after, again, and at once from several places."""
+        """`migrate` works before and after `start`, again, and concurrently; it keeps all data.
+
+        When there is nothing to change, it returns an empty list.
+        """
         needs(rig.subject.broker, "migrate")
         unstarted = [rig.subject.broker.broker() for _ in range(3)]
         await asyncio.gather(*(part.migrate(rig.namespace) for part in unstarted))
@@ -22,16 +25,19 @@ class BrokerMigrationContract(Contract):
         message = rig.message()
         assert_done(await broker.publish([message]))
         parts = [broker, await rig.broker(), broker, rig.subject.broker.broker()]
-        told = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
-        assert told == [[]] * 4, "a later one tells of changes where nothing had to be changed"
+        got = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
+        assert got == [[]] * 4, "a repeated `migrate` reports changes though nothing was to change"
         assert uuids(await collect(await broker.subscribe({"q": 1}), 1)) == [message.uuid]
 
 
 class StorageMigrationContract(Contract):
-    """`migrate` of a storage, where it has it."""
+    """`migrate` of a storage, if it has it."""
 
     async def test_migrating_a_storage_changes_nothing_that_is_there(self, rig: Rig) -> None:
-        """Before it starts, after, again, and at once from several places."""
+        """`migrate` works before and after `start`, again, and concurrently; it keeps all data.
+
+        When there is nothing to change, it returns an empty list.
+        """
         needs(rig.subject.storage, "migrate")
         unstarted = [rig.subject.storage.storage() for _ in range(3)]
         await asyncio.gather(*(part.migrate(rig.namespace) for part in unstarted))
@@ -39,6 +45,6 @@ class StorageMigrationContract(Contract):
         record = rig.record("success")
         assert_done(await storage.save([record]))
         parts = [storage, await rig.storage(), storage, rig.subject.storage.storage()]
-        told = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
-        assert told == [[]] * 4, "a later one tells of changes where nothing had to be changed"
+        got = await asyncio.gather(*(part.migrate(rig.namespace) for part in parts))
+        assert got == [[]] * 4, "a repeated `migrate` reports changes though nothing was to change"
         assert await storage.get([record.uuid]) == [record]

@@ -1,4 +1,4 @@
-"""The server is killed and started again under the same client objects."""
+"""The server is killed and started again, while the same broker and storage objects are used."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.declaring import EVENTS
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
-from qtasks_conformance.contracts.inboxes import hear_through
+from qtasks_conformance.contracts.inboxes import hear_despite_outages
 from qtasks_conformance.patience import server_away
 from qtasks_conformance.rig import LONG_LEASE, Rig
 from qtasks_conformance.subject import Server
-from qtasks_conformance.waiting import PATIENCE, collect, persist
+from qtasks_conformance.waiting import PATIENCE, collect, retry_call
 from qtasks_core import Ack, Guarantees
 from qtasks_core.errors import Unavailable
 
-FEW = min(12.0, PATIENCE)
-"""Seconds in which a call must give up on a server that is not there, on a busy machine."""
+GIVES_UP_WITHIN = min(12.0, PATIENCE)
+"""Seconds within which a call must raise `Unavailable` if the server is away, on a busy machine."""
 
 
 class BrokerOutageContract(Contract):
-    """Invariants 1 and 5, for messages."""
+    """Invariants 1 and 5, for messages. Needs `server=` and `survives="server crash"`."""
 
     async def test_messages_outlive_the_server(self, rig: Rig) -> None:
-        """What was published before is received after, by a subscription opened before.
+        """Messages survive a crash of the server; an existing subscription receives them.
 
-        So is what was in flight, when its receiver is no more.
+        So do messages that were in flight: another receiver gets them when the holder has stopped.
         """
         broker, receiver = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         server = server_of(rig, broker.guarantees)
@@ -38,7 +38,8 @@ class BrokerOutageContract(Contract):
         subscription = await receiver.subscribe({"q": 100})
         assert_done(await broker.publish(rig.messages(2, queue="held")))
         held = await collect(await holder.subscribe({"held": 2}), 2, queue="held")
-        # Not due while it is killed: a server that moves what is due may then have it twice.
+        # Not due during the crash: a server that is killed while it moves a due message may then
+        # have it twice.
         before = rig.messages(20) + rig.messages(2, delay=3.0)
         assert_done(await broker.publish(before))
         await asyncio.to_thread(server.kill)
@@ -49,37 +50,40 @@ class BrokerOutageContract(Contract):
         deliveries = await collect(subscription, len(before), 2 * PATIENCE)
         assert uuids(deliveries) == sorted(message.uuid for message in before)
         assert_settled(
-            await persist(lambda: subscription.settle([Ack(d) for d in deliveries])),
+            await retry_call(lambda: subscription.settle([Ack(d) for d in deliveries])),
             receiver.guarantees,
         )
         after = rig.messages(5)
-        assert_done(await persist(lambda: broker.publish(after)))
+        assert_done(await retry_call(lambda: broker.publish(after)))
         expected = {message.uuid for message in after}
         deliveries = await collect(subscription, len(after))
         assert {message_of(delivery).uuid for delivery in deliveries} <= expected
 
     async def test_leases_outlive_the_server_where_declared(self, rig: Rig) -> None:
-        """What is held when the server is killed stays with its holder, who settles it after."""
+        """If `leases_survive` is declared, the holder keeps its lease through a crash."""
         broker, other = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         server = server_of(rig, broker.guarantees)
         if not broker.guarantees.leases_survive:
-            pytest.skip("declared not to")
+            pytest.skip("the guarantees declare leases_survive=False")
         assert_done(await broker.publish(rig.messages(4)))
         holder, rival = await broker.subscribe({"q": 4}), await other.subscribe({"q": 4})
         held = await collect(holder, 4)
         await asyncio.to_thread(server.kill)
         await asyncio.to_thread(server.restart)
-        assert None not in await persist(lambda: holder.extend(held[:2]))
-        assert_done(await persist(lambda: holder.settle([Ack(delivery) for delivery in held])))
+        assert None not in await retry_call(lambda: holder.extend(held[:2]))
+        assert_done(await retry_call(lambda: holder.settle([Ack(delivery) for delivery in held])))
         message = rig.message()
-        assert_done(await persist(lambda: broker.publish([message])))
+        assert_done(await retry_call(lambda: broker.publish([message])))
         (delivery,) = await collect(rival, 1)
-        assert message_of(delivery).uuid == message.uuid, "another got what was held"
+        assert message_of(delivery).uuid == message.uuid, (
+            "a message that was held through the crash was delivered to another receiver"
+        )
 
     async def test_a_waiting_receive_outlives_the_server(self, rig: Rig) -> None:
-        """A receiver that waits when the server is killed gets what is published afterwards.
+        """A waiting `receive` survives a crash of the server and gets later messages.
 
-        Meanwhile calls give up within seconds, and a broker that could not start starts later.
+        While the server is away, other calls raise `Unavailable` within seconds. A broker whose
+        `start` failed can be started later.
         """
         broker, receiver = [await rig.broker(lease=LONG_LEASE) for _ in range(2)]
         server = server_of(rig, broker.guarantees)
@@ -92,20 +96,21 @@ class BrokerOutageContract(Contract):
             await gives_up(lambda: broker.publish(rig.messages(1)))
             await gives_up(lambda: idle.receive({"other": 1}, 1))
             await gives_up(lambda: late.start(rig.namespace))
-        await persist(lambda: late.start(rig.namespace))
+        await retry_call(lambda: late.start(rig.namespace))
         await late.stop()
         messages = rig.messages(3)
-        assert_done(await persist(lambda: broker.publish(messages)))
+        assert_done(await retry_call(lambda: broker.publish(messages)))
         assert len(await waiting) == 3
 
 
 class StorageOutageContract(Contract):
-    """Invariants 1, 2 and 5, for records."""
+    """Invariants 1, 2 and 5, for records. Needs `server=` and `survives="server crash"`."""
 
     async def test_records_outlive_the_server(self, rig: Rig) -> None:
-        """What was saved before is there after, and the order of records still holds.
+        """Records survive a crash of the server, and the order of records still holds.
 
-        Meanwhile calls give up within seconds, and a storage that could not start starts later.
+        While the server is away, calls raise `Unavailable` within seconds. A storage whose `start`
+        failed can be started later.
         """
         storage = await rig.storage()
         server = server_of(rig, storage.guarantees)
@@ -117,18 +122,19 @@ class StorageOutageContract(Contract):
             await gives_up(lambda: storage.save([rig.record("new")]))
             await gives_up(lambda: storage.get([final.uuid]))
             await gives_up(lambda: late.start(rig.namespace))
-        await persist(lambda: late.start(rig.namespace))
+        await retry_call(lambda: late.start(rig.namespace))
         assert await late.get([final.uuid]) == [final]
         await late.stop()
-        assert await persist(lambda: storage.get([final.uuid, open_.uuid])) == [final, open_]
+        assert await retry_call(lambda: storage.get([final.uuid, open_.uuid])) == [final, open_]
         other = rig.record("error", uuid=final.uuid, execution="c")
-        (outcome,) = await persist(lambda: storage.save([other]))
+        (outcome,) = await retry_call(lambda: storage.save([other]))
         assert (outcome.status, outcome.there) == ("refused", final)
 
     async def test_an_inbox_outlives_the_server(self, rig: Rig) -> None:
-        """It hears of what became final before, and after; its address stays the same.
+        """An inbox receives what became final before and after a crash of the server.
 
-        So does one that was not listening meanwhile, also of what it began to watch then.
+        Its address stays the same. This also holds for an inbox on which nobody called `receive`
+        meanwhile, and for a task that was first watched while the server was away.
         """
         storage, saver = await rig.storage(), await rig.storage()
         server = server_of(rig, storage.guarantees)
@@ -144,28 +150,30 @@ class StorageOutageContract(Contract):
         await inbox.watch([watched.uuid])
         assert_done(await saver.save([early]))
         async with killed(server):
-            waiting = rig.background(hear_through(inbox, {early.uuid, mine.uuid, watched.uuid}))
+            waiting = rig.background(
+                hear_despite_outages(inbox, {early.uuid, mine.uuid, watched.uuid})
+            )
             with suppress(Unavailable):
-                async with asyncio.timeout(FEW):
+                async with asyncio.timeout(GIVES_UP_WITHIN):
                     await deaf.watch([late.uuid])
-        assert_done(await persist(lambda: saver.save([mine, own, watched, late])))
+        assert_done(await retry_call(lambda: saver.save([mine, own, watched, late])))
         heard = await waiting
         assert heard == {record.uuid: record for record in (early, mine, watched)}
         assert inbox.address == address
-        told = await hear_through(deaf, {own.uuid, watched.uuid, late.uuid})
-        assert told == {record.uuid: record for record in (own, watched, late)}
+        got = await hear_despite_outages(deaf, {own.uuid, watched.uuid, late.uuid})
+        assert got == {record.uuid: record for record in (own, watched, late)}
 
 
 async def gives_up(call: Callable[[], Awaitable[object]]) -> None:
-    """Fail unless a call that finds no server raises `Unavailable` within seconds."""
+    """Fail unless a call without a server raises `Unavailable` within seconds."""
     with pytest.raises(Unavailable):
-        async with asyncio.timeout(FEW):
+        async with asyncio.timeout(GIVES_UP_WITHIN):
             await call()
 
 
 @asynccontextmanager
 async def killed(server: Server) -> AsyncIterator[None]:
-    """Have the server be gone inside; it runs afterwards whatever came of that, for other tests."""
+    """Kill the server for the block; start it again afterwards, also if the block fails."""
     with server_away():
         await asyncio.to_thread(server.kill)
         try:
@@ -175,9 +183,11 @@ async def killed(server: Server) -> AsyncIterator[None]:
 
 
 def server_of(rig: Rig, guarantees: Guarantees) -> Server:
-    """Return the server, or skip: without one there is nothing to kill."""
+    """Return the server. Skip the test if there is none, or if a crash may lose data."""
     if rig.subject.server is None:
-        pytest.skip("there is no server")
+        pytest.skip("the subject has no server")
     if EVENTS.index(guarantees.survives) < EVENTS.index("server crash"):
-        pytest.skip(f"declared not to survive it: {guarantees.durability}")
+        pytest.skip(
+            f"the guarantees declare survives={guarantees.survives!r}: {guarantees.durability}"
+        )
     return rig.subject.server

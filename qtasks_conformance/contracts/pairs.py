@@ -1,4 +1,4 @@
-"""A broker and a storage together: submit, admit, complete, and a crash at every point between."""
+"""A broker and a storage together: submit, admit, complete, and a crash between any two steps."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from qtasks_core import (
 )
 from qtasks_core.separate import compose
 
-# (attempt of the message, what is recorded: attempt and status, or nothing) -> verdict
 ADMISSIONS: tuple[tuple[int, tuple[int, Status] | None, Verdict], ...] = (
+    # (attempt of the message, attempt and status of the record or None, verdict)
     (1, None, "run"),
     (1, (1, "new"), "run"),
     (1, (1, "scheduled"), "run"),
@@ -48,10 +48,10 @@ ADMISSIONS: tuple[tuple[int, tuple[int, Status] | None, Verdict], ...] = (
 
 
 class ComposingContract(Contract):
-    """Invariants 1, 2, 4 and 9, for a broker and a storage as the engine uses them."""
+    """Invariants 1, 2, 4 and 9, for a broker and a storage as the engine uses them together."""
 
     async def test_submitted_is_published_and_recorded(self, rig: Rig) -> None:
-        """When `submit` returns, the message can be received and its record is there."""
+        """When `submit` returns, the message can be received and its record can be read."""
         broker, _, composition = await self._pair(rig)
         now, later = rig.message(created_at=5.0), rig.message(created_at=5.0, delay=600.0)
         assert_done(await composition.submit([now, later]))
@@ -67,7 +67,7 @@ class ComposingContract(Contract):
         assert await composition.submit([]) == []
 
     async def test_a_submit_repeated_late_changes_nothing(self, rig: Rig) -> None:
-        """A late `new` is refused by the order of records, so a submit can be repeated."""
+        """A `submit` that is repeated after the task has finished does not change its record."""
         _, storage, composition = await self._pair(rig)
         message = rig.message()
         final = rig.record("success", uuid=message.uuid, execution="a")
@@ -76,7 +76,10 @@ class ComposingContract(Contract):
         assert await storage.get([message.uuid]) == [final]
 
     async def test_admit_knows_what_still_has_to_run(self, rig: Rig) -> None:
-        """One read a batch tells what runs from what is final, cancelled, stale or dead."""
+        """`admit` returns the right verdict for each state: run, final, cancelled, stale or dead.
+
+        `ADMISSIONS` has the states. `admit` also returns the record of each task.
+        """
         _, storage, composition = await self._pair(rig)
         deliveries = [Delivery(Raw(b"\xff", "no message"), "q", None)]
         for attempt, there, _ in ADMISSIONS:
@@ -86,27 +89,29 @@ class ComposingContract(Contract):
                 record = rig.record(there[1], uuid=message.uuid, attempt=there[0])
                 assert_done(await storage.save([record]))
         admitted = await composition.admit(deliveries)
-        assert [verdict for verdict, _ in admitted] == ["dead", *(v for _, _, v in ADMISSIONS)]
+        assert [verdict for verdict, _ in admitted] == ["dead", *(v for _, _, v in ADMISSIONS)], (
+            "a verdict differs from `ADMISSIONS` in qtasks_conformance.contracts.pairs"
+        )
         for delivery, (_, found) in zip(deliveries[1:], admitted[1:], strict=True):
             assert await storage.get([message_of(delivery).uuid]) == [found]
         assert await composition.admit([]) == []
 
     async def test_completed_is_recorded_and_settled(self, rig: Rig) -> None:
-        """Ends of runs are recorded and their deliveries gone; each item has its outcome."""
+        """`complete` records each result and settles its delivery; each item has an outcome."""
         broker, storage, composition = await self._pair(rig)
         messages = rig.messages(4)
         assert_done(await composition.submit(messages))
         subscription = await broker.subscribe({"q": 10})
         success, failed, retried, left = await collect(subscription, 4)
         completions = [
-            end(success, "ack", "success"),
-            end(failed, "ack", "error"),
-            end(retried, "retry", "retry"),
+            completion(success, "ack", "success"),
+            completion(failed, "ack", "error"),
+            completion(retried, "retry", "retry"),
             Completion(Ack(left), None),
             Completion(None, rig.record("process", uuid=rig.message().uuid)),
         ]
         outcomes = await composition.complete(subscription, completions)
-        assert len(outcomes) == len(completions)
+        assert len(outcomes) == len(completions), "`complete` must return an outcome for each item"
         assert_settled(outcomes, broker.guarantees)
         statuses = await self._statuses(storage, [success, failed, retried, left])
         assert statuses == ["success", "error", "retry", "new"]
@@ -116,27 +121,32 @@ class ComposingContract(Contract):
         assert message_of(again) == replace(message_of(retried), attempt=2)
         assert [v for v, _ in await composition.admit([again, retried])] == ["run", "stale"]
         assert_settled(
-            await composition.complete(subscription, [end(again, "ack", "success")]),
+            await composition.complete(subscription, [completion(again, "ack", "success")]),
             broker.guarantees,
         )
         await assert_silent(subscription, 0.5)
         assert await composition.complete(subscription, []) == []
 
     async def test_a_refused_final_is_acknowledged(self, rig: Rig) -> None:
-        """Where another has recorded the end, this run's is refused and its delivery gone."""
+        """If another run has already finished the task, the result is refused, the delivery acked.
+
+        The outcome has the existing record in `there`.
+        """
         broker, storage, composition = await self._pair(rig)
         assert_done(await composition.submit([rig.message()]))
         subscription = await broker.subscribe({"q": 10})
         (delivery,) = await collect(subscription, 1)
         theirs = rig.record("cancel", uuid=message_of(delivery).uuid, execution="theirs")
         assert_done(await storage.save([theirs]))
-        (outcome,) = await composition.complete(subscription, [end(delivery, "ack", "success")])
+        (outcome,) = await composition.complete(
+            subscription, [completion(delivery, "ack", "success")]
+        )
         assert (outcome.status, outcome.there) == ("refused", theirs)
         await subscription.close()
         await assert_silent(await broker.subscribe({"q": 10}), 0.5)
 
     async def test_each_completion_has_its_own_outcome(self, rig: Rig) -> None:
-        """What is refused among others is told in its place, and harms none of them."""
+        """One refused item in a batch has its own outcome and does not affect the others."""
         broker, storage, composition = await self._pair(rig)
         assert_done(await composition.submit(rig.messages(5)))
         subscription = await broker.subscribe({"q": 10})
@@ -145,7 +155,7 @@ class ComposingContract(Contract):
         assert_done(await storage.save([theirs]))
         hows: tuple[How, ...] = ("ack", "ack", "retry", "ack", "retry")
         ends = [
-            end(d, how, "retry" if how == "retry" else "success")
+            completion(d, how, "retry" if how == "retry" else "success")
             for d, how in zip(held, hows, strict=True)
         ]
         outcomes = await composition.complete(subscription, ends)
@@ -158,7 +168,10 @@ class ComposingContract(Contract):
 
     @pytest.mark.parametrize("halt", ["before", "after"])
     async def test_a_crash_in_completing_runs_nothing_twice(self, rig: Rig, halt: Halt) -> None:
-        """Killed before the settling: the redelivery of the finished task is found final."""
+        """A worker is killed after recording a result, before or after settling its delivery.
+
+        If the message is redelivered, `admit` answers `final`: the task does not run again.
+        """
         broker, storage, composition = await self._pair(rig, lease=None)
         victim = await rig.elsewhere()
         assert_done(await composition.submit([rig.message()]))
@@ -180,7 +193,11 @@ class ComposingContract(Contract):
 
     @pytest.mark.parametrize("halt", ["before", "after"])
     async def test_a_crash_in_retrying_loses_nothing(self, rig: Rig, halt: Halt) -> None:
-        """A retry is settled before it is recorded, or the only message left would be stale."""
+        """A worker is killed while it completes a retry: a message is left that can run.
+
+        A retry must be settled before it is recorded. In the other order, a crash in between would
+        leave only the old message, which is stale by then.
+        """
         broker, storage, composition = await self._pair(rig, lease=None)
         victim = await rig.elsewhere()
         assert_done(await composition.submit([rig.message()]))
@@ -191,27 +208,27 @@ class ComposingContract(Contract):
         attempt = 1 if halted and halt == "before" else 2
         delivery = await self._of_attempt(subscription, attempt, rig.within)
         assert [verdict for verdict, _ in await composition.admit([delivery])] == ["run"]
-        ends = [end(delivery, "ack", "success")]
+        ends = [completion(delivery, "ack", "success")]
         assert_settled(await composition.complete(subscription, ends), broker.guarantees)
         assert await self._statuses(storage, [delivery]) == ["success"]
 
     async def test_a_crash_between_publish_and_record_loses_nothing(self, rig: Rig) -> None:
-        """A message without a record runs, and its end is recorded."""
+        """A message without a record runs, and its result is recorded."""
         broker, storage, composition = await self._pair(rig)
         message = rig.message()
         assert_done(await broker.publish([message]))
         subscription = await broker.subscribe({"q": 10})
         (delivery,) = await collect(subscription, 1)
         assert await composition.admit([delivery]) == [("run", None)]
-        await composition.complete(subscription, [end(delivery, "ack", "success")])
+        await composition.complete(subscription, [completion(delivery, "ack", "success")])
         assert await self._statuses(storage, [delivery]) == ["success"]
 
     @pytest.mark.parametrize("how", ["ack", "retry"])
     async def test_a_zombie_records_nothing(self, rig: Rig, how: How) -> None:
-        """A worker stopped beyond its lease changes neither the record nor the queue.
+        """A worker that was frozen for longer than its lease changes neither record nor queue.
 
-        Its final record is refused because the new owner's is there; its retry, which has none to
-        contradict it yet, because the lease is lost.
+        Its result is refused because the new owner has already recorded one. Its retry is refused
+        because the lease is lost.
         """
         broker, storage, composition = await self._pair(rig, lease=None)
         zombie = await rig.elsewhere()
@@ -221,10 +238,10 @@ class ComposingContract(Contract):
         zombie.pause()
         (delivery,) = await collect(subscription, 1, rig.within)
         if how == "ack":
-            there = end(delivery, "ack", "error").task
-            await composition.complete(subscription, [end(delivery, "ack", "error")])
+            there = completion(delivery, "ack", "error").task
+            await composition.complete(subscription, [completion(delivery, "ack", "error")])
         else:
-            there = end(delivery, "ack", "process").task
+            there = completion(delivery, "ack", "process").task
             await composition.complete(subscription, [Completion(None, there)])
         zombie.resume()
         status: Status = "success" if how == "ack" else "retry"
@@ -232,13 +249,15 @@ class ComposingContract(Contract):
         assert outcome.status == "refused"
         assert await storage.get([message_of(delivery).uuid]) == [there]
         if how == "retry":
-            outcomes = await composition.complete(subscription, [end(delivery, "ack", "success")])
+            outcomes = await composition.complete(
+                subscription, [completion(delivery, "ack", "success")]
+            )
             assert_settled(outcomes, broker.guarantees)
             assert await self._statuses(storage, [delivery]) == ["success"]
         await assert_silent(subscription, 0.5)
 
     async def test_many_workers_finish_each_task_once(self, rig: Rig) -> None:
-        """Two receivers and one killed process among them: every task ends in one success."""
+        """One of two workers is killed: still, each task finishes once, with `success`."""
         broker, storage, composition = await self._pair(rig, lease=None)
         victim = await rig.elsewhere()
         messages = rig.messages(30)
@@ -253,12 +272,12 @@ class ComposingContract(Contract):
         while len(finished) < 28 and asyncio.get_running_loop().time() < deadline:
             deliveries = await collect(subscription, 1, rig.within + SOON)
             ((verdict, _),) = await composition.admit(deliveries)
-            if verdict == "final":  # recorded, and not settled before its lease was over
+            if verdict == "final":  # the killed worker recorded it, but its settle came too late
                 assert message_of(deliveries[0]).uuid in ended.union(finished)
                 await composition.complete(subscription, [Completion(Ack(deliveries[0]), None)])
                 continue
             assert verdict == "run"
-            ends = [end(delivery, "ack", "success") for delivery in deliveries]
+            ends = [completion(delivery, "ack", "success") for delivery in deliveries]
             assert_settled(await composition.complete(subscription, ends), broker.guarantees)
             finished += [message_of(delivery).uuid for delivery in deliveries]
         assert len(set(finished)) == len(finished) == 28
@@ -279,7 +298,7 @@ class ComposingContract(Contract):
 
     @staticmethod
     async def _of_attempt(subscription: Subscription, attempt: int, within: float) -> Delivery:
-        """Receive until this attempt comes: a crash may have left the one before it as well."""
+        """Receive until this attempt comes: a crash may have left the previous one too."""
         async with asyncio.timeout(within):
             while True:
                 (delivery,) = await collect(subscription, 1, within)
@@ -287,8 +306,8 @@ class ComposingContract(Contract):
                     return delivery
 
 
-def end(delivery: Delivery, how: How, status: Status) -> Completion:
-    """Return the end of a run of a delivery."""
+def completion(delivery: Delivery, how: How, status: Status) -> Completion:
+    """Return the completion of a run of this delivery, with the status to record."""
     message = message_of(delivery)
     task = Task(
         uuid=message.uuid, task_name=message.task_name, queue=message.queue, status=status,

@@ -1,4 +1,4 @@
-"""Messages that kill their workers, and messages that no worker knows."""
+"""Messages that kill their workers (poison), and messages of tasks that no worker knows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delays import assert_on_time, clock
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
-from qtasks_conformance.contracts.pairs import end
+from qtasks_conformance.contracts.pairs import completion
 from qtasks_conformance.elsewhere import Elsewhere
 from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
 from qtasks_conformance.waiting import assert_silent, collect
@@ -18,18 +18,21 @@ from qtasks_core.records import FINAL
 from qtasks_core.separate import compose, record_of
 
 LIVES = 10
-"""Workers that one message may kill, those included whose end a broker does not count."""
+"""How many workers one message may kill, including those that the broker does not count."""
 
 
 class PoisonContract(Contract):
-    """Invariants 6 and 7, as far as they are a pair's.
+    """Invariants 6 (poison) and 7 (unknown tasks), as far as broker and storage matter.
 
-    Whom to suspect and whom to convict is asked of the engine; what it goes by is the broker's
-    count of deliveries, and a count of its own in the record.
+    The engine decides which message is a poison candidate and which is poisoned. It needs the
+    broker's count of deliveries, and it keeps a count of isolated runs in the record.
     """
 
     async def test_what_kills_each_time_is_dead_at_last(self, rig: Rig) -> None:
-        """After a bounded number of deliveries; what was in flight with it succeeds."""
+        """A message that kills every worker is dead after a bounded number of deliveries.
+
+        Messages that were in flight at the same time succeed.
+        """
         broker, storage = await rig.broker(), await rig.storage()
         messages = rig.messages(4)
         assert_done(await compose(broker, storage).submit(messages))
@@ -47,7 +50,10 @@ class PoisonContract(Contract):
             if len(ended) == len(messages):
                 break
         else:
-            raise AssertionError(f"it has killed {LIVES} workers and none suspects it")
+            raise AssertionError(
+                f"one message has killed {LIVES} workers and is not dead: count deliveries, "
+                "and keep the headers of records"
+            )
         there = await storage.get([culprit, *innocents])
         assert [record and record.status for record in there] == ["error", *["success"] * 3]
         await assert_silent(await broker.subscribe({"q": 10}), 0.5)
@@ -55,7 +61,7 @@ class PoisonContract(Contract):
     async def _work(
         self, worker: Elsewhere, storage: Storage, culprit: str, ended: set[str]
     ) -> None:
-        """Have a worker run one by one what it receives, until it is killed or has ended all."""
+        """Let a worker run its messages one by one, until all are finished or the poison runs."""
         while len(ended) < 4:
             held = await worker.receive(1)
             place, message = len(held) - 1, held[-1].message
@@ -65,7 +71,7 @@ class PoisonContract(Contract):
                 await worker.settle((place, "ack"))
                 continue
             if convicted(record) is not None:
-                assert message.uuid == culprit, "one that killed nobody is convicted"
+                assert message.uuid == culprit, "a message that killed no worker counts as poisoned"
                 await worker.complete((place, "ack", "error"))
                 ended.add(culprit)
                 continue
@@ -78,7 +84,10 @@ class PoisonContract(Contract):
             ended.add(message.uuid)
 
     async def test_what_no_worker_knows_is_put_back(self, rig: Rig) -> None:
-        """The same attempt once more, later, as often as it takes; then it is dead."""
+        """A message of an unknown task is put back with a delay, as the same attempt.
+
+        It can be put back several times, and be recorded as dead at last.
+        """
         broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
         composition = compose(broker, storage)
         message = rig.message()
@@ -96,7 +105,7 @@ class PoisonContract(Contract):
         assert_on_time(0.4, before, after)
         assert message_of(delivery) == message
         assert [verdict for verdict, _ in await composition.admit([delivery])] == ["run"]
-        dead = end(delivery, "ack", "error")
+        dead = completion(delivery, "ack", "error")
         assert_settled(await composition.complete(subscription, [dead]), broker.guarantees)
         assert await storage.get([message.uuid]) == [dead.task]
         await assert_silent(subscription, 0.5)

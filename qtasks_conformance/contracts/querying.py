@@ -1,4 +1,4 @@
-"""Listing records."""
+"""Listing records with `query`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,13 @@ FILTERS: tuple[dict[str, Any], ...] = (
 
 
 class QueryContract(Contract):
-    """`query`, where a storage has it."""
+    """`query`, if the storage has it."""
 
     async def test_pages_are_stable_while_tasks_come(self, rig: Rig) -> None:
-        """Newest first; following the cursor shows what was there once, whatever else comes."""
+        """Pages show each existing record once, newest first, although tasks are added meanwhile.
+
+        A record that changes meanwhile is shown with its newest state.
+        """
         needs(rig.subject.storage, "query")
         storage, other = await rig.storage(), await rig.storage()
         records = [rig.record("new", created_at=1000.0 + at // 3) for at in range(25)]
@@ -48,14 +51,14 @@ class QueryContract(Contract):
             shown += page.tasks
             cursor = page.cursor
             assert_done(await other.save([rig.record("new", created_at=2000.0 + number)]))
-            if number == 0:  # one on a page that is still to come
+            if number == 0:  # this record is on a later page
                 records[0] = replace(records[0], status="success")
                 assert_done(await other.save([records[0]]))
         assert cursor is None
         assert shown == sorted(records, key=place, reverse=True)
 
     async def test_the_last_page_has_no_cursor(self, rig: Rig) -> None:
-        """A page that is full and the last says so; nothing at all is one empty page."""
+        """The last page has no cursor, even if it is full. No records are one empty page."""
         needs(rig.subject.storage, "query")
         storage = await rig.storage()
         empty = await storage.query(TaskQuery())
@@ -66,7 +69,7 @@ class QueryContract(Contract):
 
     @pytest.mark.parametrize("at", range(len(FILTERS)))
     async def test_a_filter_shows_what_fits(self, rig: Rig, at: int) -> None:
-        """Each filter, and some together, page by page; what is shown is the newest record."""
+        """Each filter shows exactly the records that match in their newest state."""
         needs(rig.subject.storage, "query")
         storage = await rig.storage()
         fields = FILTERS[at]
@@ -94,14 +97,14 @@ class QueryContract(Contract):
         return records
 
     async def test_a_cursor_that_is_none_is_refused(self, rig: Rig) -> None:
-        """A cursor from elsewhere is an error of its own, not a wrong page."""
+        """A cursor that the storage did not make raises `Refused`."""
         needs(rig.subject.storage, "query")
         storage = await rig.storage()
         with pytest.raises(Refused):
             await storage.query(TaskQuery(cursor="no cursor"))
 
     async def test_lists_stay_in_their_namespace(self, rig: Rig) -> None:
-        """The tasks of another app are not shown."""
+        """Tasks of another app are not shown."""
         needs(rig.subject.storage, "query")
         storage = await rig.storage()
         other = await rig.storage(namespace="other" + rig.namespace)
@@ -114,12 +117,12 @@ class QueryContract(Contract):
 
 
 def place(task: Task) -> tuple[float, str]:
-    """Return what lists are ordered by."""
+    """Return the sort key of lists."""
     return task.created_at, task.uuid
 
 
 def fits(task: Task, fields: dict[str, Any]) -> bool:
-    """Say what the words of the contract say, not what the core's function says."""
+    """Tell whether a record matches a filter, by the contract and not by the core's function."""
     for name, wanted in fields.items():
         if name == "created_after":
             fitting = task.created_at >= wanted
@@ -137,7 +140,7 @@ def fits(task: Task, fields: dict[str, Any]) -> bool:
 
 
 async def all_pages(storage: Storage, query: TaskQuery) -> list[Task]:
-    """Follow the cursor to the end."""
+    """Return the records of all pages."""
     shown: list[Task] = []
     while True:
         page = await storage.query(query)

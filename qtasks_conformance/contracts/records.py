@@ -1,4 +1,4 @@
-"""The order of records: what a storage takes, what it refuses, what it gives back."""
+"""Records: which saves a storage accepts, which it refuses, and what it returns."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ STATES = tuple(product((1, 2), STATUSES))
 
 
 def expected(first: Task, second: Task) -> str:
-    """Say what the second save is answered; the design's words, not the core's function.
+    """Return the expected outcome of the second save, by the rules and not by the core's function.
 
-    A final record refuses every other, whatever its attempt; among the rest (attempt, rank of
-    status) must not go back, and a first record replaces none; saving again what is there (same
-    execution) is done.
+    Saving the same record again (same attempt, status and execution) is `done`. A final record
+    refuses every other one. A first record (`new`, `scheduled`) replaces no other. For the rest,
+    (attempt, rank of status) must not go back.
     """
     was, now = [(t.attempt, STATUSES.index(t.status)) for t in (first, second)]
     if was == now and first.execution == second.execution:
@@ -39,10 +39,10 @@ def expected(first: Task, second: Task) -> str:
 
 
 class RecordContract(Contract):
-    """Invariants 2 and 8, for records."""
+    """Invariants 2 (records never go back) and 8 (separate namespaces)."""
 
     async def test_a_record_comes_as_it_went(self, rig: Rig) -> None:
-        """Every field survives, for a client other than the one that saved it."""
+        """Every field of a record is read by another client as it was saved."""
         saver, reader = await rig.storage(), await rig.storage()
         record = rig.record(
             "error", task_name="models.übung", args=bytes(range(256)), kwargs=b"\x00",
@@ -55,14 +55,14 @@ class RecordContract(Contract):
         assert await reader.get([record.uuid]) == [record]
 
     async def test_many_at_once(self, rig: Rig) -> None:
-        """A batch may be larger than what a server takes in one statement."""
+        """A batch of 2000 works, even if the server takes fewer in one statement."""
         storage = await rig.storage()
         records = [rig.record("process", execution="a") for _ in range(MANY)]
         assert_done(await storage.save(records))
         assert await storage.get([record.uuid for record in records]) == records
 
     async def test_calls_run_side_by_side(self, rig: Rig) -> None:
-        """Saving and reading beside each other, each has its own answer."""
+        """Concurrent calls of `save` and `get` each get their own answer."""
         storage = await rig.storage()
         records = [rig.record("success", execution="a") for _ in range(40)]
         assert_done(await storage.save(records[:20]))
@@ -75,7 +75,7 @@ class RecordContract(Contract):
         assert read == [[record] for record in records[:20]]
 
     async def test_the_largest_record_fits(self, rig: Rig) -> None:
-        """What an app lets through by default: 1 MiB of arguments, and as much of a result."""
+        """A record with 1 MiB of arguments and a result of 1 MiB is saved, read and pushed."""
         storage = await rig.storage()
         inbox = await rig.inbox(await rig.storage())
         large = bytes(range(256)) * 4096
@@ -83,14 +83,14 @@ class RecordContract(Contract):
         inbox.expect([record.uuid])
         assert_done(await storage.save([record]))
         assert await storage.get([record.uuid]) == [record]
-        async with patient(SOON, "hearing of a large record"):
+        async with patient(SOON, "receiving a large record from an inbox"):
             assert await inbox.receive() == [record]
 
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_uuids_fit(self, rig: Rig, script: str) -> None:
-        """200 characters of any script; as an address of nobody as well, whatever it begins with.
+        """Uuids and addresses of 200 characters of any script work; each uuid has its own record.
 
-        Each is a record of its own.
+        A `reply_to` that belongs to no inbox is ignored, even if it starts like a real address.
         """
         storage, reader = await rig.storage(), await rig.storage()
         kind = (await rig.inbox(storage)).address[:8]
@@ -106,7 +106,7 @@ class RecordContract(Contract):
         assert [outcome.there for outcome in outcomes] == records
 
     async def test_what_was_saved_outlives_its_process(self, rig: Rig) -> None:
-        """It is with the server when `save` returns."""
+        """When `save` returns, the record is on the server: the saving process is killed then."""
         storage, victim = await rig.storage(), await rig.elsewhere()
         records = [rig.record("success"), rig.record("process")]
         assert_done(await victim.save(*records))
@@ -114,7 +114,7 @@ class RecordContract(Contract):
         assert await storage.get([record.uuid for record in records]) == records
 
     async def test_get_answers_in_order(self, rig: Rig) -> None:
-        """Unknown uuids are None, duplicates are answered as often as they are asked."""
+        """`get` answers in the order of its uuids: None for unknown ones, duplicates repeated."""
         storage = await rig.storage()
         one, two = rig.record("new"), rig.record("process")
         assert_done(await storage.save([one, two]))
@@ -124,7 +124,7 @@ class RecordContract(Contract):
         assert await storage.save([]) == []
 
     async def test_get_sees_what_was_saved_elsewhere(self, rig: Rig) -> None:
-        """A save that returned before the call began is seen, from any process."""
+        """`get` sees every save that has returned before, by any process."""
         storage, other = await rig.storage(), await rig.elsewhere()
         for _ in range(20):
             records = [rig.record("process"), rig.record("success")]
@@ -134,7 +134,11 @@ class RecordContract(Contract):
     @pytest.mark.parametrize("executions", ["same", "different"])
     @pytest.mark.parametrize("calls", ["one call", "two calls", "two clients"])
     async def test_every_pair_of_states(self, rig: Rig, executions: str, calls: str) -> None:
-        """Each (attempt, status) after each other is taken or refused as the order says."""
+        """For every pair of states, the second save is accepted or refused as the rules say.
+
+        A state is an attempt (1 or 2) and a status. `expected` has the rules. The outcome of a
+        refused save has the existing record in `there`.
+        """
         first_storage, second_storage = await rig.storage(), await rig.storage()
         if calls != "two clients":
             second_storage = first_storage
@@ -148,7 +152,11 @@ class RecordContract(Contract):
             outcomes = await second_storage.save([second for _, second in pairs])
         there = await first_storage.get([first.uuid for first, _ in pairs])
         for (first, second), outcome, record in zip(pairs, outcomes, there, strict=True):
-            what = f"{second.status} {second.attempt} after {first.status} {first.attempt}"
+            what = (
+                f"saving {second.status!r} of attempt {second.attempt} after {first.status!r} of "
+                f"attempt {first.attempt}, {executions} execution: must be "
+                f"{expected(first, second)}, see `qtasks_core.records.judge`"
+            )
             assert outcome.status == expected(first, second), what
             if outcome.status == "refused":
                 assert outcome.there == first, what
@@ -170,7 +178,10 @@ class RecordContract(Contract):
         return (second,) if expected(first, second) == "done" else (first,)
 
     async def test_one_of_two_finals_is_taken(self, rig: Rig) -> None:
-        """Of two finals saved at once by two processes exactly one is taken, for every reader."""
+        """If two processes save two final records of a task at once, exactly one is accepted.
+
+        Every reader sees that one, and the other process gets it in `there` of its outcome.
+        """
         storage, other = await rig.storage(), await rig.elsewhere()
         mine = [rig.record("success", execution="mine") for _ in range(25)]
         theirs = [replace(r, status="error", execution="theirs") for r in reversed(mine)]
@@ -179,13 +190,15 @@ class RecordContract(Contract):
         theirs_by_uuid = dict(zip((t.uuid for t in theirs), answers[1], strict=True))
         for record, outcome, winner in zip(mine, answers[0], there, strict=True):
             both = (outcome, theirs_by_uuid[record.uuid])
-            assert sorted(o.status for o in both) == ["done", "refused"]
+            assert sorted(o.status for o in both) == ["done", "refused"], (
+                "exactly one of two final records must be accepted: decide it atomically"
+            )
             assert winner is not None
             assert (winner.execution == "mine") == (outcome.status == "done")
             assert next(o.there for o in both if o.status == "refused") == winner
 
     async def test_one_of_two_first_records_is_taken(self, rig: Rig) -> None:
-        """Of two first records saved at once by two processes one is taken, and stays."""
+        """If two processes save two first records of a task at once, exactly one is accepted."""
         storage, other = await rig.storage(), await rig.elsewhere()
         mine = [rig.record("new", execution="mine") for _ in range(25)]
         theirs = [replace(r, status="scheduled", execution="theirs") for r in reversed(mine)]
@@ -194,13 +207,15 @@ class RecordContract(Contract):
         for record, outcome, their_outcome in zip(
             there, answers[0], reversed(answers[1]), strict=True
         ):
-            assert sorted(o.status for o in (outcome, their_outcome)) == ["done", "refused"]
+            assert sorted(o.status for o in (outcome, their_outcome)) == ["done", "refused"], (
+                "exactly one of two first records must be accepted: decide it atomically"
+            )
             assert record is not None
             assert (record.execution == "mine") == (outcome.status == "done")
             assert next(o.there for o in (outcome, their_outcome) if o.there) == record
 
     async def test_a_watched_task_is_recorded(self, rig: Rig) -> None:
-        """Who waits for a task before its first record does not stand in that record's way."""
+        """Watching a task that has no record yet does not prevent its first record."""
         storage = await rig.storage()
         first, second = rig.record("new", execution="a"), rig.record("scheduled")
         await (await rig.inbox(storage)).watch([first.uuid, second.uuid])
@@ -210,7 +225,11 @@ class RecordContract(Contract):
         assert (outcome.status, outcome.there) == ("refused", first)
 
     async def test_a_final_can_be_saved_again(self, rig: Rig) -> None:
-        """A save of unknown outcome is repeated by the same execution, from any client."""
+        """The same final record can be saved again, by any client: the outcome is `done`.
+
+        A worker repeats a save if it does not know whether the first one worked. A final record of
+        another execution is refused.
+        """
         first, second = await rig.storage(), await rig.storage()
         record = rig.record("success", execution="a", returning=b"1")
         for storage in (first, first, second):
@@ -221,10 +240,14 @@ class RecordContract(Contract):
         assert await first.get([record.uuid]) == [record]
 
     async def test_a_record_that_cannot_be_read_hides_no_other(self, rig: Rig) -> None:
-        """It is told by its uuid, attempt and execution, final as it was, with the reason."""
+        """A record whose bytes are damaged does not stop `get` from returning the others.
+
+        It is returned with its uuid, attempt and execution; if it was final, with status `error`,
+        else with the status that it had. Its `error` says that it cannot be read.
+        """
         spoil = rig.subject.spoil
         if spoil is None:
-            pytest.skip("the subject does not say how a record is spoilt")
+            pytest.skip("the subject has no `spoil`")
         storage = await rig.storage()
         good, bad, running = (
             rig.record(status, attempt=2, execution="e")
@@ -245,7 +268,7 @@ class RecordContract(Contract):
             assert (outcome.status, outcome.there) == ("refused", found)
 
     async def test_namespaces_never_meet(self, rig: Rig) -> None:
-        """The same uuid is another record in another namespace."""
+        """The same uuid has separate records in different namespaces."""
         storage = await rig.storage()
         record = rig.record("success")
         assert_done(await storage.save([record]))

@@ -1,4 +1,4 @@
-"""The end of records: deleted by hand, or when their time has passed."""
+"""Deleting records: by hand with `delete`, or with `expire` after their retention."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from qtasks_core import Status, Storage, Task, TaskQuery
 
 
 class RetentionContract(Contract):
-    """`delete` and `expire`, where a storage has them."""
+    """`delete` and `expire`, if the storage has them."""
 
     async def test_what_is_deleted_is_gone(self, rig: Rig) -> None:
-        """Whatever its status, for every client; it can be saved anew, even going back."""
+        """A deleted record is gone for every client, whatever its status; its uuid is reusable."""
         needs(rig.subject.storage, "delete")
         storage, other = await rig.storage(), await rig.storage()
         one, two, kept = rig.record("success"), rig.record("process"), rig.record("success")
@@ -32,7 +32,7 @@ class RetentionContract(Contract):
         assert await other.get([one.uuid]) == [again]
 
     async def test_what_is_deleted_is_gone_from_lists_and_streams(self, rig: Rig) -> None:
-        """Nothing of it is left, and nothing of others is touched."""
+        """`delete` also removes the record from lists, and its stream. Others are not touched."""
         needs(rig.subject.storage, "delete", "query", "append", "read")
         storage = await rig.storage()
         gone, kept = rig.record("error", created_at=1.0), rig.record("error", created_at=2.0)
@@ -46,15 +46,17 @@ class RetentionContract(Contract):
         assert [item for _, item in await storage.read(kept.uuid, 0)] == [b"item"]
 
     async def test_what_has_had_its_time_expires(self, rig: Rig) -> None:
-        """Final records go when their own retention has passed since their end; others stay."""
+        """`expire` deletes final records whose retention has passed since they finished."""
         needs(rig.subject.storage, "expire")
         storage = await rig.storage()
-        over = [ended(rig, status, 100.0, retention=50.0) for status in ("success", "error")]
-        over.append(ended(rig, "cancel", 0.0, retention=0.0))
+        over = [
+            finished_record(rig, status, 100.0, retention=50.0) for status in ("success", "error")
+        ]
+        over.append(finished_record(rig, "cancel", 0.0, retention=0.0))
         kept = [
-            ended(rig, "success", 100.0, retention=5000.0),
-            ended(rig, "success", 100.0, retention=float("inf")),
-            ended(rig, "success", 100.0),
+            finished_record(rig, "success", 100.0, retention=5000.0),
+            finished_record(rig, "success", 100.0, retention=float("inf")),
+            finished_record(rig, "success", 100.0),
             *(rig.record(s, retention=1.0, created_at=1.0) for s in ("new", "process", "retry")),
         ]
         assert_done(await storage.save([*over, *kept]))
@@ -64,11 +66,14 @@ class RetentionContract(Contract):
         assert await storage.expire() == 0
 
     async def test_what_has_had_its_time_is_gone_by_itself(self, rig: Rig) -> None:
-        """Nobody calls `expire`: within 10 s a key is free, for a first record too."""
+        """If a retention is declared, records expire by themselves, at most 10 s late.
+
+        Then the uuid is free again for a first record.
+        """
         storage, other = await rig.storage(), await rig.storage()
         if storage.guarantees.retention is None:
-            pytest.skip("it keeps records until they are deleted, and its guarantees say so")
-        record = ended(rig, "success", 0.0, retention=1.0)
+            pytest.skip("the guarantees declare no retention: records stay until they are deleted")
+        record = finished_record(rig, "success", 0.0, retention=1.0)
         assert_done(await storage.save([record]))
         again = replace(rig.record("new"), uuid=record.uuid, execution="another publishing")
         (outcome,) = await other.save([again])
@@ -79,10 +84,10 @@ class RetentionContract(Contract):
         assert await storage.get([record.uuid]) == [again]
 
     async def test_what_expires_takes_its_stream_along(self, rig: Rig) -> None:
-        """What was appended to it is gone too, that of others is not."""
+        """`expire` also deletes the stream of an expired task, and no other stream."""
         needs(rig.subject.storage, "expire", "append", "read")
         storage = await rig.storage()
-        over, kept = (ended(rig, "success", 100.0, retention=r) for r in (50.0, 5000.0))
+        over, kept = (finished_record(rig, "success", 100.0, retention=r) for r in (50.0, 5000.0))
         assert_done(await storage.save([over, kept]))
         for record in (over, kept):
             await storage.append(record.uuid, [b"item"])
@@ -91,22 +96,22 @@ class RetentionContract(Contract):
         assert await storage.read(kept.uuid, 0) == [(1, b"item")]
 
     async def test_a_storage_has_a_retention_of_its_own(self, rig: Rig) -> None:
-        """It counts for records that say nothing, and not for those that do."""
+        """The storage's `retention` applies to records without a retention of their own."""
         needs(rig.subject.storage, "expire")
         storage = await rig.storage(retention=50.0)
         assert storage.guarantees.retention == 50.0
-        over, kept = ended(rig, "success", 100.0), ended(rig, "success", 10.0)
-        longer = ended(rig, "success", 100.0, retention=5000.0)
+        over, kept = finished_record(rig, "success", 100.0), finished_record(rig, "success", 10.0)
+        longer = finished_record(rig, "success", 100.0, retention=5000.0)
         assert_done(await storage.save([over, kept, longer]))
         assert await storage.expire() == 1
         assert await storage.get([over.uuid, kept.uuid, longer.uuid]) == [None, kept, longer]
 
     async def test_records_expire_in_their_namespace(self, rig: Rig) -> None:
-        """Neither deleting nor expiring touches the tasks of another app."""
+        """`delete` and `expire` do not touch the records of another app."""
         needs(rig.subject.storage, "delete", "expire")
         storage = await rig.storage()
         other = await rig.storage(namespace="other" + rig.namespace)
-        record = ended(rig, "success", 100.0, retention=1.0)
+        record = finished_record(rig, "success", 100.0, retention=1.0)
         assert_done(await other.save([record]))
         assert await storage.delete([record.uuid]) == 0
         assert await storage.expire() == 0
@@ -114,15 +119,17 @@ class RetentionContract(Contract):
 
 
 async def until_gone(storage: Storage, uuid: str) -> None:
-    """Wait for a record whose time has passed to be gone; it has 10 s for that."""
+    """Wait until an expired record is gone; fail after 12 s (10 s are allowed, 2 s for slack)."""
     began = time.monotonic()
     while await storage.get([uuid]) != [None]:
-        assert time.monotonic() - began < 12.0, "a record is there 10 s after its time"
+        assert time.monotonic() - began < 12.0, (
+            "a record can still be read 10 s after its retention has passed"
+        )
         await asyncio.sleep(0.1)
 
 
-def ended(rig: Rig, status: Status, ago: float, retention: float | None = None) -> Task:
-    """Return a final record that ended so many seconds ago."""
+def finished_record(rig: Rig, status: Status, ago: float, retention: float | None = None) -> Task:
+    """Return a final record that finished `ago` seconds ago."""
     finished = time.time() - ago
     return rig.record(
         status, created_at=finished - 1000.0, finished_at=finished, retention=retention

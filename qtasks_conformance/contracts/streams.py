@@ -1,4 +1,4 @@
-"""What is appended to a task while it runs."""
+"""Streams: the items that a task appends while it runs (progress, streamed results)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids, new_uuid
 
 
 class StreamContract(Contract):
-    """`append` and `read`, where a storage has them."""
+    """`append` and `read`, if the storage has them."""
 
     async def test_items_are_read_in_order(self, rig: Rig) -> None:
-        """From any position on, by any client, any bytes; there need be no record."""
+        """Items of any bytes are read in order, from any position, by any client.
+
+        The positions rise, and start at 1 or more. The task need not have a record.
+        """
         needs(rig.subject.storage, "append", "read")
         storage, other = await rig.storage(), await rig.storage()
         uuid = new_uuid()
@@ -23,18 +26,18 @@ class StreamContract(Contract):
         await storage.append(uuid, items[:1])
         await storage.append(uuid, [])
         await storage.append(uuid, items[1:])
-        told = await other.read(uuid, 0)
-        assert [item for _, item in told] == items
-        positions = [position for position, _ in told]
+        got = await other.read(uuid, 0)
+        assert [item for _, item in got] == items
+        positions = [position for position, _ in got]
         assert positions == sorted(set(positions))
         assert positions[0] >= 1
         for at in (0, 1, 150, len(items) - 1):
-            assert await other.read(uuid, positions[at]) == told[at + 1 :]
+            assert await other.read(uuid, positions[at]) == got[at + 1 :]
         assert await other.read(new_uuid(), 0) == []
 
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_uuids_have_streams(self, rig: Rig, script: str) -> None:
-        """200 characters of any script; each has a stream of its own."""
+        """Uuids of 200 characters of any script work; each has its own stream."""
         needs(rig.subject.storage, "append", "read")
         storage, other = await rig.storage(), await rig.storage()
         for uuid in longest_ids(script):
@@ -43,7 +46,7 @@ class StreamContract(Contract):
             assert [item for _, item in await other.read(uuid, 0)] == [uuid.encode()]
 
     async def test_processes_append_together(self, rig: Rig) -> None:
-        """Batches of two processes follow each other, none is torn, lost or out of order."""
+        """Batches that two processes append at once are kept whole, in order, and without loss."""
         needs(rig.subject.storage, "append", "read")
         storage = await rig.storage()
         other, uuid = await rig.elsewhere(), new_uuid()
@@ -57,13 +60,13 @@ class StreamContract(Contract):
                 await storage.append(uuid, batch)
 
         await asyncio.gather(append(), other.append(uuid, batches[b"there"]))
-        told = [item for _, item in await storage.read(uuid, 0)]
-        whole = [told[at : at + 3] for at in range(0, len(told), 3)]
+        got = [item for _, item in await storage.read(uuid, 0)]
+        whole = [got[at : at + 3] for at in range(0, len(got), 3)]
         for who, sent in batches.items():
             assert [batch for batch in whole if batch[0].startswith(who + b" ")] == sent
 
     async def test_items_outlive_their_process(self, rig: Rig) -> None:
-        """What was appended is there after the worker was killed."""
+        """Items stay after the process that appended them was killed."""
         needs(rig.subject.storage, "append", "read")
         storage = await rig.storage()
         other, uuid = await rig.elsewhere(), new_uuid()
@@ -72,7 +75,7 @@ class StreamContract(Contract):
         assert [item for _, item in await storage.read(uuid, 0)] == [b"1", b"2"]
 
     async def test_streams_stay_in_their_namespace(self, rig: Rig) -> None:
-        """The same uuid of another app is another stream."""
+        """The same uuid of another app has its own stream."""
         needs(rig.subject.storage, "append", "read")
         storage = await rig.storage()
         other, uuid = await rig.storage(namespace="other" + rig.namespace), new_uuid()

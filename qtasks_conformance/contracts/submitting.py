@@ -1,11 +1,11 @@
-"""A client that is killed while it submits, and one that submits the same again."""
+"""A client is killed while it submits a task, and another one submits the same task again."""
 
 from __future__ import annotations
 
 import pytest
 from msgspec.structs import replace
 
-from qtasks_conformance.commands import Half, message_of
+from qtasks_conformance.commands import Step, message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.keys import complete, received
 from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
@@ -15,16 +15,17 @@ from qtasks_core.separate import compose
 
 
 class SubmittingContract(Contract):
-    """Invariants 1 and 2, for the two steps of `submit`."""
+    """Invariants 1 and 2, for the two steps of `submit`: to publish and to record."""
 
     @pytest.mark.parametrize("key", ["plain", "keyed"])
     @pytest.mark.parametrize("only", ["published", "recorded"])
     async def test_a_client_killed_while_submitting_loses_nothing(
-        self, rig: Rig, only: Half, key: str
+        self, rig: Rig, only: Step, key: str
     ) -> None:
-        """Killed when only one half was done: submitted again by another the task is run.
+        """A client is killed after one of the two steps; another client submits the task again.
 
-        What was published runs without that. What has a key is run once all the same.
+        The task runs. If it was published, it runs even without the second submit. A task with a
+        key runs only once.
         """
         message = rig.message(submission=new_uuid() if key == "keyed" else "")
         victim = await rig.elsewhere(lease=LONG_LEASE)

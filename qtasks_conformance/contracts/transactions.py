@@ -1,4 +1,4 @@
-"""The caller's own transaction: joined where that is declared, and never ignored."""
+"""The caller's transaction: joined if `transactions` is declared, else refused, never ignored."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from qtasks_core.errors import NotSupported
 
 
 class Undo(Exception):
-    """What a caller's transaction is left by."""
+    """Raised in the caller's transaction to roll it back."""
 
 
 class BrokerTransactionContract(Contract):
-    """`publish` with the caller's transaction."""
+    """`publish(messages, transaction)`."""
 
     async def test_a_transaction_is_joined_or_refused(self, rig: Rig) -> None:
-        """Nothing is published before the commit, and nothing by what is rolled back."""
+        """Messages are published at the commit of the caller's transaction, or not at all.
+
+        Without `transactions`, `publish` raises `NotSupported` and publishes nothing.
+        """
         broker = await rig.broker(lease=LONG_LEASE)
         begin = begin_of(rig, broker.guarantees)
         subscription = await broker.subscribe({"q": 10})
@@ -47,10 +50,13 @@ class BrokerTransactionContract(Contract):
 
 
 class StorageTransactionContract(Contract):
-    """`save` with the caller's transaction."""
+    """`save(tasks, transaction)`."""
 
     async def test_a_transaction_is_joined_or_refused(self, rig: Rig) -> None:
-        """Nothing is recorded before the commit, and nothing by what is rolled back."""
+        """Records are saved at the commit of the caller's transaction, or not at all.
+
+        Without `transactions`, `save` raises `NotSupported` and saves nothing.
+        """
         storage = await rig.storage()
         begin = begin_of(rig, storage.guarantees)
         undone, kept = rig.record("new"), rig.record("new")
@@ -70,8 +76,10 @@ class StorageTransactionContract(Contract):
 
 
 def begin_of(rig: Rig, guarantees: Guarantees) -> Begin | None:
-    """Return how a caller begins a transaction; None for a part that joins none."""
+    """Return how a caller begins a transaction; None if `transactions` is not declared."""
     if not guarantees.transactions:
         return None
-    assert rig.subject.begin is not None, "it joins transactions: `begin=` of the subject opens one"
+    assert rig.subject.begin is not None, (
+        "the guarantees declare `transactions`: give the subject `begin=`, which opens one"
+    )
     return rig.subject.begin

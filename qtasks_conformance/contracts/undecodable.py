@@ -1,4 +1,4 @@
-"""What another program puts into a queue, and what no release can read."""
+"""Messages that cannot be decoded: another program, or a newer release, has written them."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ class UndecodableContract(Contract):
     """Invariant 6, for messages that cannot be decoded."""
 
     async def test_what_cannot_be_decoded_is_delivered_raw(self, rig: Rig) -> None:
-        """As it came, with the reason, to be released or acknowledged like any; others go on."""
+        """Bytes that are no message are delivered as `Raw`, with the bytes and the reason.
+
+        They can be extended, released and acknowledged. Other messages are delivered as usual.
+        """
         inject = rig.subject.inject
         if inject is None:
-            pytest.skip("the subject does not say how other programs use the queue")
+            pytest.skip("the subject has no `inject`")
         broker = await rig.broker(lease=LONG_LEASE)
         subscription = await broker.subscribe({"q": 100})
         first, last = rig.message(), rig.message()
@@ -64,7 +67,7 @@ class UndecodableContract(Contract):
 
 
 def raw_of(message: TaskMessage | Raw) -> bytes:
-    """Return the bytes of what could not be decoded; it has to say why."""
-    assert isinstance(message, Raw)
-    assert message.error
+    """Return the bytes of a `Raw`, which must have a reason."""
+    assert isinstance(message, Raw), f"bytes that are no message were decoded as {message}"
+    assert message.error, "`Raw.error` is empty: it must say why decoding failed"
     return message.data

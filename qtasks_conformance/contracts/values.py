@@ -1,4 +1,4 @@
-"""Small shared values: set, compared and set, listed, watched."""
+"""Small shared values: set, compare-and-set, list, watch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ VALUES = ("set", "get_value", "values")
 
 
 class ValueContract(Contract):
-    """`set`, `get_value`, `values` and `watch_value`, where a storage has them."""
+    """`set`, `get_value`, `values` and `watch_value`, if the storage has them."""
 
     async def test_a_value_comes_as_it_went(self, rig: Rig) -> None:
-        """Any bytes, empty ones too; None deletes; other clients see it at once."""
+        """Any bytes can be set, also empty ones; None deletes. Other clients see it at once."""
         needs(rig.subject.storage, *VALUES)
         storage, other = await rig.storage(), await rig.storage()
         assert await storage.get_value("a/ключ") is None
@@ -32,7 +32,7 @@ class ValueContract(Contract):
 
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_keys_fit(self, rig: Rig, script: str) -> None:
-        """200 characters of any script; each is the key of a value of its own."""
+        """Keys of 200 characters of any script work; each key has its own value."""
         needs(rig.subject.storage, *VALUES)
         storage, other = await rig.storage(), await rig.storage()
         keys = longest_ids(script)
@@ -46,7 +46,7 @@ class ValueContract(Contract):
 
     @pytest.mark.parametrize("script", SCRIPTS)
     async def test_the_longest_key_is_watched(self, rig: Rig, script: str) -> None:
-        """A watcher sees the changes of its key, not those of one that is almost the same."""
+        """A watcher sees the changes of its key, not those of a similar key."""
         needs(rig.subject.storage, *VALUES, "watch_value")
         storage, other = await rig.storage(), await rig.storage()
         key, near, _ = longest_ids(script)
@@ -58,7 +58,7 @@ class ValueContract(Contract):
         assert await see(seen, b"mine") == [b"mine"]
 
     async def test_a_value_is_set_if_it_is_the_expected(self, rig: Rig) -> None:
-        """`expect` compares; None expects that there is none; without it anything goes."""
+        """`set` with `expect` changes a value only if it is the expected one; None means unset."""
         needs(rig.subject.storage, *VALUES)
         storage = await rig.storage()
         assert not await storage.set("key", b"1", expect=b"0")
@@ -75,7 +75,7 @@ class ValueContract(Contract):
         assert await storage.set("key", None, expect=None)
 
     async def test_processes_count_together(self, rig: Rig) -> None:
-        """What is compared and set at once, in two processes, is never overwritten unseen."""
+        """Concurrent compare-and-sets in two processes lose no update."""
         needs(rig.subject.storage, *VALUES)
         storage, here = await rig.storage(), await rig.storage()
         other = await rig.elsewhere()
@@ -88,7 +88,7 @@ class ValueContract(Contract):
         assert await storage.get_value("count") == b"60"
 
     async def test_a_value_outlives_its_process(self, rig: Rig) -> None:
-        """A registry names the dead as well, until somebody clears them away."""
+        """A value stays after the process that set it was killed."""
         needs(rig.subject.storage, *VALUES)
         storage = await rig.storage()
         other = await rig.elsewhere()
@@ -98,7 +98,7 @@ class ValueContract(Contract):
         assert await storage.values("worker/") == {"worker/1": b"alive"}
 
     async def test_values_are_listed_by_prefix(self, rig: Rig) -> None:
-        """All that begin so, no pattern in it, and nothing that was deleted."""
+        """`values` returns all keys with a prefix, no deleted ones; `*` and `_` are literal."""
         needs(rig.subject.storage, *VALUES)
         storage, other = await rig.storage(), await rig.storage()
         there = {
@@ -114,7 +114,7 @@ class ValueContract(Contract):
             assert await other.values(prefix) == expected, prefix
 
     async def test_a_watcher_sees_changes(self, rig: Rig) -> None:
-        """First what is there, then what other clients and processes make of it."""
+        """A watcher gets the current value first, then each change by any client or process."""
         needs(rig.subject.storage, *VALUES, "watch_value")
         storage, near = await rig.storage(), await rig.storage()
         far = await rig.elsewhere()
@@ -131,23 +131,23 @@ class ValueContract(Contract):
         assert await see(late, b"3") == [b"3"]
 
     async def test_a_watcher_sees_the_last_of_many_changes(self, rig: Rig) -> None:
-        """Some may be left out, but none is seen twice, or out of order, or last instead."""
+        """A watcher may skip values, but gets none twice or out of order, and always the last."""
         needs(rig.subject.storage, *VALUES, "watch_value")
         storage, near = await rig.storage(), await rig.storage()
         seen = watching(rig, storage, "key")
         await see(seen, None)
         for at in range(100):
             assert await near.set("key", b"%03d" % at)
-        told = await see(seen, b"099")
-        assert told == sorted({value for value in told if value is not None})
+        got = await see(seen, b"099")
+        assert got == sorted({value for value in got if value is not None})
 
     async def test_stopping_ends_watching(self, rig: Rig) -> None:
-        """A watcher that waits raises `Closed`; a cancelled one is gone, and another may come."""
+        """`stop` makes a waiting watcher raise `Closed`. After a cancel, another can watch."""
         needs(rig.subject.storage, *VALUES, "watch_value")
         storage = await rig.storage()
         for end in ("cancel", "stop"):
             seen: asyncio.Queue[bytes | None] = asyncio.Queue()
-            waiting = rig.background(until_the_end(storage, "key", seen))
+            waiting = rig.background(watch_into(storage, "key", seen))
             await see(seen, None)
             if end == "cancel":
                 waiting.cancel()
@@ -158,7 +158,7 @@ class ValueContract(Contract):
                 await waiting
 
     async def test_values_stay_in_their_namespace(self, rig: Rig) -> None:
-        """The same key of another app is another value, and its changes are not seen."""
+        """The same key of another app has its own value."""
         needs(rig.subject.storage, *VALUES)
         storage = await rig.storage()
         other = await rig.storage(namespace="other" + rig.namespace)
@@ -170,26 +170,28 @@ class ValueContract(Contract):
         assert await storage.values("") == {"key": b"mine"}
 
 
-async def until_the_end(storage: Storage, key: str, into: asyncio.Queue[bytes | None]) -> None:
-    """Put what a watcher sees into a queue."""
+async def watch_into(storage: Storage, key: str, into: asyncio.Queue[bytes | None]) -> None:
+    """Watch a key, and put each value into a queue."""
     async for value in storage.watch_value(key):
         into.put_nowait(value)
 
 
 def watching(rig: Rig, storage: Storage, key: str) -> asyncio.Queue[bytes | None]:
-    """Start a watcher and return what it sees."""
+    """Start a watcher; return the queue of its values."""
     seen: asyncio.Queue[bytes | None] = asyncio.Queue()
-    rig.background(until_the_end(storage, key, seen))
+    rig.background(watch_into(storage, key, seen))
     return seen
 
 
 async def see(seen: asyncio.Queue[bytes | None], until: bytes | None) -> list[bytes | None]:
-    """Return what is seen, up to this value; fails when it does not come."""
-    told: list[bytes | None] = []
+    """Return the values that a watcher gets, up to `until`; fail if that does not come."""
+    got: list[bytes | None] = []
     try:
         async with patient(SOON, f"seeing the value {until!r}"):
-            while not told or told[-1] != until:
-                told.append(await seen.get())
+            while not got or got[-1] != until:
+                got.append(await seen.get())
     except TimeoutError:
-        raise AssertionError(f"{until!r} was not seen within {SOON} s, only {told}") from None
-    return told
+        raise AssertionError(
+            f"a watcher did not get the value {until!r} within {SOON:g} s, only {got}"
+        ) from None
+    return got

@@ -111,7 +111,7 @@ def test_the_app_behind_the_command(
     said = qtasks(*command, option, value, app=None)
     assert said.code == 2
     right = f"qtasks {option} {written} {' '.join(command)}"
-    assert said.err.splitlines()[-1] == f"Error: {option} stands before the command: {right}"
+    assert said.err.splitlines()[-1] == f"Error: write {option} before the command: {right}"
 
 
 def test_the_broker_of_the_command_line(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_the_broker_of_the_command_line(tmp_path: Path) -> None:
     said = Command({}, tmp_path)("-b", "redis://me:hidden@h", "-A", "own:app", "tasks", app=None)
     assert (said.code, said.out) == (2, "")
     assert said.error == (
-        "qtasks: -b redis://me:***@h: the app 'qtasks' names its own broker in its code, "
-        "memory://own"
+        "qtasks: -b redis://me:***@h: the app 'qtasks' sets its broker in its code, memory://own; "
+        "leave out -b, or remove the broker from the code"
     )
 
 
@@ -191,7 +191,7 @@ def test_a_server_out_of_reach(url: str, arguments: tuple[str, ...]) -> None:
 def test_a_worker_without_tasks_would_put_back_all_it_gets(qtasks: Command) -> None:
     said = qtasks("run", app=None)
     assert (said.code, said.out) == (2, "")
-    assert said.error.startswith("qtasks: no task is known that a worker could run")
+    assert said.error.startswith("qtasks: the app has no tasks to run")
 
 
 def test_a_time_that_is_none(qtasks: Command) -> None:

@@ -50,8 +50,8 @@ def test_every_command_has_it_also_for_its_errors(command: tuple[str, ...]) -> N
         (("call", "add", "1", "2", "--wait", "0.2"), 5, "no end within 0.2 s"),
         (("status", NOBODY), 1, f"there is no record of a task {NOBODY}"),
         (("status", "soon"), 2, "'soon' is not a valid UUID"),
-        (("purge", "default"), 2, "with --json nobody is asked: say --yes"),
-        (("dead", "drop", "--all"), 2, "with --json nobody is asked: say --yes"),
+        (("purge", "default"), 2, "with --json no question is asked: confirm with --yes"),
+        (("dead", "drop", "--all"), 2, "with --json no question is asked: confirm with --yes"),
         (("run", "--include", "nowhere"), 2, "--include nowhere: there is no module 'nowhere'"),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_revived_task_names_the_dead_one_and_runs_once(qtasks: Command, tmp_pa
 
     said = qtasks("dead", "revive", found["uuid"])
     assert (said.code, said.out) == (1, "")
-    assert said.error == f"qtasks: task {found['uuid']} is in 'success', not dead"
+    assert said.error == f"qtasks: task {found['uuid']} is not dead: its status is 'success'"
 
 
 @pytest.mark.usefixtures("worker")
@@ -126,8 +126,8 @@ def test_which_dead_tasks_has_to_be_said(qtasks: Command, command: str) -> None:
     for arguments in wrong:
         said = qtasks("dead", command, *arguments)
         assert said.code == 2
-        assert "name the tasks by uuid, or choose them by --all and its options" in said.err
-    reason = f"task {uuid} is in 'new', not dead"
+        assert "give the uuids of tasks, or --all with any of --name, --queue" in said.err
+    reason = f"task {uuid} is not dead: its status is 'new'"
     said = qtasks("dead", command, uuid)
     assert (said.code, said.error) == (1, f"qtasks: {reason}")
     (row,) = qtasks("dead", command, uuid, "--json").rows

@@ -108,9 +108,9 @@ def test_reload_runs_what_was_written_last(
         worker.wait_for("knows answer")
         assert asked(here) == "1"
         source.write_text("this is no Python\n")
-        worker.wait_for("answers.py changed; starting anew")
+        worker.wait_for("answers.py changed; restarting")
         worker.wait_for("SyntaxError")
-        worker.wait_for("the worker ended; waiting for a change")
+        worker.wait_for("waiting for a change")
         source.write_text(TASKS.format(answer=23456))
         wait_for_lines(worker, "knows answer", 2)
         assert asked(here) == "23456"

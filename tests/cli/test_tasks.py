@@ -99,7 +99,7 @@ def test_nobody_works_and_the_wait_is_over(qtasks: Command) -> None:
         (("add", "1"), "add(x: 'int', y: 'int') -> 'int': missing a required argument: 'y'"),
         (("add", "1", "2", "z=3"), "got an unexpected keyword argument 'z'"),
         (("add", "1", '"two"'), "add: argument 'y': Expected `int`, got `str`"),
-        (("add", "1", "two"), "add: argument 'y': two is not JSON; a text is written in quotes"),
+        (("add", "1", "two"), "add: argument 'y': two is not JSON; write text in quotes"),
         (("divide", "x=1", "y=2", "x=3"), "divide: argument 'x' is given twice"),
         (("tomorrow", '"soon"'), "tomorrow: argument 'day': Invalid RFC3339 encoded date"),
     ],
@@ -116,7 +116,7 @@ def test_a_wrong_call_is_one_line(
 def test_without_an_app_no_task_is_known_but_what_is_included(qtasks: Command) -> None:
     said = qtasks("call", "apart", "1", app=None)
     assert said.code == 2
-    assert said.error.endswith("'apart': say where tasks are by -A module:app or --include")
+    assert "no task 'apart': the app has no tasks; name your app with -A module:app" in said.error
     assert qtasks.ok("call", "apart", "1", "--include", "tests.cli.shop", app=None).line
 
 
@@ -145,7 +145,7 @@ def test_what_has_ended_or_never_was_cannot_be_cancelled(qtasks: Command) -> Non
     done = qtasks.ok("call", "add", "1", "2", "--wait", "20", "--json").json["uuid"]
     said = qtasks("cancel", done)
     assert (said.code, said.out) == (1, "")
-    assert said.error == f"qtasks: task {done} had ended before it was cancelled"
+    assert said.error == f"qtasks: task {done} cannot be cancelled: it has already finished"
     nobody = str(uuid4())
     none = f"there is no record of a task {nobody}"
     said = qtasks("cancel", nobody)
@@ -154,7 +154,7 @@ def test_what_has_ended_or_never_was_cannot_be_cancelled(qtasks: Command) -> Non
 
     late = qtasks.ok("call", "add", "1", "2", "--delay", "600").line
     said = qtasks("cancel", done, nobody, late, "--json")
-    ended = f"task {done} had ended before it was cancelled"
+    ended = f"task {done} cannot be cancelled: it has already finished"
     assert said.rows == [
         {"uuid": done, "cancelled": False, "error": ended},
         {"uuid": nobody, "cancelled": False, "error": none},

@@ -85,7 +85,7 @@ async def test_a_batch_has_an_outcome_for_each() -> None:
             outcomes = await app.control(operation, [nobody, dead.uuid, fine.uuid])
             assert [outcome.status for outcome in outcomes] == ["refused", "done", "refused"]
             assert outcomes[0].reason == f"there is no record of a task {nobody}"
-            assert outcomes[2].reason == f"task {fine.uuid} is in 'success', not dead"
+            assert outcomes[2].reason == f"task {fine.uuid} is not dead: its status is 'success'"
         assert await app.get(dead.uuid) is None
         assert await app.get(fine.uuid) is not None
 
@@ -132,7 +132,9 @@ async def test_what_was_never_decoded_cannot_be_revived_but_dropped() -> None:
         await app.control(save, raw)
         (outcome,) = await app.control(control.revive, [raw.uuid])
         assert outcome.status == "refused"
-        assert outcome.reason == f"task {raw.uuid} was never decoded: not a message"
+        assert outcome.reason == (
+            f"task {raw.uuid} cannot be revived: its message was never decoded: not a message"
+        )
         assert task_row(app, raw)["raw"] == b"\xc1\x00"
         assert (await app.control(control.drop, [raw.uuid]))[0].status == "done"
         assert await app.get(raw.uuid) is None

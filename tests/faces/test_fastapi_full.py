@@ -70,7 +70,7 @@ def test_the_store(store: dict[str, str], client: httpx.Client) -> None:
         assert client.get(url).json()["status"] == "success"
         failed = client.post("/reports/1999").json()["uuid"]
         until(lambda: client.get(f"/tasks/{failed}").json()["status"] == "error", 20, "its end")
-        assert "no books of 1999" in client.get(f"/tasks/{failed}").json()["error"]
+        assert "no books for 1999" in client.get(f"/tasks/{failed}").json()["error"]
         assert worker.terminate() == 0
     # Without a worker an order is taken and waits for one.
     waiting = client.post("/reports/2024", params={"seconds": 0}).json()

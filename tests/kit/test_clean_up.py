@@ -45,7 +45,8 @@ async def test_each_namespace_is_cleaned_up_once_all_is_stopped() -> None:
     with pytest.raises(OSError, match="no rights") as told:
         await rig.close()
     assert sorted(cleaned) == sorted([rig.namespace, "other", "another"])
-    assert told.value.__notes__ == [f"while the namespace {cleaned[-1]} was cleaned up"]
+    note = f"raised by `clean_up` of the subject for namespace {cleaned[-1]}"
+    assert told.value.__notes__ == [note]
 
 
 TESTS = """

@@ -14,7 +14,7 @@ from tests.kit.served import FlagServer
 
 
 class Unfreezable:
-    """A server to kill, and no more."""
+    """A server that can be killed, but not frozen."""
 
     def kill(self) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What travels between a client, the API and the tasks."""
+"""The models of requests, responses, and tasks' arguments and results."""
 
 from __future__ import annotations
 

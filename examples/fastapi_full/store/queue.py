@@ -1,4 +1,4 @@
-"""The store's app: its parts and all its tasks. The worker runs it, the API enqueues with it."""
+"""The store's app, with all its tasks. The worker runs them, the API enqueues them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between a laptop, the tests and production: read from the environment once."""
+"""The settings, read once from the environment."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Without a broker's URL the store uses the embedded default."""
+    """Settings that differ between development, tests and production."""
 
     name: str = "store"
-    """Stores of different names share nothing, though they use the same servers."""
+    """The app's name. Apps with different names share nothing, even on the same servers."""
     broker_url: str | None = None
+    """None: one SQLite file, the embedded default."""
     storage_url: str | None = None
     patience: float = 10.0
-    """Seconds that a request waits for a task."""
+    """How many seconds a request waits for a task."""
     concurrency: int = 20
-    """Tasks that a worker runs at once."""
+    """How many tasks a worker runs at once."""
 
     @classmethod
     def from_environment(cls) -> Settings:

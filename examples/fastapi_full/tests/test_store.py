@@ -1,4 +1,4 @@
-"""The API and a worker in the loop of each test."""
+"""Runs the API and a worker in the event loop of each test."""
 
 from __future__ import annotations
 

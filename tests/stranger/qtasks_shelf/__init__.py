@@ -10,7 +10,7 @@ OPTIONS = {"lease": LEASE_TIME}
 
 
 class ShelfBackend(Backend):
-    """Answers for `shelf://NAME?lease=SECONDS`."""
+    """The backend for `shelf://NAME?lease=SECONDS`."""
 
     contract = 1
 

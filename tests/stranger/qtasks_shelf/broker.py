@@ -75,7 +75,7 @@ class ShelfBroker(Broker):
 
 
 class ShelfSubscription(Subscription):
-    """The fence is the row's number and that of the delivery."""
+    """The fence of a delivery is the row's number and the number of the delivery."""
 
     def __init__(self, shelf: Shelf, lease: float) -> None:
         self._shelf = shelf
@@ -88,7 +88,7 @@ class ShelfSubscription(Subscription):
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         while self._open:
-            # Cleared before the look: what is put from here on rings again.
+            # Cleared before looking: a message that is put from now on sets it again.
             self._bell.clear()
             deliveries = self._take(wanted, limit)
             if deliveries:
@@ -104,7 +104,7 @@ class ShelfSubscription(Subscription):
     def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         now = self._loop.time()
         deliveries: list[Delivery] = []
-        # Of the queue that is named first, then of the next one; of each the oldest first.
+        # In the order in which the queues are named, the oldest message of each first.
         for queue, most in wanted.items():
             ready = [
                 n for n, r in self._shelf.rows.items() if r.queue == queue and r.wake_at <= now

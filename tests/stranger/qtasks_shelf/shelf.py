@@ -1,4 +1,4 @@
-"""What stands for a server here: it keeps bytes, and tells who waits that something changed."""
+"""The server of this example: it keeps bytes, and wakes receivers when something changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import count
 
 
 class Row:
-    """A message: nobody gets it before `wake_at`, which is when it is due or its lease over."""
+    """A message. Nobody gets it before `wake_at`, when its delay or its lease is over."""
 
     def __init__(self, queue: str, data: bytes, wake_at: float) -> None:
         self.queue = queue
@@ -19,7 +19,7 @@ class Row:
 
 
 class Shelf:
-    """All that one namespace keeps."""
+    """The data of one namespace."""
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}

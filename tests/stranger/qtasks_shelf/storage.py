@@ -75,7 +75,7 @@ class ShelfStorage(Storage):
 
 
 class ShelfInbox(Inbox):
-    """A box under an address; the shelf never loses a connection, so nothing is read again."""
+    """A box with an address. There is no connection to lose, so it never has to read again."""
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
@@ -87,7 +87,7 @@ class ShelfInbox(Inbox):
         return self._address
 
     def expect(self, uuids: Iterable[str]) -> None:
-        """Nothing to do: what is sent to a box stays in it."""
+        """Nothing to do: a record that is pushed to a box stays in it."""
 
     async def watch(self, uuids: Sequence[str]) -> None:
         for uuid in uuids:
@@ -104,7 +104,7 @@ class ShelfInbox(Inbox):
     async def receive(self) -> list[Task]:
         data = await self._box.get()
         if not data:
-            await self.close()  # the next call finds it as well
+            await self.close()  # puts the end mark back, for the next call
             raise Closed("the inbox is closed")
         return [decode_task(data)]
 

@@ -1,4 +1,4 @@
-"""The contracts of QTasks, on this backend."""
+"""The conformance kit of QTasks, on this backend."""
 
 import pytest
 

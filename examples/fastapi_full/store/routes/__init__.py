@@ -1,1 +1,1 @@
-"""What clients may ask for: a module and a router for each subject."""
+"""The endpoints: a module with a router for each subject."""

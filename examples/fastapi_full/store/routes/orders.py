@@ -1,4 +1,4 @@
-"""Orders: the client waits for the receipt, but not for the mail."""
+"""Orders: the response waits for the receipt, but not for the mail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ router = APIRouter(prefix="/orders")
 @router.post("")
 async def order(order: Order) -> Receipt:
     placed = await place_order.call(order).add_task(timeout=settings.patience)
-    receipt = placed.returning  # a failed task is a 500 with its error, a late one was a 504
+    receipt = placed.returning  # raises if the task failed: a 500 (a timeout above: a 504)
     if order.mail:
-        await confirm.call(receipt).add_task()  # back as soon as it is durable
+        await confirm.call(receipt).add_task()  # returns as soon as the task is durable
     return receipt

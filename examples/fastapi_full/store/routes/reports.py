@@ -1,4 +1,4 @@
-"""Reports: started here, asked for under `/tasks`."""
+"""Reports: started here, fetched under `/tasks`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the worker does: a module and a router for each subject."""
+"""The tasks: a module with a router for each subject."""
