@@ -10,9 +10,10 @@ from msgspec.structs import asdict
 
 from qtasks import control
 from qtasks.bridge.io_thread import io_thread
+from qtasks.bridge.reply import block_on
 from qtasks.cli.output import json_option, print_fields, print_json
 from qtasks.cli.session import CONNECT_TIMEOUT, Session, pass_session
-from qtasks.client.backoff import repeat
+from qtasks.client.retrying import retry
 from qtasks_core import Guarantees
 
 NEEDED_BY = {
@@ -73,7 +74,8 @@ def missing_in(part: Guarantees) -> list[str]:
 def migrate(session: Session, as_json: bool) -> None:
     """Create or update what the servers must have. Harmless to repeat, and while others do it."""
     migrating = partial(control.migrate, session.quiet())
-    done = io_thread().run_blocking(repeat, migrating, time.monotonic() + CONNECT_TIMEOUT)
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    done = block_on(io_thread().ask, partial(retry, migrating, deadline=deadline))
     if as_json:
         print_json(done)
         return
