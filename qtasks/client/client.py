@@ -23,7 +23,7 @@ from qtasks.client.late import look_once, unconfirmed
 from qtasks.client.retrying import Backoff, Outage, retry
 from qtasks.client.times import Clock
 from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
-from qtasks_core.errors import Closed, PayloadTooLarge, Refused, Unavailable
+from qtasks_core.errors import Closed, PayloadTooLarge, Refused, TaskTimeout, Unavailable
 from qtasks_core.records import ENVELOPE, FINAL
 from qtasks_core.separate import compose, record_of
 
@@ -249,6 +249,8 @@ class Client:
         try:
             where = self._where()
             waiter.set(await look_once(self.storage, uuid, timeout, submitted, where))
+        except TaskTimeout as late:
+            waiter.fail(late.with_traceback(None))  # where it was found out helps no caller
         except asyncio.CancelledError:
             waiter.fail(Closed(f"the app {self.name!r} was stopped"))
             raise
