@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from uuid import uuid4
 
 from benchmarks.served import BACKENDS, served
@@ -27,9 +26,9 @@ from benchmarks.tasks import nothing, router
 from qtasks.asyncio import QueueTasks
 from qtasks.balancers import Greedy
 from qtasks.bridge.io_thread import io_thread
-from qtasks.bridge.reply import LoopReply
-from qtasks.client.client import Client
-from qtasks.declare.calls import message_of
+from qtasks.bridge.reply import Reply
+from qtasks.client.client import Client, Waiter
+from qtasks.declare.tasks import message_of
 from qtasks.worker.limits import Limits
 from qtasks.worker.runner import Runner
 from qtasks.worker.worker import Worker
@@ -93,10 +92,14 @@ async def on_one_loop(app: QueueTasks) -> AsyncIterator[tuple[Submit, Callable[.
     await client.start(asyncio.get_running_loop().time() + 10)
 
     async def submit(message: TaskMessage, wait: bool) -> Task | None:
-        reply: LoopReply[Task | None] = LoopReply()
-        client.submit(message, time.monotonic() + 60, wait, reply)
-        async with asyncio.timeout(60):
-            return await reply.future
+        deadline = time.monotonic() + 60
+        if wait:
+            waiter = Waiter(io_thread(), client, message.uuid, 60.0, deadline, message)
+            client.submit_and_wait(message, waiter)
+            return await waiter
+        reply: Reply[Task] = Reply()
+        client.submit(message, deadline, reply)
+        return await reply
 
     @asynccontextmanager
     async def worker() -> AsyncIterator[None]:
@@ -181,22 +184,29 @@ def computing() -> Iterator[None]:
 async def crossing() -> float:
     """Return the mean seconds of an empty call to the I/O thread and back."""
 
-    def answer(reply: LoopReply[None]) -> None:
-        reply.set(None)
+    thread = io_thread()
 
-    return await mean(partial(io_thread().ask, answer), CROSSINGS)
+    async def cross() -> None:
+        reply: Reply[None] = Reply()
+        thread.post(reply.set, None)
+        await reply
+
+    return await mean(cross, CROSSINGS)
 
 
 async def crossings_at_once() -> float:
     """Return the mean seconds of such a call when 200 callers make it at once."""
 
-    def answer(reply: LoopReply[None]) -> None:
-        reply.set(None)
-
     thread = io_thread()
+
+    async def cross() -> None:
+        reply: Reply[None] = Reply()
+        thread.post(reply.set, None)
+        await reply
+
     begin = time.perf_counter()
     for _ in range(CROSSINGS // CALLERS):
-        await asyncio.gather(*(thread.ask(answer) for _ in range(CALLERS)))
+        await asyncio.gather(*(cross() for _ in range(CALLERS)))
     return (time.perf_counter() - begin) / CROSSINGS
 
 

@@ -42,9 +42,9 @@ LAYERS = (
     ("wire format, records", r"qtasks_core/"),
     (
         "arguments, results",
-        r"qtasks/(codec/\w+|execution/definition|declare/\w+|client/submitting)\.py",
+        r"qtasks/(codec/\w+|execution/definition|declare/\w+|app)\.py",
     ),
-    ("crossing", r"qtasks/bridge/(entry_queue|reply|io_thread)\.py"),
+    ("crossing", r"qtasks/bridge/(reply|io_thread)\.py"),
     ("engine", r"qtasks/"),
     ("backend", r"qtasks_\w+/"),
     ("the benchmark", r"benchmarks/"),

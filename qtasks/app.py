@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from importlib import import_module
 from threading import RLock
 from types import ModuleType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from uuid import UUID, uuid5
 
-from qtasks.bridge.io_thread import refuse_running_loop
-from qtasks.client.lifecycle import START_TIMEOUT, Life
+from qtasks import control
+from qtasks.bridge.io_thread import IOThread, io_thread
+from qtasks.bridge.reply import Reply, refuse_running_loop
+from qtasks.client.client import Client, Waiter
+from qtasks.client.late import LOOK
+from qtasks.client.lifecycle import START_TIMEOUT, Life, Lifecycle
 from qtasks.client.parts import given_parts
-from qtasks.client.submitting import Submitting
-from qtasks.client.unmet import USUAL
+from qtasks.client.unmet import USUAL, Unmet
 from qtasks.codec.serializers import MsgpackSerializer
 from qtasks.execution.definition import TaskDefinition, checked_plugins
 from qtasks.worker.process import RunningWorker, WorkerOptions, serve, working
-from qtasks_core import Balancer, Broker, Plugin, Storage, schemas
+from qtasks_core import Balancer, Broker, Plugin, Storage, TaskMessage, schemas
 from qtasks_core.errors import ConfigurationError, QTasksError, UnknownTask
-from qtasks_core.names import checked_name
+from qtasks_core.names import checked_name, is_id
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MAX_PAYLOAD = 1024 * 1024
 """Bytes that arguments, and a result, may take, unless the app says otherwise."""
+PUBLISH_TIMEOUT = 30.0
+"""Seconds after which a write that is not confirmed is an error, where no timeout is given."""
+_CHUNK = 10_000
+"""So many of many messages have one deadline: all of them may take longer than that."""
+_KEYED = UUID("2f6d1c0e-8a43-5b7e-9c15-7d0e4b9a6f32")
 
 
-class App(Submitting):
-    """Parts, a registry of tasks, and one client on the I/O thread while it is started.
+class App(Lifecycle):
+    """A broker, a storage, a registry of tasks, and a client on the I/O thread while it is started.
 
-    `broker` and `storage` are parts or URLs. A broker's URL without a storage uses both halves of
+    What crosses to the I/O thread returns a `Reply`: `await` it, or `block_on` the method.
+
+    `broker` and `storage` are objects or URLs. A broker's URL without a storage uses both halves of
     that backend. Without arguments the environment counts (`QTASKS_NAME`, `QTASKS_BROKER_URL`,
     `QTASKS_STORAGE_URL`), else the embedded default. Apps of different names share nothing; names
     are those of `qtasks_core.names`. `plugins` are put around each task that its workers run, the
@@ -48,7 +65,10 @@ class App(Submitting):
     ) -> None:
         of = "an app" if name else "an app (QTASKS_NAME)"
         name = checked_name(name or os.environ.get("QTASKS_NAME") or "qtasks", of)
-        super().__init__(name, *given_parts(broker, storage), max_payload)
+        super().__init__(name, *given_parts(broker, storage))
+        self.max_payload = max_payload
+        self.unmet = Unmet()
+        """What tasks ask for that this broker or storage cannot do; each is logged once."""
         self.definitions: dict[str, TaskDefinition] = {}
         self.plugins = checked_plugins(plugins)
 
@@ -68,15 +88,13 @@ class App(Submitting):
                 f"{known.function!r} and {definition.function!r}"
             )
 
-    async def _connect(self, life: Life, deadline: float) -> None:
-        await super()._connect(life, deadline)
+    async def _open(self, life: Life, deadline: float) -> None:
+        await super()._open(life, deadline)
         options = {name: known.options for name, known in self.definitions.items()}
-        self.unmet.declared(
-            {name for name, asked in options.items() if asked.priority != USUAL},
-            {name for name, asked in options.items() if asked.retention is not None},
-            self.broker,
-            self.storage,
-        )
+        priority = {name for name, asked in options.items() if asked.priority != USUAL}
+        retention = {name for name, asked in options.items() if asked.retention is not None}
+        if priority or retention:
+            self.unmet.declared(priority, retention, self.broker, self.storage)
 
     def definition(self, name: str) -> TaskDefinition:
         """Return a known task. Raises `UnknownTask`."""
@@ -88,6 +106,114 @@ class App(Submitting):
         """Return how the result in a record is decoded: typed where the task is known."""
         known = self.definitions.get(record.task_name)
         return known.decode_result if known is not None else MsgpackSerializer().decoder(Any)
+
+    def uuid_of(self, task_name: str, key: str) -> str:
+        """Return the uuid that a task enqueued with this `key=` has."""
+        return str(uuid5(_KEYED, "\0".join((self.name, task_name, key))))
+
+    def submit(self, message: TaskMessage, timeout: float | None) -> Reply[schemas.Task]:
+        """Submit a message; with `timeout` (seconds) wait for its result, else for the write.
+
+        One with a key that is taken gives the record that is there, or its result.
+        Fails with `TaskTimeout` when the write was durable by then and the task had not finished,
+        with `Unavailable` when it was not known to be, with `Refused`.
+        """
+        submit = partial(self._submit, message, timeout, _begin(timeout))
+        return self._with_client(submit, timeout)
+
+    def _submit(
+        self,
+        message: TaskMessage,
+        timeout: float | None,
+        began: float,
+        thread: IOThread,
+        client: Client,
+    ) -> Reply[schemas.Task]:
+        if message.priority != USUAL or message.retention is not None:
+            self.unmet.submitted((message,), self.broker, self.storage)
+        if timeout is None:
+            reply: Reply[schemas.Task] = Reply()
+            thread.post(client.submit, message, began + PUBLISH_TIMEOUT, reply)
+            return reply
+        waiter = Waiter(thread, client, message.uuid, timeout, began + timeout, message)
+        thread.post(client.submit_and_wait, message, waiter)
+        return waiter
+
+    def _with_client(
+        self, post: Callable[[IOThread, Client], Reply[R]], start_timeout: float | None
+    ) -> Reply[R]:
+        """Post something with the client; an app that starts itself is started before."""
+        thread = io_thread()
+        client = self.client_on(thread)
+        if client is not None:
+            return post(thread, client)
+
+        async def start_and_post() -> R:
+            return await post(thread, await self.started_client(start_timeout))
+
+        return thread.ask(start_and_post, undo=_nothing)
+
+    def submit_all(self, messages: Sequence[TaskMessage]) -> Reply[None]:
+        """Submit many messages, chunk by chunk: however many there are, others get in between.
+
+        Fails with the first error of a chunk after all of the chunk had an answer; what is behind
+        it is not submitted.
+        """
+        thread = io_thread()
+        self.client_on(thread)  # raises at once where nothing is started
+        return thread.ask(self._submit_all, messages, undo=_nothing)
+
+    async def _submit_all(self, messages: Sequence[TaskMessage]) -> None:
+        client = await self.started_client()
+        self.unmet.submitted(messages, self.broker, self.storage)
+        for at in range(0, len(messages), _CHUNK):
+            deadline = time.monotonic() + PUBLISH_TIMEOUT
+            await client.submit_all(messages[at : at + _CHUNK], deadline)
+
+    def wait(self, uuid: str, timeout: float | None) -> Reply[schemas.Task]:
+        """Wait for the final record of any task. Fails with `TaskTimeout`.
+
+        Raises `UnknownTask` for a uuid that no task can have.
+        """
+        wait = partial(self._wait, _possible(uuid), timeout, _begin(timeout))
+        # Past a wait's own time its task is still looked at.
+        return self._with_client(wait, None if timeout is None else max(timeout, LOOK))
+
+    def _wait(
+        self, uuid: str, timeout: float | None, began: float, thread: IOThread, client: Client
+    ) -> Reply[schemas.Task]:
+        deadline = began if timeout is None else began + timeout
+        waiter = Waiter(thread, client, uuid, timeout, deadline)
+        thread.post(client.wait, waiter)
+        return waiter
+
+    def get(self, uuid: str | UUID) -> Reply[schemas.Task | None]:
+        """Return the newest record of a task, None where there is none."""
+        if not is_id(str(uuid)):
+            nothing: Reply[schemas.Task | None] = Reply()
+            nothing.set(None)
+            return nothing
+        return self.control(control.newest, str(uuid))
+
+    def cancel_task(self, uuid: str | UUID) -> Reply[bool]:
+        """Cancel a task that has not finished; False: it had finished by itself before.
+
+        From then on it is cancelled for everybody. A run of it is stopped soon after: an async
+        function is cancelled, a function in a process is killed, the result of one in a thread is
+        dropped.
+        Fails with `UnknownTask`, `Unavailable`.
+        """
+        return self.control(control.cancel, _possible(str(uuid)))
+
+    def control_blocking(
+        self,
+        operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Do what `control` does, in blocking code."""
+        refuse_running_loop()
+        return self.control(operation, *args, **kwargs).result()
 
     def worker(
         self,
@@ -144,6 +270,24 @@ class App(Submitting):
             health=(health_host, health_port) if health_port is not None else None,
         )
         serve(self, options, processes)
+
+
+def _begin(timeout: float | None) -> float:
+    """Return the time. Raises `ConfigurationError` for a timeout that no clock can compare."""
+    if timeout is not None and math.isnan(timeout):
+        raise ConfigurationError(f"timeout={timeout} is not a number of seconds")
+    return time.monotonic()
+
+
+def _possible(uuid: str) -> str:
+    """Return the uuid. Raises `UnknownTask` for text that no task can have."""
+    if not is_id(uuid):
+        raise UnknownTask(f"no task can have the uuid {ascii(uuid)[:120]}")
+    return uuid
+
+
+async def _nothing() -> None:
+    """Have nothing to undo: what was submitted stays submitted."""
 
 
 def _checked(queues: Iterable[str] | None) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""What an operator does with queues and records. Apps and the command line use it.
+"""What an operator does with queues and records, and a caller with one task.
 
     from qtasks import control
 
@@ -11,19 +11,24 @@ server could not be reached, so each of them can be repeated safely.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from uuid import UUID, uuid5
 
 from msgspec.structs import replace
+from uuid_utils import uuid7
 
-from qtasks.bridge.reply import LoopReply
-from qtasks.client.client import Client, cancelled
-from qtasks.client.lifecycle import Lifecycle
+from qtasks.client.client import Client
+from qtasks.client.lifecycle import START_TIMEOUT, Lifecycle
 from qtasks.client.registry import workers_alive
+from qtasks.client.retrying import retry
+from qtasks.client.times import cancelled_kept_for
 from qtasks_core import (
     DONE,
+    Command,
     Outcome,
     QueueDepth,
     Status,
@@ -33,9 +38,12 @@ from qtasks_core import (
     TaskQuery,
     WorkerInfo,
 )
-from qtasks_core.errors import NotSupported
+from qtasks_core.errors import NotSupported, Refused, Unavailable, UnknownTask
 from qtasks_core.names import checked_id, checked_name
+from qtasks_core.records import FINAL, not_taken, within
 from qtasks_core.separate import record_of, say_not_taken, smaller_of
+
+logger = logging.getLogger("qtasks")
 
 REVIVED_FROM = "revived_from"
 """The header of a revived task that holds the uuid of the dead task."""
@@ -55,6 +63,61 @@ def revived_uuid(uuid: str, submission: str = "") -> str:
     `submission`, from the record, tells the two dead tasks apart.
     """
     return str(uuid5(_REVIVED, f"{uuid}/{submission}" if submission else uuid))
+
+
+async def newest(client: Client, uuid: str) -> Task | None:
+    """Return the newest record of a task, None where there is none."""
+    return (await client.storage.get([uuid]))[0]
+
+
+async def cancel(client: Client, uuid: str) -> bool:
+    """Record that a task is cancelled, and tell the worker that runs it.
+
+    False: it had finished by itself before. Raises `UnknownTask`, `Unavailable`, `Refused`.
+    """
+    deadline = time.monotonic() + START_TIMEOUT
+    read = partial(newest, client, uuid)
+    record = await retry(read, deadline=deadline)
+    while record is not None and record.status not in FINAL:
+        end = cancelled(record, client.storage.guarantees.retention)
+        # Repeated here, with the same record: by `App.control` it would be another one.
+        outcome = (await retry(partial(client.storage.save, [end]), deadline=deadline))[0]
+        if not_taken(outcome):
+            end = within(end, outcome.reason)
+            outcome = (await retry(partial(client.storage.save, [end]), deadline=deadline))[0]
+        if not_taken(outcome):
+            raise Refused(f"task {uuid} cannot be cancelled: {outcome.reason}")
+        if outcome.status == "done":
+            await _tell(client, Command(name="cancel", target=uuid))
+            return True
+        # It has gone on meanwhile: it has finished, or another attempt has begun.
+        record = await retry(read, deadline=deadline)
+    if record is None:
+        raise UnknownTask(f"there is no record of a task {uuid}")
+    return record.status == "cancel"
+
+
+async def _tell(client: Client, command: Command) -> None:
+    """Broadcast what workers find out by themselves too, only later."""
+    try:
+        await client.broker.broadcast(command)
+    except NotSupported:
+        return
+    except Unavailable as error:
+        logger.warning("%s of %s is not broadcast: %s", command.name, command.target, error)
+
+
+def cancelled(record: Task, retention: float | None) -> Task:
+    """Return the record of a task that is cancelled now; `retention` is the storage's own."""
+    # An execution of its own tells this record from the one of a run.
+    return replace(
+        record,
+        status="cancel",
+        execution=f"cancel/{uuid7()}",
+        finished_at=time.time(),
+        due_at=None,
+        retention=cancelled_kept_for(record, retention),
+    )
 
 
 async def query(client: Client, query: TaskQuery) -> TaskPage:
@@ -118,11 +181,11 @@ async def migrate(of: Client | Lifecycle) -> dict[str, list[str] | None]:
     `ConfigurationError` if a newer release has used the server.
     """
     done: dict[str, list[str] | None] = {}
-    for part in (of.broker, of.storage):
+    for half in (of.broker, of.storage):
         try:
-            done[type(part).__name__] = await part.migrate(of.name)
+            done[type(half).__name__] = await half.migrate(of.name)
         except NotSupported:
-            done[type(part).__name__] = None
+            done[type(half).__name__] = None
     return done
 
 
@@ -153,9 +216,7 @@ async def revive(
             messages.append(_again(record, record.task_name not in without_result))
             outcomes.append(Outcome("done", there=record_of(messages[-1])))
     if messages:
-        reply: LoopReply[Task | None] = LoopReply()
-        client.submit_all(messages, time.monotonic() + _SUBMIT_TIMEOUT, reply)
-        await reply.future
+        await client.submit_all(messages, time.monotonic() + _SUBMIT_TIMEOUT)
     return outcomes
 
 

@@ -15,17 +15,16 @@ import sys
 from collections.abc import Callable, Coroutine
 from functools import partial
 from threading import Lock, Thread
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from qtasks.bridge.entry_queue import EntryQueue
-from qtasks.bridge.reply import LoopReply, Reply, ThreadReply
+from qtasks.bridge.reply import EntryQueue, Reply
 from qtasks_core.errors import ConfigurationError
 
 T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[Any, ...]]
 _Undo = Callable[[], Coroutine[Any, Any, None]]
-_END_TIMEOUT = 2.0
-"""Seconds that an exiting process gives what still runs on the I/O thread."""
+_STOP_TIMEOUT = 2.0
+"""Seconds that an exiting process gives to the coroutines that still run on the I/O thread."""
 
 
 class IOThread:
@@ -44,61 +43,21 @@ class IOThread:
         """Call `function(*args)` on the I/O loop soon. It must not raise."""
         self._calls.post((function, args))
 
-    async def ask(self, function: Callable[..., object], *args: Any) -> Any:
-        """Call `function(*args, reply)` on the I/O loop and await the reply, from any loop."""
-        reply: LoopReply[Any] = LoopReply()
-        self.post(function, *args, reply)
-        return await reply.future
-
-    def ask_blocking(self, function: Callable[..., object], *args: Any) -> Any:
-        """Call `function(*args, reply)` on the I/O loop and block for the reply.
-
-        Raises `RuntimeError` inside a running event loop, which it would block.
-        """
-        refuse_running_loop()
-        reply: ThreadReply[Any] = ThreadReply()
-        self.post(function, *args, reply)
-        return reply.result(None)
-
-    async def run(
+    def ask(
         self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, undo: _Undo | None = None
-    ) -> T:
-        """Run a coroutine function on the I/O loop and await its end, from any loop.
+    ) -> Reply[T]:
+        """Run a coroutine function on the I/O loop; reply with what it returns or raises.
 
-        An asker who is cancelled leaves it running; with `undo` it is cancelled too, or undone if
-        it had ended just then.
+        It goes on when nobody waits for it any more. With `undo` it is cancelled then, or undone
+        if it had succeeded just before.
         """
-        reply: LoopReply[T] = LoopReply()
-        errand = _Errand(self.spawn, partial(call, *args), reply, undo)
+        errand = _Errand(self, partial(call, *args), undo)
         self.post(errand.begin)
-        try:
-            return await reply.future
-        except asyncio.CancelledError:
-            self.post(errand.abandon)
-            raise
+        return errand
 
-    def run_blocking(
-        self,
-        call: Callable[..., Coroutine[Any, Any, T]],
-        *args: Any,
-        undo: _Undo | None = None,
-        timeout: float | None = None,
-    ) -> T:
-        """Run a coroutine function on the I/O loop and block until its end.
-
-        Raises `TimeoutError` after `timeout` seconds. An asker who is interrupted, or whose time
-        is up, leaves it as one of `run` does.
-        """
-        refuse_running_loop()
-        reply: ThreadReply[T] = ThreadReply()
-        errand = _Errand(self.spawn, partial(call, *args), reply, undo)
-        self.post(errand.begin)
-        try:
-            return reply.result(timeout)
-        except BaseException:
-            # Nothing happens to what has ended with the error that is raised here.
-            self.post(errand.abandon)
-            raise
+    async def run(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+        """Do what `ask` does, as a coroutine: one that may become a task of the caller's loop."""
+        return await self.ask(call, *args)
 
     def spawn(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a task on the I/O loop, from there."""
@@ -107,17 +66,17 @@ class IOThread:
         task.add_done_callback(self._spawned.discard)
         return task
 
-    def end(self) -> None:
-        """Cancel what runs here and end the thread; what takes too long is left."""
-        self.post(lambda: self.spawn(self._end()))
-        self._thread.join(2 * _END_TIMEOUT)
+    def stop(self) -> None:
+        """Cancel what runs here and stop the thread; what takes too long is left."""
+        self.post(lambda: self.spawn(self._stop()))
+        self._thread.join(2 * _STOP_TIMEOUT)
 
-    async def _end(self) -> None:
+    async def _stop(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         if others:
-            await asyncio.wait(others, timeout=_END_TIMEOUT)
+            await asyncio.wait(others, timeout=_STOP_TIMEOUT)
         self.loop.stop()
 
     def leave_to_parent(self) -> None:
@@ -135,44 +94,45 @@ class IOThread:
         self._selector.__init__()  # type: ignore[misc]  # a new, empty one under the same loop
 
 
-class _Errand(Generic[T]):
-    """A coroutine on the I/O loop whose asker may leave before its end."""
+class _Errand(Reply[T]):
+    """A coroutine on the I/O loop, and the reply to the one who asked for it."""
 
     def __init__(
         self,
-        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        thread: IOThread,
         call: Callable[[], Coroutine[Any, Any, T]],
-        reply: Reply[T],
         undo: _Undo | None,
     ) -> None:
-        self._spawn = spawn
+        super().__init__()
+        self._thread = thread
         self._call = call
-        self._reply = reply
         self._undo = undo
         self._task: asyncio.Task[None] | None = None
         self._succeeded = False
 
     def begin(self) -> None:
-        self._task = self._spawn(self._run())
+        self._task = self._thread.spawn(self._run())
 
     async def _run(self) -> None:
         try:
             result = await self._call()
         except asyncio.CancelledError:
-            self._reply.fail(RuntimeError("the engine was stopped meanwhile"))
+            self.fail(RuntimeError("the engine was stopped meanwhile"))
             raise
-        except Exception as error:  # noqa: BLE001  # raised at the asker
-            self._reply.fail(error)
+        except Exception as error:  # noqa: BLE001  # raised at the caller
+            self.fail(error)
         else:
             self._succeeded = True
-            self._reply.set(result)
+            self.set(result)
 
-    def abandon(self) -> None:
-        if self._undo is None or self._task is None:
-            return
+    def leave(self) -> None:
+        if self._undo is not None:
+            self._thread.post(self._abandon, self._undo)
+
+    def _abandon(self, undo: _Undo) -> None:
         if self._succeeded:
-            self._spawn(self._undo())
-        else:
+            self._thread.spawn(undo())
+        elif self._task is not None:
             self._task.cancel()
 
 
@@ -192,18 +152,6 @@ def _keep_for_ever(things: list[object]) -> None:
 def _call_all(calls: list[_Call]) -> None:
     for function, args in calls:
         function(*args)
-
-
-def refuse_running_loop() -> None:
-    """Raise `RuntimeError` when this thread runs an event loop that a blocking call would stop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise RuntimeError(
-        "a blocking call inside a running event loop would stop the loop; "
-        "use AsyncRouter and qtasks.asyncio.QueueTasks there"
-    )
 
 
 def _refuse_greenlets() -> None:
@@ -231,7 +179,7 @@ _current: IOThread | None = None
 
 def io_thread() -> IOThread:
     """Return this process's I/O thread; a forked child gets its own."""
-    return _current or _begin()
+    return _current or _start()
 
 
 def running_io_thread() -> IOThread | None:
@@ -239,7 +187,7 @@ def running_io_thread() -> IOThread | None:
     return _current
 
 
-def _begin() -> IOThread:
+def _start() -> IOThread:
     global _current
     _refuse_greenlets()  # which may have come after this module was imported
     with _lock:
@@ -252,14 +200,14 @@ def end_at_exit() -> None:
     """End what still runs on the I/O thread of a process that comes to its end."""
     # An app that nobody has stopped would else be collected task by task, with complaints.
     if _current is not None:
-        _current.end()
+        _current.stop()
 
 
 # As early as this, so that it comes after all that uses the thread at exit.
 atexit.register(end_at_exit)
 
 
-def _begin_anew_in_child() -> None:
+def _renew_in_child() -> None:
     # Another thread may have held the lock at the fork, and does not exist in the child.
     global _current, _lock
     _lock = Lock()
@@ -269,4 +217,4 @@ def _begin_anew_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew_in_child)
+    os.register_at_fork(after_in_child=_renew_in_child)

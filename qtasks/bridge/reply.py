@@ -1,90 +1,173 @@
-"""Answers of the I/O thread: to a future of any loop, or to a thread that blocks."""
+"""Crossing between threads and loops in batches, and the reply to what has crossed."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
 from threading import TIMEOUT_MAX, Event, Lock
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
-from qtasks.bridge.entry_queue import EntryQueue
-
+P = ParamSpec("P")
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
-_Answer = tuple["asyncio.Future[Any]", Any, BaseException | None]
+_Waiting = asyncio.Future[None]
 
 
-class Reply(ABC, Generic[T]):
-    """Where the answer to one question goes; whichever of `set` and `fail` comes first counts."""
+class EntryQueue(Generic[T]):
+    """Takes items from any thread to a loop: a list under a lock, and one wake-up for all of it."""
 
-    durable = False
-    """Asked with a submission whose end is waited for: its write is confirmed."""
-    trouble = "no answer yet"
-    """Why it is not."""
-    wanted = True
-    """False: whoever asked has left."""
+    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[T]], None]) -> None:
+        self._loop = loop
+        self._deliver = deliver
+        self._lock = Lock()
+        self._items: list[T] = []
 
-    @abstractmethod
-    def set(self, value: T) -> None:
-        """Answer."""
+    def post(self, item: T) -> None:
+        """Add an item, from any thread. Raises `RuntimeError` when the loop is closed."""
+        with self._lock:
+            self._items.append(item)
+            wake = len(self._items) == 1
+        if wake:
+            self._wake()
 
-    @abstractmethod
-    def fail(self, error: BaseException) -> None:
-        """Answer with an error, raised at the asker."""
-
-
-class LoopReply(Reply[T]):
-    """To a future of the running loop; all answers of a moment wake that loop once."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[T] = loop.create_future()
-        self._answers = _answers_of(loop)
-
-    def set(self, value: T) -> None:
-        self._post((self.future, value, None))
-
-    def fail(self, error: BaseException) -> None:
-        self._post((self.future, None, error))
-
-    def _post(self, answer: _Answer) -> None:
-        try:
-            self._answers.post(answer)
-        except RuntimeError:
-            # The asker's loop was closed; nobody is left to be told.
+    def post_all(self, items: list[T]) -> None:
+        """Add many items, from any thread."""
+        if not items:
             return
+        with self._lock:
+            wake = not self._items
+            self._items += items
+        if wake:
+            self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._drain)
+        except RuntimeError:
+            with self._lock:
+                self._items.clear()
+            raise
+
+    def _drain(self) -> None:
+        with self._lock:
+            items, self._items = self._items, []
+        self._deliver(items)
 
 
-class ThreadReply(Reply[T]):
-    """To a thread that waits in `result`."""
+class Reply(Generic[T]):
+    """One answer, or one error. The first call of `set` or `fail` counts; others do nothing.
+
+    `await reply` in any event loop, or call `reply.result()` in a thread without one.
+    """
 
     def __init__(self) -> None:
-        self._answered = Event()
+        self._answered = False
         self._value: T | None = None
         self._error: BaseException | None = None
+        # Whoever waits puts one of these here first and then looks at `_answered`; whoever
+        # answers does it the other way round. So at least one of them sees the other.
+        self._future: _Waiting | None = None
+        self._event: Event | None = None
 
     def set(self, value: T) -> None:
-        if not self._answered.is_set():
+        """Answer, from any thread."""
+        if not self._answered:
             self._value = value
-            self._answered.set()
+            self._answered = True
+            self._wake()
 
     def fail(self, error: BaseException) -> None:
-        if not self._answered.is_set():
+        """Answer with an error, which is raised where the reply is waited for."""
+        if not self._answered:
             self._error = error
-            self._answered.set()
+            self._answered = True
+            self._wake()
 
-    def result(self, timeout: float | None) -> T:
-        """Block until there is an answer. Raises it, or `TimeoutError` after `timeout` seconds."""
-        if not self._answered.wait(timeout if timeout is None else min(timeout, TIMEOUT_MAX)):
-            raise TimeoutError
-        if self._error is not None:
+    def leave(self) -> None:
+        """Nobody waits for the answer any more: the wait was cancelled, interrupted or too long.
+
+        Called by the thread that has waited. Nothing by default.
+        """
+
+    def _wake(self) -> None:
+        if self._event is not None:
+            self._event.set()
+        if self._future is not None:
+            try:
+                _answers_of(self._future.get_loop()).post(self._future)
+            except RuntimeError:
+                # The loop was closed: nobody waits there any more.
+                return
+
+    def __await__(self) -> Generator[Any, None, T]:
+        if not self._answered:
+            if self._future is None or self._future.cancelled():
+                self._future = asyncio.get_running_loop().create_future()
+            if not self._answered:
+                try:
+                    yield from self._future
+                except asyncio.CancelledError:
+                    self.leave()
+                    raise
+        try:
+            return self._outcome()
+        finally:
+            del self  # an error holds this frame, and the reply holds the error
+
+    def result(self, timeout: float | None = None) -> T:
+        """Block this thread until the answer is there.
+
+        Raises the error that was answered, and `TimeoutError` after `timeout` seconds.
+        """
+        if not self._answered:
+            if self._event is None:
+                self._event = Event()
+            if not self._answered:
+                try:
+                    longest = None if timeout is None else min(timeout, TIMEOUT_MAX)
+                    if not self._event.wait(longest):
+                        raise TimeoutError
+                except BaseException:
+                    self.leave()
+                    raise
+        try:
+            return self._outcome()
+        finally:
+            del self
+
+    def _outcome(self) -> T:
+        if self._error is None:
+            return self._value  # type: ignore[return-value]  # T may be None
+        try:
             raise self._error
-        return self._value  # type: ignore[return-value]  # T may be None
+        finally:
+            del self
+
+
+def block_on(operation: Callable[P, Reply[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call `operation` and block until its reply is answered: the whole blocking face.
+
+    Raises `RuntimeError` inside a running event loop, which it would stop; then nothing was asked.
+    """
+    refuse_running_loop()
+    return operation(*args, **kwargs).result()
+
+
+def refuse_running_loop() -> None:
+    """Raise `RuntimeError` when this thread runs an event loop that a blocking call would stop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise RuntimeError(
+        "a blocking call inside a running event loop would stop the loop; "
+        "use AsyncRouter and qtasks.asyncio.QueueTasks there"
+    )
 
 
 def anew(error: E) -> E:
-    """Return the same error as another object: each asker raises one of its own.
+    """Return the same error as another object: each caller raises one of its own.
 
     One that is raised in several places would gather the tracebacks of them all.
     """
@@ -97,24 +180,25 @@ def anew(error: E) -> E:
     return fresh.with_traceback(error.__traceback__)
 
 
-_entry_queues: dict[asyncio.AbstractEventLoop, EntryQueue[_Answer]] = {}
+_entry_queues: dict[asyncio.AbstractEventLoop, EntryQueue[_Waiting]] = {}
+"""All answers of a moment wake their loop once."""
 _lock = Lock()
 
 
-def _answers_of(loop: asyncio.AbstractEventLoop) -> EntryQueue[_Answer]:
+def _answers_of(loop: asyncio.AbstractEventLoop) -> EntryQueue[_Waiting]:
     queue = _entry_queues.get(loop)
     return queue if queue is not None else _open_queue(loop)
 
 
-def _open_queue(loop: asyncio.AbstractEventLoop) -> EntryQueue[_Answer]:
+def _open_queue(loop: asyncio.AbstractEventLoop) -> EntryQueue[_Waiting]:
     """Make the entry queue of a new loop, and forget those of loops that were closed."""
     with _lock:
         for old in [known for known in _entry_queues if known.is_closed()]:
             del _entry_queues[old]
-        return _entry_queues.setdefault(loop, EntryQueue(loop, _resolve))
+        return _entry_queues.setdefault(loop, EntryQueue(loop, _wake_all))
 
 
-def _begin_anew_in_child() -> None:
+def _renew_in_child() -> None:
     # Another thread may have held a lock at the fork, that of an entry queue too: it is not there.
     global _lock
     _lock = Lock()
@@ -122,14 +206,10 @@ def _begin_anew_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew_in_child)
+    os.register_at_fork(after_in_child=_renew_in_child)
 
 
-def _resolve(answers: list[_Answer]) -> None:
-    for future, value, error in answers:
-        if future.done():
-            continue
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
+def _wake_all(waiting: list[_Waiting]) -> None:
+    for future in waiting:
+        if not future.done():
+            future.set_result(None)

@@ -10,9 +10,10 @@ from msgspec.structs import asdict
 
 from qtasks import control
 from qtasks.bridge.io_thread import io_thread
+from qtasks.bridge.reply import block_on
 from qtasks.cli.output import json_option, print_fields, print_json
 from qtasks.cli.session import CONNECT_TIMEOUT, Session, pass_session
-from qtasks.client.backoff import repeat
+from qtasks.client.retrying import retry
 from qtasks_core import Guarantees
 
 NEEDED_BY = {
@@ -79,7 +80,8 @@ def migrate(session: Session, as_json: bool) -> None:
     You can run it again, and while others run it.
     """
     migrating = partial(control.migrate, session.quiet())
-    done = io_thread().run_blocking(repeat, migrating, time.monotonic() + CONNECT_TIMEOUT)
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    done = block_on(io_thread().ask, partial(retry, migrating, deadline=deadline))
     if as_json:
         print_json(done)
         return

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import click
 
 from qtasks.app import App, default_app, import_app, import_named
+from qtasks.bridge.reply import block_on
 from qtasks.cli.output import JsonLog
 from qtasks.declare.routers import Router
 from qtasks_core.errors import ConfigurationError
@@ -64,11 +65,11 @@ class Session:
         `ConfigurationError`.
         """
         app = self.quiet(include)
-        app.start_blocking(CONNECT_TIMEOUT)
+        block_on(app.connect, CONNECT_TIMEOUT)
         try:
             yield app
         finally:
-            app.stop_blocking()
+            block_on(app.disconnect)
 
     def quiet(self, include: Iterable[str] = ()) -> App:
         """Return the app for one command, without connecting. Raises `ConfigurationError`."""

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from qtasks import control
 from qtasks.app import App
+from qtasks.bridge.reply import block_on
 from qtasks.cli.arguments import read_arguments
 from qtasks.cli.batches import apply
 from qtasks.cli.output import (
@@ -25,8 +26,8 @@ from qtasks.cli.output import (
     task_row,
 )
 from qtasks.cli.session import Session, include_option, pass_session
-from qtasks.declare.calls import message_of
 from qtasks.declare.handle import Handle
+from qtasks.declare.tasks import message_of
 from qtasks.execution.definition import TaskDefinition
 from qtasks_core import DONE, Outcome, Status, Task, TaskQuery
 from qtasks_core.errors import QTasksError, UnknownTask
@@ -96,7 +97,7 @@ def call(
         args, kwargs = read_arguments(definition, arguments)
         message = message_of(app, definition, args, kwargs, **options)
         try:
-            record = app.submit_blocking(message, wait)
+            record = block_on(app.submit, message, wait)
         except KeyboardInterrupt:
             uuid = message.uuid
             raise Interrupted(
@@ -140,7 +141,7 @@ def known(app: App, name: str) -> TaskDefinition:
 def status(session: Session, uuid: UUID, as_json: bool) -> None:
     """Show the record of one task."""
     with session.started() as app:
-        record = app.get_blocking(uuid)
+        record = block_on(app.get, uuid)
         if record is None:
             raise NoSuchRecord(f"there is no record of a task {uuid}")
         print_fields(task_row(app, record), as_json)
@@ -223,7 +224,7 @@ def cancel(session: Session, uuids: tuple[UUID, ...], as_json: bool) -> None:
 def cancelled(app: App, uuid: str) -> Outcome:
     """Cancel one task. `refused`: there is no such task, or it has already finished."""
     try:
-        if app.cancel_task_blocking(uuid):
+        if block_on(app.cancel_task, uuid):
             return DONE
     except UnknownTask:
         return Outcome("refused", f"there is no record of a task {uuid}")

@@ -1,14 +1,13 @@
-"""The client half of the engine: submitting tasks and waiting for their ends.
+"""The client half of the engine: submitting tasks and waiting for their results.
 
-It lives on the I/O loop. Faces reach it through `IOThread`, with a `Reply` for each question.
+It lives on the I/O loop. An app reaches it through `IOThread`, with a `Reply` for each question.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
 
@@ -16,25 +15,17 @@ from msgspec import Struct
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
+from qtasks.bridge.io_thread import IOThread
 from qtasks.bridge.reply import Reply, anew
-from qtasks.client import driver_logs
-from qtasks.client.backoff import Backoff, repeat
+from qtasks.client import retrying
 from qtasks.client.batcher import Batcher
-from qtasks.client.cancelling import only_from_outside
-from qtasks.client.clock import Clock
-from qtasks.client.outage import Outage
-from qtasks.client.retention import cancelled_kept_for
-from qtasks_core import Broker, Command, Composition, Inbox, Outcome, Storage, Task, TaskMessage
-from qtasks_core.errors import (
-    Closed,
-    NotSupported,
-    PayloadTooLarge,
-    Refused,
-    Unavailable,
-    UnknownTask,
-)
-from qtasks_core.records import ENVELOPE, FINAL, not_taken, within
-from qtasks_core.separate import compose
+from qtasks.client.late import look_once, unconfirmed
+from qtasks.client.retrying import Backoff, Outage, retry
+from qtasks.client.times import Clock
+from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
+from qtasks_core.errors import Closed, PayloadTooLarge, Refused, TaskTimeout, Unavailable
+from qtasks_core.records import ENVELOPE, FINAL
+from qtasks_core.separate import compose, record_of
 
 logger = logging.getLogger("qtasks")
 
@@ -43,69 +34,114 @@ _FLIGHTS = 2
 """While one batch waits for the server, the next is encoded."""
 
 
+class Waiter(Reply[Task]):
+    """The reply with the final record of one task; past `deadline` it fails by itself.
+
+    `submitted` is the task's message, where its submission and the wait are one call.
+    """
+
+    def __init__(
+        self,
+        thread: IOThread,
+        client: Client,
+        uuid: str,
+        timeout: float | None,
+        deadline: float,
+        submitted: TaskMessage | None = None,
+    ) -> None:
+        super().__init__()
+        self._thread = thread
+        self._client = client
+        self.uuid = uuid
+        self.timeout = timeout
+        """Seconds, as the caller said; None: no limit."""
+        self.deadline = deadline
+        """On the monotonic clock."""
+        self.submitted = submitted
+        self.durable = False
+        """Whether the write of `submitted` is confirmed."""
+        self.trouble = "no answer yet"
+        """Why it is not."""
+        self.wanted = True
+        """False: nobody waits for it any more."""
+        self.timer: asyncio.TimerHandle | None = None
+
+    def set(self, value: Task) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        super().set(value)
+
+    def fail(self, error: BaseException) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        super().fail(error)
+
+    def leave(self) -> None:
+        self._thread.post(self._client.forget, self)
+
+
 class Submission(Struct, frozen=True, eq=False):
     """A message on its way, and who wants to hear of it."""
 
     message: TaskMessage
     deadline: float
     """On the monotonic clock; past it publishing is not tried again."""
-    reply: Reply[Task | None]
-    wait: bool
-    """Answer with the final record; else as soon as the write is durable, with None, or with the
-    record that is there already."""
+    reply: Reply[Task] | _Countdown
+    """Answered as soon as the write is durable, unless it is the `waiter`."""
+    waiter: Waiter | None = None
+    """Answered with the final record."""
 
 
 class Client:
     """One broker and one storage in use, under one app's name."""
 
-    def __init__(self, name: str, broker: Broker, storage: Storage) -> None:
+    def __init__(
+        self,
+        name: str,
+        broker: Broker,
+        storage: Storage,
+        where: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """`where` returns which broker is used, for a `TaskTimeout` to say."""
         self.name = name
         self.broker = broker
         self.storage = storage
+        self._where = where
         self._driver_loggers = {*broker.driver_loggers, *storage.driver_loggers}
         self.composition: Composition = compose(broker, storage)
         self.clock = Clock(broker, storage)
         self._least: tuple[float, str] = (inf, "")
-        """How many bytes each part takes at least, and the part that takes no more; known after the
-        start."""
+        """The smaller of the largest messages that broker and storage take, in bytes, and which of
+        the two that is; known after the start."""
         self._inbox: Inbox | None = None
         self._outage = Outage("waiting for results")
         self._listening: asyncio.Task[None] | None = None
         self._opening = asyncio.Lock()
-        self._waiters: dict[str, list[Reply[Task | None]]] = {}
+        self._waiters: dict[str, list[Waiter]] = {}
         self._submissions: Batcher[Submission] = Batcher(self._submit, _BATCH, _FLIGHTS, _bytes_of)
         self._watches: Batcher[str] = Batcher(self._watch, _BATCH, 1, len)
+        self._looking: set[asyncio.Task[None]] = set()
 
     async def start(self, deadline: float) -> None:
-        """Connect both parts. Raises `Unavailable` when that has not worked by the deadline."""
-        driver_logs.quiet(self._driver_loggers)
+        """Connect broker and storage. Raises `Unavailable` when that fails until the deadline."""
+        retrying.quiet_drivers(self._driver_loggers)
         try:
-            await self._start_parts(deadline)
+            await retry(self._connect, deadline=deadline, outage=Outage())
         except BaseException:
-            await self._stop_parts()
+            await self._disconnect()
             raise
         told = (self.broker.guarantees, self.storage.guarantees)
         self._least = min((inf if g.largest is None else g.largest, g.part) for g in told)
-        driver_logs.cover()
+        retrying.quiet_late_loggers()
 
-    async def _start_parts(self, deadline: float) -> None:
-        backoff, outage = Backoff(), Outage()
-        while True:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self.broker.start(self.name))
-                    group.create_task(self.storage.start(self.name))
-                outage.over()
-                return
-            except BaseExceptionGroup as errors:
-                error = errors.exceptions[0]
-                pause = backoff.next()
-                late = asyncio.get_running_loop().time() + pause > deadline
-                if late or not isinstance(error, Unavailable):
-                    raise error from None
-                driver_logs.cover()
-                outage.failed(error)
-                await asyncio.sleep(pause)
+    async def _connect(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.broker.start(self.name))
+                group.create_task(self.storage.start(self.name))
+        except BaseExceptionGroup as errors:
+            retrying.quiet_late_loggers()
+            raise errors.exceptions[0] from None
 
     async def stop(self) -> None:
         """End all waits with `Closed` and disconnect."""
@@ -121,39 +157,49 @@ class Client:
                 await self._inbox.close()
         finally:
             try:
-                await self._stop_parts()
+                await self._disconnect()
             finally:
                 # Last, and whatever failed: what came in meanwhile would else wait for ever.
                 self._fail_waits(list(self._waiters), closed)
 
-    async def _stop_parts(self) -> None:
+    async def _disconnect(self) -> None:
         try:
             await self.broker.stop()
         finally:
             try:
                 await self.storage.stop()
             finally:
-                driver_logs.release(self._driver_loggers)
+                retrying.release_drivers(self._driver_loggers)
 
-    def submit(
-        self, message: TaskMessage, deadline: float, wait: bool, reply: Reply[Task | None]
-    ) -> None:
-        """Submit a message with all others of this turn of the loop."""
-        if _payload(message) > self._least[0] - ENVELOPE:
-            reply.fail(self._too_large(message))
+    def submit(self, message: TaskMessage, deadline: float, reply: Reply[Task]) -> None:
+        """Submit a message with all others of this turn of the loop.
+
+        Answer once the write is durable: with the new record, or for a key that is taken with the
+        record that is there. Past `deadline` (monotonic) fail with `Unavailable`.
+        """
+        self._submit_one(Submission(message, deadline, reply))
+
+    def submit_and_wait(self, message: TaskMessage, waiter: Waiter) -> None:
+        """Submit a message as `submit` does; answer with the task's final record."""
+        self._start_timer(waiter)
+        self._submit_one(Submission(message, waiter.deadline, waiter, waiter))
+
+    def _submit_one(self, submission: Submission) -> None:
+        if _payload(submission.message) > self._least[0] - ENVELOPE:
+            submission.reply.fail(self._too_large(submission.message))
             return
-        self._submissions.add(Submission(message, deadline, reply, wait))
+        self._submissions.add(submission)
 
-    def submit_all(
-        self, messages: Sequence[TaskMessage], deadline: float, reply: Reply[Task | None]
-    ) -> None:
-        """Submit many messages; answer once all writes are durable, or with the first error."""
+    async def submit_all(self, messages: Sequence[TaskMessage], deadline: float) -> None:
+        """Submit many messages; return once all writes are durable, or raise the first error."""
         largest = max(messages, key=_payload, default=None)
-        if largest is not None and _payload(largest) > self._least[0] - ENVELOPE:
-            reply.fail(self._too_large(largest))
+        if largest is None:
             return
-        share = _Countdown(reply, len(messages))
-        self._submissions.extend([Submission(m, deadline, share, False) for m in messages])
+        if _payload(largest) > self._least[0] - ENVELOPE:
+            raise self._too_large(largest)
+        reply = _Countdown(len(messages))
+        self._submissions.extend([Submission(m, deadline, reply) for m in messages])
+        await reply
 
     def _too_large(self, message: TaskMessage) -> PayloadTooLarge:
         """Return the error of a message that the broker or the storage would not take."""
@@ -163,64 +209,61 @@ class Client:
             f"{part} takes at most {largest} with everything"
         )
 
-    def wait(self, uuid: str, reply: Reply[Task | None]) -> None:
+    def wait(self, waiter: Waiter) -> None:
         """Answer with the final record of any task, now or when there is one."""
-        if uuid not in self._waiters:
-            self._watches.add(uuid)
-        self._waiters.setdefault(uuid, []).append(reply)
+        self._start_timer(waiter)
+        if waiter.uuid not in self._waiters:
+            self._watches.add(waiter.uuid)
+        self._waiters.setdefault(waiter.uuid, []).append(waiter)
 
-    def forget(self, uuid: str, reply: Reply[Task | None]) -> None:
+    def forget(self, waiter: Waiter) -> None:
         """Take back a wait: nobody wants the answer any more."""
-        reply.wanted = False
-        replies = self._waiters.get(uuid, [])
-        if reply in replies:
-            replies.remove(reply)
-        if not replies and self._waiters.pop(uuid, None) is not None and self._inbox is not None:
-            self._inbox.forget([uuid])
+        waiter.wanted = False
+        if waiter.timer is not None:
+            waiter.timer.cancel()
+        waiters = self._waiters.get(waiter.uuid, [])
+        if waiter in waiters:
+            waiters.remove(waiter)
+        if waiters or self._waiters.pop(waiter.uuid, None) is None:
+            return
+        if self._inbox is not None:
+            self._inbox.forget([waiter.uuid])
+
+    def _start_timer(self, waiter: Waiter) -> None:
+        if waiter.timeout is not None:
+            loop = asyncio.get_running_loop()
+            waiter.timer = loop.call_at(waiter.deadline, self._time_is_up, waiter)
+
+    def _time_is_up(self, waiter: Waiter) -> None:
+        self.forget(waiter)
+        if waiter.submitted is not None and not waiter.durable:
+            waiter.fail(unconfirmed(waiter.submitted, waiter.trouble))
+            return
+        task = asyncio.create_task(self._look_once(waiter))
+        self._looking.add(task)
+        task.add_done_callback(self._looking.discard)
+
+    async def _look_once(self, waiter: Waiter) -> None:
+        """Answer one whose time is up with what is known of its task now."""
+        uuid, timeout, submitted = waiter.uuid, waiter.timeout, waiter.submitted
+        try:
+            where = self._where()
+            waiter.set(await look_once(self.storage, uuid, timeout, submitted, where))
+        except TaskTimeout as late:
+            waiter.fail(late.with_traceback(None))  # where it was found out helps no caller
+        except asyncio.CancelledError:
+            waiter.fail(Closed(f"the app {self.name!r} was stopped"))
+            raise
+        except Exception as error:  # noqa: BLE001  # raised at the caller
+            waiter.fail(error)
 
     def forget_all(self) -> None:
         """Take back all waits, so that `stop` tells nobody."""
         self._waiters.clear()
 
-    async def get(self, uuids: Sequence[str], deadline: float) -> list[Task | None]:
-        """Return the newest records. Raises `Unavailable` past the deadline."""
-        return await repeat(partial(self.storage.get, uuids), deadline)
-
-    async def cancel(self, uuid: str, deadline: float) -> Task:
-        """Record that a task is cancelled, and tell who runs it; return its final record.
-
-        That of a task which had ended already is returned as it is. Raises `UnknownTask`, and
-        `Unavailable` past the deadline.
-        """
-        record = (await self.get([uuid], deadline))[0]
-        while record is not None and record.status not in FINAL:
-            end = cancelled(record, self.storage.guarantees.retention)
-            outcome = (await repeat(partial(self.storage.save, [end]), deadline))[0]
-            if not_taken(outcome):
-                end = within(end, outcome.reason)
-                outcome = (await repeat(partial(self.storage.save, [end]), deadline))[0]
-            if not_taken(outcome):
-                raise Refused(f"task {uuid} cannot be cancelled: {outcome.reason}")
-            if outcome.status == "done":
-                await self._tell(Command(name="cancel", target=uuid))
-                return end
-            # It has gone on meanwhile: to its end, or to another attempt.
-            record = (await self.get([uuid], deadline))[0]
-        if record is None:
-            raise UnknownTask(f"there is no record of a task {uuid}")
-        return record
-
-    async def _tell(self, command: Command) -> None:
-        """Broadcast what workers find out by themselves too, only later."""
-        try:
-            await self.broker.broadcast(command)
-        except NotSupported:
-            return
-        except Unavailable as error:
-            logger.warning("%s of %s is not broadcast: %s", command.name, command.target, error)
-
     async def _submit(self, batch: list[Submission]) -> None:
         """Flush one batch: repeat until each item has its answer or is past its deadline."""
+        # Not by `retry`: each item has a deadline of its own.
         backoff = Backoff()
         clock = asyncio.get_running_loop().time
         while batch:
@@ -230,11 +273,13 @@ class Client:
                     outcomes = await self.composition.submit(messages)
             except (Unavailable, TimeoutError) as error:
                 pause = backoff.next()
+                trouble = str(error) or "no answer in time"
                 for submission in batch:
-                    submission.reply.trouble = str(error) or "no answer in time"
+                    if submission.waiter is not None:
+                        submission.waiter.trouble = trouble
                 for late in [s for s in batch if s.deadline < clock() + pause]:
                     batch.remove(late)
-                    self._fail(late, unconfirmed(late.message, late.reply.trouble))
+                    self._fail(late, unconfirmed(late.message, trouble))
                 if batch:
                     await asyncio.sleep(pause)
                     batch = [_anew(submission) for submission in batch]
@@ -250,17 +295,20 @@ class Client:
                 return
 
     async def _addressed(self, batch: list[Submission]) -> list[TaskMessage]:
-        """Return the messages; those whose end is waited for bear this client's address."""
-        waited = [s for s in batch if s.wait and s.reply.wanted]
+        """Return the messages; those whose result is waited for bear this client's address."""
+        waited = [s.waiter for s in batch if s.waiter is not None and s.waiter.wanted]
         if not waited:
             return [s.message for s in batch]
         inbox = await self._open_inbox()
-        inbox.expect([s.message.uuid for s in waited])
-        for submission in waited:
-            replies = self._waiters.setdefault(submission.message.uuid, [])
-            if submission.reply not in replies:
-                replies.append(submission.reply)
-        return [replace(s.message, reply_to=inbox.address) if s.wait else s.message for s in batch]
+        inbox.expect([waiter.uuid for waiter in waited])
+        for waiter in waited:
+            waiters = self._waiters.setdefault(waiter.uuid, [])
+            if waiter not in waiters:
+                waiters.append(waiter)
+        return [
+            s.message if s.waiter is None else replace(s.message, reply_to=inbox.address)
+            for s in batch
+        ]
 
     async def _dated(self, messages: list[TaskMessage]) -> list[TaskMessage]:
         """Return the messages; what expires does so by the clock that workers have too."""
@@ -273,7 +321,7 @@ class Client:
         ]
 
     def _answer(self, submission: Submission, outcome: Outcome) -> None:
-        message = submission.message
+        message, waiter = submission.message, submission.waiter
         if outcome.there is not None:
             self._answer_taken(submission, outcome.there)
         elif outcome.status == "refused":
@@ -281,23 +329,27 @@ class Client:
             self._fail(submission, Refused(reason))
         elif outcome.status == "unknown":
             self._fail(submission, unconfirmed(message, outcome.reason))
-        elif submission.wait:
-            submission.reply.durable = True
-        else:
+        elif waiter is not None:
+            waiter.durable = True
+        elif isinstance(submission.reply, _Countdown):
             submission.reply.set(None)
+        else:
+            submission.reply.set(record_of(message))
 
-    def _answer_taken(self, submission: Submission, there: Task) -> None:
-        """Answer with what has the key, once it has ended if that is waited for."""
-        if submission.wait and there.status not in FINAL:
-            # Its end may be on its way to another client's address only.
-            submission.reply.durable = True
-            self._watches.add(there.uuid)
-            return
-        self.forget(there.uuid, submission.reply)
-        submission.reply.set(there)
+    def _answer_taken(self, submission: Submission, existing: Task) -> None:
+        """Answer with what has the key, once it has finished if that is waited for."""
+        if (waiter := submission.waiter) is not None:
+            if existing.status not in FINAL:
+                # Its result may be on its way to another client's address only.
+                waiter.durable = True
+                self._watches.add(existing.uuid)
+                return
+            self.forget(waiter)
+        submission.reply.set(existing)
 
     def _fail(self, submission: Submission, error: BaseException) -> None:
-        self.forget(submission.message.uuid, submission.reply)
+        if submission.waiter is not None:
+            self.forget(submission.waiter)
         submission.reply.fail(error)
 
     def _fail_all(self, batch: list[Submission], error: BaseException) -> None:
@@ -306,25 +358,26 @@ class Client:
 
     def _fail_waits(self, uuids: Sequence[str], error: BaseException) -> None:
         for uuid in uuids:
-            for reply in self._waiters.pop(uuid, ()):
-                reply.fail(anew(error))
+            for waiter in self._waiters.pop(uuid, ()):
+                waiter.fail(anew(error))
 
     async def _watch(self, uuids: list[str]) -> None:
-        backoff = Backoff()
-        while waiting := [uuid for uuid in uuids if uuid in self._waiters]:
-            try:
-                inbox = await self._open_inbox()
-                await inbox.watch(waiting)
-                # Those that were taken back meanwhile.
-                inbox.forget([uuid for uuid in waiting if uuid not in self._waiters])
-                self._outage.over()
-                return
-            except Unavailable as error:
-                self._outage.failed(error)
-                await asyncio.sleep(backoff.next())
-            except Exception as error:  # noqa: BLE001  # raised at each caller
-                self._fail_waits(waiting, error)
-                return
+        """Have the inbox deliver the results of tasks that others have submitted."""
+        try:
+            await retry(partial(self._watch_once, uuids), outage=self._outage)
+        except _NobodyWaits:
+            return
+        except Exception as error:  # noqa: BLE001  # raised at each caller
+            self._fail_waits(uuids, error)
+
+    async def _watch_once(self, uuids: list[str]) -> None:
+        waited = [uuid for uuid in uuids if uuid in self._waiters]
+        if not waited:
+            raise _NobodyWaits
+        inbox = await self._open_inbox()
+        await inbox.watch(waited)
+        # Those that were taken back meanwhile.
+        inbox.forget([uuid for uuid in waited if uuid not in self._waiters])
 
     async def _open_inbox(self) -> Inbox:
         async with self._opening:
@@ -339,26 +392,23 @@ class Client:
         When the inbox fails in an unknown way all waits end with that error, and the next wait
         opens another inbox.
         """
-        backoff = Backoff()
         while True:
             try:
-                with only_from_outside():
-                    tasks = await inbox.receive()
-            except Unavailable as error:
-                self._outage.failed(error)
-                await asyncio.sleep(backoff.next())
-                continue
+                tasks = await retry(inbox.receive, outage=self._outage)
             except Exception as error:  # raised at each caller
                 logger.error("waiting for results failed: %s", error, exc_info=error)
                 self._inbox = None
                 self._fail_waits(list(self._waiters), error)
                 await inbox.close()
                 return
-            backoff.reset()
             self._outage.over()
             for task in tasks:
-                for reply in self._waiters.pop(task.uuid, ()):
-                    reply.set(task)
+                for waiter in self._waiters.pop(task.uuid, ()):
+                    waiter.set(task)
+
+
+class _NobodyWaits(Exception):
+    """All waits were taken back; the server was not asked, so it may still be out of reach."""
 
 
 def _bytes_of(submission: Submission) -> int:
@@ -369,38 +419,24 @@ def _payload(message: TaskMessage) -> int:
     return len(message.args) + len(message.kwargs)
 
 
-def cancelled(record: Task, retention: float | None) -> Task:
-    """Return the record of a task that is cancelled now; `retention` is the storage's own."""
-    # An execution of its own tells this record from a task's own end.
-    return replace(
-        record,
-        status="cancel",
-        execution=f"cancel/{uuid7()}",
-        finished_at=time.time(),
-        due_at=None,
-        retention=cancelled_kept_for(record, retention),
-    )
-
-
 class _Countdown(Reply[Task | None]):
-    """One answer for many submissions, given after the last of them."""
+    """One answer for many submissions, given after the last of them: an error if there was one."""
 
-    def __init__(self, reply: Reply[Task | None], count: int) -> None:
-        self._reply = reply
-        self._count = count
-        self._error: BaseException | None = None
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._left = count
+        self._first: BaseException | None = None
 
     def set(self, value: Task | None) -> None:
-        self._count -= 1
-        if self._count == 0:
-            if self._error is not None:
-                self._reply.fail(self._error)
-            else:
-                self._reply.set(None)
+        self._left -= 1
+        if self._left == 0:
+            super().set(value) if self._first is None else super().fail(self._first)
 
     def fail(self, error: BaseException) -> None:
-        self._error = self._error or error
-        self.set(None)
+        self._first = self._first or error
+        self._left -= 1
+        if self._left == 0:
+            super().fail(self._first)
 
 
 def _anew(submission: Submission) -> Submission:
@@ -412,12 +448,3 @@ def _anew(submission: Submission) -> Submission:
     if not message.submission:
         return submission
     return replace(submission, message=replace(message, submission=str(uuid7())))
-
-
-def unconfirmed(message: TaskMessage, trouble: str) -> Unavailable:
-    """Return the error of a submission whose deadline has passed before its write was durable."""
-    again = "with the same key" if message.submission else "the same uuid"
-    return Unavailable(
-        f"task {message.uuid} for queue {message.queue!r} is not known to be enqueued: the write "
-        f"was not confirmed in time ({trouble}); submitting {again} again is safe"
-    )

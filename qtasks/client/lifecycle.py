@@ -1,4 +1,4 @@
-"""An app's parts and its life: started and stopped, counted when nested, anew after a fork."""
+"""The life of an app's broker and storage: started, stopped, counted when nested, forked."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-from qtasks.bridge.io_thread import IOThread, io_thread, refuse_running_loop, running_io_thread
-from qtasks.bridge.reply import anew
-from qtasks.client.backoff import repeat
+from qtasks.bridge.io_thread import IOThread, io_thread, running_io_thread
+from qtasks.bridge.reply import Reply, anew
 from qtasks.client.client import Client
 from qtasks.client.parts import built_parts
+from qtasks.client.retrying import retry
 from qtasks_core import Broker, Guarantees, Storage
 from qtasks_core.errors import Closed, QTasksError, Unavailable
 from qtasks_core.urls import redact
@@ -26,13 +26,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 START_TIMEOUT = 10.0
-"""Seconds in which the parts have to be reached when an app is entered."""
+"""Seconds in which broker and storage have to be reached when an app is entered."""
 _EXIT_TIMEOUT = 5.0
 """Seconds that an exiting process waits for its default app to disconnect."""
 
 
 class Life:
-    """What of an app lives on one I/O thread, and so ends in a fork's child."""
+    """What of an app lives on one I/O thread, and so does not outlive a fork."""
 
     def __init__(self) -> None:
         self.client: Client | None = None
@@ -74,34 +74,38 @@ class Lifecycle:
         broker, storage = self._given
         return _address(broker, self.broker), _address(storage, self.storage)
 
+    def connect(self, timeout: float = START_TIMEOUT) -> Reply[None]:
+        """Connect broker and storage; nested calls count.
+
+        Fails with `Unavailable` after `timeout` seconds. When nobody waits for it any more it is
+        taken back.
+        """
+        return io_thread().ask(self._start, timeout, undo=self._stop)
+
+    def disconnect(self) -> Reply[None]:
+        """Disconnect, with the last of nested calls."""
+        return io_thread().ask(self._stop)
+
     async def start_async(self, timeout: float = START_TIMEOUT) -> None:
-        """Connect both parts; nested starts count. Raises `Unavailable` after `timeout` seconds."""
-        await io_thread().run(self._start, timeout, undo=self._stop)
+        """Do what `connect` does, as a coroutine: one that may become a task."""
+        await self.connect(timeout)
 
     async def stop_async(self) -> None:
-        """Disconnect with the last of nested stops."""
-        await io_thread().run(self._stop)
-
-    def start_blocking(self, timeout: float = START_TIMEOUT) -> None:
-        """Do as `start_async`, from a thread without a loop."""
-        io_thread().run_blocking(self._start, timeout, undo=self._stop)
-
-    def stop_blocking(self) -> None:
-        """Do as `stop_async`, from a thread without a loop."""
-        io_thread().run_blocking(self._stop)
+        """Do what `disconnect` does, as a coroutine."""
+        await self.disconnect()
 
     async def _start(self, timeout: float) -> None:
         life = self._life()
         deadline = asyncio.get_running_loop().time() + timeout
         async with life.changing:
-            await self._connect(life, deadline)
+            await self._open(life, deadline)
             life.entered += 1
 
     async def _start_by_itself(self) -> None:
         life = self._life()
         deadline = asyncio.get_running_loop().time() + START_TIMEOUT
         async with life.changing:
-            await self._connect(life, deadline)
+            await self._open(life, deadline)
             if not life.by_itself:
                 life.by_itself = True
                 life.entered += 1
@@ -113,7 +117,7 @@ class Lifecycle:
         """Return the life of this app here, on the I/O thread."""
         return self._lives.setdefault(io_thread(), Life())
 
-    async def _connect(self, life: Life, deadline: float) -> None:
+    async def _open(self, life: Life, deadline: float) -> None:
         if life.client is not None:
             return
         if life.failed is not None and asyncio.get_running_loop().time() > deadline:
@@ -121,7 +125,7 @@ class Lifecycle:
             raise anew(life.failed)
         if self._started_in not in (None, os.getpid()):
             self._build_anew()
-        client = Client(self.name, self.broker, self.storage)
+        client = Client(self.name, self.broker, self.storage, self._written_to)
         self._started_in = os.getpid()
         try:
             await client.start(deadline)
@@ -134,7 +138,7 @@ class Lifecycle:
         io_thread().held.add(client)
 
     def _build_anew(self) -> None:
-        """Replace parts that a parent has started. Raises `Closed` where that cannot be."""
+        """Replace what a parent process has started. Raises `Closed` where that cannot be."""
         if not all(isinstance(given, str) for given in self._given):
             raise Closed(
                 f"the app {self.name!r} was forked while it was started; give its parts as "
@@ -156,66 +160,67 @@ class Lifecycle:
 
     @property
     def client(self) -> Client:
-        """The engine's client while the app is started; it lives on the I/O thread."""
-        life = self._lives.get(io_thread())
-        if life is None or life.client is None:
-            raise not_started(self.name)
-        return life.client
+        """The engine's client while the app is started; it lives on the I/O thread.
 
-    async def ready(self, timeout: float | None = None) -> tuple[IOThread, Client]:
-        """Return the I/O thread and the client on it. Raises `Closed` when nothing is started.
-
-        An app that starts itself is started; past `timeout` that goes on, but this raises
-        `Unavailable`.
+        Raises `Closed` when nothing is started.
         """
-        thread = io_thread()
+        client = self.client_on(io_thread())
+        if client is None:
+            raise not_started(self.name)
+        return client
+
+    def client_on(self, thread: IOThread) -> Client | None:
+        """Return the client, None where the app is still to start by itself. Raises `Closed`."""
         life = self._lives.get(thread)
-        if (life is None or life.client is None) and self.starts_itself:
+        if life is not None and life.client is not None:
+            return life.client
+        if not self.starts_itself:
+            raise not_started(self.name)
+        return None
+
+    async def started_client(self, timeout: float | None = None) -> Client:
+        """Return the client, on the I/O thread; an app that starts itself is started for it.
+
+        Past `timeout` seconds that goes on, but this raises `Unavailable`.
+        """
+        if self.client_on(io_thread()) is None:
             try:
                 async with asyncio.timeout(timeout):
-                    await thread.run(self._start_by_itself)
+                    await io_thread().ask(self._start_by_itself)
             except TimeoutError:
                 raise self._still_starting(timeout) from None
-        return thread, self.client
+        return self.client
 
-    def ready_blocking(self, timeout: float | None = None) -> tuple[IOThread, Client]:
-        """Do as `ready`, from a thread without a loop."""
-        refuse_running_loop()
+    async def ready(self) -> tuple[IOThread, Client]:
+        """Return the I/O thread and the client on it. Raises `Closed` when nothing is started."""
         thread = io_thread()
-        life = self._lives.get(thread)
-        if (life is None or life.client is None) and self.starts_itself:
-            try:
-                thread.run_blocking(self._start_by_itself, timeout=timeout)
-            except TimeoutError:
-                raise self._still_starting(timeout) from None
-        return thread, self.client
+        client = self.client_on(thread)
+        return thread, await thread.ask(self.started_client) if client is None else client
 
-    async def control(
+    def control(
         self,
         operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
         *args: P.args,
         **kwargs: P.kwargs,
-    ) -> R:
+    ) -> Reply[R]:
         """Run a function of `qtasks.control` with the app's client, on the I/O thread.
 
-        Raises what it raises, and `Unavailable` when its server stays out of reach.
+        The reply has what it returns or raises, and `Unavailable` when its server stays out of
+        reach for 10 seconds.
         """
-        thread, client = await self.ready()
-        call = partial(operation, client, *args, **kwargs)
-        result: R = await thread.run(repeat, call, time.monotonic() + START_TIMEOUT)
-        return result
+        thread = io_thread()
+        self.client_on(thread)  # raises at once where nothing is started
+        return thread.ask(self._control, lambda client: operation(client, *args, **kwargs))
 
-    def control_blocking(
-        self,
-        operation: Callable[Concatenate[Client, P], Coroutine[Any, Any, R]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> R:
-        """Do as `control`, from a thread without a loop."""
-        thread, client = self.ready_blocking()
-        call = partial(operation, client, *args, **kwargs)
-        result: R = thread.run_blocking(repeat, call, time.monotonic() + START_TIMEOUT)
-        return result
+    async def _control(self, operation: Callable[[Client], Coroutine[Any, Any, R]]) -> R:
+        call = partial(operation, await self.started_client())
+        return await retry(call, deadline=time.monotonic() + START_TIMEOUT)
+
+    def _written_to(self) -> str | None:
+        """Say which broker a default app uses: nobody gave it one in the code."""
+        if not self.starts_itself:
+            return None
+        return f"this process's default app {self.name!r} uses the broker {self.addresses()[0]}"
 
     def _still_starting(self, timeout: float | None) -> Unavailable:
         return Unavailable(
@@ -231,7 +236,7 @@ class Lifecycle:
         # Daemon threads that wait end with the process, which is no error of theirs.
         thread.post(life.client.forget_all)
         try:
-            thread.run_blocking(self._stop, timeout=_EXIT_TIMEOUT)
+            thread.ask(self._stop).result(_EXIT_TIMEOUT)
         except (QTasksError, TimeoutError, OSError) as error:
             logger.warning("the app %r was not closed at exit: %s", self.name, error or "too slow")
 

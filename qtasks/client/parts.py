@@ -1,4 +1,4 @@
-"""Which parts an app is made of: those it is given, else the environment's, else the default."""
+"""Which broker and storage an app uses: the given ones, else the environment's, else SQLite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ logger = logging.getLogger("qtasks")
 def given_parts(
     broker: Broker | str | None, storage: Storage | str | None
 ) -> tuple[Broker | str, Storage | str]:
-    """Return what the arguments say of the parts, else the environment, else the default."""
+    """Return the broker and the storage of the arguments, else of the environment, else SQLite.
+
+    Raises `ConfigurationError` for one without the other.
+    """
     if broker is None:
         broker = os.environ.get("QTASKS_BROKER_URL") or None
         if storage is None:
@@ -34,7 +37,7 @@ def given_parts(
 
 
 def built_parts(broker: Broker | str, storage: Storage | str) -> tuple[Broker, Storage]:
-    """Return the parts themselves, new ones where they were given as URLs."""
+    """Return the broker and the storage themselves, new ones where they were given as URLs."""
     return (
         resolve_broker(broker) if isinstance(broker, str) else broker,
         resolve_storage(storage) if isinstance(storage, str) else storage,

@@ -16,7 +16,7 @@ USUAL = TaskMessage(uuid="-", task_name="-", queue="-").priority
 
 
 class Unmet:
-    """What the tasks of one app ask for, so that each is judged once."""
+    """Compares what tasks ask for with what broker and storage can do; warns once a task."""
 
     def __init__(self) -> None:
         self._of_priority: set[str] = set()
@@ -25,14 +25,14 @@ class Unmet:
     def declared(
         self, priority: set[str], retention: set[str], broker: Broker, storage: Storage
     ) -> None:
-        """Warn of tasks whose options ask for what is not there; both have been started.
+        """Warn of declared tasks that ask for what broker or storage cannot do; both have started.
 
         `priority` and `retention`: the names of the tasks that ask for each.
         """
         self._judge(priority, retention, broker, storage)
 
     def submitted(self, messages: Sequence[TaskMessage], broker: Broker, storage: Storage) -> None:
-        """Warn of calls that ask for what is not there, of tasks that this app may not know."""
+        """Warn of calls that ask for it, also of tasks that this app does not know."""
         asking = [m for m in messages if m.priority != USUAL or m.retention is not None]
         if asking:
             self._judge(
@@ -58,18 +58,18 @@ class Unmet:
         self,
         what: str,
         names: Iterable[str],
-        part: Broker | Storage,
+        used: Broker | Storage,
         able: Callable[[Guarantees], bool],
         then: str,
     ) -> None:
         new = sorted(names)
-        half: Literal["broker", "storage"] = "broker" if isinstance(part, Broker) else "storage"
+        half: Literal["broker", "storage"] = "broker" if isinstance(used, Broker) else "storage"
         others = [told.part for told in installed_parts(half) if able(told)]
         logger.warning(
             "%s asks for %s, which %s does not have: it %s. Each %s that has it, with any %s: %s",
             f"task {new[0]}" if len(new) == 1 else f"each of the tasks {', '.join(new)}",
             what,
-            part.guarantees.part,
+            used.guarantees.part,
             then,
             half,
             "storage" if half == "broker" else "broker",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from qtasks.bridge.reply import block_on
 from qtasks.codec.serializers import MsgpackSerializer
 from qtasks_core import Status, schemas
 from qtasks_core.errors import TaskCancelled, TaskFailed, TaskNotFinished
@@ -111,29 +112,49 @@ class Handle(Generic[R]):
 
 
 class Task(Handle[R]):
-    """The handle of the asynchronous face."""
+    """The handle of a task in async code."""
 
     async def wait_result(self, timeout: float | None = None) -> Task[R]:
-        """Return a handle with the final record. Raises `TaskTimeout` after `timeout` seconds."""
+        """Wait until the task has finished; return a handle with its final record.
+
+            finished = await task.wait_result(timeout=30)
+            print(finished.returning)
+
+        `timeout` is in seconds; None waits for ever. Raises `TaskTimeout` past it: the task goes
+        on, and you may wait again.
+        """
         if self.finished:
             return self
         return Task(self._app, await self._app.wait(self.uuid, timeout), self._decode)
 
     async def cancel(self) -> bool:
-        """Cancel the task, queued or running; False: it had ended by itself before."""
+        """Cancel the task, queued or running; False: it had finished by itself before.
+
+        Raises `UnknownTask` when its record is gone.
+        """
         return await self._app.cancel_task(self.uuid)
 
 
 class BlockingTask(Handle[R]):
-    """The handle of the blocking face."""
+    """The handle of a task in blocking code."""
 
     def wait_result(self, timeout: float | None = None) -> BlockingTask[R]:
-        """Return a handle with the final record. Raises `TaskTimeout` after `timeout` seconds."""
+        """Block until the task has finished; return a handle with its final record.
+
+            finished = task.wait_result(timeout=30)
+            print(finished.returning)
+
+        `timeout` is in seconds; None waits for ever. Raises `TaskTimeout` past it: the task goes
+        on, and you may wait again.
+        """
         if self.finished:
             return self
-        record = self._app.wait_blocking(self.uuid, timeout)
+        record = block_on(self._app.wait, self.uuid, timeout)
         return BlockingTask(self._app, record, self._decode)
 
     def cancel(self) -> bool:
-        """Cancel the task, queued or running; False: it had ended by itself before."""
-        return self._app.cancel_task_blocking(self.uuid)
+        """Cancel the task, queued or running; False: it had finished by itself before.
+
+        Raises `UnknownTask` when its record is gone.
+        """
+        return block_on(self._app.cancel_task, self.uuid)

@@ -1,21 +1,117 @@
-"""What decorators return: tasks that can be called, enqueued one by one, or many at once."""
+"""Declared tasks and calls of them: from a function's arguments to the message with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Generic, ParamSpec, TypeVar
+from operator import itemgetter
+from typing import Any, Generic, ParamSpec, Protocol, TypedDict, TypeVar, Unpack
+
+from uuid_utils import uuid7
 
 from qtasks.app import App
-from qtasks.declare.calls import AsyncCall, Owner, SyncCall, message_of
+from qtasks.bridge.reply import block_on
 from qtasks.declare.handle import BlockingTask, Task
 from qtasks.execution.definition import TaskDefinition
+from qtasks_core import TaskMessage
+from qtasks_core.errors import ConfigurationError, PayloadTooLarge
+from qtasks_core.names import checked_name, is_text
+from qtasks_core.schemas import LONGEST
+from qtasks_core.separate import record_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 """What a finished task returns."""
 C = TypeVar("C")
 """What a call here and now gives: R of a plain function, a coroutine of it of an async one."""
+A = TypeVar("A")
+"""What `add_task` gives: a handle, or a coroutine of one."""
+
+
+class CallOptions(TypedDict, total=False):
+    """Options of one call, beside `timeout`. None means: as if left out."""
+
+    delay: float | None
+    """Seconds until the task may run."""
+    eta: datetime | None
+    """When the task may run, with a time zone; instead of `delay`."""
+    queue: str | None
+    """The queue, instead of the declared one."""
+    priority: int | None
+    """0 to 9, 9 first, instead of the declared one."""
+    expires: float | None
+    """Seconds from now. A run that would begin later ends in `error` instead. The worker compares
+    its clock with the sender's, where the broker and the storage have none."""
+    key: str | None
+    """Of all calls of a task with one key only the first enqueues, as long as its record is kept.
+    The others return the record that is there, whatever their arguments."""
+
+
+_LEFT_OUT = CallOptions(delay=None, eta=None, queue=None, priority=None, expires=None, key=None)
+_each = itemgetter("delay", "eta", "queue", "priority", "expires", "key")
+
+
+class Owner(Protocol):
+    """Where a task finds its app: the app itself, or a router."""
+
+    def find_app(self) -> App:
+        """Return the app to enqueue with."""
+
+
+class Call(Generic[R]):
+    """Arguments of a task, not yet enqueued."""
+
+    def __init__(
+        self,
+        definition: TaskDefinition,
+        owner: Owner,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.definition = definition
+        self.owner = owner
+        self._args = args
+        self._kwargs = kwargs
+
+    def message(self, app: App, **options: Unpack[CallOptions]) -> TaskMessage:
+        """Return the message of this call."""
+        return message_of(app, self.definition, self._args, self._kwargs, **options)
+
+
+class AsyncCall(Call[R]):
+    """A call that async code can enqueue."""
+
+    async def add_task(
+        self, *, timeout: float | None = None, **options: Unpack[CallOptions]
+    ) -> Task[R]:
+        """Enqueue this call. With `timeout` (seconds) return the finished task, else a new one.
+
+        The options are those of `CallOptions`; errors are those of `AsyncTask.add_task`.
+
+            await send.call("ann@example.com").add_task(delay=60)
+        """
+        app = self.owner.find_app()
+        record = await app.submit(self.message(app, **options), timeout)
+        return Task(app, record, self.definition.decode_result)
+
+
+class SyncCall(Call[R]):
+    """A call that blocking code can enqueue."""
+
+    def add_task(
+        self, *, timeout: float | None = None, **options: Unpack[CallOptions]
+    ) -> BlockingTask[R]:
+        """Enqueue this call. With `timeout` (seconds) return the finished task, else a new one.
+
+        The options are those of `CallOptions`; errors are those of `SyncTask.add_task`.
+
+            send.call("ann@example.com").add_task(delay=60)
+        """
+        app = self.owner.find_app()
+        record = block_on(app.submit, self.message(app, **options), timeout)
+        return BlockingTask(app, record, self.definition.decode_result)
 
 
 class FixedApp:
@@ -29,7 +125,7 @@ class FixedApp:
         return self._app
 
 
-class BaseTask(Generic[P, R, C]):
+class BaseTask(Generic[P, R, C, A]):
     """A registered function; calling it runs it here and now, as if it were not decorated."""
 
     def __init__(self, function: Callable[P, C], definition: TaskDefinition, owner: Owner) -> None:
@@ -51,61 +147,6 @@ class BaseTask(Generic[P, R, C]):
         """The name under which workers know it."""
         return self.definition.name
 
-
-class AsyncTask(BaseTask[P, R, C]):
-    """A task of the asynchronous face; its function may be a coroutine function or a plain one."""
-
-    def using(self, app: App) -> AsyncTask[P, R, C]:
-        """Return this task bound to an app."""
-        return AsyncTask(self._function, self.definition, FixedApp(app))
-
-    def call(self, *args: P.args, **kwargs: P.kwargs) -> AsyncCall[R]:
-        """Return a call, its arguments checked by the type checker."""
-        return AsyncCall(self.definition, self._owner, args, kwargs)
-
-    async def add_task(
-        self,
-        *args: Any,
-        timeout: float | None = None,
-        delay: float | None = None,
-        eta: datetime | None = None,
-        queue: str | None = None,
-        priority: int | None = None,
-        expires: float | None = None,
-        key: str | None = None,
-        **kwargs: Any,
-    ) -> Task[R]:
-        """Enqueue a call with these arguments; the options are those of `AsyncCall.add_task`."""
-        call: AsyncCall[R] = AsyncCall(self.definition, self._owner, args, kwargs)
-        return await call.add_task(
-            timeout=timeout,
-            delay=delay,
-            eta=eta,
-            queue=queue,
-            priority=priority,
-            expires=expires,
-            key=key,
-        )
-
-    async def map(self, arguments: Iterable[Sequence[Any]]) -> list[Task[R]]:
-        """Enqueue one call for each sequence of positional arguments, in few round trips."""
-        app = self._owner.find_app()
-        messages = [message_of(app, self.definition, args, {}) for args in arguments]
-        records = await app.submit_all(messages)
-        return [Task(app, record, self.definition.decode_result) for record in records]
-
-
-class SyncTask(BaseTask[P, R, C]):
-    """A task of the blocking face; its function may be a plain one or a coroutine function."""
-
-    def using(self, app: App) -> SyncTask[P, R, C]:
-        """Return this task bound to an app."""
-        return SyncTask(self._function, self.definition, FixedApp(app))
-
-    def call(self, *args: P.args, **kwargs: P.kwargs) -> SyncCall[R]:
-        """Return a call, its arguments checked by the type checker."""
-        return SyncCall(self.definition, self._owner, args, kwargs)
-
     def add_task(
         self,
         *args: Any,
@@ -117,22 +158,166 @@ class SyncTask(BaseTask[P, R, C]):
         expires: float | None = None,
         key: str | None = None,
         **kwargs: Any,
-    ) -> BlockingTask[R]:
-        """Enqueue a call with these arguments; the options are those of `SyncCall.add_task`."""
-        call: SyncCall[R] = SyncCall(self.definition, self._owner, args, kwargs)
-        return call.add_task(
-            timeout=timeout,
-            delay=delay,
-            eta=eta,
-            queue=queue,
-            priority=priority,
-            expires=expires,
-            key=key,
+    ) -> A:
+        """Enqueue a call with these arguments.
+
+            task = await send.add_task("ann@example.com")  # enqueued, not finished
+            task = await send.add_task("ann@example.com", timeout=5)  # finished
+            print(task.returning)
+
+        In blocking code leave `await` out. `timeout` is in seconds, and covers the enqueuing and
+        the wait. `CallOptions` says what the other options mean. For a parameter of the function
+        that has the name of an option write `send.call(…).add_task(…)`.
+
+        Raises `TaskTimeout` when the task has not finished in time: it goes on. Raises
+        `Unavailable` when the broker has not confirmed the task in time (without `timeout`: 30
+        seconds): it may or may not be enqueued. Raises `Refused` when the broker does not take it,
+        and `SignatureMismatch`, `SerializationError`, `PayloadTooLarge` or `ConfigurationError` for
+        wrong arguments and options.
+        """
+        options = CallOptions(
+            delay=delay, eta=eta, queue=queue, priority=priority, expires=expires, key=key
         )
+        return self._add(args, kwargs, timeout, options)
+
+    def _add(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        timeout: float | None,
+        options: CallOptions,
+    ) -> A:
+        raise NotImplementedError
+
+    def _messages(self, app: App, arguments: Iterable[Sequence[Any]]) -> list[TaskMessage]:
+        return [message_of(app, self.definition, args, {}) for args in arguments]
+
+
+class AsyncTask(BaseTask[P, R, C, Coroutine[Any, Any, Task[R]]]):
+    """A task for async code; its function may be a coroutine function or a plain one."""
+
+    def using(self, app: App) -> AsyncTask[P, R, C]:
+        """Return this task bound to an app."""
+        return AsyncTask(self._function, self.definition, FixedApp(app))
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> AsyncCall[R]:
+        """Return a call, its arguments checked by the type checker."""
+        return AsyncCall(self.definition, self._owner, args, kwargs)
+
+    def _add(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        timeout: float | None,
+        options: CallOptions,
+    ) -> Coroutine[Any, Any, Task[R]]:
+        call: AsyncCall[R] = AsyncCall(self.definition, self._owner, args, kwargs)
+        return call.add_task(timeout=timeout, **options)
+
+    async def map(self, arguments: Iterable[Sequence[Any]]) -> list[Task[R]]:
+        """Enqueue one call for each sequence of positional arguments, in few round trips.
+
+        tasks = await add.map([(1, 2), (3, 4)])
+        """
+        app = self._owner.find_app()
+        messages = self._messages(app, arguments)
+        await app.submit_all(messages)
+        return [Task(app, record_of(m), self.definition.decode_result) for m in messages]
+
+
+class SyncTask(BaseTask[P, R, C, BlockingTask[R]]):
+    """A task for blocking code; its function may be a plain one or a coroutine function."""
+
+    def using(self, app: App) -> SyncTask[P, R, C]:
+        """Return this task bound to an app."""
+        return SyncTask(self._function, self.definition, FixedApp(app))
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> SyncCall[R]:
+        """Return a call, its arguments checked by the type checker."""
+        return SyncCall(self.definition, self._owner, args, kwargs)
+
+    def _add(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        timeout: float | None,
+        options: CallOptions,
+    ) -> BlockingTask[R]:
+        call: SyncCall[R] = SyncCall(self.definition, self._owner, args, kwargs)
+        return call.add_task(timeout=timeout, **options)
 
     def map(self, arguments: Iterable[Sequence[Any]]) -> list[BlockingTask[R]]:
-        """Enqueue one call for each sequence of positional arguments, in few round trips."""
+        """Enqueue one call for each sequence of positional arguments, in few round trips.
+
+        tasks = add.map([(1, 2), (3, 4)])
+        """
         app = self._owner.find_app()
-        messages = [message_of(app, self.definition, args, {}) for args in arguments]
-        records = app.submit_all_blocking(messages)
-        return [BlockingTask(app, record, self.definition.decode_result) for record in records]
+        messages = self._messages(app, arguments)
+        block_on(app.submit_all, messages)
+        return [BlockingTask(app, record_of(m), self.definition.decode_result) for m in messages]
+
+
+def message_of(
+    app: App,
+    definition: TaskDefinition,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    **options: Unpack[CallOptions],
+) -> TaskMessage:
+    """Return the message of a call.
+
+    With `key` its uuid is that of every call of this task, in this app, with that key.
+    Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge`, `ConfigurationError`.
+    """
+    delay, eta, queue, priority, expires, key = _each({**_LEFT_OUT, **options})
+    encoded_args, encoded_kwargs = definition.encode(args, kwargs)
+    size = len(encoded_args) + len(encoded_kwargs)
+    if size > app.max_payload:
+        raise PayloadTooLarge(
+            f"{definition.name}: the arguments take {size} bytes, the limit is "
+            f"{app.max_payload}; pass a reference, or raise max_payload of the app"
+        )
+    if key is not None and not (key and isinstance(key, str) and is_text(key)):
+        raise ConfigurationError(
+            f"key={key!r} is no text, or empty, or has a NUL or a lone surrogate: write it "
+            "like key='order 7', or leave it out"
+        )
+    declared = definition.options
+    now = time.time()
+    message = TaskMessage(
+        uuid=str(uuid7()) if key is None else app.uuid_of(definition.name, key),
+        task_name=definition.name,
+        queue=declared.queue if queue is None else checked_name(queue, "a queue"),
+        args=encoded_args,
+        kwargs=encoded_kwargs,
+        encoding=definition.serializer.name,
+        priority=declared.priority if priority is None else priority,
+        delay=_delay(delay, eta, now),
+        created_at=now,
+        expires_at=None if expires is None else now + expires,
+        store_result=declared.store_result,
+        retention=declared.retention,
+        submission="" if key is None else str(uuid7()),
+    )
+    if message.priority not in range(10):
+        raise ConfigurationError(f"priority={priority!r} is no whole number between 0 and 9")
+    if expires is not None and not expires <= LONGEST:
+        raise ConfigurationError(f"expires={expires} is not within {LONGEST:.0e} s from now")
+    if expires is not None and expires <= message.delay:
+        raise ConfigurationError(
+            f"expires={expires}: the task would be due after {message.delay:.3f} s only"
+        )
+    return message
+
+
+def _delay(delay: float | None, eta: datetime | None, now: float) -> float:
+    if delay is not None and eta is not None:
+        raise ConfigurationError("give delay= or eta=, not both")
+    if eta is not None:
+        if eta.tzinfo is None:
+            raise ConfigurationError("eta= needs a time zone, e.g. datetime.now(UTC)")
+        delay = eta.timestamp() - now
+    if delay is not None and not -math.inf < delay <= LONGEST:
+        given = f"delay={delay}" if eta is None else f"eta={eta}"
+        raise ConfigurationError(f"{given} is not within {LONGEST:.0e} s from now")
+    return max(0.0, delay or 0.0)

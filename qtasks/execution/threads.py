@@ -13,7 +13,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from qtasks.bridge.reply import LoopReply
+from qtasks.bridge.reply import Reply
 
 R = TypeVar("R")
 
@@ -23,10 +23,10 @@ _REST = 5.0
 
 
 async def in_thread(call: Callable[[], R]) -> R:
-    """Return what `call` returns in a thread. Cancelled, it ends at once and the call goes on."""
-    reply: LoopReply[R] = LoopReply()
+    """Return what `call` returns in a thread. Cancelled, it raises at once and the call goes on."""
+    reply: Reply[R] = Reply()
     _threads.do(call, reply)
-    return await reply.future
+    return await reply
 
 
 def busy_threads() -> int:
@@ -38,7 +38,7 @@ class _Threads:
     """As many as there are calls at once, which take their work from one queue."""
 
     def __init__(self) -> None:
-        self._work: SimpleQueue[tuple[Callable[[], Any], LoopReply[Any]]] = SimpleQueue()
+        self._work: SimpleQueue[tuple[Callable[[], Any], Reply[Any]]] = SimpleQueue()
         self._lock = threading.Lock()
         self._all = 0
         self._free = 0
@@ -48,7 +48,7 @@ class _Threads:
     def busy(self) -> int:
         return self._all - self._free
 
-    def do(self, call: Callable[[], Any], reply: LoopReply[Any]) -> None:
+    def do(self, call: Callable[[], Any], reply: Reply[Any]) -> None:
         """Have a thread make a call and answer."""
         with self._lock:
             is_free = self._free > 0
@@ -82,7 +82,7 @@ class _Threads:
         return True
 
 
-def _answer(call: Callable[[], Any], reply: LoopReply[Any]) -> Callable[[], None]:
+def _answer(call: Callable[[], Any], reply: Reply[Any]) -> Callable[[], None]:
     """Make the call; return what tells of it."""
     try:
         return partial(reply.set, call())

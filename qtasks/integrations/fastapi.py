@@ -54,7 +54,7 @@ def lifespan(app: App | None = None, inner: Lifespan[A] | None = None) -> Statef
     @asynccontextmanager
     async def started(api: A) -> AsyncIterator[Mapping[str, Any]]:
         queue_app = app or default_app()
-        await queue_app.start_async()
+        await queue_app.connect()
         try:
             if app is None:
                 await _warn_of_no_worker(queue_app)
@@ -64,7 +64,7 @@ def lifespan(app: App | None = None, inner: Lifespan[A] | None = None) -> Statef
                 async with inner(api) as state:
                     yield state or {}
         finally:
-            await queue_app.stop_async()
+            await queue_app.disconnect()
 
     return started
 

@@ -7,10 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from qtasks.client.backoff import Backoff
-from qtasks.client.cancelling import only_from_outside
-from qtasks.client.outage import Outage
-from qtasks_core.errors import Unavailable
+from qtasks.client.retrying import Outage, retry
 
 T = TypeVar("T")
 
@@ -23,40 +20,16 @@ class Reach:
     """A worker's calls to its servers."""
 
     def __init__(self) -> None:
-        self._failed_at: float | None = None
         self._outage = Outage("worker")
 
     @property
     def fine(self) -> bool:
         """Whether the last calls were answered."""
-        return self._failed_at is None or time.monotonic() - self._failed_at > _FRESH
+        failed_at = self._outage.failed_at
+        return failed_at is None or time.monotonic() - failed_at > _FRESH
 
     async def persist(
         self, call: Callable[[], Awaitable[T]], until: asyncio.Event | None = None
     ) -> T | None:
         """Repeat `call` while the server is out of reach; None when `until` is set meanwhile."""
-        backoff = Backoff()
-        failed = False
-        while True:
-            try:
-                with only_from_outside():
-                    answer = await call()
-            except Unavailable as error:
-                self._failed_at = time.monotonic()
-                failed = True
-                self._outage.failed(error)
-            else:
-                self._failed_at = None
-                if failed:  # else another part may be the one that is out of reach
-                    self._outage.over()
-                return answer
-            pause = backoff.next()
-            if until is None:
-                await asyncio.sleep(pause)
-                continue
-            try:
-                async with asyncio.timeout(pause):
-                    await until.wait()
-                    return None
-            except TimeoutError:
-                continue
+        return await retry(call, until=until, outage=self._outage)

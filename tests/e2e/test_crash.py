@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from qtasks.declare.calls import message_of
+from qtasks.declare.tasks import message_of
 from qtasks_core.schemas import Task
 from tests.e2e.crash_app import router
 from tests.pairs import Pair, pair_of
@@ -74,7 +74,8 @@ class Setting:
     async def enqueue(self, app: QueueTasks, task: str, count: int, seconds: float) -> list[str]:
         definition = app.definition(task)
         messages = [message_of(app, definition, (n, seconds), {}) for n in range(count)]
-        return [record.uuid for record in await app.submit_all(messages)]
+        await app.submit_all(messages)
+        return [message.uuid for message in messages]
 
 
 @pytest.fixture(params=BACKENDS)

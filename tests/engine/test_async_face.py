@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import math
 import threading
 from datetime import UTC, datetime, timedelta
@@ -32,6 +33,8 @@ from qtasks import (
     Unavailable,
 )
 from qtasks.asyncio import QueueTasks
+from qtasks.declare.tasks import BaseTask, CallOptions
+from qtasks.execution.definition import RESERVED
 from qtasks.executors import ThreadExecutor
 
 
@@ -292,6 +295,13 @@ async def test_a_parameter_named_as_an_option_is_told_of_and_call_reaches_it(
         with pytest.raises(SignatureMismatch, match="missing a required argument: 'timeout'"):
             await wait.add_task(timeout=5)
         assert (await wait.call(timeout="1", key="2").add_task(timeout=5)).returning == "12"
+
+
+def test_the_names_of_options_are_the_same_wherever_they_are_listed() -> None:
+    options = {"timeout", *CallOptions.__annotations__}
+    assert options == set(RESERVED)
+    parameters = inspect.signature(BaseTask.add_task).parameters.values()
+    assert options == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 async def test_what_has_no_annotation_comes_back_as_it_was(app: QueueTasks) -> None:

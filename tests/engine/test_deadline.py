@@ -12,7 +12,7 @@ import pytest
 
 from qtasks import AsyncResult, ConfigurationError, SyncResult, SyncRouter, TaskTimeout
 from qtasks.asyncio import QueueTasks
-from qtasks.bridge.reply import LoopReply
+from qtasks.client.client import Waiter
 from qtasks.declare.tasks import AsyncTask
 from qtasks_core import Outcome, TaskMessage, schemas
 from qtasks_core.errors import Unavailable
@@ -105,11 +105,12 @@ async def test_a_caller_who_left_before_the_write_leaves_no_wait_behind() -> Non
     async with app:
         thread, client = await app.ready()
         message = never_run.call().message(app)
-        reply: LoopReply[schemas.Task | None] = LoopReply()
+        deadline = time.monotonic() + 10
+        waiter = Waiter(thread, client, message.uuid, 10.0, deadline, message)
 
         def ask_and_leave() -> None:
-            client.submit(message, time.monotonic() + 10, True, reply)
-            client.forget(message.uuid, reply)
+            client.submit_and_wait(message, waiter)
+            client.forget(waiter)
 
         thread.post(ask_and_leave)
         async with asyncio.timeout(5):
@@ -220,8 +221,8 @@ class Slow(MemoryBroker):
 
 async def test_many_may_take_longer_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtasks.client.client._BATCH", 10)
-    monkeypatch.setattr("qtasks.client.submitting._PART", 10)
-    monkeypatch.setattr("qtasks.client.submitting.PUBLISH_TIMEOUT", 2.0)
+    monkeypatch.setattr("qtasks.app._CHUNK", 10)
+    monkeypatch.setattr("qtasks.app.PUBLISH_TIMEOUT", 2.0)
     name = uuid4().hex
     app, router = app_on(Slow(name), name)
 

@@ -129,16 +129,16 @@ async def main():
         assert (await pid.add_task()).status == "new"
 
 asyncio.run(main())
-app.start_blocking()
+app.connect().result()
 child = os.fork()
 if child == 0:
     asyncio.run(main())
     asyncio.run(work())
-    app.stop_blocking()  # of the parent's block, which the child inherited
+    app.disconnect().result()  # of the parent's block, which the child inherited
 else:
     assert os.waitpid(child, 0)[1] == 0, "the child failed"
     asyncio.run(work())
-    app.stop_blocking()
+    app.disconnect().result()
     print("both went on")
 """
 
@@ -190,9 +190,9 @@ from qtasks import QueueTasks
 from qtasks_sqlite import SqliteBroker, SqliteStorage
 
 app = QueueTasks("parts", SqliteBroker("sqlite:///{0}/x.db"), SqliteStorage("sqlite:///{0}/x.db"))
-app.start_blocking()
+app.connect().result()
 if os.fork() == 0:
-    app.start_blocking()
+    app.connect().result()
 os.wait()
 """
     with script(tmp_path / "parts.py", code.format(tmp_path)) as process:

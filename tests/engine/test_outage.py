@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from qtasks.client.outage import Outage
+from qtasks.client.retrying import Outage
 from qtasks.worker.reach import Reach
 from qtasks_core.errors import Unavailable
 
@@ -49,7 +49,7 @@ def test_each_trouble_is_told_and_told_again_while_it_lasts(
 ) -> None:
     caplog.set_level(logging.WARNING)
     clock = 1000.0
-    monkeypatch.setattr("qtasks.client.outage.time.monotonic", lambda: clock)
+    monkeypatch.setattr("qtasks.client.retrying.time.monotonic", lambda: clock)
     trouble = Outage()
     for _ in range(130):  # once a second
         trouble.failed(Unavailable("refused"))

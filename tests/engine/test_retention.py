@@ -10,7 +10,7 @@ import pytest
 
 from qtasks.asyncio import QueueTasks
 from qtasks.client.client import Client
-from qtasks.client.retention import cancelled_kept_for, kept_for
+from qtasks.client.times import cancelled_kept_for, kept_for
 from qtasks_core import Task, TaskMessage
 
 

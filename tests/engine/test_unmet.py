@@ -9,7 +9,7 @@ import pytest
 
 from qtasks import TaskFailed
 from qtasks.asyncio import QueueTasks
-from qtasks.declare.calls import message_of
+from qtasks.declare.tasks import message_of
 from qtasks_core import Guarantees
 from qtasks_memory import MemoryBroker, MemoryStorage
 

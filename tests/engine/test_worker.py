@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from qtasks.asyncio import QueueTasks
-from qtasks.declare.calls import message_of
+from qtasks.declare.tasks import message_of
 from qtasks.worker import worker as worker_module
 from qtasks_core import Delivery, Raw, TaskMessage
 from qtasks_core.errors import Unavailable

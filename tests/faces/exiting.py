@@ -68,7 +68,7 @@ def daemon_thread() -> None:
 def never_stopped() -> None:
     """An app of one's own that nobody stops, with a wait under way."""
     router.included_by(app)
-    app.start_blocking()
+    app.connect().result()
     daemon_thread()
 
 
@@ -99,7 +99,7 @@ def interrupted_starting() -> None:
     far = QueueTasks("far", os.environ["FAR_URL"])
     say("waiting")
     try:
-        far.start_blocking(60)
+        far.connect(60).result()
     except KeyboardInterrupt:
         say("interrupted")
 

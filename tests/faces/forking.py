@@ -18,7 +18,7 @@ def main() -> None:
     app = QueueTasks(os.environ["QTASKS_NAME"])
     if explicit:
         blocking.included_by(app)
-        app.start_blocking()
+        app.connect().result()
     say("before", add(1))
     busy = threading.Thread(target=lambda: [add(n) for n in range(100)])
     busy.start()
@@ -34,7 +34,7 @@ def main() -> None:
     busy.join()
     say("all", sum(add(n) for n in range(100)))
     if explicit:
-        app.stop_blocking()
+        app.disconnect().result()
         say("sockets left", sockets())
 
 
@@ -51,14 +51,14 @@ def child(number: int, app: QueueTasks | None) -> None:
     say("inherited sockets", sockets())
     if number % 2 == 0:
         if app is not None:
-            app.start_blocking()
+            app.connect().result()
         say("child", add(number) - number)
         gc.collect()  # nothing of the parent's is collected, with complaints, in the child
         if number == 2:
             grandchild = os.fork()
             if grandchild == 0:
                 if app is not None:
-                    app.start_blocking()
+                    app.connect().result()
                 say("grandchild", add(3))
                 sys.exit(0)
             say("fork", os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))

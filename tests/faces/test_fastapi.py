@@ -143,7 +143,7 @@ async def test_a_default_app_says_where_it_writes_to_and_that_no_worker_was_ever
         with pytest.raises(TaskTimeout, match=late):
             await add.add_task(1, 2, timeout=0.1)
         with pytest.raises(TaskTimeout, match=f"uses the broker memory://{app.name}"):
-            await asyncio.to_thread(app.wait_blocking, str(uuid4()), 0.1)
+            await asyncio.to_thread(lambda: app.wait(str(uuid4()), 0.1).result())
         async with app.worker():
             assert (await add.add_task(1, 2, timeout=10)).returning == 3
         with pytest.raises(TaskTimeout, match="no worker for that queue is alive; this process's"):

@@ -61,11 +61,11 @@ def test_parts_that_were_given_as_objects_are_refused_in_a_child() -> None:
 
     def use() -> None:
         with pytest.raises(Closed, match="give its parts as URLs"):
-            app.start_blocking()
+            app.connect().result()
 
     with app:
         assert in_child(use) == 0
-    assert in_child(app.start_blocking) == 0, "stopped before the fork it may start after it"
+    assert in_child(lambda: app.connect().result()) == 0, "stopped before the fork"
 
 
 def test_a_sqlite_file_survives_children_that_use_and_leave_it(tmp_path: Path) -> None:
@@ -99,18 +99,18 @@ def test_a_sqlite_file_survives_a_parent_that_leaves_it_first(tmp_path: Path) ->
         return x
 
     child_is_in, parent_has_left = os.pipe(), os.pipe()
-    app.start_blocking()
+    app.connect().result()
     pid = os.fork()
     if pid == 0:
         try:
-            app.start_blocking()
+            app.connect().result()
             os.write(child_is_in[1], add.add_task(1).uuid.encode())
             os.read(parent_has_left[0], 1)
             os.write(child_is_in[1], add.add_task(2).uuid.encode())
         finally:
             os._exit(0)  # as if it were killed: what it wrote is in the log only
     first = os.read(child_is_in[0], 36).decode()
-    app.stop_blocking()
+    app.disconnect().result()
     os.write(parent_has_left[1], b"x")
     second = os.read(child_is_in[0], 36).decode()
     os.waitpid(pid, 0)

@@ -225,7 +225,7 @@ async def test_a_notebooks_cells(environment: dict[str, str], monkeypatch: Any) 
         ),
         (
             "blocking = qtasks.QueueTasks('notebook', url)\n"
-            "try:\n    blocking.start_blocking()\n    said = ''\n"
+            "try:\n    blocking.start()\n    said = ''\n"
             "except RuntimeError as error:\n    said = str(error)\n"
             "said",
             lambda value: "qtasks.asyncio.QueueTasks" in value,

@@ -21,7 +21,7 @@ from qtasks import (
     TaskTimeout,
 )
 from qtasks.asyncio import QueueTasks
-from qtasks.declare.calls import AsyncCall, SyncCall
+from qtasks.declare.tasks import AsyncCall, SyncCall
 from qtasks.integrations.fastapi import install_error_handlers, lifespan
 from qtasks.plugins import Plugin, Retries
 

@@ -26,6 +26,12 @@ WRONG = {
         "coroutine = shout.call('a').add_task(timeouts=1)",
         "call-arg",
     ),
+    "an option of a wrong type, beside arguments": (
+        "coroutine = shout.add_task('a', delay='1')",
+        "arg-type",
+    ),
+    "an option of a wrong type, blocking": ("halve.call(1.0).add_task(priority='9')", "arg-type"),
+    "an option that does not exist, blocking": ("halve.call(1.0).add_task(prio=9)", "call-arg"),
     "a result taken for another type": ("text: str = halve.add_task(1.0).returning", "assignment"),
     "an awaited blocking task": ("async def f() -> None: await halve.add_task(1.0)", "misc"),
     "an option of a task that does not exist": ("app.task(speed=3)", "call-overload"),

@@ -9,8 +9,8 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
+from qtasks import AsyncResult, control
 from qtasks import QueueTasks as BlockingApp
-from qtasks import control
 from qtasks.asyncio import QueueTasks
 from qtasks_core import Storage
 from qtasks_core.errors import ConfigurationError, UnknownTask
@@ -69,7 +69,7 @@ async def test_an_app_knows_no_task_of_what_is_no_uuid(text: str) -> None:
     app = QueueTasks(f"ids-{uuid4().hex[:8]}", "memory://")
     async with app:
         assert await app.get_task(text) is None
-        for call in (app.cancel(text), app.wait(text, 0.0)):
+        for call in (app.cancel(text), AsyncResult(text, app=app).wait_result(0.0)):
             with pytest.raises(UnknownTask, match="no task can have the uuid"):
                 await call
         for operation in (control.revive, control.drop):
@@ -82,6 +82,6 @@ def test_a_blocking_app_knows_no_task_of_what_is_no_uuid(text: str) -> None:
     app = BlockingApp(f"ids-{uuid4().hex[:8]}", "memory://")
     with app:
         assert app.get_task(text) is None
-        for call in (app.cancel, lambda uuid: app.wait_blocking(uuid, 0.0)):
+        for call in (app.cancel, lambda uuid: app.wait(uuid, 0.0).result()):
             with pytest.raises(UnknownTask, match="no task can have the uuid"):
                 call(text)

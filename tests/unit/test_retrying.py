@@ -1,0 +1,67 @@
+"""Who repeats a call to a server that is out of reach: one function, for clients and workers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from qtasks.client.retrying import Outage, retry
+from qtasks_core.errors import Unavailable
+
+
+def failing(times: int) -> Callable[[], Awaitable[str]]:
+    left = [Unavailable("redis://here: refused")] * times
+
+    async def call() -> str:
+        if left:
+            raise left.pop()
+        return "answer"
+
+    return call
+
+
+async def test_it_repeats_until_the_server_answers() -> None:
+    assert await retry(failing(3)) == "answer"
+
+
+async def test_past_the_deadline_the_last_error_is_raised() -> None:
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match="refused"):
+        await retry(failing(1000), deadline=began + 0.3)
+    assert time.monotonic() - began < 5
+    with pytest.raises(Unavailable, match="refused"):
+        await retry(failing(1), deadline=0.0)
+    assert await retry(failing(0), deadline=0.0) == "answer"
+
+
+async def test_it_gives_up_when_it_is_told_to_stop() -> None:
+    stopping = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.2, stopping.set)
+    assert await retry(failing(1000), until=stopping) is None
+    assert await retry(failing(0), until=stopping) == "answer"
+
+
+async def test_an_outage_is_logged_once_and_its_end_too(caplog: pytest.LogCaptureFixture) -> None:
+    outage = Outage("me")
+    await retry(failing(3), outage=outage)
+    assert outage.failed_at is None
+    assert caplog.messages == [
+        "me: redis://here: refused; trying again",
+        "me: the server answers again",
+    ]
+
+
+async def test_a_drivers_stray_cancellation_is_an_error_and_a_real_one_is_not() -> None:
+    async def stray() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(RuntimeError, match="nobody had cancelled it"):
+        await retry(stray)
+    waiting = asyncio.create_task(retry(asyncio.Event().wait))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.wait({waiting})
+    assert waiting.cancelled()
