@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qtasks_core.schemas import Task
@@ -129,22 +129,3 @@ class TaskCancelled(QTasksError):
 
     def __str__(self) -> str:
         return f"task {self.record.task_name} {self.record.uuid} was cancelled"
-
-
-def refuse_transaction(part: object, transaction: object | None) -> None:
-    """Raise `NotSupported` for a caller's transaction; for parts that cannot join one.
-
-    The message names those installed that can.
-    """
-    if transaction is None:
-        return
-    # Here, since both import this module.
-    from qtasks_core.contracts.broker import Broker
-    from qtasks_core.lookup import installed_parts
-
-    half: Literal["broker", "storage"] = "broker" if isinstance(part, Broker) else "storage"
-    able = [told.part for told in installed_parts(half) if told.transactions]
-    raise NotSupported(
-        f"{type(part).__name__} cannot take part in the caller's transaction; each {half} that "
-        f"can: {', '.join(able) or 'none that is installed'}"
-    )

@@ -1,11 +1,15 @@
-"""What a cancelled `receive` leaves behind: deliveries for the next call, or to be released."""
+"""What a cancelled call leaves behind: a round trip under way, and deliveries that it fetched."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from math import inf
+from typing import Any, Generic, TypeVar
 
 from qtasks_core.schemas import Delivery
+
+T = TypeVar("T")
 
 
 class Leftovers:
@@ -47,3 +51,56 @@ class Leftovers:
 
     def __bool__(self) -> bool:
         return bool(self._kept)
+
+
+class Shielded(Generic[T]):
+    """Runs one call at a time; a cancelled waiter leaves it running for the next to collect.
+
+    Only for calls that finish by themselves, such as a round trip. One that waits for a message
+    would go on waiting for what its cancelled caller wanted, take it, and hold up the next caller.
+    The owner ends with `finish` or `abandon`, so that no call outlives it.
+    """
+
+    def __init__(self) -> None:
+        self._call: asyncio.Task[T] | None = None
+
+    async def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what the call left by a cancelled waiter returns, else start `call`."""
+        if self._call is None:
+            self._call = asyncio.create_task(call())
+        running = self._call
+        await asyncio.wait({running})
+        # Another call may be under way if this one was abandoned meanwhile.
+        if self._call is running:
+            self._call = None
+        return running.result()
+
+    @property
+    def pending(self) -> asyncio.Task[T] | None:
+        """The call that nobody has collected yet, if any."""
+        return self._call
+
+    async def finish(self) -> None:
+        """Wait for the uncollected call, if any, and ignore its result and its error.
+
+        For a call that itself keeps what it fetched, as in `Leftovers`.
+        """
+        call = self._call
+        if call is None:
+            return
+        await asyncio.wait({call})
+        if self._call is call:
+            self._call = None
+        if not call.cancelled():
+            call.exception()  # asked for, or asyncio logs it as never retrieved
+
+    async def abandon(self) -> T | None:
+        """Cancel the uncollected call and wait for it; return its result if it had one."""
+        call, self._call = self._call, None
+        if call is None:
+            return None
+        call.cancel()
+        await asyncio.wait({call})
+        if call.cancelled() or call.exception() is not None:
+            return None
+        return call.result()

@@ -13,7 +13,6 @@ from qtasks_core.contracts.broker import Broker
 from qtasks_core.contracts.composition import Composition
 from qtasks_core.contracts.storage import Storage
 from qtasks_core.contracts.subscription import Subscription
-from qtasks_core.recent import Recent
 from qtasks_core.records import FINAL, not_taken, within
 from qtasks_core.schemas import (
     DONE,
@@ -26,6 +25,7 @@ from qtasks_core.schemas import (
     TaskMessage,
     Verdict,
 )
+from qtasks_core.settling import Recent
 
 logger = logging.getLogger("qtasks")
 

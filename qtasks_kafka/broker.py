@@ -13,9 +13,9 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import refuse_transaction
 from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
 from qtasks_core.together import together
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message
 from qtasks_kafka.connection import Connection, topic_name
 from qtasks_kafka.settings import LEASE_TIME
@@ -94,7 +94,8 @@ class KafkaBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         return await self.append([self.record(message) for message in messages])
 
     def record(self, message: TaskMessage) -> Record:

@@ -18,8 +18,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.recent import Recent
-from qtasks_core.settling import SettleCall
+from qtasks_core.settling import Recent, SettleCall
 from qtasks_core.wire import decode_message
 from qtasks_kafka.watermark import Partition
 

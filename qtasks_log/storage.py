@@ -12,8 +12,9 @@ from msgspec.structs import replace
 from uuid_utils import uuid7
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed, Unavailable, WireError, refuse_transaction
+from qtasks_core.errors import Closed, Unavailable, WireError
 from qtasks_core.records import FINAL, refused_by
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_log.inbox import Inboxes, LogInbox
 from qtasks_log.log import Entry, Log
@@ -82,7 +83,8 @@ class LogStorage(Storage):
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         """Append a proposal for each task and wait until all were read back and judged."""
         self._started()
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         if not tasks:
             return []
         save = Save(len(tasks))

@@ -16,9 +16,10 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.errors import Closed
 from qtasks_core.options import LEASE_TIME
 from qtasks_core.together import together
+from qtasks_core.transactions import refuse_transaction
 from qtasks_memory.connection import Entry, Memory, connect
 from qtasks_memory.subscription import MemorySubscription
 
@@ -58,7 +59,8 @@ class MemoryBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         memory = self._started()
         now = asyncio.get_running_loop().time()
         for message in messages:

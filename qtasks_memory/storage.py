@@ -10,12 +10,13 @@ from weakref import WeakSet
 from msgspec import UNSET, UnsetType
 
 from qtasks_core import DONE, Claim, Guarantees, Inbox, Outcome, Storage, Task, TaskPage, TaskQuery
-from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.errors import Closed
 from qtasks_core.names import checked_id
 from qtasks_core.options import checked_retention
 from qtasks_core.queries import page_of
 from qtasks_core.records import FINAL, RETENTION, expiry_of, judge, refused_by, retention_note
 from qtasks_core.together import together
+from qtasks_core.transactions import refuse_transaction
 from qtasks_memory.connection import Memory, connect
 from qtasks_memory.inbox import MemoryInbox
 
@@ -50,7 +51,8 @@ class MemoryStorage(Storage):
             changed.set()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         memory = self._started()
         return [self._save(memory, task) for task in tasks]
 

@@ -17,10 +17,8 @@ from qtasks_core import (
     Subscription,
 )
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.leftovers import Leftovers
-from qtasks_core.recent import Recent
-from qtasks_core.settling import SettleCall
-from qtasks_core.shielded import Shielded
+from qtasks_core.leftovers import Leftovers, Shielded
+from qtasks_core.settling import Recent, SettleCall
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres.batches import size_of
 from qtasks_postgres.connection import Database, Listener, channel_of

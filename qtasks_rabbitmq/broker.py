@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMessage
 from qtasks_core.batches import split
-from qtasks_core.errors import Closed, Unavailable, refuse_transaction
+from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
 from qtasks_core.together import together
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message
 from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
 from qtasks_rabbitmq.delays import ladder_methods, levels_for, route
@@ -88,7 +89,8 @@ class RabbitMQBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         return await self.dispatch(
             [Parcel(m.queue, m.delay, message_id_of(m.uuid), encode_message(m)) for m in messages]
         )

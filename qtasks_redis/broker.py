@@ -14,8 +14,9 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.batches import split
-from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.errors import Closed
 from qtasks_core.together import together
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message
 from qtasks_redis.connection import (
     MOST_BYTES,
@@ -91,7 +92,8 @@ class RedisBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         connection = self._started()
         encoded = [encode_message(message) for message in messages]
         outcomes, taken = fitting(encoded, connection.server.largest)

@@ -12,11 +12,11 @@ from qtasks_core.batches import split
 from qtasks_core.errors import (
     Closed,
     WireError,
-    refuse_transaction,
 )
 from qtasks_core.options import checked_retention
 from qtasks_core.records import FINAL, RETENTION, order_of, refused_by, unreadable
 from qtasks_core.together import together
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_redis.connection import (
     MOST_BYTES,
@@ -91,7 +91,8 @@ class RedisStorage(Storage):
                 await connection.close()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         connection = self._started()
         encoded = [encode_task(task) for task in tasks]
         outcomes, taken = fitting(encoded, connection.server.largest)

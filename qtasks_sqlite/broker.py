@@ -16,9 +16,10 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.errors import Closed
 from qtasks_core.options import LEASE_TIME
 from qtasks_core.together import together
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message
 from qtasks_sqlite import batches
 from qtasks_sqlite.composition import SqliteComposition
@@ -100,7 +101,8 @@ class SqliteBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         await self.started().write(self.publishing(messages))
         return [DONE] * len(messages)
 

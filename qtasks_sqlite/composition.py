@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qtasks_core import DONE, Broker, Completion, Outcome, Retry, Subscription, Task, TaskMessage
-from qtasks_core.errors import refuse_transaction
 from qtasks_core.separate import (
     SeparateComposition,
     instead,
@@ -14,6 +13,7 @@ from qtasks_core.separate import (
     smaller_of,
     taken,
 )
+from qtasks_core.transactions import refuse_transaction
 from qtasks_sqlite.connection import Database, Transaction
 from qtasks_sqlite.storage import SqliteStorage
 from qtasks_sqlite.subscription import SqliteSubscription
@@ -40,7 +40,8 @@ class SqliteComposition(SeparateComposition):
     async def submit(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        refuse_transaction(self._broker, transaction)
+        if transaction is not None:
+            refuse_transaction(self._broker)
         if any(message.submission for message in messages):
             return await self._database().write(self._submitting_once(messages))
         publish = self._publishing(messages)

@@ -22,7 +22,6 @@ from qtasks_core import (
 from qtasks_core.errors import (
     Closed,
     WireError,
-    refuse_transaction,
 )
 from qtasks_core.options import checked_retention
 from qtasks_core.queries import cursor_at, place_of
@@ -38,6 +37,7 @@ from qtasks_core.records import (
     retention_note,
 )
 from qtasks_core.together import together
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_sqlite import batches, listing, shared
 from qtasks_sqlite.connection import (
@@ -126,7 +126,8 @@ class SqliteStorage(Storage):
                 await disconnect(database)
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         return await self.started().write(self.saving(tasks))
 
     def saving(self, tasks: Sequence[Task]) -> Callable[[Transaction], list[Outcome]]:

@@ -17,10 +17,8 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed
-from qtasks_core.leftovers import Leftovers
-from qtasks_core.recent import Recent
-from qtasks_core.settling import SettleCall
-from qtasks_core.shielded import Shielded
+from qtasks_core.leftovers import Leftovers, Shielded
+from qtasks_core.settling import Recent, SettleCall
 from qtasks_core.wire import decode_message
 from qtasks_sqlite import batches
 from qtasks_sqlite.connection import Database, Transaction

@@ -27,8 +27,8 @@ from qtasks_core import (
     Verdict,
 )
 from qtasks_core.errors import ConfigurationError
-from qtasks_core.recent import Recent
 from qtasks_core.separate import SeparateComposition, record_of
+from qtasks_core.settling import Recent
 from qtasks_memory.connection import Entry, Memory, connect
 from qtasks_memory.subscription import MemorySubscription
 from tests.kit.served import Broker

@@ -9,7 +9,8 @@ import pytest
 
 import qtasks_core
 from qtasks_core.drivers import importing_driver
-from qtasks_core.errors import MissingDriver, NotSupported, refuse_transaction
+from qtasks_core.errors import MissingDriver, NotSupported
+from qtasks_core.transactions import refuse_transaction
 from qtasks_memory import MemoryBroker, MemoryStorage
 
 HOME = Path(qtasks_core.__file__).parents[1]
@@ -28,9 +29,8 @@ def test_a_missing_driver_is_one_line_that_names_the_extra() -> None:
 def test_a_transaction_is_refused_by_name_of_what_can(
     part: MemoryBroker | MemoryStorage, able: str
 ) -> None:
-    refuse_transaction(part, None)
     with pytest.raises(NotSupported, match=f"{type(part).__name__} cannot .* that can: {able}$"):
-        refuse_transaction(part, object())
+        refuse_transaction(part)
 
 
 def test_loggers_are_of_one_hierarchy() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
-from qtasks_core.shielded import Shielded
+from qtasks_core.leftovers import Shielded
 
 
 class Source:

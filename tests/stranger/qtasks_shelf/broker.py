@@ -19,9 +19,10 @@ from qtasks_core import (
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.errors import Closed
 from qtasks_core.options import LEASE_TIME
-from qtasks_core.recent import Recent, repeat_key
+from qtasks_core.settling import Recent, repeat_key
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_shelf.shelf import Row, Shelf, connect
 
@@ -57,7 +58,8 @@ class ShelfBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         shelf = self.started()
         for message in messages:
             shelf.put(message.queue, encode_message(message), message.delay)

@@ -8,8 +8,9 @@ from uuid import uuid4
 from weakref import WeakSet
 
 from qtasks_core import DONE, Guarantees, Inbox, Outcome, Storage, Task
-from qtasks_core.errors import Closed, refuse_transaction
+from qtasks_core.errors import Closed
 from qtasks_core.records import FINAL, judge, refused_by
+from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_shelf.shelf import Shelf, connect
 
@@ -41,7 +42,8 @@ class ShelfStorage(Storage):
         self._shelf = None
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
-        refuse_transaction(self, transaction)
+        if transaction is not None:
+            refuse_transaction(self)
         shelf = self.started()
         return [self._save(shelf, task) for task in tasks]
 
