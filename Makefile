@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BACKEND ?= sqlite
 PYTEST_ARGS ?=
-# Seven processes, though there are fewer cores: most tests wait for servers and leases.
-PARALLEL := -n 7
+# Eight processes, though there are fewer cores: most tests wait for servers and leases.
+PARALLEL := -n 8
 
 RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject
