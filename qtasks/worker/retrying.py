@@ -1,4 +1,4 @@
-"""Calls that are repeated while a server is out of reach, and whether it is in reach."""
+"""A worker's calls to its servers, which are retried while a server is out of reach."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qtasks_core.errors import Unavailable
 T = TypeVar("T")
 
 _FRESH = 10.0
-"""Seconds for which a failure counts. A receive that waits says nothing, but had it lost its
+"""Seconds for which a failure counts. A `receive` that waits says nothing, but if it had lost its
 server it would have failed again by then."""
 
 
-class Reach:
-    """A worker's calls to its servers."""
+class Retrying:
+    """Retries calls with backoff, and knows whether the servers answered lately."""
 
     def __init__(self) -> None:
         self._failed_at: float | None = None
@@ -31,10 +31,10 @@ class Reach:
         """Whether the last calls were answered."""
         return self._failed_at is None or time.monotonic() - self._failed_at > _FRESH
 
-    async def persist(
+    async def call(
         self, call: Callable[[], Awaitable[T]], until: asyncio.Event | None = None
     ) -> T | None:
-        """Repeat `call` while the server is out of reach; None when `until` is set meanwhile."""
+        """Retry `call` while the server is out of reach; None once `until` is set meanwhile."""
         backoff = Backoff()
         failed = False
         while True:
@@ -47,7 +47,7 @@ class Reach:
                 self._outage.failed(error)
             else:
                 self._failed_at = None
-                if failed:  # else another part may be the one that is out of reach
+                if failed:  # otherwise it may be another server that is out of reach
                     self._outage.over()
                 return answer
             pause = backoff.next()

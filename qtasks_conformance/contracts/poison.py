@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from qtasks.worker.poison import convicted, counted, lone_runs, suspicious
+from qtasks.worker.job import counted
+from qtasks.worker.poison import is_candidate, isolated_runs, poisoned
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delays import assert_on_time, clock
@@ -24,8 +25,8 @@ LIVES = 10
 class PoisonContract(Contract):
     """Invariants 6 and 7, as far as they are a pair's.
 
-    Whom to suspect and whom to convict is asked of the engine; what it goes by is the broker's
-    count of deliveries, and a count of its own in the record.
+    The engine says which message is a candidate and which is poison. It goes by the broker's count
+    of deliveries, and by a count of its own in the record.
     """
 
     async def test_what_kills_each_time_is_dead_at_last(self, rig: Rig) -> None:
@@ -47,7 +48,7 @@ class PoisonContract(Contract):
             if len(ended) == len(messages):
                 break
         else:
-            raise AssertionError(f"it has killed {LIVES} workers and none suspects it")
+            raise AssertionError(f"it has killed {LIVES} workers and is no poison for any")
         there = await storage.get([culprit, *innocents])
         assert [record and record.status for record in there] == ["error", *["success"] * 3]
         await assert_silent(await broker.subscribe({"q": 10}), 0.5)
@@ -64,14 +65,14 @@ class PoisonContract(Contract):
             if record.status in FINAL:
                 await worker.settle((place, "ack"))
                 continue
-            if convicted(record) is not None:
-                assert message.uuid == culprit, "one that killed nobody is convicted"
+            if poisoned(record) is not None:
+                assert message.uuid == culprit, "one that killed nobody counts as poison"
                 await worker.complete((place, "ack", "error"))
                 ended.add(culprit)
                 continue
-            if suspicious(Delivery(message, "q", None, held[-1].count), record):
+            if is_candidate(Delivery(message, "q", None, held[-1].count), record):
                 begun = replace(record_of(message), status="process", execution=new_uuid())
-                assert_done(await worker.save(counted(begun, lone_runs(record) + 1)))
+                assert_done(await worker.save(counted(begun, isolated_runs(record) + 1)))
             if message.uuid == culprit:
                 return
             await worker.complete((place, "ack", "success"))
