@@ -182,16 +182,16 @@ async def working(
             try:
                 if replacing is not None:
                     replacing.cancel()
-                    await _finished({replacing}, running)
+                    await _until_done({replacing}, running)
             finally:
-                await _finished(running.hosted.stop(options.grace), running)
+                await _until_done(running.hosted.stop(options.grace), running)
                 if (error := running.hosted.close()) is not None:
                     raise error
     finally:
         await app.stop_async()
 
 
-async def _finished(tasks: set[asyncio.Task[None]], running: RunningWorker) -> None:
+async def _until_done(tasks: set[asyncio.Task[None]], running: RunningWorker) -> None:
     """Wait for tasks that stop a worker. Being cancelled meanwhile skips the grace period."""
     cancelled: asyncio.CancelledError | None = None
     while not all(task.done() for task in tasks):

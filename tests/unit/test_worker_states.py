@@ -217,7 +217,7 @@ class TestALife:
         life = Life("worker", lambda: None)
         first = RuntimeError("first")
         life.fail(first)
-        assert life.state is WorkerState.STOPPING
+        assert life.stopping.is_set()
         life.drain()
         life.fail(RuntimeError("second"))
         assert life.failure is first
