@@ -91,43 +91,43 @@ class PoisonCandidates:
         if job.is_lost or job.state is JobState.DISCARDED:
             self._waiting.popleft()
             self._completer.release([job])
-        elif await self._count(job, runs + 1):
-            self._waiting.popleft()
-            await self._run(job)
-
-    async def _count(self, job: Job, runs: int) -> bool:
-        """Save how many isolated runs have started; say whether the job may start this one."""
-        job.started = time.time()
+            return
         logger.warning(
             "task %s %s was delivered often and never finished; it runs alone (%d)",
-            job.message.task_name, job.message.uuid, runs,
+            job.message.task_name, job.message.uuid, runs + 1,
         )  # fmt: skip
-        record = counted(job.as_record("process"), runs)
+        job.started = time.time()
+        record = counted(job.as_record("process"), runs + 1)
         outcome = await self._save(record)
         if outcome is not None and not_taken(outcome):
             # The count is what matters: it is kept without arguments, as other records are.
-            record = counted(within(record, outcome.reason), runs)
+            record = counted(within(record, outcome.reason), runs + 1)
             outcome = await self._save(record)
         if outcome is None:
-            return False
-        if outcome.status != "refused":
-            job.isolated_runs = runs
-            return True
+            return  # the worker stops, and releases it
         self._waiting.popleft()
-        if not_taken(outcome):
-            job.set_result("error", error=record.error, dead="unstorable record")
-            job.finish()
-            name, uuid = job.message.task_name, job.message.uuid
-            logger.error("task %s %s is dead: %s", name, uuid, record.error)
-        elif job.state is not JobState.DISCARDED:
-            job.discard()  # cancelled meanwhile, or another run has finished it
-        self._completer.add(job)
-        return False
+        if outcome.status == "refused":
+            self._drop(job, record, outcome)
+        else:
+            job.isolated_runs = runs + 1
+            await self._run(job)
 
     async def _save(self, record: Task) -> Outcome | None:
         save = partial(self._storage.save, [record])
         outcomes = await self._retrying.call(save, self._stopping)
         return None if outcomes is None else outcomes[0]
+
+    def _drop(self, job: Job, record: Task, outcome: Outcome) -> None:
+        """Complete a candidate whose record was refused, so that it must not run."""
+        if not_taken(outcome):
+            job.set_result("error", error=record.error, dead="unstorable record")
+            self._completer.release([job])
+            name, uuid = job.message.task_name, job.message.uuid
+            logger.error("task %s %s is dead: %s", name, uuid, record.error)
+            return
+        if job.state is not JobState.DISCARDED:
+            job.discard()  # cancelled meanwhile, or another run has finished it
+        self._completer.add(job)
 
     async def _run(self, job: Job) -> None:
         if self._stopping.is_set() or job.state is JobState.DISCARDED:
