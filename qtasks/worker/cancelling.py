@@ -16,14 +16,14 @@ from qtasks.worker.job import Job
 from qtasks.worker.jobs import Jobs
 from qtasks.worker.retrying import Retrying
 from qtasks.worker.runner import Runner
-from qtasks.worker.states import JobState
+from qtasks.worker.states import ADMITTING, RUNNING, WAITING
 from qtasks_core import Storage
 
 logger = logging.getLogger("qtasks")
 
 _CHECK_EVERY = 10.0
 """Seconds between checks where there is no lease to say how often."""
-_BEFORE_ITS_RUN = (JobState.ADMITTING, JobState.WAITING)
+_BEFORE_ITS_RUN = (ADMITTING, WAITING)
 
 
 class Cancelling:
@@ -84,4 +84,4 @@ class Cancelling:
 
 
 def _can_be_cancelled(job: Job) -> bool:
-    return job.state is JobState.RUNNING or job.state in _BEFORE_ITS_RUN
+    return job.state is RUNNING or job.state in _BEFORE_ITS_RUN

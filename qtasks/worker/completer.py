@@ -20,7 +20,7 @@ from qtasks.worker.jobs import Jobs
 from qtasks.worker.life import Life
 from qtasks.worker.limits import Limits
 from qtasks.worker.retrying import Retrying
-from qtasks.worker.states import JobState
+from qtasks.worker.states import CANCELLING, DISCARDED
 from qtasks_core import Ack, Completion, Composition, Guarantees, Outcome, Release, Subscription
 from qtasks_core.records import ENVELOPE, within
 
@@ -81,9 +81,9 @@ class Completer:
         They are released for another worker, unless their tasks were cancelled.
         """
         for job in jobs:
-            if job.state is JobState.CANCELLING:
+            if job.state is CANCELLING:
                 job.discard()
-            elif job.state is not JobState.DISCARDED:
+            elif job.state is not DISCARDED:
                 job.finish()
         self._buffer.extend([*jobs])
 

@@ -20,7 +20,7 @@ from qtasks.worker.jobs import Jobs
 from qtasks.worker.life import Life
 from qtasks.worker.poison import PoisonCandidates, is_candidate, poisoned
 from qtasks.worker.retrying import Retrying
-from qtasks.worker.states import JobState
+from qtasks.worker.states import DISCARDED
 from qtasks_core import (
     Ack,
     Balancer,
@@ -225,8 +225,8 @@ class Consumer:
     def _may_start(self, job: Job, verdict: Verdict, record: Task | None) -> bool:
         """Say whether a job starts now; complete it or set it aside if not."""
         message = job.message
-        if verdict != "run" or job.state is JobState.DISCARDED:
-            if job.state is not JobState.DISCARDED:
+        if verdict != "run" or job.state is DISCARDED:
+            if job.state is not DISCARDED:
                 job.discard()
             self._completer.add(job)
             return False

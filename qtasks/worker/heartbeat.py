@@ -11,7 +11,7 @@ from qtasks.worker.completer import Completer
 from qtasks.worker.job import Job
 from qtasks.worker.jobs import Jobs
 from qtasks.worker.retrying import Retrying
-from qtasks.worker.states import JobState
+from qtasks.worker.states import RUNNING
 from qtasks_core import Completion, Subscription
 
 logger = logging.getLogger("qtasks")
@@ -59,7 +59,7 @@ class Heartbeat:
             before = time.time() - NOTE_AFTER
             for job in self._jobs:
                 if (
-                    job.state is JobState.RUNNING
+                    job.state is RUNNING
                     and not job.process_noted
                     and job.record is None
                     and job.started <= before

@@ -9,12 +9,15 @@ from typing import Literal
 from msgspec.structs import replace
 
 from qtasks.worker.states import (
+    ADMITTING,
     CANCEL,
     CLOSE,
     DISCARD,
+    DISCARDED,
     FINISH,
     SET_ASIDE,
     SETTLE,
+    SETTLING,
     START,
     JobState,
 )
@@ -52,7 +55,7 @@ class Job:
     )  # fmt: skip
 
     def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
-        self.state = JobState.ADMITTING
+        self.state: JobState = ADMITTING
         """Read it anywhere; only the transitions below set it."""
         self.queue = delivery.queue
         self.leases: tuple[Delivery, ...] = (delivery,)
@@ -110,7 +113,7 @@ class Job:
 
     def settle(self) -> Completion:
         """Return what the composition has to record and to settle, which begins now."""
-        is_discarded = self.state is JobState.DISCARDED
+        is_discarded = self.state is DISCARDED
         if self.state not in SETTLE.sources:
             raise SETTLE.refused(self.state)
         self.state = SETTLE.target
@@ -146,7 +149,7 @@ class Job:
 
         The newest lease is the one most certain to be ours, so it is the one to be settled.
         """
-        if self.state is JobState.SETTLING:
+        if self.state is SETTLING:
             self.leases += (delivery,)
         else:
             self.leases = (delivery, *self.leases)
@@ -157,7 +160,7 @@ class Job:
             return
         if answer is not None:
             self.leases = tuple(answer if lease is asked else lease for lease in self.leases)
-        elif self.state is not JobState.SETTLING or asked not in self.leases[:1]:
+        elif self.state is not SETTLING or asked not in self.leases[:1]:
             # One that is being settled stays: the answer to that says whether it was still ours.
             self.leases = tuple(lease for lease in self.leases if lease is not asked)
 

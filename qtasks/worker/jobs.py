@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from qtasks.bridge.entry_queue import EntryQueue
 from qtasks.worker.job import Job
-from qtasks.worker.states import JobState
+from qtasks.worker.states import CANCELLING, RUNNING
 
-_WITH_THE_RUNNER = (JobState.RUNNING, JobState.CANCELLING)
+_WITH_THE_RUNNER = (RUNNING, CANCELLING)
 
 
 class Jobs:
@@ -76,10 +76,10 @@ class Jobs:
         returned: list[Job] = []
         for job in jobs:
             self.running[job.queue] -= 1
-            if job.state is JobState.RUNNING:
+            if job.state is RUNNING:
                 job.finish()
                 returned.append(job)
-            elif job.state is JobState.CANCELLING:
+            elif job.state is CANCELLING:
                 job.discard()
                 returned.append(job)
         self._changed.set()

@@ -19,7 +19,7 @@ from qtasks.worker.completer import Completer
 from qtasks.worker.job import ISOLATED_RUNS, Job, count_in, counted
 from qtasks.worker.jobs import Jobs
 from qtasks.worker.retrying import Retrying
-from qtasks.worker.states import JobState
+from qtasks.worker.states import DISCARDED
 from qtasks_core import Delivery, Outcome, Storage, Task
 from qtasks_core.records import not_taken, within
 
@@ -88,7 +88,7 @@ class PoisonCandidates:
         if self._stopping.is_set():
             return
         job, runs = self._waiting[0]
-        if job.is_lost or job.state is JobState.DISCARDED:
+        if job.is_lost or job.state is DISCARDED:
             self._waiting.popleft()
             self._completer.release([job])
             return
@@ -125,12 +125,12 @@ class PoisonCandidates:
             name, uuid = job.message.task_name, job.message.uuid
             logger.error("task %s %s is dead: %s", name, uuid, record.error)
             return
-        if job.state is not JobState.DISCARDED:
+        if job.state is not DISCARDED:
             job.discard()  # cancelled meanwhile, or another run has finished it
         self._completer.add(job)
 
     async def _run(self, job: Job) -> None:
-        if self._stopping.is_set() or job.state is JobState.DISCARDED:
+        if self._stopping.is_set() or job.state is DISCARDED:
             self._completer.release([job])
             return
         self._isolated = job

@@ -51,6 +51,10 @@ class JobState(Enum):
     """The worker does not hold it any more."""
 
 
+ADMITTING, WAITING, RUNNING, CANCELLING, FINISHED, DISCARDED, SETTLING, CLOSED = JobState
+"""Python 3.11 looks a member up in its class by a function call, which the hot path avoids."""
+
+
 class WorkerState(Enum):
     """Where a worker is in its life."""
 
@@ -66,14 +70,13 @@ class WorkerState(Enum):
     """Nothing is left to do."""
 
 
-_J = JobState
-SET_ASIDE = Transition("set_aside", (_J.ADMITTING,), _J.WAITING)
-START = Transition("start", (_J.ADMITTING, _J.WAITING), _J.RUNNING)
-CANCEL = Transition("cancel", (_J.RUNNING,), _J.CANCELLING)
-FINISH = Transition("finish", (_J.RUNNING, _J.ADMITTING, _J.WAITING), _J.FINISHED)
-DISCARD = Transition("discard", (_J.ADMITTING, _J.WAITING, _J.CANCELLING), _J.DISCARDED)
-SETTLE = Transition("settle", (_J.FINISHED, _J.DISCARDED), _J.SETTLING)
-CLOSE = Transition("close", (_J.SETTLING,), _J.CLOSED)
+SET_ASIDE = Transition("set_aside", (ADMITTING,), WAITING)
+START = Transition("start", (ADMITTING, WAITING), RUNNING)
+CANCEL = Transition("cancel", (RUNNING,), CANCELLING)
+FINISH = Transition("finish", (RUNNING, ADMITTING, WAITING), FINISHED)
+DISCARD = Transition("discard", (ADMITTING, WAITING, CANCELLING), DISCARDED)
+SETTLE = Transition("settle", (FINISHED, DISCARDED), SETTLING)
+CLOSE = Transition("close", (SETTLING,), CLOSED)
 JOB_TRANSITIONS = (SET_ASIDE, START, CANCEL, FINISH, DISCARD, SETTLE, CLOSE)
 
 _W = WorkerState
