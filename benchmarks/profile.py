@@ -32,9 +32,9 @@ STEPS = {
     "enqueue: encode the call": ("AsyncTask.map", "QueueTasks.add_tasks"),
     "enqueue: submit a batch": ("Client._submit", "Client.submit_all"),
     "run: decode, call, encode": ("Runner._run", "Runner._start", "Runner._post"),
-    "end: complete a batch": ("Worker._flush", "Worker._ended"),
-    "begin: admit a batch": ("Worker._admit",),
-    "begin: receive a batch": ("Worker._receive_loop",),
+    "complete a batch": ("Completer._flush", "Completer.take_back"),
+    "admit a batch": ("Consumer._admit",),
+    "receive a batch": ("Consumer.receive",),
 }
 """The engine's functions for each step, the innermost steps first."""
 LAYERS = (

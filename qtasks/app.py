@@ -25,7 +25,9 @@ from qtasks.client.parts import given_parts
 from qtasks.client.unmet import USUAL, Unmet
 from qtasks.codec.serializers import MsgpackSerializer
 from qtasks.execution.definition import TaskDefinition, checked_plugins
-from qtasks.worker.process import RunningWorker, WorkerOptions, serve, working
+from qtasks.worker.hosted import RunningWorker, WorkerOptions, working
+from qtasks.worker.process import serve
+from qtasks.worker.replacement import replace_failed
 from qtasks_core import Balancer, Broker, Plugin, Storage, TaskMessage, schemas
 from qtasks_core.errors import ConfigurationError, QTasksError, UnknownTask
 from qtasks_core.names import checked_name, is_id
@@ -233,7 +235,7 @@ class App(Lifecycle):
         options = WorkerOptions(
             queues=_checked(queues), concurrency=concurrency, grace=grace, balancer=balancer
         )
-        return working(self, options, start_timeout, is_replaced=True)
+        return working(self, options, start_timeout, replace_failed)
 
     def run_forever(
         self,

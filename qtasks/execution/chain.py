@@ -1,4 +1,4 @@
-"""What plugins do to a run: composed around its call once a task, asked after it failed."""
+"""The middleware chain: plugins around the runs of a task, and their decisions after a failure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from qtasks_core.contracts.plugin import Again, Decision, GiveUp, Plugin, Procee
 Call = Callable[[TaskMessage], Awaitable[Any]]
 
 _NO_RETRY = Backoff(0)
-"""What decides where no plugin did; a function may still ask for another run itself."""
+"""Decides where no plugin does: a task runs again only if its function asks for it."""
 
 
-def surrounded(call: Call, plugins: Sequence[Plugin], decode: Callable[[bytes], Any]) -> Call:
-    """Return the call within the plugins, the first outermost; as it is where none has a hook.
+def in_middleware(call: Call, plugins: Sequence[Plugin], decode: Callable[[bytes], Any]) -> Call:
+    """Return a call within its plugins, the first outermost.
 
-    What comes encoded from elsewhere is decoded for the hooks; None, where none is kept.
+    Plugins without an `around_execute` of their own cost nothing. The others get a decoded result:
+    one that comes encoded from another process is decoded for them, and is None if the task keeps
+    no result.
     """
-    hooked = [p for p in plugins if type(p).around_execute is not Plugin.around_execute]
-    if not hooked:
+    middleware = [p for p in plugins if type(p).around_execute is not Plugin.around_execute]
+    if not middleware:
         return call
 
     async def innermost(run: Run) -> Any:
@@ -31,7 +33,7 @@ def surrounded(call: Call, plugins: Sequence[Plugin], decode: Callable[[bytes], 
         return result
 
     proceed: Proceed = innermost
-    for plugin in reversed(hooked):
+    for plugin in reversed(middleware):
         proceed = _within(plugin, proceed)
 
     async def outermost(message: TaskMessage) -> Any:
@@ -47,9 +49,9 @@ def _within(plugin: Plugin, proceed: Proceed) -> Proceed:
 async def decided(
     plugins: Sequence[Plugin], message: TaskMessage, error: BaseException
 ) -> Decision:
-    """Return what the first plugin from the innermost on says that has an opinion.
+    """Ask the plugins from the innermost on; return the first decision.
 
-    Raises what a plugin raises, `TypeError` when it answers what is no decision.
+    Raises the error of a plugin, and `TypeError` if one returns something else than a decision.
     """
     run = Run(message)
     for plugin in reversed(plugins):

@@ -1,4 +1,4 @@
-"""A child process of a worker: it runs functions one after the other until its line is cut."""
+"""A child process of a worker: it runs functions one after the other until its socket closes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qtasks.execution.frames import (
     Raised,
     Rejected,
     Returned,
-    Run,
+    RunRequest,
     Setting,
     receive,
     send,
@@ -37,17 +37,17 @@ from qtasks.execution.places import definition_at
 from qtasks.signals import Reject, Retry
 from qtasks_core.errors import BadArguments, UnstorableResult
 
-_LAST_WORDS = 1.0
-"""Seconds an end in order may take, beside threads that functions have left behind."""
+_EXIT_WITHIN = 1.0
+"""Seconds for an orderly exit, should threads that functions have started delay it."""
 
 _here = False
 
 _settings = msgspec.msgpack.Decoder(Setting)
-_runs = msgspec.msgpack.Decoder(Run)
+_requests = msgspec.msgpack.Decoder(RunRequest)
 
 
 def is_child() -> bool:
-    """Say whether this process runs functions for a worker, and is not to become one."""
+    """Say whether this process runs functions for a worker, so that it must not start one."""
     return _here
 
 
@@ -56,15 +56,15 @@ def main() -> None:
     global _here
     _here = True
     for number in (signal.SIGINT, signal.SIGTERM):
-        # Not ignored: that would be inherited by what functions start.
+        # SIG_IGN would be inherited by the programs that functions start.
         handle(number, _let_the_worker_decide)
     line = socket.socket(fileno=int(sys.argv[1]))
-    # What a function starts must not hold the line open when this process is dead.
+    # Programs that a function starts must not keep the socket open when this process is dead.
     line.set_inheritable(False)
     os.register_at_fork(after_in_child=line.close)
     if (setting := receive(line, _settings)) is not None:
         _adopt(setting)
-        Child(line).serve()
+        FunctionServer(line).serve()
 
 
 def _let_the_worker_decide(_number: int, _frame: FrameType | None) -> None:
@@ -79,21 +79,21 @@ def _adopt(setting: Setting) -> None:
         os.environ["PYTHONPATH"] = setting.python_path
 
 
-class Child:
-    """Runs in the main thread, as functions may expect; another thread listens meanwhile."""
+class FunctionServer:
+    """Runs functions in the main thread, as they may expect; another thread listens meanwhile."""
 
     def __init__(self, line: socket.socket) -> None:
         self._line = line
-        self._runs: SimpleQueue[Run | None] = SimpleQueue()
+        self._requests: SimpleQueue[RunRequest | None] = SimpleQueue()
         self._busy = threading.Event()
         self._tasks: dict[tuple[Place, str], TaskDefinition] = {}
 
     def serve(self) -> None:
         """Answer until the worker is gone."""
         threading.Thread(target=self._listen, daemon=True, name="qtasks-line").start()
-        while (run := self._runs.get()) is not None:
-            answer = self._answer(run)
-            with suppress(Exception):  # whatever a function has put in their place
+        while (request := self._requests.get()) is not None:
+            answer = self._answer(request)
+            with suppress(Exception):  # a function may have put anything in their place
                 sys.stdout.flush()
                 sys.stderr.flush()
             try:
@@ -103,25 +103,25 @@ class Child:
                 return
 
     def _listen(self) -> None:
-        with suppress(MemoryError, OSError):  # no more can be heard: as good as cut
-            while (run := receive(self._line, _runs)) is not None:
+        with suppress(MemoryError, OSError):  # nothing more can be read: as if it were closed
+            while (request := receive(self._line, _requests)) is not None:
                 self._busy.set()
-                self._runs.put(run)
+                self._requests.put(request)
         if not self._busy.is_set():
-            self._runs.put(None)
-            time.sleep(_LAST_WORDS)
-        # The worker is dead, and its task will run elsewhere: not beside what it started here.
-        with suppress(ProcessLookupError):  # it has left its group
+            self._requests.put(None)
+            time.sleep(_EXIT_WITHIN)
+        # The worker is dead and its task will run elsewhere: stop all that it started here.
+        with suppress(ProcessLookupError):  # this process has left its group
             os.killpg(os.getpid(), signal.SIGKILL)
         os._exit(1)
 
-    def _answer(self, run: Run) -> Answer:
+    def _answer(self, request: RunRequest) -> Answer:
         try:
-            definition = self._definition(run)
-            if run.message is None:
+            definition = self._definition(request)
+            if request.message is None:
                 return Returned(b"")
-            result = definition.invoke(run.message)
-            return _returned(definition, result, run.message.store_result)
+            result = definition.invoke(request.message)
+            return _returned(definition, result, request.message.store_result)
         except Retry as retry:
             return AskedForRetry(retry.after)
         except Reject as reject:
@@ -134,11 +134,11 @@ class Child:
             mro = [Place(str(kind.__module__), kind.__qualname__) for kind in type(error).__mro__]
             return Raised(mro, line_of(error), trace_of(error), _asked(error))
 
-    def _definition(self, run: Run) -> TaskDefinition:
-        key = (run.place, run.name)
+    def _definition(self, request: RunRequest) -> TaskDefinition:
+        key = (request.place, request.name)
         if key not in self._tasks:
-            module = import_module(run.place.module)
-            self._tasks[key] = definition_at(module, run.place, run.name)
+            module = import_module(request.place.module)
+            self._tasks[key] = definition_at(module, request.place, request.name)
         return self._tasks[key]
 
 

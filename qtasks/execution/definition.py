@@ -1,4 +1,4 @@
-"""What is known of a task from its function: name, options, how arguments become bytes and back."""
+"""A task as it is declared: function, name, options, and the codecs of arguments and result."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, closing, suppress
-from functools import wraps
-from pathlib import Path
-from types import AsyncGeneratorType, CoroutineType, GeneratorType, GenericAlias
-from typing import (
-    Any,
-    Never,
-    NoReturn,
-    ParamSpecArgs,
-    ParamSpecKwargs,
-    get_args,
-    get_type_hints,
-)
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
+from typing import Any
 
 import msgspec
 
 from qtasks.codec.serializers import MsgpackSerializer
+from qtasks.execution.signatures import (
+    collecting,
+    default_name,
+    hints_of,
+    parameter_of_kind,
+    result_type,
+    signature_of,
+)
 from qtasks.plugins.retries import Retries
 from qtasks_core import Executor, Plugin, Serializer, TaskMessage
 from qtasks_core.errors import (
@@ -39,11 +36,11 @@ from qtasks_core.schemas import LONGEST
 logger = logging.getLogger("qtasks")
 
 RESERVED = ("timeout", "delay", "eta", "key", "queue", "priority", "expires")
-"""Option names of `add_task`: a parameter of this name is only reachable through `call`."""
+"""Option names of `add_task`: a parameter with such a name is passed through `call`."""
 
 
 class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a decorator says of a task."""
+    """The options of a task, as the decorator takes them."""
 
     queue: str = "default"
     priority: int = 5
@@ -51,23 +48,23 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     retry: int | None = None
     """How many more runs after the first may follow an exception: short for `Retries(retry)`.
 
-    None: as the plugins of the task, its router and its app say, without any not one.
+    None: the plugins of the task, its router and its app decide; without any there is no retry.
     """
     store_result: bool = True
     retention: float | None = None
-    """Seconds to keep the record after the end."""
+    """Seconds to keep the final record."""
     max_time: float | None = None
-    """Seconds one run may take; past them it fails with a `TimeoutError`, as by an exception.
+    """Seconds that one run may take; then it fails with a `TimeoutError`.
 
-    A coroutine is cancelled, a function in a process killed. A thread cannot be stopped: its run
-    is over for the queue, while the function goes on and what it returns is not used.
+    A coroutine is cancelled, a function in a process is killed. A thread cannot be stopped: the
+    function keeps running, and its result is discarded.
     """
     executor: Executor | None = None
     """Where it runs: None is the worker's loop for coroutine functions, a thread for others."""
     plugins: Sequence[Plugin] = ()
-    """Within those of the router and the app, the first outermost."""
+    """They run within those of the router and the app, the first outermost."""
     generate_handler: Callable[[Any], Any] | None = None
-    """Takes each yield of a generator and returns what the result has in its place."""
+    """Is called with each value that a generator yields; the result is the list of its answers."""
 
     def __post_init__(self) -> None:
         checked_name(self.queue, "a queue")
@@ -92,12 +89,12 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError("give retry= or a Retries plugin, not both")
 
     def all_plugins(self) -> tuple[Plugin, ...]:
-        """Return the plugins, with that of `retry`: asked when those given leave it open."""
+        """Return the plugins and, outside of them, the one that `retry` stands for."""
         return (*(() if self.retry is None else (Retries(self.retry),)), *self.plugins)
 
 
 def checked_plugins(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
-    """Return the plugins. Raises `ConfigurationError` for what is none, a class for instance."""
+    """Return the plugins. Raises `ConfigurationError` for anything else, a class for instance."""
     plugins = tuple(plugins)
     for plugin in plugins:
         if not isinstance(plugin, Plugin):
@@ -117,13 +114,13 @@ class TaskDefinition:
         plugins: Sequence[Plugin] = (),
     ) -> None:
         self.function = function
-        self.signature = _signature(function)
+        self.signature = signature_of(function)
         self.name = checked_task_name(name or default_name(function))
-        self.run = _collecting(function, options.generate_handler)
-        """What a worker calls: the function, or what makes a list of the generator it is."""
+        self.run = collecting(function, options.generate_handler)
+        """The function as a worker calls it: one that is a generator returns a list."""
         self.options = options
         self.plugins = (*plugins, *options.all_plugins())
-        """Those of its router and its own, the outermost first."""
+        """The plugins of its router and its own, the outermost first."""
         self.serializer = serializer or MsgpackSerializer()
         self.reserved = [p for p in self.signature.parameters if p in RESERVED]
         if self.reserved:
@@ -133,9 +130,9 @@ class TaskDefinition:
                 self.name,
                 ", ".join(self.reserved),
             )
-        hints = _hints(function)
-        bounded = _hints(function, include_extras=True)
-        """With the bounds in an `Annotated`, which the worker checks."""
+        hints = hints_of(function)
+        bounded = hints_of(function, include_extras=True)
+        """The annotations with the bounds in an `Annotated`, which the worker checks."""
         self._parameters = list(self.signature.parameters.values())
         codecs = {
             p.name: self._codec(
@@ -153,11 +150,11 @@ class TaskDefinition:
         self._keywords = {
             p.name for p in self._parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         }
-        self._var_positional = _name_of(self._parameters, inspect.Parameter.VAR_POSITIONAL)
-        self._var_keyword = _name_of(self._parameters, inspect.Parameter.VAR_KEYWORD)
-        returns = _returned(function, hints, options.generate_handler)
+        self._var_positional = parameter_of_kind(self._parameters, inspect.Parameter.VAR_POSITIONAL)
+        self._var_keyword = parameter_of_kind(self._parameters, inspect.Parameter.VAR_KEYWORD)
+        returns = result_type(function, hints, options.generate_handler)
         self._encode_result, self.decode_result = self._codec(
-            "the result", returns, _returned(function, bounded, options.generate_handler)
+            "the result", returns, result_type(function, bounded, options.generate_handler)
         )
         self._checks_result = returns is not Any
         self.is_async = inspect.iscoroutinefunction(self.run)
@@ -192,7 +189,7 @@ class TaskDefinition:
             raise self._name_culprit(prepared, error) from None
 
     def mismatch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
-        """Return why the function cannot be called like this, None where it can."""
+        """Return why the function cannot be called like this; None if it can."""
         try:
             self.signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -240,7 +237,7 @@ class TaskDefinition:
         try:
             return self._decoders.get(parameter, _untyped)(data)
         except Exception as error:
-            # A type's own checks run in here and raise what they like.
+            # Decoding runs the checks of user types, which may raise anything.
             raise SerializationError(f"{self.name}: argument {name!r}: {error}") from error
 
     def _call(self, message: TaskMessage) -> Any:
@@ -266,7 +263,7 @@ class TaskDefinition:
             _end_fork(pid)
 
     def _arguments(self, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
-        if message.encoding != self.serializer.name:  # what other bytes say by chance is no value
+        if message.encoding != self.serializer.name:  # other bytes might decode by chance
             raise BadArguments(
                 f"{self.name}: the arguments are encoded as {message.encoding!r}, "
                 f"and this worker reads {self.serializer.name!r}"
@@ -277,9 +274,9 @@ class TaskDefinition:
             raise BadArguments(str(error)) from error
 
     def _blame(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise `BadArguments` if a call could not but fail.
+        """Raise `BadArguments` if the arguments do not fit the signature.
 
-        Only looked at once it has: a sender that knows the function has checked it already.
+        It is checked only after a `TypeError`: a sender that knows the function has checked it.
         """
         if (mismatch := self.mismatch(args, kwargs)) is not None:
             raise BadArguments(mismatch) from None
@@ -287,8 +284,8 @@ class TaskDefinition:
     def encode_result(self, value: Any) -> bytes:
         """Return the bytes of a result.
 
-        Raises `SerializationError`, or what the result's type raises, for one that does not fit
-        its annotation: as a success it would be one that nobody can read.
+        Raises `SerializationError`, or an error of the result's type, if the result does not fit
+        its annotation: nobody could read it.
         """
         data = self.serializer.encode(self._encode_result(value))
         if self._checks_result:
@@ -297,14 +294,14 @@ class TaskDefinition:
 
 
 def _ran(result: Any) -> Any:
-    """Return a result; raise for one that nobody has run, even where no result is wanted.
+    """Return a result; raise if it is a coroutine or a generator that nobody has run.
 
-    A function behind a decorator that is not async, or an await that was forgotten: as a success
-    it would be one of a task that did nothing.
+    A forgotten `await`, or a decorator that is not async: recorded as a success, it would hide that
+    the task did nothing.
     """
     if type(result) in (CoroutineType, GeneratorType, AsyncGeneratorType):
         if not isinstance(result, AsyncGeneratorType):
-            result.close()  # else a coroutine complains of it wherever it is collected
+            result.close()  # otherwise Python warns wherever the coroutine is collected
         raise UnstorableResult(
             f"nobody has run the {type(result).__name__} that it is; the task's function itself, "
             "as it is registered, has to be async or a generator, and to await what it calls"
@@ -313,9 +310,9 @@ def _ran(result: Any) -> Any:
 
 
 def _end_fork(pid: int) -> None:
-    """End a process that a function forked and came back in, with the status of its way out.
+    """Exit if the function has forked and this is the child process, in which it returned too.
 
-    Only the function's own goes on with what follows: records, plugins, a loop that both share.
+    Only the parent goes on: the child has its loop and its connections as well.
     """
     if os.getpid() != pid:
         error = sys.exc_info()[1]
@@ -324,98 +321,3 @@ def _end_fork(pid: int) -> None:
 
 
 _untyped = MsgpackSerializer().decoder(Any)
-
-
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    # A partial has no name and no hints; of what is built in some has no signature.
-    named = all(hasattr(function, name) for name in ("__module__", "__qualname__"))
-    if named and not isinstance(function, staticmethod):
-        with suppress(TypeError, ValueError):
-            return inspect.signature(function)
-    raise ConfigurationError(f"{function!r} is no function; write one that calls it")
-
-
-def _hints(function: Callable[..., Any], include_extras: bool = False) -> dict[str, Any]:
-    try:
-        hints = get_type_hints(function, include_extras=include_extras)
-        # Those of a decorator's inner function say nothing of what comes.
-        silent = (ParamSpecArgs, ParamSpecKwargs)
-        return {name: hint for name, hint in hints.items() if not isinstance(hint, silent)}
-    except (NameError, AttributeError) as error:
-        if not include_extras:
-            logger.warning(
-                "task %s: annotation not found at run time (%s); all its values travel untyped",
-                default_name(function),
-                error,
-            )
-        return {}
-    except (TypeError, SyntaxError) as error:
-        raise ConfigurationError(f"task {default_name(function)}: an annotation: {error}") from None
-
-
-def _collecting(
-    function: Callable[..., Any], handler: Callable[[Any], Any] | None
-) -> Callable[..., Any]:
-    """Return a function that returns the yields as a list; any but a generator as it is."""
-    if inspect.isgeneratorfunction(function):
-        if inspect.iscoroutinefunction(handler):
-            raise ConfigurationError("a generate_handler= of a plain generator cannot be async")
-
-        @wraps(function)
-        def collect(*args: Any, **kwargs: Any) -> list[Any]:
-            with closing(function(*args, **kwargs)) as yields:
-                return [handler(item) if handler else item for item in yields]
-
-        return collect
-    if inspect.isasyncgenfunction(function):
-        is_async = inspect.iscoroutinefunction(handler)
-
-        @wraps(function)
-        async def collect_async(*args: Any, **kwargs: Any) -> list[Any]:
-            results = []
-            async with aclosing(function(*args, **kwargs)) as yields:
-                async for item in yields:
-                    handled = handler(item) if handler else item
-                    results.append(await handled if is_async else handled)
-            return results
-
-        return collect_async
-    if handler is not None:
-        raise ConfigurationError("generate_handler= is for generators, which this function is not")
-    return function
-
-
-def _returned(
-    function: Callable[..., Any], hints: dict[str, Any], handler: Callable[[Any], Any] | None
-) -> Any:
-    """Return the type of the result: of a generator, the list of what each yield becomes."""
-    returns = hints.get("return", Any)
-    if returns in (NoReturn, Never):
-        return Any
-    if not (inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)):
-        return returns
-    if handler is not None:
-        item = _hints(handler).get("return", Any) if inspect.isroutine(handler) else Any
-    else:
-        item = (get_args(returns) or (Any,))[0]
-    # Without a type of its own each item is tagged, as other untyped values are.
-    return Any if item is Any else GenericAlias(list, (item,))
-
-
-def _name_of(parameters: Sequence[inspect.Parameter], kind: Any) -> str | None:
-    return next((p.name for p in parameters if p.kind is kind), None)
-
-
-def default_name(function: Callable[..., Any]) -> str:
-    """Return `module.qualname`; the module that runs as `__main__` goes by its importable name."""
-    return f"{importable_module(function)}.{function.__qualname__}"
-
-
-def importable_module(function: Callable[..., Any]) -> str:
-    """Return the name by which a function's module is imported; `__main__` if there is none."""
-    if function.__module__ != "__main__":
-        return function.__module__
-    main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    file = getattr(main, "__file__", None)
-    return spec.name if spec else Path(file).stem if file else "__main__"

@@ -1,4 +1,4 @@
-"""What a record says of an exception: a line and the traceback, both fit to be stored."""
+"""Exceptions as text for records and logs: one line, and the traceback."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _MAX_LOGGED = 1000
 
 
 class RemoteError(Exception):
-    """An exception in another process, as it was told of there."""
+    """An exception in another process, with the text that it has there."""
 
     line = ""
     trace = ""
     retry_after: float | None = None
-    """The seconds to wait for which it asked, as exceptions of some clients do."""
+    """The seconds to wait that the exception asks for, as those of some clients do."""
 
     def __str__(self) -> str:
         return self.line
 
 
 def remote_error(kinds: Iterable[tuple[str, str]], line: str, trace: str) -> RemoteError:
-    """Return a `RemoteError` that is of the first of these classes known in this process too.
+    """Return a `RemoteError` that is also an instance of the exception's class.
 
-    A class is a pair of its module and its qualified name. So it is told apart by `isinstance` as
-    the exception itself would be; of that it has the text, and no attribute
-    but `retry_after`. Nothing is imported for it.
+    `kinds` are the class and its bases, each as the pair of its module and its qualified name; the
+    first that this process has imported counts. So `isinstance` works as with the exception
+    itself. It has the text of the exception, and of its attributes only `retry_after`.
     """
     error = next(filter(None, (_of_kind(*kind) for kind in kinds)), None) or RemoteError()
     error.line, error.trace = line, trace
@@ -42,21 +42,21 @@ def remote_error(kinds: Iterable[tuple[str, str]], line: str, trace: str) -> Rem
 
 def _of_kind(module: str, qualname: str) -> RemoteError | None:
     try:
-        # Not by `getattr`: a module may import at that.
+        # `getattr` would run the `__getattr__` of a module, which may import.
         kind: Any = reduce(
             lambda where, name: vars(where)[name], qualname.split("."), sys.modules[module]
         )
         if not issubclass(kind, Exception):
             return None
         both = type(kind.__name__, (RemoteError, kind), {"__module__": module})
-        error: RemoteError = kind.__new__(both)  # its `__init__` may want what is not known
-    except Exception:  # noqa: BLE001  # not imported here, or what a class raises that is derived from
+        error: RemoteError = kind.__new__(both)  # its `__init__` may have parameters
+    except Exception:  # noqa: BLE001  # not imported here, or its class cannot be derived from
         return None
     return error
 
 
 def line_of(error: BaseException) -> str:
-    """Return an exception's type and message, of which the latter may fail to come about."""
+    """Return the type and the message of an exception, even if its `__str__` raises."""
     if isinstance(error, RemoteError):
         return error.line
     try:
@@ -67,15 +67,15 @@ def line_of(error: BaseException) -> str:
 
 
 def logged(text: str) -> str:
-    """Return an error as part of one line of the log."""
+    """Return an error for one line of the log: without line breaks, and not too long."""
     text = " ".join(text.split())
     return text if len(text) <= _MAX_LOGGED else f"{text[:_MAX_LOGGED]}…"
 
 
 def trace_of(error: BaseException) -> str:
-    """Return the traceback from the task's own function on, without what is around its call.
+    """Return the traceback without the frames of the engine around the function's call.
 
-    Of what a plugin raised, from the plugin on.
+    If a plugin has raised the error, it starts with the plugin.
     """
     if isinstance(error, RemoteError):
         return error.trace
@@ -84,13 +84,13 @@ def trace_of(error: BaseException) -> str:
         while frames is not None and frames.tb_next is not None and _is_engine(frames.tb_frame):
             frames = frames.tb_next
         text = "".join(traceback.format_exception(error.with_traceback(frames)))
-    except Exception as failure:  # noqa: BLE001  # what attributes of another type lead to
+    except Exception as failure:  # noqa: BLE001  # an exception may have attributes of any type
         text = f"(its traceback cannot be made: {type(failure).__name__})"
     return storable(text[-_MAX_TEXT:])
 
 
 def reason_of(reject: Reject) -> str:
-    """Return why a task is not to be tried again; what was given may be no text."""
+    """Return why a task is not to be tried again, even if the reason given is no text."""
     try:
         return storable(str(reject.reason))
     except Exception:  # noqa: BLE001  # raised by its own `__str__`
@@ -98,12 +98,12 @@ def reason_of(reject: Reject) -> str:
 
 
 def storable(text: str) -> str:
-    """Return text that can be stored: of bounded length, without lone surrogates."""
+    """Return text that every storage takes: of bounded length, without lone surrogates."""
     return text[:_MAX_TEXT].encode(errors="backslashreplace").decode()
 
 
 def _within_plugins(frames: TracebackType | None) -> TracebackType | None:
-    """Return the frames from the last on that composes plugins; all where there is none."""
+    """Return the frames from the innermost plugin's call on; all frames if there is none."""
     found = at = frames
     while at is not None:
         if _module_of(at.tb_frame) == "qtasks.execution.chain":

@@ -1,4 +1,4 @@
-"""What a worker and its child processes say to each other, over a pair of sockets."""
+"""The messages between a worker and its child processes, over a pair of sockets."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ T = TypeVar("T")
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a process finds a function that it has not seen."""
+    """Where a process finds a function that it has not imported yet."""
 
     module: str
     qualname: str
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """To the child, at first: how it imports what the worker imports."""
+    """To the child, first: the import path of the worker."""
 
     path: list[str]
     python_path: str | None
     """`PYTHONPATH` as the worker has it."""
 
 
-class Run(msgspec.Struct, frozen=True):
-    """To the child: import the function, and where there is a message, run that."""
+class RunRequest(msgspec.Struct, frozen=True):
+    """To the child: import the function, and if there is a message, call it with that."""
 
     place: Place
     name: str
@@ -37,7 +37,7 @@ class Run(msgspec.Struct, frozen=True):
 
 
 class Returned(msgspec.Struct, tag=True, frozen=True):
-    """It went well. The result is encoded, and empty where none is wanted."""
+    """The function returned. Its result is encoded, and empty if the task keeps none."""
 
     result: bytes
 
@@ -46,7 +46,7 @@ class Raised(msgspec.Struct, tag=True, frozen=True):
     """The function raised."""
 
     kinds: list[Place]
-    """The exception's class and those it derives from, in their order."""
+    """The class of the exception and its base classes, in method resolution order."""
     line: str
     trace: str
     retry_after: float | None
@@ -80,7 +80,7 @@ Answer: TypeAlias = Returned | Raised | AskedForRetry | Rejected | NotCallable |
 
 _LENGTH = struct.Struct("!Q")
 LARGEST = 64 * 2**20
-"""Bytes a result from a child may take: the worker that reads it runs other tasks too."""
+"""Most bytes of a result from a child: the worker that reads it runs other tasks too."""
 _CHUNK = 1 << 20
 _encoder = msgspec.msgpack.Encoder()
 
@@ -96,7 +96,7 @@ def receive(
 ) -> T | None:
     """Wait for a frame; None when the other end is gone.
 
-    Raises `DecodeError` for what is no frame, or one of more than `most` bytes.
+    Raises `DecodeError` for bytes that are no frame, and for a frame of more than `most` bytes.
     """
     try:
         if (head := _read(line, _LENGTH.size)) is None:

@@ -1,4 +1,4 @@
-"""A time limit around runs, for executors on whose runs cancelling has an effect."""
+"""A time limit around runs, for executors whose runs can be cancelled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def limited(run: Callable[P, Awaitable[R]], max_time: float | None) -> Callable[P, Awaitable[R]]:
-    """Return what does the same for at most `max_time` seconds, then raises `TimeoutError`."""
+    """Return a function that does the same, and raises `TimeoutError` after `max_time` seconds."""
     if max_time is None:
         return run
 

@@ -22,8 +22,8 @@ class LoopExecutor(Executor):
             )
 
     def bind(self, task: Runnable) -> Callable[[TaskMessage], Awaitable[Any]]:
-        """Return the invocation itself; past `max_time` it is cancelled."""
+        """Return `task.invoke`; after `max_time` the call is cancelled."""
         return limited(task.invoke, task.max_time)
 
     def stop(self) -> None:
-        """Have nothing to free."""
+        """Free nothing: it holds nothing."""

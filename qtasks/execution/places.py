@@ -1,4 +1,4 @@
-"""Finding a task's function again in another process, by the names of its module and itself."""
+"""Finding the function of a task in another process, by its module and its qualified name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from functools import reduce
 from types import ModuleType
 from typing import Any
 
-from qtasks.execution.definition import TaskDefinition, TaskOptions, importable_module
+from qtasks.execution.definition import TaskDefinition, TaskOptions
 from qtasks.execution.frames import Place
+from qtasks.execution.signatures import importable_module
 from qtasks_core import Runnable
 from qtasks_core.errors import ConfigurationError
 
 
 def place_of(task: Runnable) -> Place:
-    """Return where another process finds it. Raises `ConfigurationError` if that is nowhere."""
+    """Return where another process finds it. Raises `ConfigurationError` if none can."""
     function = task.function
     place = Place(importable_module(function), getattr(function, "__qualname__", "<unknown>"))
     if place.module == "__main__" or "<" in place.qualname:
@@ -26,7 +27,7 @@ def place_of(task: Runnable) -> Place:
 def check(task: Runnable, place: Place) -> None:
     """Raise `ConfigurationError` unless the name leads to the task, or to its bare function.
 
-    Only once its module is imported: a decorator runs before its function has its name.
+    To be called once the module is imported: a decorator runs before the module has the name.
     """
     try:
         found = _look_up(sys.modules[task.function.__module__], place.qualname)

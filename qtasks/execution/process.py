@@ -29,7 +29,7 @@ from qtasks.execution.frames import (
     Raised,
     Rejected,
     Returned,
-    Run,
+    RunRequest,
     Setting,
     receive,
     send,
@@ -41,10 +41,10 @@ from qtasks.signals import Reject, Retry
 from qtasks_core import Encoded, Executor, Runnable, TaskMessage
 from qtasks_core.errors import BadArguments, ConfigurationError, UnstorableResult
 
-_LAST_WORDS = 1.0
-"""Seconds in which children without work have to end when they are asked to."""
+_EXIT_WITHIN = 1.0
+"""Seconds in which idle children have to exit."""
 _BESIDE = 2**20
-"""Bytes of an answer beside its result, and more than the texts of an error take."""
+"""Most bytes of an answer beside its result; the texts of an error take less."""
 
 
 class ProcessDied(Exception):
@@ -54,10 +54,10 @@ class ProcessDied(Exception):
 class ProcessExecutor(Executor):
     """Runs plain functions in child processes, at most `processes` (the CPUs) at once a worker.
 
-    Children are started when first needed and used again. They import the function by the names
-    of its module and itself, so it has to stand at the top of a module. A run that is cancelled or
-    takes more than `max_time` is killed, with all that it started. A child that dies is
-    an error of the task it ran: `ProcessDied`. Raises `ConfigurationError`.
+    Children are started when first needed and used again. They import the function by its module
+    and its name, so it has to be at the top level of a module. The child of a run that is cancelled
+    or takes more than `max_time` is killed, with all processes that it started. If a child dies,
+    the task that it ran fails with `ProcessDied`. Raises `ConfigurationError`.
     """
 
     def __init__(self, processes: int | None = None) -> None:
@@ -69,7 +69,7 @@ class ProcessExecutor(Executor):
         self._pools: WeakKeyDictionary[asyncio.AbstractEventLoop, _Pool] = WeakKeyDictionary()
 
     def accept(self, task: Runnable) -> None:
-        """Refuse coroutine functions, and functions no other process can import."""
+        """Refuse coroutine functions, and functions that no other process can import."""
         if task.is_async:
             raise ConfigurationError(
                 f"task {task.name}: a coroutine function runs on the loop (LoopExecutor), not in "
@@ -91,7 +91,7 @@ class ProcessExecutor(Executor):
                 try:
                     answer = await _prepare(child, place, task.name)
                     if answer is None:
-                        answer = await ask(child, Run(place, task.name, message))
+                        answer = await ask(child, RunRequest(place, task.name, message))
                 except BaseException:
                     child.kill()
                     raise
@@ -101,51 +101,54 @@ class ProcessExecutor(Executor):
         return run
 
     def stop(self) -> None:
-        """End the children without work."""
+        """End the idle children."""
         pool = self._pools.get(asyncio.get_running_loop())
         if pool is not None:
             pool.close()
 
 
 class _Pool:
-    """The children of the workers on one loop."""
+    """The child processes of the workers on one loop."""
 
     def __init__(self, most: int) -> None:
         self.slots = asyncio.Semaphore(most)
-        self.idle: list[Child] = []
+        self.idle: list[ChildProcess] = []
 
-    def take(self) -> Child:
-        """Return a child without work, or a new one."""
+    def take(self) -> ChildProcess:
+        """Return an idle child, or a new one."""
         while self.idle:
             child = self.idle.pop()
             if child.lives():
                 return child
             child.end(0.0)
-        return Child()
+        return ChildProcess()
 
     def close(self) -> None:
-        """End the children without work: all are told, then waited for."""
+        """End the idle children: close all sockets, then wait for all."""
         children, self.idle = self.idle, []
         for child in children:
             child.hang_up()
-        deadline = time.monotonic() + _LAST_WORDS
+        deadline = time.monotonic() + _EXIT_WITHIN
         for child in children:
             child.end(max(0.0, deadline - time.monotonic()))
 
 
-async def _prepare(child: Child, place: Place, name: str) -> Answer | None:
-    """Have a child start and import, which does not count as time of the run; None: it has."""
+async def _prepare(child: ChildProcess, place: Place, name: str) -> Answer | None:
+    """Have a child start and import the function; return why it cannot.
+
+    This does not count as time of the run.
+    """
     if (place, name) in child.knows:
         return None
-    answer = await _ask(child, Run(place, name, None))
+    answer = await _ask(child, RunRequest(place, name, None))
     if not isinstance(answer, Returned):
         return answer
     child.knows.add((place, name))
     return None
 
 
-async def _ask(child: Child, run: Run) -> Answer:
-    return await in_thread(partial(child.ask, run))
+async def _ask(child: ChildProcess, request: RunRequest) -> Answer:
+    return await in_thread(partial(child.ask, request))
 
 
 def _result(answer: Answer) -> Encoded:
@@ -167,12 +170,12 @@ def _result(answer: Answer) -> Encoded:
             raise UnstorableResult(reason)
 
 
-class Child:
-    """A child process, as its worker sees it; `ask` and `end` block, `kill` is for any thread."""
+class ChildProcess:
+    """A child process, as its worker sees it. `ask` and `end` block."""
 
     def __init__(self) -> None:
         self.knows: set[tuple[Place, str]] = set()
-        """The tasks it has imported."""
+        """The tasks whose functions it has imported."""
         self._lock = threading.Lock()
         self._killed = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -180,28 +183,31 @@ class Child:
         _lines.add(self._line)
 
     def lives(self) -> bool:
-        """Say whether it may be asked."""
+        """Say whether it has not died."""
         return self._process is None or self._process.poll() is None
 
-    def ask(self, run: Run) -> Answer:
-        """Send a run and wait for the answer. Raises `ProcessDied`, `OSError` if none can start."""
+    def ask(self, request: RunRequest) -> Answer:
+        """Send a request and wait for the answer.
+
+        Raises `ProcessDied`, and `OSError` if no process can be started.
+        """
         is_new = self._process is None
         if is_new:
             self._start()
         try:
             if is_new:
                 send(self._line, Setting(sys.path, os.environ.get("PYTHONPATH")))
-            send(self._line, run)
+            send(self._line, request)
             answer = receive(self._line, _answers, LARGEST + _BESIDE)
         except OSError:
             answer = None
         except msgspec.DecodeError:
-            # The function wrote into the line.
+            # The function wrote into the socket.
             self.kill()
-            self.end(_LAST_WORDS)
-            raise ProcessDied("its process answered what is no answer") from None
+            self.end(_EXIT_WITHIN)
+            raise ProcessDied("its process sent something that is no answer") from None
         if answer is None:
-            raise ProcessDied(f"its process died ({_words(self.end(_LAST_WORDS))})")
+            raise ProcessDied(f"its process died ({_words(self.end(_EXIT_WITHIN))})")
         return answer
 
     def _start(self) -> None:
@@ -219,18 +225,18 @@ class Child:
                 _kill(process)
 
     def kill(self) -> None:
-        """Kill it, whatever it does, with all processes it has started."""
+        """Kill it with all processes that it has started. From any thread."""
         with self._lock:
             self._killed = True
             if self._process is not None:
                 _kill(self._process)
 
     def hang_up(self) -> None:
-        """Cut the line, on which it ends in order."""
+        """Close the socket: it exits in order."""
         self._line.close()
 
     def end(self, patience: float) -> int:
-        """Wait for its end, `patience` seconds before it is killed; return the exit status."""
+        """Wait `patience` seconds for its exit, then kill it; return the exit status."""
         self._line.close()
         if self._process is None:
             return 0
@@ -242,7 +248,7 @@ class Child:
 
 
 def _cpus() -> int:
-    """Return how many CPUs this process may use, as far as the system says."""
+    """Return how many CPUs this process may use, if the system says that, or how many there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -267,7 +273,7 @@ _lines: WeakSet[socket.socket] = WeakSet()
 
 
 def _hang_up_in_child() -> None:
-    # A line that a fork holds open too would not end with this process.
+    # A socket that a fork keeps open too would stay open when this process dies.
     for line in list(_lines):
         line.close()
 

@@ -16,8 +16,8 @@ from qtasks_core.errors import ConfigurationError
 class ThreadExecutor(Executor):
     """Runs plain functions in daemon threads; the default for them.
 
-    A thread cannot be stopped. A run that is cancelled or takes too long is over for the queue,
-    while the function goes on in its thread and what it returns is not used.
+    A thread cannot be stopped. After a run is cancelled or takes too long, its function keeps
+    running in its thread and its result is discarded.
     """
 
     def accept(self, task: Runnable) -> None:
@@ -38,12 +38,13 @@ class ThreadExecutor(Executor):
         return limited(run, task.max_time)
 
     def stop(self) -> None:
-        """Have nothing to free: threads without work end by themselves."""
+        """Free nothing: threads without work end by themselves."""
 
 
 def _call(invoke: Callable[[TaskMessage], Any], message: TaskMessage) -> Any:
     try:
         return invoke(message)
     except (StopIteration, GeneratorExit) as error:
-        # A future cannot hold the one; the other means to a coroutine that its loop is gone.
+        # A future cannot hold a StopIteration, and in a coroutine a GeneratorExit means that its
+        # loop was closed.
         raise RuntimeError(f"the function raised {error!r}") from error

@@ -1,7 +1,7 @@
-"""Daemon threads that are kept for a while: what blocks in one holds up neither loop nor exit.
+"""Daemon threads for plain functions. One that blocks delays neither the loop nor the exit.
 
-A pool of the standard library is joined at exit, and a function that never returns keeps one of
-its places for good.
+The threads of a standard library pool are joined at exit, and a function that never returns would
+occupy one of them for good.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ R = TypeVar("R")
 
 _NAME = "qtasks-task"
 _REST = 5.0
-"""Seconds a thread waits for more work before it ends."""
+"""Seconds that a thread waits for more work before it ends."""
 
 
 async def in_thread(call: Callable[[], R]) -> R:
-    """Return what `call` returns in a thread. Cancelled, it raises at once and the call goes on."""
+    """Call in a thread. If this is cancelled, it ends at once and the call keeps running."""
     reply: Reply[R] = Reply()
     _threads.do(call, reply)
     return await reply
 
 
 def busy_threads() -> int:
-    """Return in how many threads something runs."""
+    """Return how many threads have work."""
     return _threads.busy
 
 
 class _Threads:
-    """As many as there are calls at once, which take their work from one queue."""
+    """As many threads as there are calls at once. They take their work from one queue."""
 
     def __init__(self) -> None:
         self._work: SimpleQueue[tuple[Callable[[], Any], Reply[Any]]] = SimpleQueue()
         self._lock = threading.Lock()
         self._all = 0
         self._free = 0
-        """How many wait for work that nobody has put there yet."""
+        """How many wait for work and have none assigned."""
 
     @property
     def busy(self) -> int:
@@ -65,7 +65,7 @@ class _Threads:
             pass
 
     def _do_next(self) -> bool:
-        """Do what is next; False: there was nothing for long."""
+        """Make the next call; False when there was none for a while."""
         try:
             call, reply = self._work.get(timeout=_REST)
         except Empty:
@@ -74,7 +74,7 @@ class _Threads:
                     self._free -= 1
                     self._all -= 1
                     return False
-            return True  # there is work to come for each that waits
+            return True  # work is on its way for every thread that waits
         answer = _answer(call, reply)
         with self._lock:
             self._free += 1
@@ -83,7 +83,7 @@ class _Threads:
 
 
 def _answer(call: Callable[[], Any], reply: Reply[Any]) -> Callable[[], None]:
-    """Make the call; return what tells of it."""
+    """Make the call; return a function that passes its result on."""
     try:
         return partial(reply.set, call())
     except BaseException as error:  # noqa: BLE001  # raised where it is awaited
@@ -94,7 +94,7 @@ _threads = _Threads()
 
 
 def _begin_anew_in_child() -> None:
-    # None of the threads is there, and one may have held the lock at the fork.
+    # The child has none of the threads, and one of them may have held the lock at the fork.
     global _threads
     _threads = _Threads()
 

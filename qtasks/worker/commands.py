@@ -1,27 +1,57 @@
-"""What a worker does when it is told: cancel a task, pause or resume a queue, show itself."""
+"""Commands that are broadcast to workers: cancel a task, pause or resume a queue, show itself."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from qtasks.client.backoff import Backoff
 from qtasks.client.outage import Outage
+from qtasks.worker.cancelling import Cancelling
+from qtasks.worker.consumer import Consumer
+from qtasks.worker.registry import Registration
 from qtasks_core import Broker, Command
 from qtasks_core.errors import NotSupported, Unavailable
 
 
-async def obey(broker: Broker, do: Callable[[Command], None]) -> None:
-    """Do what is broadcast, for ever; return at once where a broker has no such channel."""
-    backoff, outage = Backoff(), Outage("listening for commands")
-    while True:
-        try:
-            async for command in broker.commands():
-                backoff.reset()
-                outage.over()
-                do(command)
-        except NotSupported:
-            return
-        except Unavailable as error:
-            outage.failed(error)
-        await asyncio.sleep(backoff.next())
+class Commands:
+    """Hears the commands of one broker and passes each to the part of the worker that obeys it."""
+
+    def __init__(
+        self,
+        broker: Broker,
+        consumer: Consumer,
+        cancelling: Cancelling,
+        registration: Registration,
+    ) -> None:
+        self._broker = broker
+        self._consumer = consumer
+        self._cancelling = cancelling
+        self._registration = registration
+
+    async def listen(self) -> None:
+        """Obey commands, for ever; return at once where a broker has no channel for them."""
+        backoff, outage = Backoff(), Outage("listening for commands")
+        while True:
+            try:
+                async for command in self._broker.commands():
+                    backoff.reset()
+                    outage.over()
+                    self._obey(command)
+            except NotSupported:
+                return
+            except Unavailable as error:
+                outage.failed(error)
+            await asyncio.sleep(backoff.next())
+
+    def _obey(self, command: Command) -> None:
+        match command.name:
+            case "cancel" if command.target is not None:
+                self._cancelling.check_soon(command.target)
+            case "pause":
+                self._consumer.pause(command.target)
+            case "resume":
+                self._consumer.resume(command.target)
+            case "ping":
+                self._registration.announce()
+            case _:
+                pass  # of a later release

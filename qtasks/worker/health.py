@@ -9,7 +9,7 @@ from contextlib import suppress
 from qtasks_core.errors import ConfigurationError
 
 _PATIENCE = 5.0
-"""Seconds in which a request has to arrive."""
+"""Seconds in which a request has to arrive and its answer to be taken."""
 _LARGEST = 8192
 
 
@@ -22,7 +22,7 @@ async def answer_probes(
     """
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # A probe that goes away or says nothing concerns nobody.
+        # A probe may disconnect, or send nothing.
         with suppress(
             OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError
         ):

@@ -1,4 +1,4 @@
-"""One run of one task in a worker, from its delivery to its end."""
+"""One run of one task in a worker, from its delivery until that is settled."""
 
 from __future__ import annotations
 
@@ -8,6 +8,19 @@ from typing import Literal
 
 from msgspec.structs import replace
 
+from qtasks.worker.states import (
+    ADMITTING,
+    CANCEL,
+    CLOSE,
+    DISCARD,
+    DISCARDED,
+    FINISH,
+    SET_ASIDE,
+    SETTLE,
+    SETTLING,
+    START,
+    JobState,
+)
 from qtasks_core import (
     Ack,
     Completion,
@@ -21,53 +34,150 @@ from qtasks_core import (
 from qtasks_core.schemas import LONGEST
 from qtasks_core.separate import record_of
 
+ISOLATED_RUNS = "qtasks-lone-runs"
+"""The header of a record that counts isolated runs. Workers of other releases read it too."""
+
 
 class Job:
-    """What a worker holds: a delivery, the message in it, and what became of the run."""
+    """What a worker holds for a message: its leases, its state, and the result of the run.
+
+    Two threads use a job. The state and the leases belong to the I/O loop: every transition
+    (`set_aside`, `start`, `cancel`, `finish`, `discard`, `settle`, `close`) is called there and
+    nowhere else. The loop of the tasks calls `set_result` and `set_retry`, and only between `start`
+    and the moment at which the runner posts the job back. A job that never runs gets its result on
+    the I/O loop. The worker may give up waiting for a function that ignores its cancellation: the
+    result is read once, by `settle`, and what the function sets later has no effect.
+    """
 
     __slots__ = (
-        "again", "also", "begun", "cancelled", "delivery", "execution", "lone_runs", "lost",
-        "message", "noted", "record", "returned", "settling", "started",
+        "execution", "isolated_runs", "leases", "message", "next_message", "process_noted",
+        "queue", "record", "started", "state",
     )  # fmt: skip
 
     def __init__(self, delivery: Delivery, message: TaskMessage, execution: str) -> None:
-        self.delivery = delivery
+        self.state: JobState = ADMITTING
+        """Read it anywhere; only the transitions below set it."""
+        self.queue = delivery.queue
+        self.leases: tuple[Delivery, ...] = (delivery,)
+        """The deliveries of the message that are held; empty once all leases are lost.
+
+        The first is settled with the result, the others are released then. There are several when
+        the message was published twice, or was delivered again after a connection was lost.
+        """
         self.message = message
-        self.also: tuple[Delivery, ...] = ()
-        """Deliveries of the same message beside it. One may have come because the lease of another
-        was lost, as with a connection, or the message was published twice."""
         self.execution = execution
         self.started = time.time()
-        self.begun = False
-        """It was handed to the runner."""
-        self.returned = False
-        """Its function has come to an end."""
-        self.settling = False
-        """Its end is on its way to the server, whose answer says whether it still had the lease."""
-        self.noted = False
-        """`process` was recorded."""
-        self.lost = False
-        """The lease is gone: another worker may run it."""
-        self.cancelled = False
-        """The record says `cancel`: there is no end to be recorded any more."""
-        self.lone_runs = 0
-        """How often the message has begun to run alone as a suspect, this run included."""
+        self.process_noted = False
+        """`process` was recorded, or is recorded by the isolated run."""
+        self.isolated_runs = 0
+        """For a poison candidate: how often the message has started an isolated run, this one
+        included. 0 for others."""
         self.record: Task | None = None
-        """How the run ended; None for a run that was given back."""
-        self.again: TaskMessage | None = None
-        """The message of the next attempt."""
+        """The result as it is recorded; None for a job that is released."""
+        self.next_message: TaskMessage | None = None
+        """What is published in place of the message: the next attempt."""
+
+    # -- transitions: each checks the state itself, since a call more a task is measurable ----
+
+    def set_aside(self) -> None:
+        """Let a poison candidate wait for its isolated run."""
+        if self.state not in SET_ASIDE.sources:
+            raise SET_ASIDE.refused(self.state)
+        self.state = SET_ASIDE.target
+        self.process_noted = True
+
+    def start(self) -> None:
+        """Hand the job to the runner."""
+        if self.state not in START.sources:
+            raise START.refused(self.state)
+        self.state = START.target
+        self.started = time.time()
+
+    def cancel(self) -> None:
+        """The task was cancelled while the function runs: its result does not count."""
+        if self.state not in CANCEL.sources:
+            raise CANCEL.refused(self.state)
+        self.state = CANCEL.target
+
+    def finish(self) -> None:
+        """The function has returned, or is not waited for any more, or does not run at all."""
+        if self.state not in FINISH.sources:
+            raise FINISH.refused(self.state)
+        self.state = FINISH.target
+
+    def discard(self) -> None:
+        """There is nothing to record: the task is final or cancelled, or this attempt is old."""
+        if self.state not in DISCARD.sources:
+            raise DISCARD.refused(self.state)
+        self.state = DISCARD.target
+
+    def settle(self) -> Completion:
+        """Return what the composition has to record and to settle, which begins now."""
+        is_discarded = self.state is DISCARDED
+        if self.state not in SETTLE.sources:
+            raise SETTLE.refused(self.state)
+        self.state = SETTLE.target
+        delivery = self.leases[0] if self.leases else None
+        if is_discarded:
+            return Completion(None if delivery is None else Ack(delivery), None)
+        # In this order: `set_retry` may be at work on another thread, and sets the record last.
+        record, next_message = self.record, self.next_message
+        if delivery is None:
+            # A result may still count: the order of records decides.
+            return Completion(None, None if next_message is not None else record)
+        if next_message is not None:
+            return Completion(Retry(delivery, next_message), record)
+        if record is not None:
+            return Completion(Ack(delivery), record)
+        return Completion(Release(delivery), self._not_counted())
+
+    def close(self) -> None:
+        """The servers have answered; the worker drops the job."""
+        if self.state not in CLOSE.sources:
+            raise CLOSE.refused(self.state)
+        self.state = CLOSE.target
+
+    # -- leases ----------------------------------------------------------------------------
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no lease is left, so that another worker may run the message."""
+        return not self.leases
 
     def adopt(self, delivery: Delivery) -> None:
-        """Take another delivery of the message: the newest is ours in any case, and is settled.
+        """Hold another delivery of the same message, so that nobody else runs it.
 
-        The others are kept until then, so that nobody else runs them meanwhile.
+        The newest lease is the one most certain to be ours, so it is the one to be settled.
         """
-        if self.settling:
-            self.also += (delivery,)
+        if self.state is SETTLING:
+            self.leases += (delivery,)
+        else:
+            self.leases = (delivery, *self.leases)
+
+    def renew(self, asked: Delivery, answer: Delivery | None) -> None:
+        """Take what extending a lease has brought: the lease, another in its place, or None."""
+        if answer is asked:
             return
-        self.also += (self.delivery,)
-        self.delivery = delivery
-        self.lost = False
+        if answer is not None:
+            self.leases = tuple(answer if lease is asked else lease for lease in self.leases)
+        elif self.state is not SETTLING or asked not in self.leases[:1]:
+            # One that is being settled stays: the answer to that says whether it was still ours.
+            self.leases = tuple(lease for lease in self.leases if lease is not asked)
+
+    # -- the result ------------------------------------------------------------------------
+
+    def set_result(
+        self, status: Literal["success", "error", "cancel"], **fields: str | bytes | None
+    ) -> None:
+        """Set the final record of this run."""
+        self.record = self.as_record(status, finished_at=time.time(), **fields)
+
+    def set_retry(self, delay: float, error: str, traceback: str | None) -> None:
+        """Have another attempt follow after `delay` seconds."""
+        delay = min(delay, LONGEST)
+        self.next_message = replace(self.message, attempt=self.message.attempt + 1, delay=delay)
+        due = time.time() + delay
+        self.record = self.as_record("retry", error=error, traceback=traceback, due_at=due)
 
     def as_record(self, status: Status, **fields: str | bytes | float | None) -> Task:
         """Return the record of this run with the given status and fields."""
@@ -80,34 +190,21 @@ class Job:
             **fields,  # no more of them than needed: each costs time
         )
 
-    def retry(self, delay: float, error: str, traceback: str | None) -> None:
-        """End this run with another attempt after `delay` seconds."""
-        delay = min(delay, LONGEST)
-        self.again = replace(self.message, attempt=self.message.attempt + 1, delay=delay)
-        due = time.time() + delay
-        self.record = self.as_record("retry", error=error, traceback=traceback, due_at=due)
+    def _not_counted(self) -> Task | None:
+        """Return the record of a poison candidate that is released: its run does not count."""
+        if not self.isolated_runs:
+            return None
+        record = counted(self.as_record("process"), self.isolated_runs - 1)
+        # The storage would take a record of the same execution for a repetition.
+        return replace(record, execution=f"{self.execution}/back")
 
-    def end(
-        self, status: Literal["success", "error", "cancel"], **fields: str | bytes | None
-    ) -> None:
-        """End this run for good."""
-        self.record = self.as_record(status, finished_at=time.time(), **fields)
 
-    def completion(self) -> Completion:
-        """Return what the composition has to do now that the run is over."""
-        if self.cancelled:
-            return Completion(None if self.lost else Ack(self.delivery), None)
-        if self.record is None:
-            return Completion(None if self.lost else Release(self.delivery), None)
-        if self.lost:
-            # A result may still count; whether it does, the order of records decides.
-            return Completion(None, None if self.again else self.record)
-        if self.again is not None:
-            return Completion(Retry(self.delivery, self.again), self.record)
-        return Completion(Ack(self.delivery), self.record)
+def counted(record: Task, runs: int) -> Task:
+    """Return a record that says so many isolated runs."""
+    return replace(record, headers={**record.headers, ISOLATED_RUNS: str(runs)})
 
 
 def count_in(headers: Mapping[str, str], name: str) -> int:
-    """Return the count that a header keeps; what other programs wrote there may be none."""
+    """Return the count in a header, 0 if there is none: other programs may write anything there."""
     text = headers.get(name, "")
     return int(text) if text.isdecimal() and len(text) < 10 else 0

@@ -1,4 +1,4 @@
-"""How a worker's process comes to its end, whatever holds it up."""
+"""Exiting: a worker's process exits, even if something in it blocks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from qtasks.bridge.io_thread import end_at_exit
 logger = logging.getLogger("qtasks")
 
 PATIENCE = 10.0
-"""Seconds from a worker's end until its process ends, whatever still goes on there: more than
-servers have that do not answer. A program that goes on after its worker has them from its own end.
-"""
+"""Seconds in which the process has to exit once its worker has ended. Closing the connections takes
+less, even if a server does not answer. If the program goes on after its worker, they count from
+the end of the program."""
 _LOOK = 0.2
-"""Seconds between looks at whether the program has come to its end."""
-_LAST_WORDS = 2.0
-"""Seconds for what has to be done at exit, and for the log: both before the last resort."""
+"""Seconds between checks whether the program has ended."""
+_AT_EXIT_WITHIN = 2.0
+"""Seconds for the exit handlers, and as many for the log; less than `LAST_RESORT` together."""
 LAST_RESORT = 5.0
-"""Seconds beyond `PATIENCE` after which a process ends that no thread of its own can end."""
+"""Seconds after `PATIENCE` in which a thread has to make the process exit; then a timer does."""
 
 
 class Leaving:
-    """Ends the process although something holds it up.
+    """Makes the process exit although something blocks it.
 
-    A thread does it, and says so. Where no thread runs any more, since a function keeps the
-    interpreter's lock or the interpreter is being torn down, it is a timer of the interpreter's
-    own (`faulthandler`), which writes all stacks to standard error.
+    A thread does that and logs it. If Python threads cannot run any more, because a function holds
+    the interpreter's lock or the interpreter is being finalized, a timer of the interpreter
+    (`faulthandler`) does it, and writes all stacks to standard error.
     """
 
     def __init__(self) -> None:
@@ -49,19 +49,19 @@ class Leaving:
         self._is_exiting = False
 
     def begin(self, status: int) -> None:
-        """Count from now: the worker is over."""
+        """The worker has ended: the time counts from now."""
         if not self._begun:
             self._begun, self._status = True, status
             self._arm()
-            with suppress(RuntimeError):  # no more threads can be had: the timer is left
+            with suppress(RuntimeError):  # no thread can be started: the timer remains
                 Thread(target=self._watch, name="qtasks-leaving", daemon=True).start()
 
     def come_back(self, status: int) -> None:
-        """Let the program go on: the main thread has come through. At its end it counts again."""
+        """The main thread has returned from the worker: the time counts again at its exit."""
         self.begin(status)
         self._came_back.set()
         faulthandler.cancel_dump_traceback_later()
-        # The last that is registered comes first; what follows may be what does not end.
+        # Exit handlers run in reverse order, and one of those that follow may block.
         atexit.register(self._exit)
 
     def _watch(self) -> None:
@@ -73,15 +73,15 @@ class Leaving:
         logger.warning(
             "the process is held up, and ends without what does not end%s", self._culprits()
         )
-        # Else what the main thread waits for would fail, and be told of.
+        # Otherwise the calls that the main thread waits for would fail and be logged.
         atexit.unregister(end_at_exit)
         leave(self._status, at_exit=not self._is_exiting)
 
     def _goes_on(self) -> bool:
-        """Say whether the main thread is still in the program that it was in at the begin."""
+        """Say whether the main thread still runs the program that started the worker."""
         if self._is_exiting:
             return False
-        # A prompt may follow the program.
+        # An interactive prompt may follow the program.
         is_interactive = hasattr(sys, "ps1") or bool(sys.flags.inspect)
         return is_interactive or self._outermost() is self._program
 
@@ -106,7 +106,7 @@ class Leaving:
         return sys._current_frames().get(self._main.ident or 0)
 
     def _culprits(self) -> str:
-        """Return the threads that are waited for at exit, and where the main thread is."""
+        """Return the threads that the exit waits for, and the stack of the main thread."""
         threads = [t.name for t in threading.enumerate() if not t.daemon and t is not self._main]
         named = f" (threads: {', '.join(threads)})" if threads else ""
         frame = self._main_frame()
@@ -114,7 +114,7 @@ class Leaving:
 
 
 def leave(status: int, *, at_exit: bool = True) -> None:
-    """End the process at once, with what has to be done at exit if `at_exit`."""
+    """Exit at once; with `at_exit`, after the exit handlers."""
     if at_exit:
         _in_time(atexit._run_exitfuncs)
     _in_time(logging.shutdown)
@@ -122,11 +122,11 @@ def leave(status: int, *, at_exit: bool = True) -> None:
 
 
 def _in_time(call: Callable[[], None]) -> None:
-    """Make a call that may be what does not end; in the main thread the guard watches over it."""
+    """Make a call that may block. In the main thread the time above limits it."""
     if threading.current_thread() is threading.main_thread():
         call()
         return
     thread = Thread(target=call, name="qtasks-exit", daemon=True)
-    with suppress(RuntimeError):  # too late for another thread
+    with suppress(RuntimeError):  # the interpreter starts no more threads
         thread.start()
-        thread.join(_LAST_WORDS)
+        thread.join(_AT_EXIT_WITHIN)

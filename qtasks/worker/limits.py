@@ -8,18 +8,20 @@ import sys
 
 
 class Limits:
-    """Looked at whenever tasks have ended, so that they cost nothing in between."""
+    """Checked whenever jobs were completed, so that they cost nothing in between."""
 
     def __init__(self, max_tasks: int | None, max_memory: int | None) -> None:
+        self.are_set = max_tasks is not None or max_memory is not None
+        """Whether there is anything to check."""
         self._max_tasks = max_tasks
         self._max_memory = max_memory
         self._reached = asyncio.Event()
         self._reason = ""
 
-    def look(self, ended: int) -> None:
-        """Compare; `ended` is how many tasks came to an end so far."""
-        if self._max_tasks is not None and ended >= self._max_tasks:
-            self._reach(f"{ended} tasks are enough")
+    def check(self, finished: int) -> None:
+        """Compare; `finished` is how many tasks have finished so far."""
+        if self._max_tasks is not None and finished >= self._max_tasks:
+            self._reach(f"{finished} tasks are enough")
         elif self._max_memory is not None and (size := memory()) >= self._max_memory:
             self._reach(f"it takes {size / 2**20:.0f} MiB of memory")
 
@@ -39,7 +41,7 @@ class Limits:
 
 
 def memory() -> int:
-    """Return the bytes of memory this process occupies; where only the peak is known, that."""
+    """Return the bytes of memory that this process uses; on some systems the peak of that."""
     if sys.platform == "linux":
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""The half of a worker that lives on the user's loop: it runs the functions."""
+"""Running functions: the only part of a worker that lives on the loop of the tasks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qtasks.bridge.entry_queue import EntryQueue
-from qtasks.execution.chain import Call, decided, surrounded
+from qtasks.execution.chain import Call, decided, in_middleware
 from qtasks.execution.definition import TaskDefinition
 from qtasks.execution.failures import line_of, logged, reason_of, storable, trace_of
 from qtasks.execution.loop import LoopExecutor
@@ -25,7 +25,7 @@ logger = logging.getLogger("qtasks")
 
 
 class Runner:
-    """Runs jobs on the loop it was built on, and posts them back when they ended."""
+    """Runs jobs on the loop on which it was built, and posts them back once they have a result."""
 
     def __init__(
         self,
@@ -37,39 +37,39 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()
         """The thread of the loop."""
-        self._usual = {True: LoopExecutor(), False: ThreadExecutor()}
+        self._default = {True: LoopExecutor(), False: ThreadExecutor()}
         self._executors: set[Executor] = set()
         self._plugins = tuple(plugins)
         self._calls = {name: self._compile(d) for name, d in definitions.items()}
         self._definitions = definitions
         self._max_result = max_result
         self._running: dict[Job, asyncio.Task[None]] = {}
-        self._ended: list[Job] = []
-        self._finished: EntryQueue[Job] | None = None
-        self.inbox: EntryQueue[Job] = EntryQueue(self._loop, self._start)
-        """Where the worker posts jobs to run."""
+        self._returned: list[Job] = []
+        self._report: EntryQueue[Job] | None = None
+        self.entry_queue: EntryQueue[Job] = EntryQueue(self._loop, self._start)
+        """The worker posts the jobs to run here."""
 
-    def report_to(self, finished: EntryQueue[Job]) -> None:
-        """Post ended jobs there from now on."""
-        self._finished = finished
+    def report_to(self, report: EntryQueue[Job]) -> None:
+        """Post jobs back there from now on."""
+        self._report = report
 
     @property
     def gone(self) -> bool:
         """Whether its loop was closed, with all that ran there."""
         return self._loop.is_closed()
 
-    def give_back(self) -> None:
-        """Cancel what still runs; it ends without a record and is released. From any thread."""
+    def cancel_all(self) -> None:
+        """Cancel all functions that run; their jobs come back without a result. From any thread."""
         self._loop.call_soon_threadsafe(lambda: self._cancel(list(self._running)))
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Cancel these, if they still run; they end without a record. From any thread."""
+        """Cancel these, if they still run; they come back without a result. From any thread."""
         self._loop.call_soon_threadsafe(self._cancel, jobs)
 
     def _cancel(self, jobs: list[Job]) -> None:
         for job in jobs:
             if (task := self._running.get(job)) is not None:
-                # A task that is cancelled before its first step would never end its job.
+                # A task that is cancelled before its first step would never post its job back.
                 self._loop.call_soon(task.cancel)
 
     def call_soon(self, call: Callable[[], object]) -> None:
@@ -94,11 +94,11 @@ class Runner:
         return call
 
     def _compile(self, definition: TaskDefinition) -> Call:
-        """Return what runs this task once: plugins, then its executor, which decodes and calls."""
-        executor = definition.options.executor or self._usual[definition.is_async]
+        """Return the call of one run: plugins, then the executor, which decodes and calls."""
+        executor = definition.options.executor or self._default[definition.is_async]
         self._executors.add(executor)
         plugins = self._plugins_of(definition)
-        return surrounded(executor.bind(definition), plugins, definition.decode_result)
+        return in_middleware(executor.bind(definition), plugins, definition.decode_result)
 
     def _plugins_of(self, definition: TaskDefinition) -> tuple[Plugin, ...]:
         """Return a task's plugins, the outermost first."""
@@ -113,18 +113,18 @@ class Runner:
         try:
             result = await self._call_of(definition)(job.message)
         except asyncio.CancelledError as error:
-            # From outside, by `give_back` or with all of its loop: it runs again.
+            # Cancelled from outside, by `cancel` or as its loop is closed: it has no result.
             if not self._is_from_outside(job, error):
                 self._fail(job, "CancelledError: the function cancelled itself", None, None)
         except Reject as reject:
             reason = reason_of(reject)
             self._fail(job, f"Reject: {reason}", None, reason)
         except BadArguments as error:
-            # They will not fit at the next attempt either.
+            # They do not fit at the next attempt either.
             self._fail(job, storable(f"BadArguments: {error}"), None, "bad arguments")
         except UnstorableResult as error:
             self._unstorable(job, str(error))
-        except BaseException as error:  # recorded as the task's end, but for that of the loop
+        except BaseException as error:  # the result of the run, unless the loop is closed
             if self._is_from_outside(job, error):
                 raise
             await self._raised(job, definition, error)
@@ -132,7 +132,7 @@ class Runner:
             self._succeed(job, definition, result)
         finally:
             del self._running[job]
-            self._hand_over(job)
+            self._post_back(job)
 
     def _succeed(self, job: Job, definition: TaskDefinition, result: Any) -> None:
         returning = None
@@ -148,13 +148,13 @@ class Runner:
                     job, f"it takes {len(returning)} bytes, the limit is {self._max_result}"
                 )
             else:
-                job.end("success", returning=returning)
+                job.set_result("success", returning=returning)
 
     def _unstorable(self, job: Job, reason: str) -> None:
         self._fail(job, f"the result cannot be stored: {reason}", None, "unstorable result")
 
     async def _raised(self, job: Job, definition: TaskDefinition, error: BaseException) -> None:
-        """Do what the plugins decide. Raises `CancelledError` when it came from outside."""
+        """Do what the plugins decide. Raises `CancelledError` if somebody has cancelled the run."""
         if isinstance(error, Retry):
             line, trace = "Retry: the function asked for another run", None
         else:
@@ -171,7 +171,10 @@ class Runner:
             self._follow(job, decision, line, trace)
 
     def _is_from_outside(self, job: Job, error: BaseException) -> bool:
-        """Say whether a run ends by being cancelled, or with its loop, and not by its own doing."""
+        """Say whether somebody has cancelled the run or closed its loop.
+
+        Otherwise the function has raised this itself.
+        """
         if isinstance(error, asyncio.CancelledError):
             return self._running[job].cancelling() > 0
         return isinstance(error, GeneratorExit) and not self._loop.is_running()
@@ -180,7 +183,7 @@ class Runner:
         if isinstance(decision, GiveUp):
             self._fail(job, line, trace, storable(str(decision.reason)))
             return
-        job.retry(decision.after, line, trace)
+        job.set_retry(decision.after, line, trace)
         if trace is not None:  # else the function asked for it, which is no failure
             logger.warning(
                 "task %s %s failed, attempt %d; again in %.1f s: %s",
@@ -189,18 +192,18 @@ class Runner:
             )  # fmt: skip
 
     def _fail(self, job: Job, error: str, trace: str | None, dead: str | None) -> None:
-        job.end("error", error=error, traceback=trace, dead=dead or "no retry is configured")
-        # Last, here and elsewhere: where a function has closed stderr, saying something raises.
+        job.set_result("error", error=error, traceback=trace, dead=dead or "no retry is configured")
+        # Log last, here and elsewhere: it raises if a function has closed stderr.
         name, uuid = job.message.task_name, job.message.uuid
         logger.error("task %s %s failed: %s", name, uuid, logged(error))
 
-    def _hand_over(self, job: Job) -> None:
-        """Post the jobs that end in one turn of the loop together."""
-        self._ended.append(job)
-        if len(self._ended) == 1:
+    def _post_back(self, job: Job) -> None:
+        """Post the jobs of one turn of the loop together."""
+        self._returned.append(job)
+        if len(self._returned) == 1:
             self._loop.call_soon(self._post)
 
     def _post(self) -> None:
-        ended, self._ended = self._ended, []
-        if self._finished is not None:
-            self._finished.post_all(ended)
+        returned, self._returned = self._returned, []
+        if self._report is not None:
+            self._report.post_all(returned)

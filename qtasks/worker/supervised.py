@@ -1,10 +1,10 @@
-"""A worker process's end of the line to its supervisor.
+"""The connection of a worker process to its supervisor: a pair of sockets, one byte a message.
 
-Over a pair of sockets the supervisor asks `?` and is told `r` (ready) or `n`; `r` comes unasked
-when the worker has reached its servers. `b` means to give back what runs: a signal cannot say so,
-since a service manager that stops all processes of a service sends each its own. `s` says that the
-worker stops, `o` that it is over: from then on its process has its time to end.
-That the line is cut means that the supervisor is gone.
+From the supervisor: `?` asks whether the worker is ready, and `b` tells it to give back what runs.
+That is no signal, because a service manager that stops a service sends a signal to each process.
+From the worker: `r` (ready) or `n` is the answer, and `r` also comes unasked once the worker has
+reached its servers; `s` says that it stops, `o` that it has ended and its process exits now.
+A closed connection means that the other process is gone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 VARIABLE = "QTASKS_SUPERVISED_BY"
-"""Holds the number of the socket's file descriptor."""
+"""The environment variable with the number of the socket's file descriptor."""
 ASK, READY, NOT_READY, GIVE_BACK, STOPS, OVER = b"?", b"r", b"n", b"b", b"s", b"o"
 
 
@@ -26,18 +26,18 @@ def is_supervised() -> bool:
 
 
 class Line:
-    """The line while it is open."""
+    """The connection to the supervisor."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
 
     def say(self, word: bytes) -> None:
-        """Say one of the words."""
+        """Send one of the messages."""
         self._writer.write(word)
 
     async def answer(self, ready: Callable[[], bool], give_back: Callable[[], None]) -> None:
-        """Answer, and do what is asked for, until the supervisor is gone."""
+        """Answer and obey until the supervisor is gone."""
         with suppress(ConnectionError):
             while word := await self._reader.read(1):
                 if word == ASK:
@@ -46,12 +46,12 @@ class Line:
                     give_back()
 
     def close(self) -> None:
-        """Cut the line."""
+        """Close the connection."""
         self._writer.close()
 
 
 async def connect() -> Line | None:
-    """Return the line to the supervisor, None without one. What this process starts has none."""
+    """Return the connection to the supervisor, or None. Processes started from here have none."""
     descriptor = os.environ.pop(VARIABLE, None)
     if descriptor is None:
         return None

@@ -1,8 +1,8 @@
-"""Several worker processes, started again when they end, and ended together.
+"""The supervisor: it starts several worker processes, replaces those that exit, and stops all.
 
-A worker is the same command as this process once more, told by a variable that it is one: so it
-needs neither fork nor pickle, whatever threads this process has. It has a session of its own:
-Ctrl-C reaches the supervisor alone, which passes it on.
+A worker is started with the command of this process and an environment variable that makes it a
+worker. So neither fork nor pickle is needed, whatever threads this process has. A worker has a
+session of its own: Ctrl-C reaches only the supervisor, which passes it on.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from qtasks_core.errors import ConfigurationError
 logger = logging.getLogger("qtasks")
 
 _LONG = 60.0
-"""Seconds after which a worker that dies is no failed start any more."""
-_LAST_WORDS = 15.0
-"""Seconds beyond the grace period until a worker that does not end is killed."""
+"""Seconds after which a worker that exits does not count as a failed start."""
+_EXIT_WITHIN = 15.0
+"""Seconds after the grace period until a worker that does not exit is killed."""
 _ANSWER = 1.0
 """Seconds in which a worker has to say whether it is ready."""
 
@@ -45,7 +45,7 @@ class Supervisor:
         if len(sys.orig_argv) < 2:
             raise ConfigurationError("processes= runs this program's command again; there is none")
         self._grace = grace
-        patience = None if grace is None else grace + _LAST_WORDS
+        patience = None if grace is None else grace + _EXIT_WITHIN
         self._slots = [Slot(number + 1, patience) for number in range(count)]
         self._signals: asyncio.Queue[str] = asyncio.Queue()
         self._stopping = asyncio.Event()
@@ -54,26 +54,26 @@ class Supervisor:
     async def run(self, health: tuple[str, int] | None) -> int:
         """Supervise until SIGTERM or SIGINT; return the exit status.
 
-        `health`: where to answer probes. A worker that ends in error before any was ever up is
-        taken for a mistake in the set-up, which ends all.
+        `health`: where to answer probes. If a worker fails before any worker was ever ready, the
+        set-up is wrong, and all are stopped.
         """
         tell = asyncio.get_running_loop().call_soon_threadsafe
         signals = StopSignals(lambda name: tell(self._signals.put_nowait, name))
         signals.listen()
         probe = await answer_probes(*health, self.ready) if health else None
         logger.info("supervisor %d: %d worker processes", os.getpid(), len(self._slots))
-        keeping = {asyncio.create_task(self._keep(slot)) for slot in self._slots}
+        supervising = {asyncio.create_task(self._supervise(slot)) for slot in self._slots}
         try:
-            await self._until_told(keeping)
+            await self._until_told(supervising)
             self._stopping.set()
-            await self._end(keeping)
+            await self._stop_all(supervising)
         finally:
             for slot in self._slots:
                 slot.signal(signal.SIGKILL)
             if probe is not None:
                 probe.close()
             signals.leave()
-        for task in keeping:
+        for task in supervising:
             task.result()
         return self._failed or 0
 
@@ -81,51 +81,51 @@ class Supervisor:
         """Ask all workers whether they are ready."""
         return all(await asyncio.gather(*(slot.ready() for slot in self._slots)))
 
-    async def _until_told(self, keeping: set[asyncio.Task[None]]) -> None:
+    async def _until_told(self, supervising: set[asyncio.Task[None]]) -> None:
         told = asyncio.create_task(self._signals.get())
-        await asyncio.wait({told, *keeping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({told, *supervising}, return_when=asyncio.FIRST_COMPLETED)
         if told.done():
             logger.info("%s: the workers stop", told.result())
         told.cancel()
 
-    async def _end(self, keeping: set[asyncio.Task[None]]) -> None:
-        """Have all workers end: in peace, then at once, at last by force."""
-        everyone: asyncio.Future[Any] = asyncio.gather(*keeping, return_exceptions=True)
+    async def _stop_all(self, supervising: set[asyncio.Task[None]]) -> None:
+        """Stop all workers: first with their grace period, then at once, at last by force."""
+        everyone: asyncio.Future[Any] = asyncio.gather(*supervising, return_exceptions=True)
         again = asyncio.create_task(self._signals.get())
-        patience = None if self._grace is None else self._grace + _LAST_WORDS
+        patience = None if self._grace is None else self._grace + _EXIT_WITHIN
         for slot in self._slots:
             slot.signal(signal.SIGTERM)
         await asyncio.wait({everyone, again}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         for slot in self._slots:
             slot.give_back()
-        await asyncio.wait({everyone}, timeout=_LAST_WORDS)
+        await asyncio.wait({everyone}, timeout=_EXIT_WITHIN)
         again.cancel()
         for slot in self._slots:
             if slot.signal(signal.SIGKILL):
                 logger.error("%s did not end and was killed", slot)
         await everyone
 
-    async def _keep(self, slot: Slot) -> None:
-        """Keep one worker process alive until the end."""
+    async def _supervise(self, slot: Slot) -> None:
+        """Keep one worker process running until the supervisor stops."""
         backoff = Backoff(first=0.2, most=30.0)
         while not self._stopping.is_set():
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
                 status = await slot.run(self._stopping)
-                end = f"ended ({_words(status)})"
+                how = f"ended ({_words(status)})"
             except OSError as error:
-                status, end = 1, f"could not be started ({error})"
+                status, how = 1, f"could not be started ({error})"
             if self._stopping.is_set():
                 return
             if status > 0 and not any(other.was_up for other in self._slots):
-                logger.error("%s %s before any worker was up", slot, end)
+                logger.error("%s %s before any worker was up", slot, how)
                 self._failed = self._failed or status
                 return
-            if time.monotonic() - begun > _LONG:
+            if time.monotonic() - started > _LONG:
                 backoff.reset()
-            pause = backoff.next() if status or time.monotonic() - begun < 1.0 else 0.0
+            pause = backoff.next() if status or time.monotonic() - started < 1.0 else 0.0
             level = logging.ERROR if status else logging.INFO
-            logger.log(level, "%s %s; another in %.1f s", slot, end, pause)
+            logger.log(level, "%s %s; another in %.1f s", slot, how, pause)
             try:
                 async with asyncio.timeout(pause):
                     await self._stopping.wait()
@@ -134,15 +134,15 @@ class Supervisor:
 
 
 class Slot:
-    """The place of one worker process at a time. `patience`: the seconds that a stop may take."""
+    """A numbered place for one worker process at a time; its stop may take `patience` seconds."""
 
     def __init__(self, number: int, patience: float | None) -> None:
         self.was_up = False
-        """One of this place has begun to receive."""
+        """Whether a worker in this place was ever ready."""
         self._number = number
         self._patience = patience
-        self._end: asyncio.Timeout | None = None
-        """Until when the process has to have ended."""
+        self._exit_limit: asyncio.Timeout | None = None
+        """The time by which the process has to exit."""
         self._process: Process | None = None
         self._line: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._answered: asyncio.Future[bool] | None = None
@@ -171,29 +171,29 @@ class Slot:
             ours.close()
             raise
         if stopping.is_set():
-            # The signal was sent while there was nobody to get it.
+            # The signal was sent before this process existed.
             self.signal(signal.SIGTERM)
         self._line = reader, writer = await asyncio.open_unix_connection(sock=ours)
         listening = asyncio.create_task(self._listen(reader))
         try:
-            return await self._ended(self._process)
+            return await self._exited(self._process)
         finally:
             self._line = None
             self._hear(False)
             listening.cancel()
             writer.close()
 
-    async def _ended(self, process: Process) -> int:
-        """Wait for the end of a process. One whose worker is over, and that stays, is killed."""
+    async def _exited(self, process: Process) -> int:
+        """Wait for the exit of a process. It is killed if it stays after its worker has ended."""
         try:
-            async with asyncio.timeout(None) as self._end:
+            async with asyncio.timeout(None) as self._exit_limit:
                 return await process.wait()
         except TimeoutError:
             logger.error("%s is held up at its end, and is killed", self)
             self.signal(signal.SIGKILL)
             return await process.wait()
         finally:
-            self._end = None
+            self._exit_limit = None
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         while word := await reader.read(1):
@@ -201,21 +201,21 @@ class Slot:
             if word in (READY, NOT_READY):
                 self._hear(word == READY)
             elif word == STOPS and self._patience is not None:
-                self._end_within(self._patience)
+                self._exit_within(self._patience)
             elif word == OVER:
-                # The process ends itself before, if it can.
-                self._end_within(leaving.PATIENCE + 2 * leaving.LAST_RESORT)
+                # Before that the process makes itself exit, if it can: see `Leaving`.
+                self._exit_within(leaving.PATIENCE + 2 * leaving.LAST_RESORT)
 
-    def _end_within(self, seconds: float) -> None:
-        if self._end is not None and not self._end.expired():
-            self._end.reschedule(asyncio.get_running_loop().time() + seconds)
+    def _exit_within(self, seconds: float) -> None:
+        if self._exit_limit is not None and not self._exit_limit.expired():
+            self._exit_limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
     def _hear(self, ready: bool) -> None:
         if self._answered is not None and not self._answered.done():
             self._answered.set_result(ready)
 
     async def ready(self) -> bool:
-        """Ask the worker whether it is ready; silence is no."""
+        """Ask the worker whether it is ready; no answer means no."""
         if self._line is None:
             return False
         if self._answered is None or self._answered.done():

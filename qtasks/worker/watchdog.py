@@ -1,4 +1,4 @@
-"""Names the task that blocks its event loop, seen from the I/O thread, which it cannot block."""
+"""Names the task that blocks its event loop: a watch on the I/O thread, which no task blocks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ PATIENCE = 1.0
 
 
 async def watch(jobs: Jobs, runner: Runner) -> None:
-    """Ask the runner's loop for a sign of life while it has jobs; report each blockage once.
+    """Ask the loop of the tasks for an answer while there are jobs; log each blockage once.
 
     Raises `Closed` when that loop was closed.
     """
-    tell = asyncio.get_running_loop().call_soon_threadsafe
+    call_back = asyncio.get_running_loop().call_soon_threadsafe
     while True:
         await jobs.present()
         answered = asyncio.Event()
         asked = time.monotonic()
-        reported = False
-        runner.call_soon(partial(tell, answered.set))
+        is_reported = False
+        runner.call_soon(partial(call_back, answered.set))
         while not answered.is_set():
             try:
                 async with asyncio.timeout(PATIENCE):
@@ -38,9 +38,9 @@ async def watch(jobs: Jobs, runner: Runner) -> None:
             except TimeoutError:
                 if runner.gone:
                     raise Closed("the loop of the tasks was closed under its worker") from None
-                if not reported:
+                if not is_reported:
                     _report(runner, time.monotonic() - asked)
-                reported = True
+                is_reported = True
         await asyncio.sleep(PATIENCE)
 
 
@@ -51,9 +51,9 @@ def _report(runner: Runner, seconds: float) -> None:
     if job is not None:
         who = f"task {job.message.task_name} {job.message.uuid}"
     else:
-        who = "code outside of the tasks' own functions"
+        who = "code outside of the tasks' functions"
     logger.warning(
         "%s has blocked its event loop for %.1f s, and with it all tasks of this process; "
-        "what blocks belongs into a plain function\n%s",
+        "put code that blocks into a plain function\n%s",
         who, seconds, stack,
     )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from qtasks.worker.poison import convicted, counted, lone_runs, suspicious
+from qtasks.worker.job import counted
+from qtasks.worker.poison import is_candidate, isolated_runs, poisoned
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delays import assert_on_time, clock
@@ -70,14 +71,14 @@ class PoisonContract(Contract):
             if record.status in FINAL:
                 await worker.settle((place, "ack"))
                 continue
-            if convicted(record) is not None:
+            if poisoned(record) is not None:
                 assert message.uuid == culprit, "a message that killed no worker counts as poisoned"
                 await worker.complete((place, "ack", "error"))
                 ended.add(culprit)
                 continue
-            if suspicious(Delivery(message, "q", None, held[-1].count), record):
+            if is_candidate(Delivery(message, "q", None, held[-1].count), record):
                 begun = replace(record_of(message), status="process", execution=new_uuid())
-                assert_done(await worker.save(counted(begun, lone_runs(record) + 1)))
+                assert_done(await worker.save(counted(begun, isolated_runs(record) + 1)))
             if message.uuid == culprit:
                 return
             await worker.complete((place, "ack", "success"))

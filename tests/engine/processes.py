@@ -186,7 +186,7 @@ def die_beside_what_it_started(file: str) -> None:
 
 @router.task(executor=cpu)
 def babble() -> int:
-    """Write what is no answer into the line to the worker."""
+    """Write something that is no answer into the socket to the worker."""
     for number in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError), socket.socket(fileno=os.dup(number)) as line:
             line.sendall((3).to_bytes(8) + b"abc")

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 
 from qtasks.asyncio import QueueTasks
-from qtasks.worker import process as process_module
+from qtasks.worker import replacement
 from qtasks.worker import worker as worker_module
 from qtasks_core import Delivery, Outcome, Subscription, Task
 from qtasks_core.errors import ConfigurationError
@@ -136,7 +136,7 @@ async def test_a_storage_that_fails(call: str, monkeypatch: pytest.MonkeyPatch) 
     name = uuid4().hex
     storage = Storage(name)
     app = QueueTasks(name, MemoryBroker(name, lease=1.0), storage)
-    monkeypatch.setattr(worker_module, "_LAST_WORDS", 60.0)
+    monkeypatch.setattr(worker_module, "DRAIN_WITHIN", 60.0)
 
     @app.task()
     async def easy() -> int:
@@ -191,7 +191,7 @@ async def test_beside_a_host_another_worker_follows(caplog: pytest.LogCaptureFix
 async def test_a_worker_that_is_wrongly_configured_is_told_of_again(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_module, "_AGAIN", 0.1)
+    monkeypatch.setattr(replacement, "REMIND_AFTER", 0.1)
     name = uuid4().hex
     broker = FailsOnce(name)
     broker.error = ConfigurationError("the queue is of another kind")

@@ -149,4 +149,7 @@ async def test_an_end_that_another_run_has_recorded_is_said_to_be_refused(
 
     async with app, app.worker():
         assert (await short.add_task(timeout=10)).status == "success"
-    assert "its end was refused (a newer record is there); another run of it counts" in caplog.text
+    assert (
+        "its result was refused (a newer record is there); the result of another run counts"
+        in caplog.text
+    )

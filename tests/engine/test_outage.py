@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from qtasks.client.retrying import Outage
-from qtasks.worker.reach import Reach
+from qtasks.worker.retrying import Retrying
 from qtasks_core.errors import Unavailable
 
 
@@ -26,9 +26,9 @@ def failing(times: int) -> Callable[[], Awaitable[str]]:
 async def test_a_worker_says_once_that_a_server_is_gone_and_once_that_it_is_back(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    reach = Reach()
-    assert await reach.persist(failing(3)) == "answer"
-    assert await reach.persist(failing(0)) == "answer"
+    retrying = Retrying()
+    assert await retrying.call(failing(3)) == "answer"
+    assert await retrying.call(failing(0)) == "answer"
     assert caplog.messages == [
         "worker: redis://here: refused; trying again",
         "worker: the server answers again",
@@ -38,9 +38,9 @@ async def test_a_worker_says_once_that_a_server_is_gone_and_once_that_it_is_back
 async def test_another_server_that_answers_does_not_end_the_outage(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    reach = Reach()
-    reach._outage.failed(Unavailable("postgresql://there: refused"))
-    await reach.persist(failing(0))
+    retrying = Retrying()
+    retrying._outage.failed(Unavailable("postgresql://there: refused"))
+    await retrying.call(failing(0))
     assert caplog.messages == ["worker: postgresql://there: refused; trying again"]
 
 

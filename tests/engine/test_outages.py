@@ -66,7 +66,7 @@ async def until_noted(app: QueueTasks, uuid: str) -> None:
 async def test_a_running_task_keeps_its_lease(
     app: QueueTasks, storage: Down, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heartbeat, "_NOTE_AFTER", 0.01)
+    monkeypatch.setattr(heartbeat, "NOTE_AFTER", 0.01)
     go_on = asyncio.Event()
 
     @app.task()

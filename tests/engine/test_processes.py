@@ -113,7 +113,7 @@ async def app_sends_wrong_arguments(app: QueueTasks) -> Any:
             "huge",
             "the result cannot be stored: it takes 67108870 bytes, and 67108864 are the most that",
         ),
-        ("endless", "ProcessDied: its process answered what is no answer"),
+        ("endless", "ProcessDied: its process sent something that is no answer"),
         ("odd retry_after", "Busy: "),
     ],
 )
@@ -183,7 +183,7 @@ async def test_one_that_does_not_answer_to_the_point_is_killed_and_leaves_nothin
             before = held()
             for _ in range(3):
                 task = await babble.add_task(timeout=20)
-                assert task.error == "ProcessDied: its process answered what is no answer"
+                assert task.error == "ProcessDied: its process sent something that is no answer"
             assert held() <= before
             assert (await processes.pid.using(app).add_task(timeout=20)).status == "success"
     finally:

@@ -15,7 +15,7 @@ from qtasks.asyncio import QueueTasks
 from qtasks.client import registry
 from qtasks.client.client import Client
 from qtasks.control import workers
-from qtasks.worker import expiry, worker
+from qtasks.worker import consumer, retention
 from qtasks_core import Command, WorkerInfo
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -67,7 +67,7 @@ async def test_a_silent_worker_is_taken_for_dead(
 async def test_workers_that_were_killed_long_ago_are_forgotten(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expiry, "PERIOD", 0.1)
+    monkeypatch.setattr(retention, "PERIOD", 0.1)
     silent = {"worker/long": time.time() - 3700, "worker/lately": time.time() - 60}
 
     async def write(client: Client) -> None:
@@ -142,8 +142,8 @@ async def test_a_paused_queue_rests_and_the_others_go_on(app: QueueTasks) -> Non
 async def test_old_records_are_deleted_by_one_worker_at_a_time(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expiry, "PERIOD", 0.1)
-    monkeypatch.setattr(worker, "LEASES", 0.0)
+    monkeypatch.setattr(retention, "PERIOD", 0.1)
+    monkeypatch.setattr(consumer, "LEASES", 0.0)
 
     @app.task(retention=0.2)
     async def brief() -> None: ...

@@ -86,7 +86,7 @@ async def test_a_subscription_that_cannot_be_closed_does_not_take_the_grace() ->
 async def test_a_function_that_outlives_its_worker_ends_unheard(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(worker_module, "_UNWIND", 0.1)
+    monkeypatch.setattr(worker_module, "UNWIND_WITHIN", 0.1)
     begun, go_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @app.task()

@@ -16,7 +16,7 @@ from qtasks.worker import poison
 from qtasks_core import Guarantees, Outcome, Status, Task
 from qtasks_core.wire import encode_task
 from qtasks_memory import MemoryBroker, MemoryStorage
-from tests.engine.test_suspects import Counting
+from tests.engine.test_poison import Counting
 
 LARGEST = 20_000
 
@@ -139,10 +139,10 @@ async def test_a_poison_candidate_over_the_limit_ends_as_an_error(
     app = QueueTasks(broker=Counting(name), storage=SmallStorage(name))
     counts: list[int] = []
 
-    @app.task(name="suspect")
+    @app.task(name="candidate")
     async def echo(text: str) -> str:
         (record,) = await app.client.storage.get([uuid])
-        counts.append(poison.lone_runs(record))
+        counts.append(poison.isolated_runs(record))
         return text
 
     async with app:
@@ -164,12 +164,12 @@ async def test_a_poison_candidate_that_cannot_be_counted_does_not_run() -> None:
     app = QueueTasks(broker=Counting(name), storage=PickyStorage(name))
     runs: list[int] = []
 
-    @app.task(name="suspect")
-    async def suspect() -> None:
+    @app.task(name="candidate")
+    async def candidate() -> None:
         runs.append(1)
 
     async with app, app.worker():
-        ended = await suspect.add_task(timeout=20)
+        ended = await candidate.add_task(timeout=20)
         depth = await app.broker.depth("default")
     assert (ended.status, ended.dead) == ("error", "unstorable record")
     assert str(LARGEST) in str(ended.error)
@@ -183,11 +183,11 @@ async def test_a_poison_candidate_without_a_recorded_end_is_not_acknowledged() -
     storage = PickiestStorage(name)
     app = QueueTasks(broker=Counting(name, lease=60), storage=storage)
 
-    @app.task(name="suspect")
-    async def suspect() -> None: ...
+    @app.task(name="candidate")
+    async def candidate() -> None: ...
 
     async with app:
-        handle = await suspect.add_task()
+        handle = await candidate.add_task()
         async with app.worker():
             assert await asyncio.to_thread(storage.untaken_end.wait, 10)
         record = await app.get(handle.uuid)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from qtasks.asyncio import QueueTasks
 from qtasks.declare.tasks import message_of
-from qtasks.worker import worker as worker_module
+from qtasks.worker import consumer
 from qtasks_core import Delivery, Raw, TaskMessage
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -117,8 +117,8 @@ async def test_a_long_task_keeps_its_lease(app: QueueTasks) -> None:
 async def test_an_unknown_task_is_put_back_and_at_last_dead(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(worker_module, "_UNKNOWN_DELAY", 0.01)
-    monkeypatch.setattr(worker_module, "_UNKNOWN_TRIES", 3)
+    monkeypatch.setattr(consumer, "UNKNOWN_DELAY", 0.01)
+    monkeypatch.setattr(consumer, "UNKNOWN_TRIES", 3)
 
     @app.task()
     async def known() -> str:
@@ -143,7 +143,7 @@ async def test_an_unknown_task_is_put_back_and_at_last_dead(
 async def test_an_unknown_task_runs_once_a_worker_knows_it(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "_UNKNOWN_DELAY", 0.05)
+    monkeypatch.setattr(consumer, "UNKNOWN_DELAY", 0.05)
     newer = QueueTasks(app.name, "memory://?lease=1")
 
     @newer.task(name="later")

@@ -15,7 +15,7 @@ from qtasks_memory import MemoryBroker, MemoryStorage
 
 
 class Counting(MemoryBroker):
-    """Says of every message whose task is called `suspect…` that it was delivered often."""
+    """Says of every message whose task is called `candidate…` that it was delivered often."""
 
     async def subscribe(self, queues):  # type: ignore[no-untyped-def]
         subscription = await super().subscribe(queues)
@@ -29,16 +29,16 @@ class Counting(MemoryBroker):
 
 
 def _often(delivery: Delivery) -> Delivery:
-    suspect = getattr(delivery.message, "task_name", "").startswith("suspect")
-    return Delivery(delivery.message, delivery.queue, delivery.fence, 3 if suspect else 1)
+    candidate = getattr(delivery.message, "task_name", "").startswith("candidate")
+    return Delivery(delivery.message, delivery.queue, delivery.fence, 3 if candidate else 1)
 
 
 @pytest.fixture
 def app() -> QueueTasks:
-    return QueueTasks("suspects", Counting("suspects", lease=1), MemoryStorage("suspects"))
+    return QueueTasks("candidates", Counting("candidates", lease=1), MemoryStorage("candidates"))
 
 
-async def test_a_suspect_runs_alone_with_its_count_made_durable(app: QueueTasks) -> None:
+async def test_a_candidate_runs_alone_with_its_count_made_durable(app: QueueTasks) -> None:
     running: set[str] = set()
     company: dict[str, set[str]] = {}
     counts: list[int] = []
@@ -51,38 +51,38 @@ async def test_a_suspect_runs_alone_with_its_count_made_durable(app: QueueTasks)
             company.setdefault(other, set()).add(name)
         running.remove(name)
 
-    @app.task(name="innocent")
-    async def innocent(number: int) -> None:
-        await run(f"innocent {number}")
+    @app.task(name="neighbour")
+    async def neighbour(number: int) -> None:
+        await run(f"neighbour {number}")
 
-    @app.task(name="suspect")
-    async def suspect(number: int) -> None:
+    @app.task(name="candidate")
+    async def candidate(number: int) -> None:
         record = (await app.client.storage.get([uuids[number]]))[0]
-        counts.append(poison.lone_runs(record))
-        await run(f"suspect {number}")
+        counts.append(poison.isolated_runs(record))
+        await run(f"candidate {number}")
 
     async with app:
-        before = await innocent.map([(n,) for n in range(10)])
-        accused = await suspect.map([(n,) for n in range(3)])
-        uuids = [task.uuid for task in accused]
-        after = await innocent.map([(n,) for n in range(10, 20)])
+        before = await neighbour.map([(n,) for n in range(10)])
+        candidates = await candidate.map([(n,) for n in range(3)])
+        uuids = [task.uuid for task in candidates]
+        after = await neighbour.map([(n,) for n in range(10, 20)])
         async with app.worker(concurrency=20):
-            for task in [*before, *accused, *after]:
+            for task in [*before, *candidates, *after]:
                 assert (await task.wait_result(10)).status == "success"
     assert counts == [1, 1, 1]
-    assert all(not company[f"suspect {n}"] for n in range(3))
-    assert any(company[f"innocent {n}"] for n in range(20)), "innocents run beside each other"
+    assert all(not company[f"candidate {n}"] for n in range(3))
+    assert any(company[f"neighbour {n}"] for n in range(20)), "neighbours run beside each other"
 
 
 async def test_after_the_bound_it_is_dead(app: QueueTasks) -> None:
     runs: list[int] = []
 
-    @app.task(name="suspect")
-    async def suspect() -> None:
+    @app.task(name="candidate")
+    async def candidate() -> None:
         runs.append(1)
 
     async with app:
-        task = await suspect.add_task()
+        task = await candidate.add_task()
         storage = app.client.storage
         record = (await storage.get([task.uuid]))[0]
         assert record is not None
@@ -99,8 +99,8 @@ async def test_one_that_is_given_back_is_not_counted(app: QueueTasks) -> None:
     begun = asyncio.Event()
     order: list[int] = []
 
-    @app.task(name="suspect")
-    async def suspect() -> str:
+    @app.task(name="candidate")
+    async def candidate() -> str:
         order.append(1)
         begun.set()
         if len(order) == 1:
@@ -108,52 +108,52 @@ async def test_one_that_is_given_back_is_not_counted(app: QueueTasks) -> None:
         return "fine"
 
     async with app:
-        task = await suspect.add_task()
-        waiting = await suspect.add_task()
+        task = await candidate.add_task()
+        waiting = await candidate.add_task()
         async with app.worker(grace=0.05):
             await begun.wait()
         for handle in (task, waiting):
             record = await app.get(handle.uuid)
-            assert poison.lone_runs(record) == 0
+            assert poison.isolated_runs(record) == 0
         async with app.worker():
             # Both were released; neither waits for its lease of 1 s.
             assert (await task.wait_result(0.8)).returning == "fine"
             assert (await waiting.wait_result(0.8)).returning == "fine"
 
 
-async def test_a_long_suspect_does_not_hold_up_the_others(
+async def test_a_long_candidate_does_not_hold_up_the_others(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poison, "_ALONE", 0.1)
+    monkeypatch.setattr(poison, "ISOLATION", 0.1)
     go_on = asyncio.Event()
 
-    @app.task(name="suspect")
-    async def suspect() -> None:
+    @app.task(name="candidate")
+    async def candidate() -> None:
         await go_on.wait()
 
-    @app.task(name="innocent")
-    async def innocent() -> None: ...
+    @app.task(name="neighbour")
+    async def neighbour() -> None: ...
 
     async with app, app.worker():
-        long = await suspect.add_task()
+        long = await candidate.add_task()
         await asyncio.sleep(0.05)
-        assert (await innocent.add_task(timeout=5)).status == "success"
+        assert (await neighbour.add_task(timeout=5)).status == "success"
         go_on.set()
         assert (await long.wait_result(5)).status == "success"
 
 
-async def test_a_suspect_that_is_cancelled_while_it_waits_does_not_run(app: QueueTasks) -> None:
+async def test_a_candidate_that_is_cancelled_while_it_waits_does_not_run(app: QueueTasks) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
     runs: list[int] = []
 
-    @app.task(name="suspect")
-    async def suspect(number: int) -> None:
+    @app.task(name="candidate")
+    async def candidate(number: int) -> None:
         runs.append(number)
         begun.set()
         await go_on.wait()
 
     async with app, app.worker():
-        first, second = await suspect.map([(1,), (2,)])
+        first, second = await candidate.map([(1,), (2,)])
         await begun.wait()
         assert await second.cancel()
         go_on.set()
@@ -162,34 +162,34 @@ async def test_a_suspect_that_is_cancelled_while_it_waits_does_not_run(app: Queu
     assert runs == [1]
 
 
-async def test_a_long_suspect_does_not_hold_up_the_others_though_another_waits(
+async def test_a_long_candidate_does_not_hold_up_the_others_though_another_waits(
     app: QueueTasks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(poison, "_ALONE", 0.1)
+    monkeypatch.setattr(poison, "ISOLATION", 0.1)
     go_on = asyncio.Event()
     running: set[int] = set()
 
-    @app.task(name="suspect")
-    async def suspect(number: int) -> list[int]:
+    @app.task(name="candidate")
+    async def candidate(number: int) -> list[int]:
         running.add(number)
         await go_on.wait()
         running.remove(number)
         return sorted(running)
 
-    @app.task(name="innocent")
-    async def innocent() -> None: ...
+    @app.task(name="neighbour")
+    async def neighbour() -> None: ...
 
     async with app, app.worker(grace=1):
-        accused = await suspect.map([(1,), (2,), (3,)])
+        candidates = await candidate.map([(1,), (2,), (3,)])
         await asyncio.sleep(0.05)
-        assert (await innocent.add_task(timeout=5)).status == "success"
+        assert (await neighbour.add_task(timeout=5)).status == "success"
         assert running == {1}
         go_on.set()
-        ends = [await task.wait_result(5) for task in accused]
+        ends = [await task.wait_result(5) for task in candidates]
     assert [end.returning for end in ends] == [[], [], []]
 
 
-async def test_a_suspect_whose_lease_was_lost_while_it_waited_is_left_to_who_has_it() -> None:
+async def test_a_candidate_whose_lease_was_lost_while_it_waited_is_left_to_who_has_it() -> None:
     lost = Event()
 
     class Losing(Counting):
@@ -214,13 +214,13 @@ async def test_a_suspect_whose_lease_was_lost_while_it_waited_is_left_to_who_has
     go_on = asyncio.Event()
     runs: list[int] = []
 
-    @app.task(name="suspect")
-    async def suspect(number: int) -> None:
+    @app.task(name="candidate")
+    async def candidate(number: int) -> None:
         runs.append(number)
         await go_on.wait()
 
     async with app, app.worker(grace=1):
-        first, _ = await suspect.map([(1,), (2,)])
+        first, _ = await candidate.map([(1,), (2,)])
         assert await asyncio.to_thread(lost.wait, 5)
         await asyncio.sleep(0.05)
         go_on.set()
@@ -229,12 +229,12 @@ async def test_a_suspect_whose_lease_was_lost_while_it_waited_is_left_to_who_has
         assert runs == [1]
 
 
-async def test_a_suspect_whose_turn_comes_with_the_stop_is_given_back_uncounted() -> None:
+async def test_a_candidate_whose_turn_comes_with_the_stop_is_given_back_uncounted() -> None:
     saving, let = Event(), Event()
 
     class Slow(MemoryStorage):
         async def save(self, tasks, transaction=None):  # type: ignore[no-untyped-def]
-            if poison.lone_runs(tasks[0]) == 1:
+            if poison.isolated_runs(tasks[0]) == 1:
                 saving.set()
                 while not let.is_set():  # noqa: ASYNC110  # set by another loop's thread
                     await asyncio.sleep(0.01)
@@ -243,16 +243,16 @@ async def test_a_suspect_whose_turn_comes_with_the_stop_is_given_back_uncounted(
     app = QueueTasks("turn", Counting("turn"), Slow("turn"))
     runs: list[int] = []
 
-    @app.task(name="suspect")
-    async def suspect() -> None:
+    @app.task(name="candidate")
+    async def candidate() -> None:
         runs.append(1)
 
     async with app:
-        task = await suspect.add_task()
+        task = await candidate.add_task()
         async with app.worker():
             assert await asyncio.to_thread(saving.wait, 5)
             asyncio.get_running_loop().call_later(0.1, let.set)
         assert runs == []
-        assert poison.lone_runs(await app.get(task.uuid)) == 0
+        assert poison.isolated_runs(await app.get(task.uuid)) == 0
         depth = await app.client.broker.depth("default")
         assert (depth.ready, depth.in_flight) == (1, 0)

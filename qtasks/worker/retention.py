@@ -1,4 +1,4 @@
-"""Deleting old records, by one worker at a time."""
+"""Deleting records whose retention has passed, by one worker at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PERIOD = 300.0
 
 
 async def expire(storage: Storage, worker: str) -> None:
-    """Delete for all workers while none of the others does; return where a storage cannot."""
+    """Delete old records while no other worker does; return where the storage cannot."""
     while True:
-        # Shorter than the claim, and not the same for workers that were started together.
+        # Shorter than the claim, and random, so that workers started together do not ask together.
         await asyncio.sleep(random.uniform(0.5, 0.9) * PERIOD)
         try:
-            # Held, not released: who has it once does it until it dies.
+            # The claim is never released: one worker does this until it stops.
             if await storage.claim("qtasks-expire", worker, PERIOD) is None:
                 continue
             count = await storage.expire()

@@ -1,4 +1,4 @@
-"""Calls that are repeated while a server is out of reach, and whether it is in reach."""
+"""A worker's calls to its servers, which are retried while a server is out of reach."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qtasks.client.retrying import Outage, retry
 T = TypeVar("T")
 
 _FRESH = 10.0
-"""Seconds for which a failure counts. A receive that waits says nothing, but had it lost its
+"""Seconds for which a failure counts. A `receive` that waits says nothing, but if it had lost its
 server it would have failed again by then."""
 
 
-class Reach:
-    """A worker's calls to its servers."""
+class Retrying:
+    """Retries calls with backoff, and knows whether the servers answered lately."""
 
     def __init__(self) -> None:
         self._outage = Outage("worker")
@@ -28,8 +28,8 @@ class Reach:
         failed_at = self._outage.failed_at
         return failed_at is None or time.monotonic() - failed_at > _FRESH
 
-    async def persist(
+    async def call(
         self, call: Callable[[], Awaitable[T]], until: asyncio.Event | None = None
     ) -> T | None:
-        """Repeat `call` while the server is out of reach; None when `until` is set meanwhile."""
+        """Retry `call` while the server is out of reach; None once `until` is set meanwhile."""
         return await retry(call, until=until, outage=self._outage)

@@ -1,4 +1,4 @@
-"""A worker's entry in the registry: it keeps its shared value fresh while it lives."""
+"""A worker's entry in the registry of workers: a shared value that it renews while it lives."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from qtasks_core.errors import NotSupported, Unavailable
 logger = logging.getLogger("qtasks")
 
 _NAMED = 20
-"""How many running tasks a worker names."""
+"""How many running tasks an entry names."""
 _PARTING = 2.0
-"""Seconds for taking itself off the list; without that it is stale soon."""
+"""Seconds for removing the entry. If that fails, it counts as stale soon."""
 
 _encoder = msgspec.msgpack.Encoder()
 
 
 class Registration:
-    """One worker's place in the registry."""
+    """One worker's entry in the registry."""
 
     def __init__(
         self, id: str, queues: Sequence[str], concurrency: int, jobs: Jobs, storage: Storage
@@ -51,14 +51,14 @@ class Registration:
             version=_version(),
         )
 
-    def ask(self) -> None:
-        """Have it give a sign of life now."""
+    def announce(self) -> None:
+        """Have the entry renewed now."""
         self._asked.set()
 
-    async def keep(self) -> None:
-        """Give signs of life until cancelled, and then take itself off the list.
+    async def renew(self) -> None:
+        """Renew the entry until cancelled, and then remove it.
 
-        Returns at once where a storage has no values.
+        Returns at once where the storage has no shared values.
         """
         try:
             with suppress(Unavailable):  # the next worker tries again
@@ -74,11 +74,10 @@ class Registration:
                 "no registry of workers: %s keeps no shared values", type(self._storage).__name__
             )
         finally:
-            await self._leave()
+            await self._remove()
 
     async def _write(self) -> None:
-        begun = [job for job in self._jobs if job.begun]
-        running = sorted(begun, key=lambda job: job.started)[:_NAMED]
+        running = sorted(self._jobs.with_the_runner(), key=lambda job: job.started)[:_NAMED]
         info = replace(
             self._info,
             seen_at=time.time(),
@@ -93,7 +92,7 @@ class Registration:
         else:
             self._outage.over()
 
-    async def _leave(self) -> None:
+    async def _remove(self) -> None:
         with suppress(NotSupported, Unavailable, TimeoutError):
             async with asyncio.timeout(_PARTING):
                 await self._storage.set(PREFIX + self._info.id, None)

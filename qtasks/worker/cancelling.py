@@ -1,0 +1,87 @@
+"""Stopping the runs of tasks that were cancelled.
+
+A cancelled task is one whose record says `cancel`. So the worker looks at the records: at once for
+a task that a command names, and now and then for all that run long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+
+from qtasks.worker.job import Job
+from qtasks.worker.jobs import Jobs
+from qtasks.worker.retrying import Retrying
+from qtasks.worker.runner import Runner
+from qtasks.worker.states import ADMITTING, RUNNING, WAITING
+from qtasks_core import Storage
+
+logger = logging.getLogger("qtasks")
+
+_CHECK_EVERY = 10.0
+"""Seconds between checks where there is no lease to say how often."""
+_BEFORE_ITS_RUN = (ADMITTING, WAITING)
+
+
+class Cancelling:
+    """Looks for cancelled tasks among the jobs of a worker. It lives on the I/O loop.
+
+    Apart from the heartbeat: a storage that is out of reach must not cost the leases.
+    """
+
+    def __init__(self, jobs: Jobs, storage: Storage, runner: Runner, retrying: Retrying) -> None:
+        self._jobs = jobs
+        self._storage = storage
+        self._runner = runner
+        self._retrying = retrying
+        self._named: set[str] = set()
+        self._asked = asyncio.Event()
+
+    async def watch(self, lease: float | None) -> None:
+        """Look for cancelled tasks, for ever, as often as leases are extended."""
+        while True:
+            await self._jobs.present()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CHECK_EVERY if lease is None else lease / 3):
+                    await self._asked.wait()
+            self._asked.clear()
+            named, self._named = self._named, set()
+            await self._check(
+                job
+                for job in self._jobs
+                if (job.process_noted and not job.is_lost) or job.message.uuid in named
+            )
+
+    def check_soon(self, uuid: str) -> None:
+        """Look at once whether a task was cancelled, if it is one of the jobs."""
+        if any(job.message.uuid == uuid for job in self._jobs):
+            self._named.add(uuid)
+            self._asked.set()
+
+    async def _check(self, jobs: Iterable[Job]) -> None:
+        """Cancel those of these jobs whose records say so."""
+        asked = [job for job in jobs if _can_be_cancelled(job)]
+        if not asked:
+            return
+        get = partial(self._storage.get, [job.message.uuid for job in asked])
+        records = await self._retrying.call(get) or ()
+        cancelled = [
+            job
+            for job, record in zip(asked, records, strict=True)
+            if record is not None and record.status == "cancel" and _can_be_cancelled(job)
+        ]
+        for job in cancelled:
+            if job.state in _BEFORE_ITS_RUN:
+                job.discard()
+            else:
+                job.cancel()
+            logger.info("task %s %s was cancelled", job.message.task_name, job.message.uuid)
+        if cancelled:
+            self._runner.cancel(cancelled)
+
+
+def _can_be_cancelled(job: Job) -> bool:
+    return job.state is RUNNING or job.state in _BEFORE_ITS_RUN
