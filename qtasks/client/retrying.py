@@ -27,6 +27,9 @@ T = TypeVar("T")
 _AGAIN = 60.0
 """Seconds until the log says again that a server is out of reach, or passes on another error of a
 driver. Attempts follow each other faster: an outage of an hour would be thousands of lines."""
+_FRESH = 10.0
+"""Seconds for which a failure counts. A `receive` that waits says nothing, but if it had lost its
+server it would have failed again by then."""
 _SERVER = re.compile(r".*?\w://[^\s,;]+")
 """Where an error says which server it is: an outage has many errors, as each call sees it."""
 
@@ -131,6 +134,25 @@ async def retry(
                 return None
         except TimeoutError:
             continue
+
+
+class Retrying:
+    """The calls of one worker: retried with backoff. Knows whether the servers answered lately."""
+
+    def __init__(self) -> None:
+        self._outage = Outage("worker")
+
+    @property
+    def fine(self) -> bool:
+        """Whether the last calls were answered."""
+        failed_at = self._outage.failed_at
+        return failed_at is None or time.monotonic() - failed_at > _FRESH
+
+    async def call(
+        self, call: Callable[[], Awaitable[T]], until: asyncio.Event | None = None
+    ) -> T | None:
+        """Retry `call` while the server is out of reach; None once `until` is set meanwhile."""
+        return await retry(call, until=until, outage=self._outage)
 
 
 @contextmanager

@@ -12,14 +12,12 @@ from collections.abc import (
     Sequence,
 )
 from typing import Any, Protocol, TypedDict, TypeVar, Unpack, cast, overload
-from weakref import ref
 
-from qtasks.app import App, default_app
-from qtasks.client.lifecycle import not_started
-from qtasks.declare.tasks import AsyncTask, P, SyncTask
+from qtasks.app import App
+from qtasks.declare.tasks import AsyncTask, Inclusions, P, SyncTask
 from qtasks.execution.definition import TaskDefinition, TaskOptions, checked_plugins
 from qtasks_core import Executor, Plugin
-from qtasks_core.errors import AmbiguousApp, ConfigurationError
+from qtasks_core.errors import ConfigurationError
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -103,43 +101,6 @@ class SyncGeneratorDecorator(Protocol[H]):
     def __call__(
         self, function: Callable[P, Iterator[T]], /
     ) -> SyncTask[P, list[H], Iterator[T]]: ...
-
-
-class Inclusions:
-    """The apps of this process that included a router."""
-
-    def __init__(self) -> None:
-        self._apps: list[ref[App]] = []
-        self._last: str | None = None
-        """The name of the last app that was noted."""
-
-    def add(self, app: App) -> None:
-        """Note an app."""
-        self._apps = [*(ref(known) for known in self if known is not app), ref(app)]
-        self._last = app.name
-
-    def __iter__(self) -> Iterator[App]:
-        return iter([app for known in self._apps if (app := known()) is not None])
-
-    def find_app(self) -> App:
-        """Return the only app that is not stopped; if no app included the router, the default app.
-
-        Raises `AmbiguousApp`, and `Closed` when the apps that included it are stopped and gone.
-        """
-        if len(self._apps) == 1 and (only := self._apps[0]()) is not None:
-            return only
-        apps = list(self)
-        # A test that builds an app for itself leaves it stopped, for the garbage collector.
-        claiming = [app for app in apps if app.claims_routers] or apps[:1]
-        if len(claiming) > 1:
-            names = ", ".join(sorted(repr(app.name) for app in claiming))
-            raise AmbiguousApp(f"several apps included this router ({names}): task.using(app)")
-        if claiming:
-            return claiming[0]
-        if self._last is not None:
-            # The default app would be chosen or not, as the garbage collector has run or not.
-            raise not_started(self._last)
-        return default_app()
 
 
 class Router:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from operator import itemgetter
 from typing import Any, Generic, ParamSpec, Protocol, TypedDict, TypeVar, Unpack
+from weakref import ref
 
 from uuid_utils import uuid7
 
-from qtasks.app import App
+from qtasks.app import App, default_app
 from qtasks.bridge.reply import block_on
+from qtasks.client.lifecycle import not_started
 from qtasks.declare.handle import BlockingTask, Task
 from qtasks.execution.definition import TaskDefinition
 from qtasks_core import TaskMessage
-from qtasks_core.errors import ConfigurationError, PayloadTooLarge
+from qtasks_core.errors import AmbiguousApp, ConfigurationError, PayloadTooLarge
 from qtasks_core.names import checked_name, is_text
 from qtasks_core.schemas import LONGEST
 from qtasks_core.separate import record_of
@@ -112,6 +114,43 @@ class SyncCall(Call[R]):
         app = self.owner.find_app()
         record = block_on(app.submit, self.message(app, **options), timeout)
         return BlockingTask(app, record, self.definition.decode_result)
+
+
+class Inclusions:
+    """The apps of this process that included a router."""
+
+    def __init__(self) -> None:
+        self._apps: list[ref[App]] = []
+        self._last: str | None = None
+        """The name of the last app that was noted."""
+
+    def add(self, app: App) -> None:
+        """Note an app."""
+        self._apps = [*(ref(known) for known in self if known is not app), ref(app)]
+        self._last = app.name
+
+    def __iter__(self) -> Iterator[App]:
+        return iter([app for known in self._apps if (app := known()) is not None])
+
+    def find_app(self) -> App:
+        """Return the only app that is not stopped; if no app included the router, the default app.
+
+        Raises `AmbiguousApp`, and `Closed` when the apps that included it are stopped and gone.
+        """
+        if len(self._apps) == 1 and (only := self._apps[0]()) is not None:
+            return only
+        apps = list(self)
+        # A test that builds an app for itself leaves it stopped, for the garbage collector.
+        claiming = [app for app in apps if app.claims_routers] or apps[:1]
+        if len(claiming) > 1:
+            names = ", ".join(sorted(repr(app.name) for app in claiming))
+            raise AmbiguousApp(f"several apps included this router ({names}): task.using(app)")
+        if claiming:
+            return claiming[0]
+        if self._last is not None:
+            # The default app would be chosen or not, as the garbage collector has run or not.
+            raise not_started(self._last)
+        return default_app()
 
 
 class FixedApp:

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 
-from qtasks.worker.job import Job
-from qtasks.worker.jobs import Jobs
-from qtasks.worker.retrying import Retrying
+from qtasks.client.retrying import Retrying
+from qtasks.worker.job import Job, Jobs
 from qtasks.worker.runner import Runner
 from qtasks.worker.states import ADMITTING, RUNNING, WAITING
 from qtasks_core import Storage

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from qtasks.client.backoff import Backoff
-from qtasks.client.outage import Outage
+from qtasks.client.retrying import Backoff, Outage
 from qtasks.worker.cancelling import Cancelling
 from qtasks.worker.consumer import Consumer
 from qtasks.worker.registry import Registration

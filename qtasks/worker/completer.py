@@ -15,11 +15,10 @@ from typing import Any
 from msgspec.structs import replace
 
 from qtasks.client.batcher import Batcher
-from qtasks.worker.job import Job
-from qtasks.worker.jobs import Jobs
+from qtasks.client.retrying import Retrying
+from qtasks.worker.job import Job, Jobs
 from qtasks.worker.life import Life
 from qtasks.worker.limits import Limits
-from qtasks.worker.retrying import Retrying
 from qtasks.worker.states import CANCELLING, DISCARDED
 from qtasks_core import Ack, Completion, Composition, Guarantees, Outcome, Release, Subscription
 from qtasks_core.records import ENVELOPE, within

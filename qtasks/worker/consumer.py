@@ -13,13 +13,12 @@ from uuid import NAMESPACE_OID, uuid5
 from msgspec.structs import replace
 
 from qtasks.client.client import Client
-from qtasks.client.retention import LEASES, kept_for
+from qtasks.client.retrying import Retrying
+from qtasks.client.times import LEASES, kept_for
 from qtasks.worker.completer import Completer
-from qtasks.worker.job import Job, count_in
-from qtasks.worker.jobs import Jobs
+from qtasks.worker.job import Job, Jobs, count_in
 from qtasks.worker.life import Life
 from qtasks.worker.poison import PoisonCandidates, is_candidate, poisoned
-from qtasks.worker.retrying import Retrying
 from qtasks.worker.states import DISCARDED
 from qtasks_core import (
     Ack,
@@ -82,6 +81,7 @@ class Consumer:
         self._retrying = retrying
         self._retention = client.storage.guarantees.retention
         self._least_retention = LEASES * (client.broker.guarantees.lease or 0.0)
+        self._kept_by_default = kept_for(None, self._retention, self._least_retention)
         self._received = 0
         self._skew_logged = False
         self._paused: set[str] = set()
@@ -230,7 +230,9 @@ class Consumer:
                 job.discard()
             self._completer.add(job)
             return False
-        keep = kept_for(message.retention, self._retention, self._least_retention)
+        keep = self._kept_by_default
+        if message.retention is not None:
+            keep = kept_for(message.retention, self._retention, self._least_retention)
         if keep != message.retention:
             message = job.message = replace(message, retention=keep)
         if not job.leases:

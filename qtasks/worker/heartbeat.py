@@ -7,10 +7,9 @@ import logging
 import time
 from functools import partial
 
+from qtasks.client.retrying import Retrying
 from qtasks.worker.completer import Completer
-from qtasks.worker.job import Job
-from qtasks.worker.jobs import Jobs
-from qtasks.worker.retrying import Retrying
+from qtasks.worker.job import Job, Jobs
 from qtasks.worker.states import RUNNING
 from qtasks_core import Completion, Subscription
 

@@ -15,10 +15,9 @@ import time
 from collections import deque
 from functools import partial
 
+from qtasks.client.retrying import Retrying
 from qtasks.worker.completer import Completer
-from qtasks.worker.job import ISOLATED_RUNS, Job, count_in, counted
-from qtasks.worker.jobs import Jobs
-from qtasks.worker.retrying import Retrying
+from qtasks.worker.job import ISOLATED_RUNS, Job, Jobs, count_in, counted
 from qtasks.worker.states import DISCARDED
 from qtasks_core import Delivery, Outcome, Storage, Task
 from qtasks_core.records import not_taken, within

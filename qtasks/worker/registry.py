@@ -14,9 +14,9 @@ from functools import cache
 import msgspec
 from msgspec.structs import replace
 
-from qtasks.client.outage import Outage
 from qtasks.client.registry import PERIOD, PREFIX, SEEN
-from qtasks.worker.jobs import Jobs
+from qtasks.client.retrying import Outage
+from qtasks.worker.job import Jobs
 from qtasks_core import Running, Storage, WorkerInfo
 from qtasks_core.distribution import our_distribution
 from qtasks_core.errors import NotSupported, Unavailable

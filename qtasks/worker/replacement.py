@@ -7,7 +7,7 @@ import logging
 import time
 
 from qtasks.bridge.io_thread import io_thread
-from qtasks.client.backoff import Backoff
+from qtasks.client.retrying import Backoff
 from qtasks.worker.hosted import App, HostedWorker, RunningWorker, WorkerOptions
 from qtasks_core.errors import Closed, ConfigurationError, NotSupported
 

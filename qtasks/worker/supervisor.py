@@ -18,7 +18,7 @@ from asyncio.subprocess import Process
 from typing import Any
 
 from qtasks.bridge.stop_signals import StopSignals
-from qtasks.client.backoff import Backoff
+from qtasks.client.retrying import Backoff
 from qtasks.worker import leaving
 from qtasks.worker.health import answer_probes
 from qtasks.worker.supervised import ASK, GIVE_BACK, NOT_READY, OVER, READY, STOPS, VARIABLE

@@ -9,7 +9,7 @@ import time
 import traceback
 from functools import partial
 
-from qtasks.worker.jobs import Jobs
+from qtasks.worker.job import Jobs
 from qtasks.worker.runner import Runner
 from qtasks_core.errors import Closed
 

@@ -16,20 +16,20 @@ from typing import Any
 
 from uuid_utils import uuid7
 
-from qtasks.bridge.entry_queue import EntryQueue
+from qtasks.bridge.reply import EntryQueue
 from qtasks.client.client import Client
+from qtasks.client.retrying import Retrying
 from qtasks.worker.cancelling import Cancelling
 from qtasks.worker.commands import Commands
 from qtasks.worker.completer import Completer
 from qtasks.worker.consumer import Consumer
 from qtasks.worker.heartbeat import Heartbeat
-from qtasks.worker.jobs import Jobs
+from qtasks.worker.job import Jobs
 from qtasks.worker.life import Life
 from qtasks.worker.limits import Limits
 from qtasks.worker.poison import PoisonCandidates
 from qtasks.worker.registry import Registration
 from qtasks.worker.retention import expire
-from qtasks.worker.retrying import Retrying
 from qtasks.worker.runner import Runner
 from qtasks.worker.states import WorkerState
 from qtasks.worker.watchdog import watch

@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from qtasks.client.retrying import Outage
-from qtasks.worker.retrying import Retrying
+from qtasks.client.retrying import Outage, Retrying
 from qtasks_core.errors import Unavailable
 
 

@@ -1,5 +1,0 @@
-"""`EntryQueue` lives in `qtasks.bridge.reply`."""
-
-from qtasks.bridge.reply import EntryQueue
-
-__all__ = ["EntryQueue"]
