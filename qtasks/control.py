@@ -192,7 +192,7 @@ async def migrate(of: Client | Lifecycle) -> dict[str, list[str] | None]:
 async def revive(
     client: Client, uuids: Sequence[str], without_result: Collection[str] = ()
 ) -> list[Outcome]:
-    """Submit dead tasks again as new tasks. Each outcome's `there` is the record of the new task.
+    """Submit dead tasks again as new tasks. Each outcome's `current` is the record of the new task.
 
     `refused`: there is no such record, it is not dead, or its message could never be decoded. A
     task that was revived before is `done` with a `reason`, and is not submitted a second time.
@@ -211,10 +211,10 @@ async def revive(
             reason = f"task {uuid} cannot be revived: its message was never decoded: {record.error}"
             outcomes.append(Outcome("refused", reason))
         elif revived is not None:
-            outcomes.append(Outcome("done", "it was revived before", there=revived))
+            outcomes.append(Outcome("done", "it was revived before", current=revived))
         else:
             messages.append(_again(record, record.task_name not in without_result))
-            outcomes.append(Outcome("done", there=record_of(messages[-1])))
+            outcomes.append(Outcome("done", current=record_of(messages[-1])))
     if messages:
         await client.submit_all(messages, time.monotonic() + _SUBMIT_TIMEOUT)
     return outcomes
@@ -256,4 +256,4 @@ def _not_dead(uuid: str, record: Task | None) -> Outcome:
     if record is None:
         return Outcome("refused", f"there is no record of a task {uuid}")
     reason = f"task {uuid} is not dead: its status is {record.status!r}"
-    return Outcome("refused", reason, there=record)
+    return Outcome("refused", reason, current=record)

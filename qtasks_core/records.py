@@ -79,7 +79,7 @@ def refused_by(stored: Task | None) -> Outcome:
 
 def not_taken(outcome: Outcome) -> bool:
     """Whether a storage has refused a record for itself, not for a newer one."""
-    return outcome.status == "refused" and outcome.there is None
+    return outcome.status == "refused" and outcome.current is None
 
 
 def within(task: Task, reason: str) -> Task:

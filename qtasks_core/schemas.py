@@ -138,14 +138,15 @@ Settlement: TypeAlias = Ack | Retry | Release
 class Outcome(Struct, frozen=True):
     """What became of one item of a batch.
 
-    `refused` is an answer, not an error: the lease was lost, a newer record is there, the queue
-    does not take the message. `unknown` means the server does not say (never a guessed `done`).
+    `refused` is an answer, not an error: the lease was lost, there is a newer record, the queue
+    does not take the message. `taken` is the answer to a submission whose key another one has.
+    `unknown` means that the server does not say (never a guessed `done`).
     """
 
-    status: Literal["done", "refused", "unknown"]
+    status: Literal["done", "refused", "taken", "unknown"]
     reason: str = ""
-    there: Task | None = None
-    """What `save` found instead, when it was refused."""
+    current: Task | None = None
+    """The existing record, for which `save` refused this one or which has the key."""
 
 
 DONE = Outcome("done")

@@ -128,7 +128,7 @@ class SeparateComposition(Composition):
             records = [record_of(messages[at]) for at in keyed]
             saved = await self._save_within(records, transaction)
             for at, outcome in zip(keyed, saved, strict=True):
-                outcomes[at] = outcome
+                outcomes[at] = taken(outcome.current) if outcome.current else outcome
         return outcomes
 
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
@@ -159,7 +159,7 @@ class SeparateComposition(Composition):
             first = [record_of(messages[at]) for at in missing]
             saved = await self._save_within(first)
             for at, record, outcome in zip(missing, first, saved, strict=True):
-                records[at] = outcome.there if outcome.status == "refused" else record
+                records[at] = outcome.current if outcome.status == "refused" else record
         return records
 
     async def complete(
@@ -276,7 +276,7 @@ def record_of(message: TaskMessage) -> Task:
 
 def taken(record: Task) -> Outcome:
     """Return the outcome of submitting what has a key that is taken by this record."""
-    return Outcome("refused", "a task with that key is there", record)
+    return Outcome("taken", "a task with that key exists", record)
 
 
 def _dead(message: TaskMessage, reason: str) -> Task:

@@ -64,7 +64,7 @@ def revive(
             return app.control_blocking(control.revive, batch, no_result)
 
         def fields(outcome: Outcome) -> Row:
-            new = outcome.there if outcome.status == "done" else None
+            new = outcome.current if outcome.status == "done" else None
             again = new is not None and bool(outcome.reason)
             return {"revived_as": new and new.uuid, "revived_before": again}
 

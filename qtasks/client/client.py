@@ -322,8 +322,8 @@ class Client:
 
     def _answer(self, submission: Submission, outcome: Outcome) -> None:
         message, waiter = submission.message, submission.waiter
-        if outcome.there is not None:
-            self._answer_taken(submission, outcome.there)
+        if outcome.status == "taken" and outcome.current is not None:
+            self._answer_taken(submission, outcome.current)
         elif outcome.status == "refused":
             reason = f"task {message.uuid} for queue {message.queue!r}: {outcome.reason}"
             self._fail(submission, Refused(reason))

@@ -150,7 +150,7 @@ def _bytes_of(item: Job | Completion) -> int:
 
 
 def _log_refused(job: Job, completion: Completion, outcome: Outcome) -> None:
-    current = outcome.there
+    current = outcome.current
     is_discarded = completion.task is None and isinstance(completion.settlement, Ack)
     if is_discarded or (current is not None and current.status == "cancel"):
         return  # nothing is lost: somebody else has the task, or has cancelled it

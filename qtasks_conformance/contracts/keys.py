@@ -44,18 +44,18 @@ class KeyContract(Contract):
     """
 
     async def test_a_key_is_taken_by_the_first(self, rig: Rig) -> None:
-        """The first submission is accepted; later ones are refused with its record, and not run."""
+        """The first submission is accepted. Later ones are `taken`, with its record: no run."""
         broker, storage, composition = await self._pair(rig)
         first, second, third = self._copies(rig, 3)
         assert_done(await composition.submit([first]))
         (outcome,) = await composition.submit([second])
-        assert (outcome.status, outcome.there) == ("refused", record_of(first))
+        assert (outcome.status, outcome.current) == ("taken", record_of(first))
         assert await self._ran(broker, composition) == [first]
         (record,) = await storage.get([first.uuid])
         assert record is not None
         assert (record.status, record.submission) == ("success", first.submission)
         (outcome,) = await composition.submit([third])
-        assert (outcome.status, outcome.there) == ("refused", record)
+        assert (outcome.status, outcome.current) == ("taken", record)
 
     async def test_each_of_a_batch_has_its_own_answer(self, rig: Rig) -> None:
         """Taken keys, new keys and tasks without a key in one batch each get their own outcome."""
@@ -65,8 +65,8 @@ class KeyContract(Contract):
         new, twin = self._copies(rig, 2)
         plain = rig.message()
         outcomes = await composition.submit([plain, again, new, twin])
-        assert [o.status for o in outcomes] == ["done", "refused", "done", "refused"]
-        assert [o.there for o in outcomes] == [None, record_of(taken), None, record_of(new)]
+        assert [o.status for o in outcomes] == ["done", "taken", "done", "taken"]
+        assert [o.current for o in outcomes] == [None, record_of(taken), None, record_of(new)]
         ran = await self._ran(broker, composition, count=3)
         assert {m.submission for m in ran} == {plain.submission, taken.submission, new.submission}
         assert len(ran) == 3
@@ -110,7 +110,7 @@ class KeyContract(Contract):
         ((verdict, record),) = await composition.admit([delivery])
         assert (verdict, record) == ("run", record_of(first))
         (outcome,) = await composition.submit([second])
-        assert (outcome.status, outcome.there) == ("refused", record_of(first))
+        assert (outcome.status, outcome.current) == ("taken", record_of(first))
         await complete(composition, subscription, [delivery])
         await assert_silent(subscription, QUIET)
 
@@ -143,7 +143,7 @@ class KeyContract(Contract):
         outcomes = [outcome for answer in answers for outcome in answer]
         submitted = [*theirs, *mine]
         (winner,) = [m for m, o in zip(submitted, outcomes, strict=True) if o.status == "done"]
-        assert [o.there for o in outcomes if o.there is not None] == [record_of(winner)] * 49
+        assert [o.current for o in outcomes if o.current is not None] == [record_of(winner)] * 49
         assert await self._ran(broker, composition) == [winner]
 
     async def test_a_retry_keeps_the_key(self, rig: Rig) -> None:

@@ -128,7 +128,7 @@ class StorageOutageContract(Contract):
         assert await retry_call(lambda: storage.get([final.uuid, open_.uuid])) == [final, open_]
         other = rig.record("error", uuid=final.uuid, execution="c")
         (outcome,) = await retry_call(lambda: storage.save([other]))
-        assert (outcome.status, outcome.there) == ("refused", final)
+        assert (outcome.status, outcome.current) == ("refused", final)
 
     async def test_an_inbox_outlives_the_server(self, rig: Rig) -> None:
         """An inbox receives what became final before and after a crash of the server.

@@ -130,7 +130,7 @@ class ComposingContract(Contract):
     async def test_a_refused_final_is_acknowledged(self, rig: Rig) -> None:
         """If another run has already finished the task, the result is refused, the delivery acked.
 
-        The outcome has the existing record in `there`.
+        The outcome has the existing record in `current`.
         """
         broker, storage, composition = await self._pair(rig)
         assert_done(await composition.submit([rig.message()]))
@@ -141,7 +141,7 @@ class ComposingContract(Contract):
         (outcome,) = await composition.complete(
             subscription, [completion(delivery, "ack", "success")]
         )
-        assert (outcome.status, outcome.there) == ("refused", theirs)
+        assert (outcome.status, outcome.current) == ("refused", theirs)
         await subscription.close()
         await assert_silent(await broker.subscribe({"q": 10}), 0.5)
 
@@ -159,7 +159,7 @@ class ComposingContract(Contract):
             for d, how in zip(held, hows, strict=True)
         ]
         outcomes = await composition.complete(subscription, ends)
-        assert (outcomes[1].status, outcomes[1].there) == ("refused", theirs)
+        assert (outcomes[1].status, outcomes[1].current) == ("refused", theirs)
         assert_settled([outcomes[at] for at in (0, 2, 3, 4)], broker.guarantees)
         statuses = await self._statuses(storage, held)
         assert statuses == ["success", "cancel", "retry", "success", "retry"]

@@ -103,7 +103,7 @@ class RecordContract(Contract):
         assert_done(await storage.save(records))
         assert await reader.get(uuids) == records
         outcomes = await storage.save([replace(r, status="error") for r in records])
-        assert [outcome.there for outcome in outcomes] == records
+        assert [outcome.current for outcome in outcomes] == records
 
     async def test_what_was_saved_outlives_its_process(self, rig: Rig) -> None:
         """When `save` returns, the record is on the server: the saving process is killed then."""
@@ -137,7 +137,7 @@ class RecordContract(Contract):
         """For every pair of states, the second save is accepted or refused as the rules say.
 
         A state is an attempt (1 or 2) and a status. `expected` has the rules. The outcome of a
-        refused save has the existing record in `there`.
+        refused save has the existing record in `current`.
         """
         first_storage, second_storage = await rig.storage(), await rig.storage()
         if calls != "two clients":
@@ -159,7 +159,7 @@ class RecordContract(Contract):
             )
             assert outcome.status == expected(first, second), what
             if outcome.status == "refused":
-                assert outcome.there == first, what
+                assert outcome.current == first, what
             assert record in self._newest(first, second), what
 
     @staticmethod
@@ -180,7 +180,7 @@ class RecordContract(Contract):
     async def test_one_of_two_finals_is_taken(self, rig: Rig) -> None:
         """If two processes save two final records of a task at once, exactly one is accepted.
 
-        Every reader sees that one, and the other process gets it in `there` of its outcome.
+        Every reader sees that one, and the other process gets it in `current` of its outcome.
         """
         storage, other = await rig.storage(), await rig.elsewhere()
         mine = [rig.record("success", execution="mine") for _ in range(25)]
@@ -195,7 +195,7 @@ class RecordContract(Contract):
             )
             assert winner is not None
             assert (winner.execution == "mine") == (outcome.status == "done")
-            assert next(o.there for o in both if o.status == "refused") == winner
+            assert next(o.current for o in both if o.status == "refused") == winner
 
     async def test_one_of_two_first_records_is_taken(self, rig: Rig) -> None:
         """If two processes save two first records of a task at once, exactly one is accepted."""
@@ -212,7 +212,7 @@ class RecordContract(Contract):
             )
             assert record is not None
             assert (record.execution == "mine") == (outcome.status == "done")
-            assert next(o.there for o in (outcome, their_outcome) if o.there) == record
+            assert next(o.current for o in (outcome, their_outcome) if o.current) == record
 
     async def test_a_watched_task_is_recorded(self, rig: Rig) -> None:
         """Watching a task that has no record yet does not prevent its first record."""
@@ -222,7 +222,7 @@ class RecordContract(Contract):
         assert_done(await storage.save([first, second]))
         assert await storage.get([first.uuid, second.uuid]) == [first, second]
         (outcome,) = await storage.save([replace(first, execution="b")])
-        assert (outcome.status, outcome.there) == ("refused", first)
+        assert (outcome.status, outcome.current) == ("refused", first)
 
     async def test_a_final_can_be_saved_again(self, rig: Rig) -> None:
         """The same final record can be saved again, by any client: the outcome is `done`.
@@ -236,7 +236,7 @@ class RecordContract(Contract):
             assert_done(await storage.save([record]))
         other = replace(record, execution="b", returning=b"2")
         (outcome,) = await second.save([other])
-        assert (outcome.status, outcome.there) == ("refused", record)
+        assert (outcome.status, outcome.current) == ("refused", record)
         assert await first.get([record.uuid]) == [record]
 
     async def test_a_record_that_cannot_be_read_hides_no_other(self, rig: Rig) -> None:
@@ -265,7 +265,7 @@ class RecordContract(Contract):
             assert (found.status, found.returning, begun.status) == ("error", None, "process")
             assert "cannot be read" in str(found.error)
             (outcome,) = await storage.save([replace(bad, execution="other")])
-            assert (outcome.status, outcome.there) == ("refused", found)
+            assert (outcome.status, outcome.current) == ("refused", found)
 
     async def test_namespaces_never_meet(self, rig: Rig) -> None:
         """The same uuid has separate records in different namespaces."""

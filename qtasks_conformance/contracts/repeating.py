@@ -127,7 +127,7 @@ class StorageRepeatContract(Contract):
             assert_done(await beside)
             assert_done(await storage.save([record]))
             (outcome,) = await storage.save([replace(record, status="error", execution="b")])
-            assert (outcome.status, outcome.there) == ("refused", record)
+            assert (outcome.status, outcome.current) == ("refused", record)
         assert await reader.get([record.uuid for record in records]) == records
         wanted = {record.uuid: record for record in (*records, *others)}
         assert await hear(inbox, len(wanted), wanted.keys()) == wanted
@@ -175,8 +175,8 @@ class CompositionRepeatContract(Contract):
             (outcome,) = await composition.submit([again])
             if outcome.status != "done":
                 assert key == "keyed"
-                assert outcome.there is not None
-                assert outcome.there.submission == message.submission
+                assert outcome.current is not None
+                assert outcome.current.submission == message.submission
         subscription = await broker.subscribe({"q": 1000})
         deliveries = await received(subscription, TIMES)
         admitted = await composition.admit(deliveries)

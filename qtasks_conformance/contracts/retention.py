@@ -78,7 +78,7 @@ class RetentionContract(Contract):
         again = replace(rig.record("new"), uuid=record.uuid, execution="another publishing")
         (outcome,) = await other.save([again])
         assert outcome.status == "refused"
-        assert outcome.there == record
+        assert outcome.current == record
         await until_gone(other, record.uuid)
         assert_done(await other.save([again]))
         assert await storage.get([record.uuid]) == [again]

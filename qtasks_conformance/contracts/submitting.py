@@ -43,8 +43,8 @@ class SubmittingContract(Contract):
         again = replace(message, submission=new_uuid()) if key == "keyed" else message
         (outcome,) = await composition.submit([again])
         if run and key == "keyed":
-            assert outcome.there is not None
-            assert outcome.there.submission == message.submission
+            assert outcome.current is not None
+            assert outcome.current.submission == message.submission
         else:
             assert outcome.status == "done"
             for delivery in await received(subscription):

@@ -19,9 +19,9 @@ class Composition(ABC):
         """Publish messages and record them as `new` (or `scheduled`); an outcome for each.
 
         Of messages with a `submission` and one uuid, whoever submits them, only those of one
-        submission are run. `refused` with `there` is the answer to all others: the task has been
-        enqueued. After an error they are submitted again under a new submission, or two copies of
-        one could run side by side.
+        submission are run. `taken` is the answer to all others, with the record that has the key.
+        After an error they are submitted again under a new submission, or two copies of one could
+        run side by side.
         """
 
     @abstractmethod

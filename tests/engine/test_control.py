@@ -38,14 +38,14 @@ async def test_a_dead_task_is_revived_once_however_often_it_is_asked() -> None:
         again = await app.control(control.revive, [dead.uuid], without)
         for (outcome,) in (first, again):
             assert outcome.status == "done"
-            assert outcome.there is not None
-            assert outcome.there.uuid == control.revived_uuid(dead.uuid)
-            assert outcome.there.headers == {control.REVIVED_FROM: dead.uuid}
+            assert outcome.current is not None
+            assert outcome.current.uuid == control.revived_uuid(dead.uuid)
+            assert outcome.current.headers == {control.REVIVED_FROM: dead.uuid}
         async with app.worker():
             revived = await app.wait(control.revived_uuid(dead.uuid), 10)
         assert (revived.status, revived.returning, runs) == ("success", None, [7, 7])
         (after,) = await app.control(control.revive, [dead.uuid])
-        assert after.there == revived
+        assert after.current == revived
         assert runs == [7, 7]
 
 
@@ -64,8 +64,8 @@ async def test_a_key_that_dies_a_second_time_is_revived_a_second_time() -> None:
             dead = await fail_by_turns.add_task(key="k", timeout=10)
             assert dead.status == "error"
             (outcome,) = await app.control(control.revive, [dead.uuid])
-            assert outcome.there is not None
-            assert (await app.wait(outcome.there.uuid, 10)).status == "success"
+            assert outcome.current is not None
+            assert (await app.wait(outcome.current.uuid, 10)).status == "success"
             assert len(runs) == 2 * life
             await app.control(control.drop, [dead.uuid])
 

@@ -1,4 +1,4 @@
-"""The least rights that docs/choosing.md names are enough; one that is missing is told."""
+"""The least rights that docs/rights.md names are enough; one that is missing is told."""
 
 from __future__ import annotations
 

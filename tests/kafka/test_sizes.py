@@ -48,7 +48,7 @@ async def test_one_record_over_the_limit_holds_up_no_other(
         outcomes = await storage.save(tasks)
         assert [o.status for o in outcomes] == ["done"] * 5 + ["refused"] + ["done"] * 4
         assert "max.message.bytes" in outcomes[5].reason
-        assert outcomes[5].there is None
+        assert outcomes[5].current is None
         # The producer goes on as if nothing had been.
         assert await storage.save([ended("later", 10)]) == [DONE]
         assert await storage.get(["big"]) == [None]

@@ -40,14 +40,14 @@ async def test_records(parts: tuple[PostgresBroker, PostgresStorage]) -> None:
     ends[2] = record(uuids[2], "success", TOO_LARGE)
     outcomes = await storage.save(ends)
     assert [outcome.status for outcome in outcomes] == ["done", "done", "refused", "done"]
-    assert outcomes[2].there is None
+    assert outcomes[2].current is None
     assert "64 MiB" in outcomes[2].reason
     found = await storage.get(uuids)
     assert [task.status for task in found if task] == ["success", "success", "new", "success"]
     assert found[1] == ends[1]
     # What is there already refuses it as it does any other.
     (outcome,) = await storage.save([record(uuids[0], "error", TOO_LARGE)])
-    assert (outcome.status, outcome.there) == ("refused", found[0])
+    assert (outcome.status, outcome.current) == ("refused", found[0])
 
 
 async def test_messages(parts: tuple[PostgresBroker, PostgresStorage]) -> None:

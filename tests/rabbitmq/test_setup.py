@@ -102,7 +102,7 @@ async def test_a_message_over_the_servers_limit_is_refused_alone(
             ),
         )
         assert [o.status for o in saves[0]] == ["done", "refused", "done"]
-        assert saves[0][1].there is None
+        assert saves[0][1].current is None
         assert "max_message_size of 200000" in saves[0][1].reason
         assert {o.status for save in saves[1:] for o in save} == {"done"}
     finally:

@@ -41,7 +41,7 @@ async def test_one_record_over_the_limit_holds_up_no_other(
         tasks = [record("a", 10), record("big", LIMIT), record("fits", LIMIT - 2048)]
         outcomes = await storage.save(tasks)
         assert [outcome.status for outcome in outcomes] == ["done", "refused", "done"]
-        assert outcomes[1].there is None
+        assert outcomes[1].current is None
         found = await storage.get(["a", "big", "fits"])
         assert [task is not None for task in found] == [True, False, True]
     finally:

@@ -79,7 +79,7 @@ async def test_outcomes_follow_the_order_of_records(
         (outcome,) = await storage.save([two])
         judgement = judge(two, one)
         assert outcome.status == ("refused" if judgement == "refuse" else "done")
-        assert outcome.there == (one if judgement == "refuse" else None)
+        assert outcome.current == (one if judgement == "refuse" else None)
         expected = two if judgement == "accept" else one
         assert await storage.get([str(number)]) == [expected]
 
@@ -88,7 +88,7 @@ async def test_one_batch_with_the_same_task_more_than_once(storage: LogStorage) 
     batch = [record(), record("success", execution="x"), record("process"), record("success")]
     outcomes = await storage.save(batch)
     assert [outcome.status for outcome in outcomes] == ["done", "done", "refused", "refused"]
-    assert [outcome.there for outcome in outcomes] == [None, None, batch[1], batch[1]]
+    assert [outcome.current for outcome in outcomes] == [None, None, batch[1], batch[1]]
 
 
 async def test_nothing_to_do_costs_nothing(server: Server) -> None:
@@ -125,7 +125,7 @@ async def test_what_the_log_does_not_take_is_refused_and_holds_up_no_other(serve
     async with started(MemoryLog(server, largest=1000)) as storage:
         outcomes = await storage.save([record("success", "a"), big, record("success", "b")])
         assert [outcome.status for outcome in outcomes] == ["done", "refused", "done"]
-        assert outcomes[1].there is None
+        assert outcomes[1].current is None
         assert "larger" in outcomes[1].reason
         assert (await storage.save([big]))[0].status == "refused"
         assert await storage.get(["a", "big"]) == [record("success", "a"), None]
@@ -315,7 +315,7 @@ async def test_without_compaction_no_tombstones_are_written(server: Server) -> N
         won = record("success", execution="x")
         assert await storage.save([record(), record("process", execution="x"), won]) == [DONE] * 3
         (late,) = await other.save([record("success", execution="y")])
-        assert (late.status, late.there) == ("refused", won)
+        assert (late.status, late.current) == ("refused", won)
         assert await storage.save([won]) == [DONE]
         assert await storage.get(["u"]) == await other.get(["u"]) == [won]
         assert log.appends == 2

@@ -298,7 +298,7 @@ async def test_outcome_is_that_of_the_record() -> None:
         FakeSubscription(world), [completion(world, "a", "success")]
     )
     assert outcome.status == "refused"
-    assert outcome.there == record("a", "cancel")
+    assert outcome.current == record("a", "cancel")
     assert world.in_flight == {}, "it is settled all the same: the task has its final record"
 
 

@@ -326,7 +326,7 @@ async def test_a_record_that_cannot_be_decoded(tmp_path: Path) -> None:
         assert "cannot be read" in str(found[0].error)
         assert (await storage.query(TaskQuery())).tasks == [found[0], good]
         (outcome,) = await storage.save([replace(bad, execution="other")])
-        assert (outcome.status, outcome.there) == ("refused", found[0])
+        assert (outcome.status, outcome.current) == ("refused", found[0])
     await storage.stop()
 
 
