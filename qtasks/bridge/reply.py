@@ -58,7 +58,8 @@ class EntryQueue(Generic[T]):
 class Reply(Generic[T]):
     """One answer, or one error. The first call of `set` or `fail` counts; others do nothing.
 
-    `await reply` in any event loop, or call `reply.result()` in a thread without one.
+    `await reply` in any event loop, or call `reply.result()` in a thread without one. One loop and
+    one thread may do so at a time.
     """
 
     def __init__(self) -> None:
