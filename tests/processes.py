@@ -12,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 120.0
+"""Seconds for what takes a moment on an idle machine, and much longer on a busy one."""
 
 
 class Process:
@@ -52,9 +54,9 @@ class Process:
         descriptor = self._output.fileno()
         return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode(errors="replace")
 
-    def wait_for(self, text: str, timeout: float = 40.0) -> None:
+    def wait_for(self, text: str) -> None:
         """Wait until it has written `text`."""
-        until(lambda: text in self.output() or self._ended(text), timeout, f"{text!r} in a log")
+        until(lambda: text in self.output() or self._ended(text), f"{text!r} in a log")
 
     def _ended(self, text: str) -> bool:
         if self._process.poll() is not None and text not in self.output():
@@ -70,20 +72,20 @@ class Process:
         self._process.kill()
         self._process.wait()
 
-    def wait(self, timeout: float = 40.0) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """Wait until it ends by itself; return its exit status."""
         return self._process.wait(timeout)
 
-    def terminate(self, timeout: float = 40.0) -> int:
+    def terminate(self, timeout: float = PATIENCE) -> int:
         """Stop it with SIGTERM; return its exit status."""
         self._process.terminate()
         return self._process.wait(timeout)
 
 
-def until(condition: Callable[[], bool], timeout: float, what: str) -> None:
-    """Wait for a condition; fail when it has not come true within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for a condition; fail when it has not come true within `PATIENCE` seconds."""
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {timeout:.0f} s in vain for {what}")
+            raise AssertionError(f"waited {PATIENCE:.0f} s in vain for {what}")
         time.sleep(0.02)

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from qtasks_conformance.patience import forget_slow_waits, tell_slow_waits
+from qtasks_conformance.patience import PATIENCE, forget_slow_waits, tell_slow_waits
 from qtasks_conformance.rig import Rig
 from qtasks_conformance.subject import Part, Subject
 
-LIMIT = 180.0
+LIMIT = 6 * PATIENCE
 """Seconds after which a test that hangs is cancelled. All deadlines in the tests are shorter."""
 
 

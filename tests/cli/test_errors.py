@@ -149,7 +149,7 @@ def test_an_option_of_a_url_that_does_not_exist(url: str) -> None:
 
 def test_the_level_of_the_log(qtasks: Command) -> None:
     with qtasks.run("--log-level", "error", before=True) as worker:
-        until(lambda: bool(qtasks.ok("workers", "--json").rows), 40, "a worker")
+        until(lambda: bool(qtasks.ok("workers", "--json").rows), "a worker")
         assert worker.terminate() == 0
         assert worker.output() == ""
     with qtasks.run("--log-level", "debug", before=True) as worker:

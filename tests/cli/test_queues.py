@@ -184,7 +184,7 @@ def test_what_is_purged_is_cancelled(qtasks: Command) -> None:
 def test_who_waits_for_what_is_purged_hears_of_it(qtasks: Command) -> None:
     arguments = ("-m", "qtasks", "-A", SHOP, "call", "add", "1", "2", "--wait", "600")
     with Process(*arguments, environment=qtasks.environment) as waiting:
-        until(lambda: bool(qtasks.ok("tasks", "--json").rows), 40, "a task")
+        until(lambda: bool(qtasks.ok("tasks", "--json").rows), "a task")
         assert qtasks.ok("purge", "default", "--yes").line == "dropped 1 messages"
         assert waiting.wait() == 1
         assert waiting.output().strip().endswith("ended in 'cancel'")

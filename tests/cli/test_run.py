@@ -77,7 +77,7 @@ def test_a_probe_says_that_it_lives_and_is_ready(qtasks: Command) -> None:
     with qtasks.run("--health-port", str(port), "--max-memory", "4000") as worker:
         worker.wait_for("knows add")
         for path in ("live", "ready"):
-            until(lambda: answers(port, path), 20, f"200 of /{path}")  # noqa: B023
+            until(lambda: answers(port, path), f"200 of /{path}")  # noqa: B023
         assert worker.terminate() == 0
 
 
@@ -125,4 +125,4 @@ def asked(qtasks: Command) -> str:
 
 
 def wait_for_lines(worker: Process, text: str, count: int) -> None:
-    until(lambda: worker.output().count(text) >= count, 40, f"{count} times {text!r}")
+    until(lambda: worker.output().count(text) >= count, f"{count} times {text!r}")

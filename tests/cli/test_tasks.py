@@ -195,7 +195,7 @@ def test_who_stops_listening_ends_a_listing_quietly(qtasks: Command) -> None:
 def test_ctrl_c_ends_a_wait(qtasks: Command) -> None:
     arguments = ("-m", "qtasks", "-A", SHOP, "call", "add", "1", "2", "--wait", "600")
     with Process(*arguments, environment=qtasks.environment) as waiting:
-        until(lambda: bool(qtasks.ok("tasks", "--json").rows), 40, "a task")
+        until(lambda: bool(qtasks.ok("tasks", "--json").rows), "a task")
         waiting.signal(signal.SIGINT)
         assert waiting.wait() == 130
         uuid = qtasks.ok("tasks", "--json").json["uuid"]
@@ -208,7 +208,7 @@ def test_ctrl_c_ends_a_wait(qtasks: Command) -> None:
 def test_ctrl_c_names_the_task_in_json_too(qtasks: Command) -> None:
     arguments = ("-m", "qtasks", "-A", SHOP, "call", "add", "1", "2", "--wait", "600", "--json")
     with Process(*arguments, environment=qtasks.environment) as waiting:
-        until(lambda: bool(qtasks.ok("tasks", "--json").rows), 40, "a task")
+        until(lambda: bool(qtasks.ok("tasks", "--json").rows), "a task")
         waiting.signal(signal.SIGINT)
         assert waiting.wait() == 130
         told = json.loads(waiting.output())

@@ -67,7 +67,7 @@ def test_the_commands_do_what_the_page_says(tmp_path: Path) -> None:
                 arguments = line.command.split()[1:]
                 worker = Process("-m", "qtasks", *arguments, environment=environment, cwd=tmp_path)
                 workers.append(stack.enter_context(worker))
-                until(lambda: line.begins(worker.output()), 40, line.output)  # noqa: B023
+                until(lambda: line.begins(worker.output()), line.output)  # noqa: B023
         compare([line for line in lines if not line.works], environment, tmp_path)
         for worker in workers:
             assert worker.terminate() == 0

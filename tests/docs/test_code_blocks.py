@@ -224,7 +224,7 @@ def test_serving(tmp_path: Path) -> None:
     program.write_text(block.code.replace("8080", str(port)))
     with Process(str(program), environment={"XDG_DATA_HOME": str(tmp_path)}) as supervisor:
         url = f"http://127.0.0.1:{port}/ready"
-        until(lambda: answers(url), 30, "ready")
+        until(lambda: answers(url), "ready")
         assert supervisor.terminate() == 0
 
 

@@ -96,7 +96,7 @@ async def kill_in_flight(setting: Setting, worker: Process, done: int) -> set[in
     """
     while True:
         await asyncio.to_thread(
-            until, lambda: len(setting.log.numbers("end", worker.pid)) >= done, 60, "progress"
+            until, lambda: len(setting.log.numbers("end", worker.pid)) >= done, "progress"
         )
         worker.signal(signal.SIGSTOP)
         if len(setting.log.running(worker.pid)) >= 10:
@@ -130,14 +130,16 @@ async def test_killed_worker(setting: Setting) -> None:
             await asyncio.to_thread(victim.wait_for, "worker ")
             uuids = await setting.enqueue(app, "work", TASKS, SECONDS)
             may_run_again = await kill_in_flight(setting, victim, TASKS // 4)
-        killed = time.monotonic()
+        killed = time.time()
         with setting.worker() as heir:
-            records = await finals(app, uuids, 120)
-            took = time.monotonic() - killed
+            records = await finals(app, uuids, 240)
             assert heir.terminate() == 0
-    print(f"all ended {took:.1f} s after the kill; the work is {work:.1f} s")
     check(setting, records, may_run_again)
-    assert took <= setting.pair.lease + 10 + work
+    ends = [record.finished_at - killed for record in records if record.finished_at]
+    others = max(end for n, end in enumerate(ends) if n not in may_run_again)
+    print(f"{max(ends):.1f} s from the kill to the last end, {others:.1f} s to that of the others")
+    # However busy the machine is, the heir's other tasks have taken as much longer.
+    assert max(ends) <= setting.pair.lease + 10 + 2 * max(work, others)
 
 
 async def test_killed_beside_another(setting: Setting) -> None:

@@ -70,7 +70,7 @@ def up(client: httpx.Client) -> None:
         except httpx.TransportError:
             return False
 
-    until(answers, 40, "the API")
+    until(answers, "the API")
 
 
 def test_the_example_answers(environment: dict[str, str], port: int, client: httpx.Client) -> None:

@@ -59,7 +59,7 @@ async def test_a_result_over_the_storages_limit(
     async with limited(request, names.rpartition("+")[2], name), app:
         with Process("-m", "tests.e2e.large_app", environment=environment) as workers:
             await asyncio.to_thread(
-                until, lambda: workers.output().count("knows echo") == 2, 60, "two workers"
+                until, lambda: workers.output().count("knows echo") == 2, "two workers"
             )
             texts = ["x" * SIZE, *(str(number) for number in range(NEIGHBOURS))]
             handles = await echo.map([(text,) for text in texts])

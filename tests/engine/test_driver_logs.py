@@ -123,7 +123,7 @@ async def test_an_outage_of_a_minute_and_a_time_without_one(
             well = said(worker.output())
             assert well == [], "nothing is wrong"
             service.kill()
-            await asyncio.to_thread(until, lambda: said(worker.output()) != [], 40, "a line")
+            await asyncio.to_thread(until, lambda: said(worker.output()) != [], "a line")
             await asyncio.sleep(65)
             service.restart()
             await pid.using(app).add_task(timeout=60)

@@ -258,7 +258,7 @@ with app:
         process.wait_for("waiting")
         time.sleep(0.3)
         process.signal(signal.SIGINT)
-        process.wait_for("left behind: {}", timeout=10)
+        process.wait_for("left behind: {}")
 
 
 class Frozen(MemoryStorage):

@@ -102,7 +102,7 @@ async def test_a_lease_that_another_has_is_said_to_be_lost(
 
     async with app, app.worker(concurrency=1):  # else it takes its own again
         handle = await long.add_task()
-        await asyncio.to_thread(until, lambda: "was lost" in caplog.text, 10, "the lost lease")
+        await asyncio.to_thread(until, lambda: "was lost" in caplog.text, "the lost lease")
         go_on.set()
         assert (await handle.wait_result(10)).status == "success"
     assert f"{handle.uuid}: the lease was lost; another worker may run it" in caplog.text
@@ -123,7 +123,7 @@ async def test_a_retry_that_comes_after_the_lease_is_not_said_to_lose_to_another
 
     async with app, app.worker(concurrency=1):  # else it takes its own again
         await fails.add_task()
-        await asyncio.to_thread(until, lambda: "was lost" in caplog.text, 10, "the lost lease")
+        await asyncio.to_thread(until, lambda: "was lost" in caplog.text, "the lost lease")
     assert "its message was not settled (the lease was lost); it may run again" in caplog.text
     assert "another run of it counts" not in caplog.text
 

@@ -34,12 +34,12 @@ def gone(pid: int) -> bool:
 
 
 def written(file: Path) -> list[int]:
-    until(file.exists, 20, f"{file.name} to be written")
+    until(file.exists, f"{file.name} to be written")
     return [int(pid) for pid in file.read_text().split()]
 
 
 async def ended(pids: list[int]) -> None:
-    await asyncio.to_thread(until, lambda: all(map(gone, pids)), 20, "the end of the processes")
+    await asyncio.to_thread(until, lambda: all(map(gone, pids)), "the end of the processes")
 
 
 async def test_arguments_and_results_are_typed_there(app: QueueTasks) -> None:

@@ -69,7 +69,7 @@ def test_of_a_worker_that_waits_for_its_server(url: str, tmp_path: Path) -> None
     command = ("-m", "qtasks", "-A", "debugged:app", "run")
     environment = {"QTASKS_BROKER_URL": url, "PYTHONASYNCIODEBUG": "1"}
     with Process(*command, environment=environment, cwd=tmp_path) as worker:
-        until(lambda: "trying again" in worker.output(), 30, "an attempt")
+        until(lambda: "trying again" in worker.output(), "an attempt")
         assert worker.terminate() == 0
         assert "***" in worker.output()
         assert "hunter2" not in worker.output()

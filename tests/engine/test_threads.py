@@ -26,7 +26,7 @@ async def test_without_work_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_REST", 0.02)
     here = [await in_thread(threading.current_thread) for _ in range(3)]
     # One that rested before waits for as long as it was told then.
-    await asyncio.to_thread(until, lambda: not any(t.is_alive() for t in here), 10, "their end")
+    await asyncio.to_thread(until, lambda: not any(t.is_alive() for t in here), "their end")
     assert await in_thread(lambda: "again") == "again"
 
 
@@ -49,4 +49,4 @@ async def test_one_that_never_returns_keeps_no_place(app: QueueTasks) -> None:
         assert busy_threads() == 3
     finally:
         release.set()
-    await asyncio.to_thread(until, lambda: busy_threads() == 0, 10, "their end")
+    await asyncio.to_thread(until, lambda: busy_threads() == 0, "their end")

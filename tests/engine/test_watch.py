@@ -24,8 +24,9 @@ async def test_a_task_that_blocks_its_loop_is_named_once(
     async with app.worker():
         task = await blocks.add_task(timeout=20)
     said = [r.getMessage() for r in caplog.records if "blocked its event loop" in r.getMessage()]
+    # On a busy machine the loop may be late at other times too.
+    said = [line for line in said if f"task {task.task_name} {task.uuid}" in line]
     assert len(said) == 1
-    assert f"task {task.task_name} {task.uuid}" in said[0]
     assert "while time.monotonic() < deadline" in said[0], "the stack says where"
 
 

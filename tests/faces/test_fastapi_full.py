@@ -47,7 +47,7 @@ def test_its_own_tests(tmp_path: Path) -> None:
     """In a copy, since what this checkout sets for pytest is not there at its reader's."""
     copy = shutil.copytree(STORE, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     with Process("-m", "pytest", "-q", environment={}, cwd=copy) as own:
-        status = own.wait(60)
+        status = own.wait()
         assert status == 0, own.output()
 
 
@@ -69,7 +69,7 @@ def test_the_store(store: dict[str, str], client: httpx.Client) -> None:
         assert client.get(f"{url}/result", params={"wait": 20}).json() == {"year": 2025, "sold": 42}
         assert client.get(url).json()["status"] == "success"
         failed = client.post("/reports/1999").json()["uuid"]
-        until(lambda: client.get(f"/tasks/{failed}").json()["status"] == "error", 20, "its end")
+        until(lambda: client.get(f"/tasks/{failed}").json()["status"] == "error", "its end")
         assert "no books for 1999" in client.get(f"/tasks/{failed}").json()["error"]
         assert worker.terminate() == 0
     # Without a worker an order is taken and waits for one.
@@ -92,4 +92,4 @@ def test_a_client_that_stops_waiting_does_not_cancel_the_task(
             impatient.sendall(asked.encode())
             status = client.get(f"/tasks/{uuid}").json()["status"]
         assert status in ("new", "process")
-        until(lambda: client.get(f"/tasks/{uuid}").json()["status"] == "success", 20, "its end")
+        until(lambda: client.get(f"/tasks/{uuid}").json()["status"] == "success", "its end")

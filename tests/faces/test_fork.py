@@ -26,7 +26,7 @@ def test_both_sides_of_a_fork_go_on(whose: str, backend: str, environment: dict[
     inherited = 2 if backend == "sqlite" else 1
     quiet = ("-W", "ignore::DeprecationWarning")  # of Python 3.12 and newer, for any such fork
     with Process(*quiet, "-m", "tests.faces.forking", whose, environment=environment) as program:
-        code = program.wait(100)
+        code = program.wait()
         said = program.output()
         assert code == 0, said
         assert Counter(said.splitlines()) == {

@@ -58,7 +58,7 @@ def _no_socket_is_left() -> Iterator[None]:
         before = sockets()
     yield
     # What the I/O thread, or a server, was told to close it closes soon.
-    until(lambda: sockets() <= before, 10, f"no more than {before} sockets")
+    until(lambda: sockets() <= before, f"no more than {before} sockets")
 
 
 @pytest.fixture

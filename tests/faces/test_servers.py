@@ -96,8 +96,8 @@ def test_a_client_that_disconnects_does_not_cancel_its_task(
         with socket.create_connection(("127.0.0.1", port)) as impatient:
             asked = f"GET /mark?directory={tmp_path} HTTP/1.1\r\nHost: api\r\n\r\n"
             impatient.sendall(asked.encode())
-            until(Path(tmp_path, "begun").exists, 20, "its beginning")
+            until(Path(tmp_path, "begun").exists, "its beginning")
         assert not Path(tmp_path, "ended").exists()
-        until(Path(tmp_path, "ended").exists, 20, "its end")
+        until(Path(tmp_path, "ended").exists, "its end")
         assert client.get("/", params={"x": 1, "y": 1}).json()["sum"] == 2
         assert "Traceback" not in server.output()

@@ -33,7 +33,7 @@ def default(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Ite
     before = sockets_of_the_warm()
     yield
     qtasks.app.default_app()._close_at_exit()
-    until(lambda: sockets() <= before, 10, f"no more than {before} sockets")
+    until(lambda: sockets() <= before, f"no more than {before} sockets")
 
 
 def sockets_of_the_warm() -> int:
@@ -82,7 +82,7 @@ def test_threads_that_each_enter_an_app_of_their_own(environment: dict[str, str]
 
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(work, range(30))) == list(range(1, 31))
-    until(lambda: sockets() <= before, 10, f"no more than {before} sockets")
+    until(lambda: sockets() <= before, f"no more than {before} sockets")
 
 
 Respond = Callable[[str, list[tuple[str, str]]], object]

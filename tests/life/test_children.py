@@ -59,7 +59,7 @@ async def test_children_of_a_worker_that_is_killed_notice(
         idle = (await crunch.add_task(str(tmp_path / "idle"), 0.0, timeout=30)).returning
         (busy,) = await asyncio.to_thread(written, tmp_path / "busy")
         process.kill()
-        await asyncio.to_thread(until, lambda: gone(busy) and gone(idle), 10, "their end")
+        await asyncio.to_thread(until, lambda: gone(busy) and gone(idle), "their end")
 
 
 async def test_what_they_started_for_a_worker_that_is_killed_ends_too(
@@ -74,7 +74,7 @@ async def test_what_they_started_for_a_worker_that_is_killed_ends_too(
         pids = await asyncio.to_thread(written, tmp_path / "pids")
         process.kill()
         try:
-            await asyncio.to_thread(until, lambda: all(map(gone, pids)), 10, "their end")
+            await asyncio.to_thread(until, lambda: all(map(gone, pids)), "their end")
         finally:
             for pid in filter(lambda pid: not gone(pid), pids):
                 os.kill(pid, signal.SIGKILL)
@@ -91,7 +91,7 @@ async def test_an_idle_child_ends_though_a_thread_goes_on_in_it(
         child = (await leave_a_thread.add_task(timeout=30)).returning
         process.kill()
         try:
-            await asyncio.to_thread(until, lambda: gone(child), 10, "its end")
+            await asyncio.to_thread(until, lambda: gone(child), "its end")
         finally:
             if not gone(child):
                 os.kill(child, signal.SIGKILL)
@@ -145,7 +145,7 @@ asyncio.run(main())
 
 def test_a_function_that_never_returns_does_not_hold_up_its_hosts_exit() -> None:
     with Process("-c", STUCK, environment={}) as process:
-        assert process.wait(15) == 0
+        assert process.wait() == 0
         assert process.output().endswith(
             "\nTimeoutError: the run took longer than max_time=0.1 s\n"
         )

@@ -86,7 +86,7 @@ async def test_a_coroutine_that_never_ends_does_not_hold_up_the_end(
     async with setting.app() as app:
         with setting.worker(grace=60 if again else 0.2) as worker:
             task = await stuck.using(app).add_task(str(mark), blocks=blocks)
-            await asyncio.to_thread(until, mark.exists, 20, "its begin")
+            await asyncio.to_thread(until, mark.exists, "its begin")
             if again:
                 worker.signal(signal.SIGTERM)
                 await asyncio.to_thread(worker.wait_for, "stops (SIGTERM)")
@@ -123,12 +123,12 @@ async def test_what_dies_is_started_again(setting: Setting) -> None:
     async with setting.app() as app:
         with setting.worker(processes=2) as supervisor:
             first = (await pid.using(app).add_task(timeout=20)).returning
-            await asyncio.to_thread(until, lambda: len(children(supervisor.pid)) == 2, 10, "two")
+            await asyncio.to_thread(until, lambda: len(children(supervisor.pid)) == 2, "two")
             assert first in children(supervisor.pid)
             kill(first)
             await asyncio.to_thread(supervisor.wait_for, "by SIGKILL); another in")
             await asyncio.to_thread(
-                until, lambda: len(children(supervisor.pid) - {first}) == 2, 10, "another"
+                until, lambda: len(children(supervisor.pid) - {first}) == 2, "another"
             )
             workers = children(supervisor.pid)
             assert await asyncio.to_thread(supervisor.terminate) == 0
@@ -143,7 +143,7 @@ async def test_a_worker_ends_when_its_supervisor_is_killed(setting: Setting) -> 
             workers = children(supervisor.pid)
             supervisor.kill()
             await asyncio.to_thread(
-                until, lambda: not any(alive(worker) for worker in workers), 20, "their end"
+                until, lambda: not any(alive(worker) for worker in workers), "their end"
             )
             assert "its supervisor is gone" in supervisor.output()
         assert (await task.wait_result(1)).status == "success"
@@ -156,10 +156,10 @@ async def test_a_worker_whose_loop_is_blocked_ends_with_its_supervisor(
     async with setting.app() as app:
         with setting.worker(processes=1, grace=0.2) as supervisor:
             await stuck.using(app).add_task(str(mark), blocks=True)
-            await asyncio.to_thread(until, mark.exists, 20, "its begin")
+            await asyncio.to_thread(until, mark.exists, "its begin")
             (worker,) = children(supervisor.pid)
             supervisor.kill()
-            await asyncio.to_thread(until, lambda: not alive(worker), 20, "its end")
+            await asyncio.to_thread(until, lambda: not alive(worker), "its end")
 
 
 async def test_two_signals_to_the_supervisor_give_back_at_once(setting: Setting) -> None:
@@ -193,7 +193,7 @@ async def test_a_signal_to_all_processes_is_one_signal(setting: Setting) -> None
 @pytest.mark.full
 async def test_a_worker_that_does_not_end_is_killed(setting: Setting) -> None:
     with setting.worker(processes=2, grace=0) as supervisor:
-        await asyncio.to_thread(until, lambda: len(children(supervisor.pid)) == 2, 20, "two")
+        await asyncio.to_thread(until, lambda: len(children(supervisor.pid)) == 2, "two")
         await asyncio.to_thread(supervisor.wait_for, "knows block")
         workers = children(supervisor.pid)
         os.kill(min(workers), signal.SIGSTOP)
@@ -224,7 +224,7 @@ async def test_a_worker_is_replaced_at_a_size(setting: Setting) -> None:
 
 async def test_a_wrong_set_up_ends_the_supervisor(setting: Setting) -> None:
     with setting.worker(processes=2, concurrency="many") as supervisor:
-        until(lambda: not alive(supervisor.pid), 30, "its end")
+        until(lambda: not alive(supervisor.pid), "its end")
         assert "before any worker was up" in supervisor.output()
 
 
@@ -242,7 +242,7 @@ async def test_what_cannot_be_started_is_tried_again(setting: Setting, tmp_path:
             await nap.using(app).add_task(0.0, timeout=10)
             python.symlink_to(sys.executable)
             await asyncio.to_thread(
-                until, lambda: len(children(supervisor.pid)) == 2, 20, "both of them"
+                until, lambda: len(children(supervisor.pid)) == 2, "both of them"
             )
             assert await asyncio.to_thread(supervisor.terminate) == 0
 
@@ -263,7 +263,7 @@ def free_port() -> int:
 
 
 def probes(worker: Process, port: int) -> None:
-    until(lambda: status(port, "/ready") == 200, 20, "ready")
+    until(lambda: status(port, "/ready") == 200, "ready")
     assert status(port, "/live") == 200
     assert status(port, "/else") == 404
 
@@ -291,7 +291,7 @@ async def test_probes_of_several_processes(setting: Setting) -> None:
             await task.wait_result(10)
         one, _ = children(supervisor.pid)
         os.kill(one, signal.SIGSTOP)
-        await asyncio.to_thread(until, lambda: status(port, "/ready") == 503, 5, "not ready")
+        await asyncio.to_thread(until, lambda: status(port, "/ready") == 503, "not ready")
         os.kill(one, signal.SIGCONT)
         await asyncio.to_thread(probes, supervisor, port)
 
@@ -311,6 +311,6 @@ async def test_not_ready_while_the_servers_are_away(setting: Setting) -> None:
         broker="redis://127.0.0.1:1/0", storage="redis://127.0.0.1:1/0"
     )
     with setting.worker(health_port=port) as worker:
-        await asyncio.to_thread(until, lambda: status(port, "/live") == 200, 20, "live")
+        await asyncio.to_thread(until, lambda: status(port, "/live") == 200, "live")
         assert status(port, "/ready") == 503
         assert await asyncio.to_thread(worker.terminate) == 0
