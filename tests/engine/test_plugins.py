@@ -172,7 +172,9 @@ async def test_a_function_asks_for_another_run(app: QueueTasks) -> None:
     async with app.worker():
         assert (await asks.add_task(0, timeout=20)).returning == 4
         nonsense = await asks_nonsense.add_task(timeout=20)
-    assert nonsense.error == "ValueError: Retry(after=nan): it takes seconds, 0 or more"
+    assert nonsense.error == (
+        "ValueError: Retry(after=nan): `after` must be a number of seconds, 0 or more"
+    )
     assert "in asks_nonsense" in (nonsense.traceback or "")
 
 

@@ -186,7 +186,7 @@ def test_the_lease_comes_from_the_url() -> None:
     backend = RabbitMQBackend()
     assert backend.broker("amqp://localhost/?lease=12.5").guarantees.lease == 12.5
     backend.storage("amqp://localhost/?lease=12.5")
-    with pytest.raises(ConfigurationError, match="at least 3"):
+    with pytest.raises(ConfigurationError, match="from 3 to"):
         backend.broker("amqp://localhost/?lease=2")
 
 
