@@ -1,1 +1,1 @@
-"""The contracts between the engine and its parts, one abstract class a file."""
+"""The contracts between the engine and its components, one abstract class in each file."""

@@ -8,26 +8,30 @@ from qtasks_core.contracts.broker import Broker
 from qtasks_core.contracts.storage import Storage
 
 CONTRACT_VERSION = 1
-"""Raised when a contract changes so that an older backend would not fit."""
+"""Increased when a contract changes so that an older backend no longer fits."""
 
 
 class Backend(ABC):
-    """Named by an entry point in the group `qtasks.backends`, a line a scheme.
+    """Builds the brokers and storages of a URL scheme.
 
-    Importing it, and building its parts, must not import a driver: that happens in `start`. Both
-    parts use the whole URL, and show its password nowhere. An option that does not exist is
-    refused with `ConfigurationError` that lists those that do, here or in `start`.
+    A package registers a backend as an entry point in the group `qtasks.backends`, one line for
+    each scheme.
+
+    Importing a backend, or building a broker or storage, must not import a driver. `start` imports
+    it. The broker and the storage both use the whole URL, and never show its password. An option
+    that does not exist raises `ConfigurationError`, here or in `start`. The error lists the options
+    that exist.
     """
 
     @property
     @abstractmethod
     def contract(self) -> int:
-        """The `CONTRACT_VERSION` this backend was written for, as a literal."""
+        """The `CONTRACT_VERSION` that this backend was written for, as a literal."""
 
     @abstractmethod
     def broker(self, url: str) -> Broker:
-        """Return a broker for `url`. Raises `ConfigurationError` when the URL is wrong."""
+        """Return a broker for `url`. Raises `ConfigurationError` if the URL is wrong."""
 
     @abstractmethod
     def storage(self, url: str) -> Storage:
-        """Return a storage for `url`. Raises `ConfigurationError` when the URL is wrong."""
+        """Return a storage for `url`. Raises `ConfigurationError` if the URL is wrong."""

@@ -11,8 +11,8 @@ class Balancer(ABC):
 
     @abstractmethod
     def wanted(self, free: int, running: Mapping[str, int]) -> dict[str, int]:
-        """Return how many deliveries to ask of each queue, at most `free` each.
+        """Return how many deliveries to request from each queue, at most `free` from each.
 
-        Where there is more than fits, brokers take from the first ones named. `running` counts what
-        this worker runs of each of its queues, zeros included.
+        If more messages are ready than fit, brokers take them from the queues that are named first.
+        `running` says how many tasks of each of its queues this worker runs, including zeros.
         """

@@ -16,38 +16,40 @@ if TYPE_CHECKING:
 
 
 class Broker(ABC):
-    """Moves messages from publishers to receivers, each message to one receiver at a time.
+    """Moves messages from publishers to receivers. A message has one receiver at a time.
 
-    A broker lives on one event loop, from `start` to `stop`; outside of that its methods raise
-    `Closed`. They may run concurrently, and one that is cancelled has had its effect or not, harms
-    no other and may be called again. Every broker's constructor takes `lease=` (seconds).
+    A broker lives on one event loop, from `start` to `stop`. Before and after that, its methods
+    raise `Closed`. The methods may run concurrently. A cancelled call may or may not have had its
+    effect. It does not harm other calls, and the caller may make it again. Every broker's
+    constructor takes `lease=` (seconds).
 
-    Each call that needs an answer, `publish` included, raises `Unavailable` within a few seconds
-    while the server is away; a frozen server is away. A call made when the server is back succeeds:
-    it reconnects, or waits for the reconnect, within its own timeout. Repeating and backing off is
-    the engine's.
+    Each call that needs an answer, including `publish`, raises `Unavailable` within a few seconds
+    while the server is away. A frozen server counts as away. A call made when the server is back
+    succeeds: it reconnects, or waits for the reconnect, within its own timeout. The engine does the
+    retries and the backoff.
 
-    Namespaces and queues have names of `qtasks_core.names`, which the engine has checked;
-    a uuid or an address is 1 to 200 characters of any script (`is_id`), up to 800 bytes.
-    A fork's child never touches a broker that its parent has started: it builds another, and the
-    engine has cut the connections that it inherited. What else must not cross a fork, such as the
-    locks of an open file, the part itself gives up in the child.
+    Namespaces and queues have names as `qtasks_core.names` allows them. The engine has checked
+    them. A uuid or an address has 1 to 200 characters of any script (`is_id`), up to 800 bytes.
+
+    The child of a fork never uses a broker that its parent has started. It builds a new one. The
+    engine has cut the connections that the child inherited. Some other resources must not cross a
+    fork either, such as the locks of an open file. The broker itself gives these up in the child.
     """
 
     driver_loggers: ClassVar[tuple[str, ...]] = ()
-    """The names of the driver's loggers: the engine keeps them quiet while it is used."""
+    """The names of the driver's loggers. The engine keeps them quiet while the broker is in use."""
 
     @property
     @abstractmethod
     def guarantees(self) -> Guarantees:
-        """What this instance promises; what only the server knows is filled in by `start`."""
+        """What this instance promises. `start` fills in the facts that only the server knows."""
 
     @abstractmethod
     async def start(self, namespace: str) -> None:
-        """Connect and create what the server must have. May be called again after it raised.
+        """Connect, and create on the server everything that the broker needs.
 
-        Brokers of different namespaces on one server share nothing. Raises `Unavailable`,
-        `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
+        May be called again after it raised. Brokers of different namespaces on one server share
+        nothing. Raises `Unavailable`, `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
         """
 
     @abstractmethod
@@ -58,74 +60,78 @@ class Broker(ABC):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        """Enqueue messages and return an outcome for each, durable when it returns.
+        """Enqueue messages and return an outcome for each. They are durable when it returns.
 
-        A message becomes receivable `message.delay` seconds after the server has it, however long
-        the delay. Where the server has no timer, it keeps the message with the time at which it is
-        due, and any receiver may move it then: the publisher may be gone.
+        A message becomes receivable `message.delay` seconds after the server receives it. The delay
+        can be of any length. A server without a timer keeps the message with its due time. Any
+        receiver may move the message then, because the publisher may be gone.
 
-        With `transaction` it becomes durable and visible at its commit; a part whose guarantees say
-        that it cannot join one raises `NotSupported`. Publishing the same uuid again is safe: at
-        worst it is delivered twice. A broker may drop the repeat only where the `submission` is the
-        same too.
+        With `transaction`, the messages become durable and visible when the transaction commits. A
+        broker whose guarantees say that it cannot join a transaction raises `NotSupported`.
+
+        Publishing the same uuid again is safe: at worst the message is delivered twice. A broker
+        may drop the second message only if its `submission` is the same too.
         """
 
     @abstractmethod
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        """Open a subscription to `queues`, each with the most that is wanted of it at once.
+        """Open a subscription to `queues`. A number is the most that is wanted of a queue at once.
 
-        These numbers are no limits on what may be held: a broker may use them to size what it
-        fetches ahead. The limits are those of each `receive`.
+        The numbers do not limit how many deliveries may be held. A broker may use them to size its
+        prefetch. The arguments of each `receive` are the limits.
         """
 
     async def clock(self) -> float | None:
-        """Return the server's Unix time, in seconds; None where it does not tell.
+        """Return the server's Unix time, in seconds. None: the server does not tell it.
 
-        All processes of an app ask the same servers, so by this they compare times that one of
-        them has set, whatever their own clocks show. Raises `Unavailable`.
+        All processes of an app ask the same servers. So they use this clock to compare times that
+        one of them has set, whatever their own clocks show. Raises `Unavailable`.
         """
         return None
 
     async def depth(self, queue: str) -> QueueDepth:
-        """Count what is in a queue, as far as the transport knows; a queue never used is empty."""
+        """Count the messages in a queue, as far as the transport knows. A new queue is empty."""
         raise NotSupported(f"{type(self).__name__} cannot tell the depth of a queue yet")
 
     async def purge(self, queue: str) -> int:
-        """Drop what is in a queue and not in flight, delayed messages included.
+        """Drop the messages of a queue that are not in flight, including delayed messages.
 
-        Returns how many, -1 where unknown. What is published meanwhile may stay or go.
+        Returns the number of dropped messages, or -1 if it is unknown. Messages that are published
+        during the call may stay or be dropped.
         """
         raise NotSupported(f"{type(self).__name__} cannot purge a queue yet")
 
     async def broadcast(self, command: Command) -> None:
-        """Send a command to every worker of the namespace that listens when this is called."""
+        """Send a command to every worker of the namespace that listens at the time of the call."""
         raise NotSupported(f"{type(self).__name__} has no control channel yet")
 
     def commands(self) -> AsyncIterator[Command]:
-        """Iterate over the commands that are broadcast from about the first step on, in order.
+        """Iterate in order over the commands that are broadcast from about the first step on.
 
-        Each call listens for itself. A cancelled step ends the iteration, which frees what it held;
-        a step raises `Unavailable`, after which one listens anew, and `Closed` when the broker
-        stops.
+        Each call listens independently. Cancelling a step finishes the iteration and frees its
+        resources. A step raises `Unavailable`; the caller then calls `commands` again. A step
+        raises `Closed` when the broker stops.
         """
         raise NotSupported(f"{type(self).__name__} has no control channel yet")
 
     async def migrate(self, namespace: str) -> list[str]:
-        """Create or update what the server must have for a namespace, before workers use it.
+        """Create or update everything that a namespace needs on the server, before workers use it.
 
-        Returns what was created or changed, in words for an operator; empty: nothing had to be.
+        Returns a line for each thing that was created or changed, in words for an operator. The
+        list is empty if nothing had to change.
 
-        Works on a broker that is not started, which stays so, and on a started one, whatever
-        namespace that has: with its own connection, which is closed again. Afterwards
-        `start(namespace)` has nothing to add. Idempotent, and safe while others migrate or work.
-        Raises what `start` does.
+        The broker may be started or not, and this does not change that. A started broker may have
+        any namespace. The call uses its own connection and closes it again. Afterwards
+        `start(namespace)` has nothing to add. Idempotent, and safe while other processes migrate or
+        work. Raises the same errors as `start`.
         """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")
 
     def join(self, storage: Storage) -> Composition | None:
-        """Return a joint composition with `storage`, if this broker has one with it.
+        """Return a joint composition with `storage`, or None if this broker has none with it.
 
-        Each of its steps is one transaction of a server that both are on. Without one, None, the
-        engine uses both halves in an order that loses nothing: see `qtasks_core.separate`.
+        Each step of a joint composition is one transaction on the server that both use. If the
+        result is None, the engine writes to the broker and the storage in an order that loses
+        nothing: see `qtasks_core.separate`.
         """
         return None

@@ -10,31 +10,32 @@ from qtasks_core.schemas import Completion, Delivery, Outcome, Task, TaskMessage
 
 
 class Composition(ABC):
-    """The three moments in which a broker and a storage must agree."""
+    """Does the three steps in which a broker and a storage must agree."""
 
     @abstractmethod
     async def submit(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        """Publish messages and record them as `new` (or `scheduled`); an outcome for each.
+        """Publish messages and record them as `new` (or `scheduled`). Return an outcome for each.
 
-        Of messages with a `submission` and one uuid, whoever submits them, only those of one
-        submission are run. `taken` is the answer to all others, with the record that has the key.
-        After an error they are submitted again under a new submission, or two copies of one could
-        run side by side.
+        Several clients may submit messages with a `submission` under one uuid. Only the messages of
+        one of these submissions run. All others get the outcome `taken`, with the record that has
+        the key. After an error, the caller submits the messages again under a new submission.
+        Otherwise two copies of a message could run side by side.
         """
 
     @abstractmethod
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
-        """Say which deliveries still have to run, with the record that decided it."""
+        """Say which deliveries still have to run, and return the record that decided each of
+        them."""
 
     @abstractmethod
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]
     ) -> list[Outcome]:
-        """Record the ends of runs and settle their deliveries; an outcome for each.
+        """Record the results of runs and settle their deliveries. Return an outcome for each.
 
-        The outcome is that of the record where there is one, else that of the settlement. A crash
-        at any point leaves either a final record, at which `admit` stops a redelivery, or a
-        delivery that runs again.
+        If a completion has a record, the outcome is that of saving it. Otherwise it is that of the
+        settlement. A crash at any point leaves either a final record or a delivery that runs again.
+        With a final record, `admit` stops a redelivery.
         """

@@ -12,50 +12,56 @@ from qtasks_core.schemas import TaskMessage
 
 
 class Encoded(msgspec.Struct, frozen=True):
-    """A result that came as bytes from where the function ran, ready to be stored."""
+    """A result that arrives as bytes from where the function ran, ready to be stored."""
 
     data: bytes
 
 
 class Runnable(Protocol):
-    """What an executor is given of a task."""
+    """A task, as an executor sees it."""
 
     name: str
     function: Callable[..., Any]
-    """As its author wrote it."""
+    """The function, as its author wrote it."""
     is_async: bool
     max_time: float | None
-    """Seconds one run may take."""
+    """Seconds that one run may take."""
 
     def invoke(self, message: TaskMessage, /) -> Any:
-        """Decode the arguments and call the function, here and now; of an async one, to be awaited.
+        """Decode the arguments and call the function here and now.
 
-        Raises `BadArguments`, and what the function raises. A process that the function forks
-        and comes back in ends here.
+        If the function is async, await the result. Raises `BadArguments`, and every error of the
+        function. If the function forks and the child returns from it, that child process exits
+        here.
         """
 
 
 class Executor(ABC):
     """Runs functions for the workers of a process: on their loops, in threads, in processes.
 
-    It is given messages, not arguments: so decoding happens where the function runs, and an
-    executor may take its work elsewhere without decoding it at all.
+    An executor gets messages, not arguments. So the arguments are decoded where the function runs.
+    An executor may send a message elsewhere without decoding it at all.
     """
 
     @abstractmethod
     def accept(self, task: Runnable) -> None:
-        """Raise `ConfigurationError` for a task that cannot run here; called at registration."""
+        """Raise `ConfigurationError` for a task that cannot run here. Called at registration."""
 
     @abstractmethod
     def bind(self, task: Runnable) -> Callable[[TaskMessage], Awaitable[Any]]:
-        """Return what runs a message of this task. Called on the loop of a worker, once a task.
+        """Return a callable that runs a message of this task.
 
-        Awaited, it gives the function's result, or `Encoded`; it raises what the function raised,
-        `BadArguments`, `UnstorableResult`, and `TimeoutError` when the function has taken more
-        than `max_time`, the wait for its turn not counted. Cancelled, it ends at once, and stops
-        the function where that can be done. Raises `ConfigurationError`.
+        The worker calls `bind` on its loop, once for each task. `bind` raises `ConfigurationError`.
+
+        Awaiting a call of the callable returns the function's result, or `Encoded`. It raises the
+        function's error, `BadArguments` or `UnstorableResult`. It raises `TimeoutError` if the
+        function takes more than `max_time`; waiting for its turn does not count. When it is
+        cancelled, it finishes at once and stops the function if that is possible.
         """
 
     @abstractmethod
     def stop(self) -> None:
-        """Free what is idle: a worker on this loop has ended. Others may go on, or come."""
+        """Free idle resources, because a worker on this loop has stopped.
+
+        Other workers may keep running, or start later.
+        """

@@ -1,4 +1,4 @@
-"""The contract of an Inbox: how a client hears of results without polling."""
+"""The contract of an Inbox: how a client receives results without polling."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from qtasks_core.schemas import Task
 
 
 class Inbox(ABC):
-    """One a client. Final records arrive here: those sent to its address, and those watched.
+    """Receives final records for one client: those sent to its address, and those it watches.
 
-    It knows which uuids it waits for, so that it can read them again after a reconnect. A record
-    that is waited for arrives at least once; others may arrive or not.
+    It knows the uuids that it waits for, so that it can read them again after a reconnect. A record
+    that it waits for arrives at least once. Other records may arrive or not.
     """
 
     @property
     @abstractmethod
     def address(self) -> str:
-        """What goes into `TaskMessage.reply_to`. The same after every reconnect.
+        """The value for `TaskMessage.reply_to`. It is the same after every reconnect.
 
-        1 to 200 characters of any script; the storage chooses it, to fit its server.
+        1 to 200 characters of any script. The storage chooses it to fit its server.
         """
 
     @abstractmethod
@@ -29,23 +29,25 @@ class Inbox(ABC):
 
     @abstractmethod
     async def watch(self, uuids: Sequence[str]) -> None:
-        """Wait for tasks of others as well: subscribe, be sure of it, then read once.
+        """Wait for tasks of other clients too: subscribe, make sure that it worked, then read once.
 
-        A task that is final already arrives at once. Raises `Unavailable`; it waits for them
-        all the same, from the next reconnect on.
+        A task that is already final arrives at once. Raises `Unavailable`. Even then the inbox
+        waits for these tasks, from the next reconnect on.
         """
 
     @abstractmethod
     def forget(self, uuids: Iterable[str]) -> None:
-        """Stop waiting. Uuids whose final record has arrived are forgotten by themselves."""
+        """Stop waiting for tasks. A uuid is forgotten by itself when its final record has
+        arrived."""
 
     @abstractmethod
     async def receive(self) -> list[Task]:
         """Wait for at least one final record. One call at a time; cancelling it loses nothing.
 
-        Raises `Unavailable`; the next call reconnects and reads again what is waited for.
+        Raises `Unavailable`. The next call reconnects, and reads again all records that it waits
+        for.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Give up the address; a `receive` that waits raises `Closed`. Idempotent."""
+        """Give up the address. A waiting `receive` raises `Closed`. Idempotent."""

@@ -1,4 +1,4 @@
-"""The contract of a Plugin: what may be put around the runs of tasks."""
+"""The contract of a Plugin: code around the runs of tasks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from qtasks_core.schemas import TaskMessage
 
 
 class Run(Struct, frozen=True):
-    """One run of a task, as its plugins see it. Fields may be added, with a default."""
+    """One run of a task, as its plugins see it. New fields may be added, with a default."""
 
     message: TaskMessage
 
     @property
     def attempt(self) -> int:
-        """1 for the first run of the task, one more with each retry."""
+        """1 for the first run of the task, plus 1 for each retry."""
         return self.message.attempt
 
 
 class Again(Struct, frozen=True):
     """The decision to run the task once more, `after` seconds from now.
 
-    Raises `ValueError` for a number that is negative or not finite.
+    Raises `ValueError` if `after` is negative or not finite.
     """
 
     after: float
@@ -36,40 +36,42 @@ class Again(Struct, frozen=True):
 
 
 class GiveUp(Struct, frozen=True):
-    """The decision to end the task in `error`; `reason` is what its record says as `dead`."""
+    """The decision to finish the task with `error`. `reason` becomes the `dead` of its record."""
 
     reason: str
 
 
 Decision: TypeAlias = Again | GiveUp
 Proceed: TypeAlias = Callable[[Run], Awaitable[Any]]
-"""Goes on with a run: the hooks further in, at last the function. Returns what it returned."""
+"""Continues a run: calls the inner hooks, and finally the function. Returns the function's
+result."""
 
 
 class Plugin:
-    """Hooks around the runs of tasks, on the worker's loop. A hook that is not overridden is free.
+    """Hooks around the runs of tasks, on the worker's loop. A hook costs nothing by default.
 
-    One object serves many runs at once, of one task, a router's or an app's: what belongs to one
-    run belongs into a hook's local variables. The order is app, router, task, and within each the
-    order given: the first is outermost. A failure meets the innermost first, as any exception does.
+    One object serves many runs at once, of a task, a router or an app. So keep the data of one run
+    in local variables of a hook. Plugins of the app come first, then those of the router, then
+    those of the task, and within each in the given order. The first plugin is outermost. A failure
+    reaches the innermost plugin first, as any exception does.
     """
 
     async def around_execute(self, run: Run, proceed: Proceed) -> Any:
-        """Return the result of the run, which `await proceed(run)` brings about.
+        """Return the result of the run. `await proceed(run)` executes it.
 
-        A result that comes from another process has been decoded by its annotation; it is None
-        where the task keeps none.
+        A result from another process has been decoded by its annotation. It is None if the task
+        stores no result.
 
-        What is raised here, or passed on from there, is the failure of the run. The arguments are
-        decoded within, from the message of the run that is proceeded with.
+        If this hook raises, or lets an error of `proceed` through, that error is the failure of the
+        run. The arguments are decoded inside `proceed`, from the message of the run that it gets.
         """
         return await proceed(run)
 
     async def decide(self, run: Run, error: BaseException) -> Decision | None:
-        """Say what follows a run that raised `error`; None leaves it to the plugins further out.
+        """Decide what follows a run that raised `error`. None leaves it to the outer plugins.
 
-        Not asked after `qtasks.Reject` and about arguments that do not fit. `qtasks.Retry` is an
-        error like others here: the function asks for another run. Should this raise, the task
-        ends in `error`, which names both.
+        Not called after `qtasks.Reject`, or if the arguments do not fit. `qtasks.Retry` is an error
+        like others here: the function asks for another run. If this method raises, the task
+        finishes with `error`, which names both.
         """
         return None

@@ -8,22 +8,22 @@ from typing import Any
 
 
 class Serializer(ABC):
-    """Encodes values so that they come back as they were, or refuses them.
+    """Encodes values so that they come back unchanged, or refuses them.
 
-    With a type, encoding and decoding follow the annotation. Without one (`Any`), what would
-    change its type on the way is tagged, or refused.
+    With a type, encoding and decoding follow the annotation. Without a type (`Any`), the serializer
+    tags or refuses a value whose type would change on the way.
     """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What `TaskMessage.encoding` says, a stable name."""
+        """A stable name, the value of `TaskMessage.encoding`."""
 
     @abstractmethod
     def encoder(self, annotation: Any) -> Callable[[Any], Any]:
-        """Return a function that makes a value of this annotation ready for `encode`.
+        """Return a function that prepares a value of this annotation for `encode`.
 
-        That function raises `SerializationError` for what cannot travel.
+        That function raises `SerializationError` for a value that cannot be encoded.
         """
 
     @abstractmethod
@@ -32,15 +32,15 @@ class Serializer(ABC):
 
     @abstractmethod
     def split(self, data: bytes) -> list[Any]:
-        """Return the encoded items of an encoded list, each fit for a decoder."""
+        """Return the encoded items of an encoded list, each ready for a decoder."""
 
     @abstractmethod
     def split_pairs(self, data: bytes) -> dict[str, Any]:
-        """Return the encoded values of an encoded dict, each fit for a decoder."""
+        """Return the encoded values of an encoded dict, each ready for a decoder."""
 
     @abstractmethod
     def decoder(self, annotation: Any) -> Callable[[Any], Any]:
-        """Return a function from encoded bytes to a value of this type, compiled once.
+        """Return a function that decodes bytes into a value of this type. It is compiled once.
 
-        That function raises `SerializationError` when the bytes do not fit the type.
+        That function raises `SerializationError` if the bytes do not fit the type.
         """

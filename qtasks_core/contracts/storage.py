@@ -14,25 +14,29 @@ from qtasks_core.schemas import Claim, Guarantees, Outcome, Task, TaskPage, Task
 
 
 class Storage(ABC):
-    """Keeps the newest record of each task, and tells inboxes when one is final.
+    """Keeps the newest record of each task, and notifies inboxes when a record is final.
 
-    Lives on one event loop like a broker, with the same rules for `Unavailable`, names and forks.
-    The key of a value, and the key and the owner of a claim, are 1 to 200 characters of any script;
-    `qtasks_core.names.checked_id` refuses others. The constructor of one that supports `expire`
-    takes `retention=` (seconds, None for ever), for records that do not say it.
+    A storage lives on one event loop, like a broker. The same rules hold for `Unavailable`, names
+    and forks. The key of a value, and the key and owner of a claim, have 1 to 200 characters of any
+    script. `qtasks_core.names.checked_id` refuses others. If a storage supports `expire`, its
+    constructor takes `retention=` (seconds, None means for ever). That applies to records without a
+    retention.
     """
 
     driver_loggers: ClassVar[tuple[str, ...]] = ()
-    """As those of a `Broker`."""
+    """The same as for a `Broker`."""
 
     @property
     @abstractmethod
     def guarantees(self) -> Guarantees:
-        """What this instance promises; what only the server knows is filled in by `start`."""
+        """What this instance promises. `start` fills in the facts that only the server knows."""
 
     @abstractmethod
     async def start(self, namespace: str) -> None:
-        """Connect and create what the server must have. May be called again after it raised."""
+        """Connect, and create on the server everything that the storage needs.
+
+        May be called again after it raised.
+        """
 
     @abstractmethod
     async def stop(self) -> None:
@@ -40,69 +44,74 @@ class Storage(ABC):
 
     @abstractmethod
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
-        """Save records in order and return an outcome for each, durable when it returns.
+        """Save records in order and return an outcome for each. They are durable when it returns.
 
-        Which are taken is the order of records (`qtasks_core.records.judge`), decided atomically
-        for each record: a first record never replaces another. `refused` carries what is there. A
-        final record that is taken is pushed to its `reply_to` and to every inbox that watches its
-        uuid, after it is durable. Should the saver die between the two, they hear all the same:
-        from the server, or because an inbox reads again now and then. A `reply_to` that is no
-        address of this storage is passed over.
+        The order of records (`qtasks_core.records.judge`) decides which records are accepted,
+        atomically for each record. A first record never replaces another. `refused` carries the
+        existing record.
+
+        An accepted final record is made durable. Then it is pushed to its `reply_to` and to every
+        inbox that watches its uuid. If the saving process dies between the two, the inboxes still
+        get the record: from the server, or because an inbox reads again now and then. A `reply_to`
+        that is not an address of this storage is ignored.
         """
 
     @abstractmethod
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
-        """Return the newest record of each uuid, None where there is none.
+        """Return the newest record of each uuid, or None if it has none.
 
-        Sees every save that returned before this call began, from any process. A record whose bytes
-        cannot be read hides no other: it is what `qtasks_core.records.unreadable` makes of what is
-        known beside them. In a log, which knows nothing beside them, it never was.
+        Sees every save that returned before this call began, from any process.
+
+        A record with unreadable bytes does not hide other records. In its place, `get` returns the
+        result of `qtasks_core.records.unreadable`, made of the data that is stored beside the
+        bytes. A log stores nothing beside them, so there it counts as never saved.
         """
 
     @abstractmethod
     async def inbox(self) -> Inbox:
-        """Open an inbox; its address is ready to be used in messages."""
+        """Open an inbox. Its address is ready to be used in messages."""
 
     async def clock(self) -> float | None:
-        """Return the server's Unix time, in seconds; None where it does not tell.
+        """Return the server's Unix time, in seconds. None: the server does not tell it.
 
-        All processes of an app ask the same servers, so by this they compare times that one of
-        them has set, whatever their own clocks show. Raises `Unavailable`.
+        All processes of an app ask the same servers. So they use this clock to compare times that
+        one of them has set, whatever their own clocks show. Raises `Unavailable`.
         """
         return None
 
     async def query(self, query: TaskQuery) -> TaskPage:
-        """List records, newest (`created_at`, then uuid) first, a page at a time.
+        """List records, newest first (by `created_at`, then uuid), one page at a time.
 
-        A page is full unless it is the last. Following the cursor shows each record that was there
-        at the first page, and still fits, once, whatever is saved meanwhile. Raises `Refused` for a
-        cursor that is none.
+        Each page is full, except the last. Consider the records that existed at the first page and
+        still match: following the cursor shows each of them once, whatever is saved meanwhile.
+        Raises `Refused` if the cursor is invalid.
         """
         raise NotSupported(f"{type(self).__name__} cannot list records yet")
 
     async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
-        """Hold `key` for `ttl` seconds; None while another owner holds it.
+        """Hold `key` for `ttl` seconds. Return None while another owner holds it.
 
-        The owner itself claims again to hold it for `ttl` seconds from then on.
+        When the same owner claims again, it holds the key for `ttl` seconds from then on.
         """
         raise NotSupported(f"{type(self).__name__} has no claims yet")
 
     async def release(self, claim: Claim) -> None:
-        """Let go of a claim's key; harmless when its owner has lost it."""
+        """Release a claim's key. Harmless if its owner has lost it."""
         raise NotSupported(f"{type(self).__name__} has no claims yet")
 
     async def set(
         self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
     ) -> bool:
-        """Set a small shared value (None deletes) if it is `expect` now; say whether it was.
+        """Set a small shared value if it is `expect` now, and return whether it was.
 
-        Compared and set in one step among all processes. `expect=None`: if there is none now;
-        without `expect`: whatever is there.
+        `value=None` deletes. Comparing and setting are one step among all processes. With
+        `expect=None`, the key must have no value now. Without `expect`, the current value does not
+        matter.
         """
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
     async def get_value(self, key: str) -> bytes | None:
-        """Return a shared value, None where there is none."""
+        """Return a shared value, or None if there is none."""
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
     async def values(self, prefix: str) -> dict[str, bytes]:
@@ -110,53 +119,55 @@ class Storage(ABC):
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
     def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
-        """Iterate over a shared value: as it is now, then as it is after a change.
+        """Iterate over a shared value: its current value, then its value after each change.
 
-        Of changes in quick succession only the last is sure to be seen. Steps are cancelled and
-        fail as those of `Broker.commands`.
+        If changes follow in quick succession, only the last one is certain to be seen. Steps are
+        cancelled and fail as those of `Broker.commands`.
         """
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
     async def append(self, uuid: str, items: Sequence[bytes]) -> None:
         """Append progress or streamed results to a task, in order and all at once.
 
-        They are kept apart from the record, which need not be there yet, and are deleted with it.
+        The items are kept apart from the record and are deleted with it. The record need not exist
+        yet.
         """
         raise NotSupported(f"{type(self).__name__} keeps no streams yet")
 
     async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
-        """Return the appended items behind position `after`, with their positions.
+        """Return the appended items after position `after`, with their positions.
 
-        Positions are 1 or more and rise in the order of appending, so 0 asks for all. They need not
-        be dense.
+        Positions are 1 or more and rise in the order of appending, so 0 asks for all items. They
+        may have gaps.
         """
         raise NotSupported(f"{type(self).__name__} keeps no streams yet")
 
     async def delete(self, uuids: Sequence[str]) -> int:
-        """Delete records, whatever their status, and what was appended to them.
+        """Delete records of any status, and the items that were appended to them.
 
-        Returns how many there were.
+        Returns how many of the records existed.
         """
         raise NotSupported(f"{type(self).__name__} cannot delete records yet")
 
     async def expire(self) -> int:
-        """Delete the final records whose retention has passed; return how many.
+        """Delete the final records whose retention has passed, and return their number.
 
-        That is the record's own, else the storage's, in seconds from `finished_at`
-        (`qtasks_core.records.expiry_of`). Where there is an `expire`, such a record counts as gone
-        from then on, whether it has been called since or not: at most 10 s later `get` does not
-        find it, and a first record may take its place.
+        The retention is that of the record, or else that of the storage, in seconds from
+        `finished_at` (`qtasks_core.records.expiry_of`). If a storage supports `expire`, such a
+        record counts as deleted from then on, even if `expire` was not called since. At most 10 s
+        later, `get` does not find it, and a first record may take its place.
         """
         raise NotSupported(f"{type(self).__name__} cannot expire records yet")
 
     async def migrate(self, namespace: str) -> list[str]:
-        """Create or update what the server must have for a namespace, before workers use it.
+        """Create or update everything that a namespace needs on the server, before workers use it.
 
-        Returns what was created or changed, in words for an operator; empty: nothing had to be.
+        Returns a line for each thing that was created or changed, in words for an operator. The
+        list is empty if nothing had to change.
 
-        Works on a storage that is not started, which stays so, and on a started one, whatever
-        namespace that has: with its own connection, which is closed again. Afterwards
-        `start(namespace)` has nothing to add. Idempotent, and safe while others migrate or work.
-        Raises what `start` does.
+        The storage may be started or not, and this does not change that. A started storage may have
+        any namespace. The call uses its own connection and closes it again. Afterwards
+        `start(namespace)` has nothing to add. Idempotent, and safe while other processes migrate or
+        work. Raises the same errors as `start`.
         """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")

@@ -1,4 +1,4 @@
-"""The contract of a Subscription: one receiver's hold on its deliveries."""
+"""The contract of a Subscription: how one receiver holds its deliveries."""
 
 from __future__ import annotations
 
@@ -9,52 +9,62 @@ from qtasks_core.schemas import Delivery, Outcome, Settlement
 
 
 class Subscription(ABC):
-    """Receives deliveries, each held under a lease until it is settled.
+    """Receives deliveries, and holds each of them under a lease until it is settled.
 
-    One call of `receive` at a time; `settle` and `extend` may run beside it and each other.
-    The lease is the receiver's, not the queue's: another on the same queue may have a longer one.
-    A receiver that dies, or is stopped for longer, loses its deliveries to others within the lease.
-    One that runs and does not extend may keep them: a lease can be that of its connection.
+    Only one `receive` runs at a time. `settle` and `extend` may run beside it and beside each
+    other.
+
+    The lease belongs to the receiver, not to the queue: another receiver of the queue may have a
+    longer one. If a receiver dies, or is stopped for longer than the lease, others get its
+    deliveries within the lease. A receiver that runs but does not extend may keep them: a lease can
+    last as long as the connection.
     """
 
     @abstractmethod
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Wait for at least one delivery and return what is there.
+        """Wait for at least one delivery, and return those that are available.
 
-        What is there of a queue that `wanted` names first comes first: none has to wait for the
-        backlog of another. At most `wanted[queue]` of each queue and `limit` in all, also when an
-        earlier call that asked for more was cancelled: what is over stays for a later call. Waits
-        without polling the server. Cancelling it strands nothing: what the server has handed over
-        by then is returned by the next call, or released by `close`. Raises `Unavailable`; the next
-        call reconnects.
+        Messages of the queues that `wanted` names first come first, so they do not wait for the
+        backlog of another queue. Returns at most `wanted[queue]` deliveries of each queue, and
+        `limit` in total. These limits also hold after a cancelled call that asked for more: the
+        rest stays for a later call.
+
+        Waits without polling the server. Cancelling a call loses no delivery: if the server has
+        handed it over, the next call returns it or `close` releases it. Raises `Unavailable`; the
+        next call reconnects.
         """
 
     @abstractmethod
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        """Acknowledge, retry or release deliveries; an outcome for each.
+        """Acknowledge, retry or release deliveries. Return an outcome for each.
 
-        `refused` when the lease was lost: then nothing is changed, also where the server lets any
-        old holder acknowledge (`docs/backends.md` has the recipe). It is lost once another receiver
-        has the delivery: an overdue settle may be `done` until then. `unknown` where the server
-        gives no answer. Settling again what this subscription settled lately is `done`, also when
-        the call was cancelled. Of two that differ only one is obeyed, and the other is not `done`.
-        A retry never loses the message. Where the guarantees do not say `atomic_retries`, a crash
-        or a cancel between the new one and the end of the old leaves both, and each further try
-        that is cut off may add one.
+        `refused` means that the lease was lost and nothing was changed. This also holds if the
+        server lets any old holder acknowledge (`docs/backends.md` has the recipe). A lease is lost
+        once another receiver has the delivery; until then, an overdue settle may be `done`.
+        `unknown` means that the server gives no answer.
+
+        Repeating a recent settlement of this subscription is `done`, even if the first call was
+        cancelled. If two settlements of a delivery differ, only one takes effect, and the other is
+        not `done`.
+
+        A retry never loses the message. Without `atomic_retries` in the guarantees, the new message
+        exists before the old one is removed. A crash or a cancel in between leaves both. Each
+        further try that is cut off may add one.
         """
 
     @abstractmethod
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        """Renew leases. For each: the delivery while it is still mine, None when it is lost.
+        """Renew leases. Return each delivery while this subscription holds it, None for a lost one.
 
-        May hand back a replacement with a new fence; settling the old one then follows it.
+        May return a replacement with a new fence. Settling the old delivery then settles the
+        replacement.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Stop receiving; what the server handed over and `receive` has not returned is released.
+        """Stop receiving, and release the deliveries that `receive` has not returned yet.
 
-        A waiting `receive` raises `Closed`. What was returned may still be settled and extended,
-        until the broker stops; with the last of it the subscription's resources are freed.
-        Idempotent.
+        A waiting `receive` raises `Closed`. Returned deliveries may still be settled and extended
+        until the broker stops. When the last of them is settled, the subscription's resources are
+        freed. Idempotent.
         """
