@@ -1,4 +1,4 @@
-"""Contracts, schemas, wire format, errors and backend look-up: all that a backend needs."""
+"""Contracts, schemas, wire format, errors and backend look-up: everything that a backend needs."""
 
 from qtasks_core.contracts.backend import CONTRACT_VERSION, Backend
 from qtasks_core.contracts.balancer import Balancer

@@ -1,4 +1,4 @@
-"""What an inbox waits for, what has arrived, and what to read again after a reconnect."""
+"""The tasks that an inbox waits for, and the tasks to read again after a reconnect."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from qtasks_core.schemas import Task
 class Awaited:
     """The tasks that an inbox waits for, and the final records that it has not returned yet.
 
-    An inbox that may have missed something reads all `uuids` again; of these it has the server
-    watch the `watched` ones anew.
+    An inbox that may have missed something reads all `uuids` again. It also asks the server to
+    watch the `watched` ones again.
     """
 
     def __init__(self) -> None:
         self.uuids: set[str] = set()
-        """All that is waited for."""
+        """All tasks that the inbox waits for."""
         self.watched: set[str] = set()
-        """Those of them that the server has to watch, since another client submitted them."""
+        """The tasks that the server has to watch, because another client submitted them."""
         self.to_unwatch: set[str] = set()
-        """Not watched any more, but the server does not know it yet."""
+        """The inbox no longer watches these tasks, but the server does not know it yet."""
         self._arrived: list[Task] = []
 
     @property
     def expected(self) -> set[str]:
-        """Those that are waited for and not watched."""
+        """The tasks that the inbox waits for and does not watch."""
         return self.uuids - self.watched
 
     def expect(self, uuids: Iterable[str]) -> None:
@@ -34,7 +34,10 @@ class Awaited:
         self.uuids.update(uuids)
 
     def watch(self, uuids: Iterable[str]) -> list[str]:
-        """Wait for tasks that the server has to watch; return those that it does not watch yet."""
+        """Wait for tasks that the server has to watch, and return the new ones.
+
+        The server does not watch the new ones yet.
+        """
         new = [uuid for uuid in dict.fromkeys(uuids) if uuid not in self.watched]
         self.uuids.update(new)
         self.watched.update(new)
@@ -49,9 +52,10 @@ class Awaited:
         self.watched -= forgotten
 
     def arrive(self, tasks: Iterable[Task | None]) -> list[str]:
-        """Keep the final records that are waited for, each once; return which were watched.
+        """Keep the final records of awaited tasks, each once, and return which were watched.
 
-        These are not in `to_unwatch`: most servers stop watching once they have told.
+        The returned tasks are not in `to_unwatch`: most servers stop watching after they have
+        notified.
         """
         watched: list[str] = []
         for task in tasks:
@@ -65,6 +69,6 @@ class Awaited:
         return watched
 
     def take(self) -> list[Task]:
-        """Return what has arrived since the last call, for `receive` to return."""
+        """Return the records that arrived since the last call. `receive` returns them."""
         arrived, self._arrived = self._arrived, []
         return arrived

@@ -1,4 +1,4 @@
-"""Splitting a batch into parts that a server takes at once, by number and by bytes."""
+"""Splitting a batch into pieces that a server accepts at once, by number and by bytes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 
 def split(sizes: Iterable[int], most_items: int, most_bytes: int) -> Iterator[slice]:
-    """Yield slices of a batch whose items have these sizes, in order and as long as they may be.
+    """Yield slices of a batch whose items have these sizes, in order, each as long as possible.
 
-    An item of more than `most_bytes` has a slice of its own.
+    An item of more than `most_bytes` gets a slice for itself.
     """
     start = weight = 0
     at = -1

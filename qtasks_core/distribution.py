@@ -1,4 +1,4 @@
-"""Which project answers to the name `qtasks`: ours, or the other one that the package index has."""
+"""Which project the name `qtasks` imports: ours, or another one from the package index."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 NAME = "qtasks"
 GROUP = "qtasks.backends"
-"""The entry points by which backends are found. Our distribution registers some, the other none."""
+"""The group of entry points that registers backends. Our distribution has some, the other one
+none."""
 HOME = Path(__file__).parents[1]
 """The directory that holds our packages: `site-packages`, or a checkout."""
 
 
 def refuse_other_package() -> None:
-    """Raise `ImportError` where `import qtasks` would not import what belongs to this core."""
+    """Raise `ImportError` if `import qtasks` would import another project than ours."""
     module = sys.modules.get(NAME)
     spec = module.__spec__ if module is not None else find_spec(NAME)
     if spec is None or spec.origin is None:
@@ -34,14 +35,14 @@ def refuse_other_package() -> None:
 
 
 def our_distribution() -> Distribution | None:
-    """Return what is installed of ours; None for a checkout that only stands on the path."""
+    """Return our installed distribution. None: our packages are a checkout on the path."""
     from importlib.metadata import distributions  # slow to import
 
     return next((d for d in distributions(name=NAME) if _is_ours(d)), None)
 
 
 def why_unregistered() -> str | None:
-    """Return in one line why no backend of ours is registered; None: they are."""
+    """Return in one line why none of our backends is registered. None: they are registered."""
     from importlib.metadata import distributions  # slow to import
 
     first = next(iter(distributions(name=NAME)), None)

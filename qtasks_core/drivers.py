@@ -1,4 +1,4 @@
-"""Importing a driver, which may not be installed."""
+"""Importing a driver that may not be installed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from qtasks_core.errors import MissingDriver
 
 @contextmanager
 def importing_driver(backend: str, requirement: str) -> Iterator[None]:
-    """Raise `MissingDriver` if an import inside fails; the arguments are those of the error.
+    """Raise `MissingDriver` if an import inside fails. The arguments are those of the error.
 
-        with importing_driver("shelf://", "qtasks-shelf[driver]"):
-            import shelves
+            with importing_driver("shelf://", "qtasks-shelf[driver]"):
+                import shelves
 
-    Import only the driver inside. The cause tells which module is missing.
+    Import only the driver inside. The error's cause says which module is missing.
     """
     try:
         yield

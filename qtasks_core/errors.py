@@ -1,4 +1,4 @@
-"""Every error QTasks raises, from a bad URL to a failed task."""
+"""Every error that QTasks raises, from a bad URL to a failed task."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
 
 
 class QTasksError(Exception):
-    """The root of all errors raised by QTasks."""
+    """The base class of all errors that QTasks raises."""
 
 
 class ConfigurationError(QTasksError):
-    """Something was set up wrongly; the message says what to change."""
+    """Something is configured wrongly. The message says what to change."""
 
 
 class MissingDriver(ConfigurationError):
-    """A backend's driver is not installed; the message says what brings it.
+    """A backend's driver is not installed. The message says what to install.
 
-    `requirement` is what `pip install` takes, for instance `qtasks-shelf[driver]`, or `.[driver]`
-    for what is installed from a checkout.
+    `requirement` is what `pip install` gets, for example `qtasks-shelf[driver]`. For a package that
+    is installed from a checkout it is `.[driver]`.
     """
 
     def __init__(self, backend: str, requirement: str) -> None:
@@ -29,35 +29,35 @@ class MissingDriver(ConfigurationError):
 
 
 class ServerTooOld(ConfigurationError):
-    """The server answers, but lacks something the backend relies on."""
+    """The server answers, but lacks something that the backend relies on."""
 
 
 class NotSupported(QTasksError):
-    """This part cannot do what was asked; its guarantees say so too."""
+    """This broker or storage cannot do what was asked. Its guarantees say so too."""
 
 
 class Closed(QTasksError):
-    """A part was used before `start` or after `stop`."""
+    """Something was used before `start` or after `stop`."""
 
 
 class Unavailable(QTasksError, ConnectionError):
     """The server cannot be reached now.
 
-    Whether the call had an effect is unknown. Calling again reconnects; every call of the
-    contracts may be repeated. The message never contains a password.
+    It is unknown whether the call had an effect. Calling again reconnects. You can retry every call
+    of the contracts. The message never contains a password.
     """
 
 
 class Refused(QTasksError):
-    """A broker or storage answered that it does not take this item; the message says why."""
+    """A broker or storage answered that it does not accept this item. The message says why."""
 
 
 class WireError(QTasksError):
-    """Bytes from the outside are not a message or record this release can read."""
+    """Bytes from outside are not a message or record that this release can read."""
 
 
 class SerializationError(QTasksError, TypeError):
-    """A value cannot travel: it would change its type unseen, or has no encoding.
+    """A value cannot be encoded: it has no encoding, or its type would change unnoticed.
 
     The message names the argument.
     """
@@ -68,15 +68,15 @@ class SignatureMismatch(QTasksError, TypeError):
 
 
 class BadArguments(QTasksError):
-    """The arguments in a message do not fit the function it names, and never will."""
+    """The arguments in a message do not fit the function that it names, and never will."""
 
 
 class UnstorableResult(QTasksError):
-    """What a function returned has no encoding."""
+    """The return value of a function has no encoding."""
 
 
 class PayloadTooLarge(QTasksError, ValueError):
-    """A message is over the size limit."""
+    """A message is larger than the limit."""
 
 
 class UnknownTask(QTasksError, LookupError):
@@ -84,19 +84,19 @@ class UnknownTask(QTasksError, LookupError):
 
 
 class AmbiguousApp(ConfigurationError):
-    """More than one app of this process included the router of a task."""
+    """More than one app of this process includes the router of a task."""
 
 
 class TaskTimeout(QTasksError, TimeoutError):
-    """The deadline of a wait has passed; the task itself goes on."""
+    """The deadline of a wait has passed. The task itself keeps running."""
 
     def __init__(self, message: str, uuid: str | None = None, where: str | None = None) -> None:
         super().__init__(message)
         self.uuid = uuid
-        """The task's, to ask for it later."""
+        """The task's uuid, to ask for the task later."""
         self.where = where
-        """Where the task was written, where that is worth saying. It names a server, so it is not
-        for the clients of an API; `args` are without it."""
+        """Where the task was written, if that is useful. It names a server, so do not show it to
+        the clients of an API. `args` do not contain it."""
 
     def __str__(self) -> str:
         message = super().__str__()
@@ -108,7 +108,7 @@ class TaskNotFinished(QTasksError):
 
 
 class TaskFailed(QTasksError):
-    """The task ended in `error`; the message ends with the remote traceback."""
+    """The task finished with `error`. The message ends with the remote traceback."""
 
     def __init__(self, record: Task) -> None:
         super().__init__(record)
@@ -121,7 +121,7 @@ class TaskFailed(QTasksError):
 
 
 class TaskCancelled(QTasksError):
-    """The task was cancelled before it could end."""
+    """The task was cancelled before it could finish."""
 
     def __init__(self, record: Task) -> None:
         super().__init__(record)

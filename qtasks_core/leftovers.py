@@ -1,4 +1,4 @@
-"""What a cancelled call leaves behind: a round trip under way, and deliveries that it fetched."""
+"""The leftovers of a cancelled call: a round trip under way, and deliveries that it fetched."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ T = TypeVar("T")
 class Leftovers:
     """Deliveries that the server handed over and that no call of `receive` has returned yet.
 
-    A call adds what it fetched and takes what it may return. If it is cancelled in between, the
-    next call finds the deliveries here. `close` takes all of them, to release them.
+    A call adds the deliveries that it fetched, and takes those that it may return. If it is
+    cancelled in between, the next call finds the deliveries here. `close` takes all of them, to
+    release them.
     """
 
     def __init__(self) -> None:
         self._kept: list[tuple[float, Delivery]] = []
 
     def add(self, deliveries: Iterable[Delivery], until: float = inf) -> None:
-        """Keep deliveries whose lease holds until this time, by any clock of the caller's."""
+        """Keep deliveries whose lease holds until this time, by any clock of the caller."""
         self._kept += [(until, delivery) for delivery in deliveries]
 
     def take(self, wanted: Mapping[str, int], limit: int, now: float = 0.0) -> list[Delivery]:
-        """Return what a call of `receive` may have; the rest stays, without expired leases.
+        """Return the deliveries that a call of `receive` may have. The rest stays.
 
-        An expired delivery may be with another receiver, so it is dropped.
+        Another receiver may have an expired delivery, so expired ones are dropped.
         """
         kept, self._kept = self._kept, []
-        quota = dict(wanted)  # how many deliveries of each queue this call may still have
+        quota = dict(wanted)  # deliveries of each queue that this call may still take
         taken: list[Delivery] = []
         for until, delivery in kept:
             if until <= now:
@@ -54,36 +55,36 @@ class Leftovers:
 
 
 class Shielded(Generic[T]):
-    """Runs one call at a time; a cancelled waiter leaves it running for the next to collect.
+    """Runs one call at a time. A cancelled waiter leaves it running for the next one to collect.
 
-    Only for calls that finish by themselves, such as a round trip. One that waits for a message
-    would go on waiting for what its cancelled caller wanted, take it, and hold up the next caller.
-    The owner ends with `finish` or `abandon`, so that no call outlives it.
+    Use it only for calls that finish by themselves, such as a round trip. A call that waits for a
+    message would keep waiting for its cancelled caller. It would take the message, and hold up the
+    next caller. The owner finally calls `finish` or `abandon`, so that no call outlives it.
     """
 
     def __init__(self) -> None:
         self._call: asyncio.Task[T] | None = None
 
     async def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what the call left by a cancelled waiter returns, else start `call`."""
+        """Return the result of the call that a cancelled waiter left, or else start `call`."""
         if self._call is None:
             self._call = asyncio.create_task(call())
         running = self._call
         await asyncio.wait({running})
-        # Another call may be under way if this one was abandoned meanwhile.
+        # After `abandon`, another call may be under way.
         if self._call is running:
             self._call = None
         return running.result()
 
     @property
     def pending(self) -> asyncio.Task[T] | None:
-        """The call that nobody has collected yet, if any."""
+        """The call whose result nobody has collected yet, if any."""
         return self._call
 
     async def finish(self) -> None:
         """Wait for the uncollected call, if any, and ignore its result and its error.
 
-        For a call that itself keeps what it fetched, as in `Leftovers`.
+        Use it if the call itself keeps what it fetched, for example in `Leftovers`.
         """
         call = self._call
         if call is None:
@@ -92,10 +93,10 @@ class Shielded(Generic[T]):
         if self._call is call:
             self._call = None
         if not call.cancelled():
-            call.exception()  # asked for, or asyncio logs it as never retrieved
+            call.exception()  # otherwise asyncio logs that nobody retrieved it
 
     async def abandon(self) -> T | None:
-        """Cancel the uncollected call and wait for it; return its result if it had one."""
+        """Cancel the uncollected call and wait for it. Return its result if it had one."""
         call, self._call = self._call, None
         if call is None:
             return None

@@ -1,4 +1,4 @@
-"""Finding the backend a URL names, among the entry points of the group `qtasks.backends`."""
+"""Finding the backend of a URL, among the entry points of the group `qtasks.backends`."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from qtasks_core.urls import redact
 
 
 def resolve_broker(url: str) -> Broker:
-    """Return the (not yet started) broker that `url` names. Raises `ConfigurationError`."""
+    """Return the broker of `url`, not started yet. Raises `ConfigurationError`."""
     return find_backend(url).broker(url)
 
 
 def resolve_storage(url: str) -> Storage:
-    """Return the (not yet started) storage that `url` names. Raises `ConfigurationError`."""
+    """Return the storage of `url`, not started yet. Raises `ConfigurationError`."""
     return find_backend(url).storage(url)
 
 
 def find_backend(url: str) -> Backend:
     """Return the backend registered for the scheme of `url`. Raises `ConfigurationError`."""
-    from importlib.metadata import entry_points  # slow to import, and needed for URLs only
+    from importlib.metadata import entry_points  # slow to import, and only URLs need it
 
     scheme, colon, rest = url.partition(":")
     if not colon:
         raise ConfigurationError(f"{redact(url)!r} is not a URL; try sqlite:///qtasks.db")
     found = entry_points(group=GROUP, name=scheme)
     if not found and not rest.startswith("//"):
-        # A host and its port, most likely; what stands behind may be a password.
+        # Most likely a host and its port. The text after them may be a password.
         raise ConfigurationError(f"'{scheme}:…' is not a URL; try sqlite:///qtasks.db")
     plain, plus, _ = scheme.partition("+")
     if not found and plus and entry_points(group=GROUP, name=plain):
@@ -55,18 +55,18 @@ def find_backend(url: str) -> Backend:
 
 
 def installed_parts(half: Literal["broker", "storage"]) -> list[Guarantees]:
-    """Return what each broker, or storage, that is installed promises; none of them is started."""
+    """Return the guarantees of each installed broker, or storage. None of them is started."""
     from importlib.metadata import entry_points  # slow to import
 
     found: dict[str, Guarantees] = {}
     for entry in entry_points(group=GROUP):
-        # A server's URL has a host, a file's a path.
+        # The URL of a server has a host, that of a file has a path.
         for url in (f"{entry.name}://localhost", f"{entry.name}:///{entry.name}"):
             try:
                 backend = find_backend(url)
                 part = backend.broker(url) if half == "broker" else backend.storage(url)
                 told = part.guarantees
-            except Exception:  # noqa: BLE001  # anybody's backend, which nobody asked for here
+            except Exception:  # noqa: BLE001  # one broken backend must not hide others
                 continue
             found.setdefault(told.part, told)
     return [found[name] for name in sorted(found)]

@@ -22,27 +22,27 @@ class Kind:
     """The values that an option may have."""
 
     allowed: str
-    """In words that go after "must be"."""
+    """The text that follows "must be" in an error."""
     fits: Callable[[Any], bool]
     read: Callable[[str], Any] = str
-    """Turns the text of a URL into a value, or raises `ValueError`."""
+    """Turns the text in a URL into a value, or raises `ValueError`."""
 
     def __call__(self, text: str) -> Any:
-        """Return the value of a URL's text, for `take_options`. Raises `ValueError`."""
+        """Return the value of a text in a URL, for `take_options`. Raises `ValueError`."""
         value = self.read(text)
         if not self.fits(value):
             raise ValueError(f"it must be {self.allowed}")
         return value
 
     def checked(self, name: str, value: T) -> T:
-        """Return an argument of a constructor. Raises `ConfigurationError`."""
+        """Return an argument of a constructor if it fits. Raises `ConfigurationError`."""
         if not self.fits(value):
             raise ConfigurationError(f"{name}={value!r} must be {self.allowed}")
         return value
 
 
 def seconds(least: float = 0.001, most: float = LONGEST) -> Kind:
-    """Return the kind of a time in seconds. An infinite time is none."""
+    """Return the kind of a time in seconds, from `least` to `most`. Infinity does not fit."""
     return Kind(
         f"a number of seconds {_range(least, most, LONGEST)}",
         lambda value: isinstance(value, int | float) and least <= value <= most,
@@ -51,7 +51,7 @@ def seconds(least: float = 0.001, most: float = LONGEST) -> Kind:
 
 
 def integer(least: int, most: int = _LARGEST) -> Kind:
-    """Return the kind of a whole number. In a URL it has decimal digits only."""
+    """Return the kind of a whole number. In a URL it has only decimal digits."""
     return Kind(
         f"an integer {_range(least, most, _LARGEST)}",
         lambda value: isinstance(value, int) and least <= value <= most,
@@ -60,7 +60,7 @@ def integer(least: int, most: int = _LARGEST) -> Kind:
 
 
 def one_of(*words: str) -> Kind:
-    """Return the kind of an option that has one of a few words as its value."""
+    """Return the kind of an option whose value is one of a few words."""
     return Kind(f"one of {', '.join(words)}", lambda value: value in words)
 
 
@@ -86,7 +86,7 @@ ANY = Kind("a text", lambda value: isinstance(value, str))
 TEXT = Kind("a text that is not empty", bool)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool), _switch)
 LEASE_TIME = seconds()
-"""For brokers without narrower limits."""
+"""For brokers that have no narrower limits."""
 RETENTION_TIME = Kind(
     "a number of seconds of at least 0, or None: for ever",
     lambda value: isinstance(value, int | float) and (0 <= value <= LONGEST or value == inf),

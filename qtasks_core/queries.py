@@ -1,7 +1,7 @@
-"""Listing records: what fits a query, in which order, and where the next page begins.
+"""Listing records: which records match a query, in which order, and where the next page begins.
 
-The order is `(created_at, uuid)`, newest first. A cursor names the last record of a page, so that
-new records, which come in front of it, shift nothing.
+The order is `(created_at, uuid)`, newest first. A cursor names the last record of a page. New
+records come before it, so they do not shift the next page.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from qtasks_core.errors import Refused
 from qtasks_core.schemas import Task, TaskPage, TaskQuery
 
 Place = tuple[float, str]
-"""Where a record stands: `(created_at, uuid)`."""
+"""The place of a record in the list: `(created_at, uuid)`."""
 
 
 def cursor_at(place: Place) -> str:
@@ -22,7 +22,7 @@ def cursor_at(place: Place) -> str:
 
 
 def place_of(cursor: str) -> Place:
-    """Return the place a cursor names. Raises `Refused`."""
+    """Return the place that a cursor names. Raises `Refused`."""
     created_at, space, uuid = cursor.partition(" ")
     try:
         if space:
@@ -33,7 +33,7 @@ def place_of(cursor: str) -> Place:
 
 
 def fits(task: Task, query: TaskQuery) -> bool:
-    """Say whether a record is one that the query asks for, cursor and limit aside."""
+    """Say whether a record matches a query, apart from the cursor and the limit."""
     return (
         (query.status is None or task.status in query.status)
         and (query.task_name is None or task.task_name == query.task_name)
@@ -45,7 +45,7 @@ def fits(task: Task, query: TaskQuery) -> bool:
 
 
 def page_of(tasks: Iterable[Task], query: TaskQuery) -> TaskPage:
-    """Return a page of records that are all at hand."""
+    """Return a page, of records that are all in memory."""
     end = None if query.cursor is None else place_of(query.cursor)
     fitting = [
         task

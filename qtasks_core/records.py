@@ -1,13 +1,13 @@
-"""The order of records: which save a storage takes and which it refuses.
+"""The order of records: which saves a storage accepts and which it refuses.
 
-A storage that compares integers keeps `order_of(task)`, `task.execution` and the record itself:
+A storage that compares integers stores `order_of(task)`, `task.execution` and the record itself:
 
     repeat  = stored.execution = new.execution and stored.order = new.order     -> done
     refused = not may_replace(new.order, stored.order)                          -> refused
     else the new record replaces the stored one                                 -> done
 
-One that compares them on its server (SQL, Lua) repeats `may_replace` in that language, with the
-constants `RANKS`, `FIRST_BEGUN` and `FIRST_FINAL` of this module.
+A storage that compares them on its server (SQL, Lua) implements `may_replace` in that language. It
+uses the constants `RANKS`, `FIRST_BEGUN` and `FIRST_FINAL` of this module.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ RANK: dict[Status, int] = {
 }
 _STATUS = {rank: status for status, rank in RANK.items()}
 RANKS = 8
-"""Ranks that an attempt has room for. A power of 2, so `order & (RANKS - 1)` is `order % RANKS`."""
+"""The number of ranks of one attempt. A power of 2, so `order & (RANKS - 1)` is `order % RANKS`."""
 FIRST_BEGUN = 2
-"""Ranks below it are those of first records, which never replace what is there."""
+"""Lower ranks are those of first records, which never replace an existing record."""
 FIRST_FINAL = 4
-"""Ranks from it on are those of final records, which nothing replaces."""
+"""This rank and higher ones are those of final records, which nothing replaces."""
 RETENTION = 7 * 86_400.0
-"""Seconds that a storage keeps final records where neither they nor it say otherwise."""
+"""Seconds that final records are kept by default, if neither they nor the storage say otherwise."""
 _SAID = 2000
-"""Characters of an error, or of all headers, that are kept where a record must be small."""
+"""Characters of an error, or of all headers, that are kept if a record must be small."""
 ENVELOPE = 1024
-"""Bytes that are left for what surrounds arguments and results in an encoded item."""
+"""Bytes reserved for the rest of an encoded item, beside its arguments and result."""
 FINAL: frozenset[Status] = frozenset({"success", "error", "cancel"})
 
 
@@ -57,12 +57,12 @@ def may_replace(order: int, stored: int) -> bool:
 
 
 def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse"]:
-    """Say what a storage that holds `stored` does with a save of `new`.
+    """Say how a storage that holds `stored` treats a save of `new`.
 
-    A final record refuses every other, whatever its attempt; among the rest the order must not
-    go back. A first record (`new`, `scheduled`) replaces none, so that of several enqueuings under
-    one uuid one has it. What is there already, from the same execution, is a repeat and counts as
-    done.
+    A final record refuses every other record, whatever its attempt. Among the others, the order
+    must not go back. A first record (`new`, `scheduled`) never replaces another. So if several
+    clients enqueue one uuid, only one of them gets it. A save of the existing order and execution
+    is a repeat and counts as done.
     """
     if stored is None:
         return "accept"
@@ -73,20 +73,20 @@ def judge(new: Task, stored: Task | None) -> Literal["accept", "repeat", "refuse
 
 
 def refused_by(stored: Task | None) -> Outcome:
-    """Return the outcome of a save that is refused because of the record that is there."""
+    """Return the outcome of a save that is refused because of the existing record."""
     return Outcome("refused", "a newer record is there", stored)
 
 
 def not_taken(outcome: Outcome) -> bool:
-    """Whether a storage has refused a record for itself, not for a newer one."""
+    """Whether a storage refused a record for its own sake, not because of a newer record."""
     return outcome.status == "refused" and outcome.current is None
 
 
 def within(task: Task, reason: str) -> Task:
-    """Return the record to save in place of one that the storage does not take for its size.
+    """Return the record to save if the storage refuses the original because of its size.
 
-    It has neither arguments nor result. A `success` becomes an `error` that says why; another
-    status stays, with what its error says.
+    It has neither arguments nor result. A `success` becomes an `error` that says why. Another
+    status stays, and so does the text of its error.
     """
     said = f"the record of this task is too large to be stored: {reason}"
     if task.status == "success":
@@ -108,10 +108,11 @@ def unreadable(
     created_at: float = 0.0,
     dead: bool = False,
 ) -> Task:
-    """Return what stands for a record whose bytes cannot be read, of what is known beside them.
+    """Return the substitute for a record whose bytes cannot be read.
 
-    `error` says so. A `success` whose result is lost is an `error`; a rank that this release does
-    not know is final, as all high ones are.
+    It is made of the data that is stored beside the bytes. Its `error` says that the record cannot
+    be read. A `success` becomes an `error`, because its result is lost. A rank that this release
+    does not know counts as final, because all high ranks are final.
     """
     status = _STATUS.get(order % RANKS, "error")
     why = f"the record cannot be read: {error}"
@@ -129,17 +130,17 @@ def unreadable(
 
 
 def retention_note(retention: float) -> str:
-    """Return what the guarantees of a storage with this retention have to say of it."""
+    """Return the note on this retention for the guarantees of a storage."""
     if retention == inf:
         return "final records are kept for ever unless they say otherwise"
     return f"final records are kept for {retention / 86_400:g} days unless they say otherwise"
 
 
 def expiry_of(task: Task, retention: float) -> float | None:
-    """Return the Unix time from which a record that is saved now counts as gone; None: never.
+    """Return the Unix time from which a record that is saved now counts as deleted. None: never.
 
-    `retention` is the storage's own, for records that have none; infinity keeps for ever. It counts
-    from `finished_at`; a record that does not say it has ended now.
+    `retention` is that of the storage, for records without their own; infinity means for ever. It
+    counts from `finished_at`. A record without that time counts as finished now.
     """
     if task.status not in FINAL:
         return None

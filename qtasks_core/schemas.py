@@ -1,7 +1,7 @@
-"""The data that parts exchange: plain structs without behaviour.
+"""The data that components exchange: plain structs without behaviour.
 
-Times are Unix times in seconds (float), durations are seconds (float), sizes are bytes.
-Fields are only ever added, with a default: an older release ignores what it does not know.
+Times are Unix times in seconds (float), durations are seconds (float), sizes are bytes. Fields are
+only ever added, and with a default. An older release ignores fields that it does not know.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 from msgspec import Meta, Struct, field
 
 LONGEST_ID = 200
-"""Characters of a uuid, an address, a key or an owner, of up to four bytes each."""
+"""The most characters of a uuid, an address, a key or an owner, of up to four bytes each."""
 LONGEST = 1e11
-"""Most seconds of a duration: some 3,000 years, and the sum of two is a date still."""
+"""The most seconds of a duration: some 3,000 years. The sum of two is still a valid date."""
 _Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=LONGEST)]
 _Time: TypeAlias = Annotated[float, Meta(ge=0, le=1.2 * LONGEST)]
 Id: TypeAlias = Annotated[str, Meta(min_length=1, max_length=LONGEST_ID)]
-"""A uuid or an address: what `qtasks_core.names.is_id` allows. Checked when it is decoded."""
+"""A uuid or an address, as `qtasks_core.names.is_id` allows it. Checked when it is decoded."""
 _OptionalId: TypeAlias = Annotated[str, Meta(max_length=LONGEST_ID)]
 
 Status: TypeAlias = Literal["new", "scheduled", "process", "retry", "success", "error", "cancel"]
 
 
 class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
-    """What a broker carries: the order to run one task once.
+    """The message that a broker carries: the order to run one task once.
 
-    `args` and `kwargs` are encoded by the serializer named in `encoding`; empty bytes mean none.
-    Brokers never look inside. What another program wrote is read within these bounds only: past
-    them are numbers and keys that some server takes and another does not.
+    The serializer named in `encoding` encodes `args` and `kwargs`. Empty bytes mean none. Brokers
+    never look inside. Decoding accepts only values within these bounds, because other programs may
+    write messages too. Outside the bounds, some servers accept a number or a key, and others do
+    not.
     """
 
     uuid: Id
@@ -38,31 +39,32 @@ class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     kwargs: bytes = b""
     encoding: str = "msgpack"
     priority: Annotated[int, Meta(ge=0, le=9)] = 5
-    """0 to 9, 9 first."""
+    """0 to 9; 9 goes first."""
     delay: _Seconds = 0.0
-    """Seconds from the server's receipt before which the task must not start."""
+    """Seconds after the server receives the message. The task must not start earlier."""
     attempt: Annotated[int, Meta(ge=1, lt=2**31)] = 1
-    """1 for the first run, one more with each retry. A redelivery is not a new attempt."""
+    """1 for the first run, plus 1 for each retry. A redelivery is not a new attempt."""
     reply_to: Id | None = None
     """The `Inbox.address` that wants the final record."""
     created_at: _Time = 0.0
     expires_at: _Time | None = None
-    """Past this time the task is not started any more."""
+    """After this time the task is not started any more."""
     store_result: bool = True
     retention: _Seconds | None = None
-    """Seconds to keep the record after its end; None: the storage's default."""
+    """Seconds to keep the record after the task has finished. None: the storage's default."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Room for plugins: trace context, signatures, tenant."""
+    """For plugins: trace context, signatures, tenant."""
     submission: _OptionalId = ""
-    """Of a task with a key, whose uuid several may enqueue: the id of the one publishing that this
-    message comes from. Only messages of the publishing that the record names are run."""
+    """The id of the publish call that made this message, for a task with a key. Several clients may
+    enqueue such a uuid. Only messages of the submission that the record names run."""
 
 
 class Task(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
-    """What a storage keeps: the newest known state of one task.
+    """The record that a storage keeps: the newest known state of one task.
 
-    `returning` is the encoded result. `execution` is the id of one run of the function, before the
-    first run the submission: saving the same execution with the same status twice is harmless.
+    `returning` is the encoded result. `execution` is the id of one run of the function; before the
+    first run it is the submission. Saving the same execution with the same status twice is
+    harmless.
     """
 
     uuid: Id
@@ -77,57 +79,57 @@ class Task(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):
     execution: str = ""
     returning: bytes | None = None
     error: str | None = None
-    """One line: the exception's type and message."""
+    """One line: the type and message of the exception."""
     traceback: str | None = None
     dead: str | None = None
-    """On `error`: why it will not be tried again."""
+    """For `error`: why the task is not tried again."""
     worker: str | None = None
     reply_to: Id | None = None
     created_at: float = 0.0
     started_at: float | None = None
     finished_at: float | None = None
     due_at: float | None = None
-    """On `scheduled` and `retry`: about when it will run (the sender's clock)."""
+    """For `scheduled` and `retry`: about when the task will run, by the sender's clock."""
     retention: float | None = None
     headers: dict[str, str] = field(default_factory=dict)
     submission: str = ""
-    """Of a task with a key: the publishing that has the key, whose messages are run."""
+    """For a task with a key: the submission that has the key. Only its messages run."""
 
 
 class Raw(Struct, frozen=True):
-    """A message that could not be decoded, kept as it came."""
+    """A message that could not be decoded, kept unchanged."""
 
     data: bytes
     error: str
 
 
 class Delivery(Struct, frozen=True, eq=False):
-    """One message handed to one receiver, who holds it under a lease."""
+    """One message that one receiver holds under a lease."""
 
     message: TaskMessage | Raw
     queue: str
     fence: Any
-    """Opaque proof of ownership; only the broker that made it can read it. It may be an object with
-    state of its own: the very same object comes back in `settle` and `extend`."""
+    """Opaque proof that the receiver holds the delivery. Only the broker that made it can read it.
+    It may be an object with its own state: `settle` and `extend` get the very same object."""
     count: int | None = None
-    """How often this message has been delivered, this time included; None where unknown."""
+    """How often this message has been delivered, including this time. None if it is unknown."""
 
 
 class Ack(Struct, frozen=True, eq=False):
-    """Settle: the delivery is done with."""
+    """Settle: the delivery is finished."""
 
     delivery: Delivery
 
 
 class Retry(Struct, frozen=True, eq=False):
-    """Settle: replace the delivery by `message`, due after `message.delay` seconds."""
+    """Settle: replace the delivery with `message`, due after `message.delay` seconds."""
 
     delivery: Delivery
     message: TaskMessage
 
 
 class Release(Struct, frozen=True, eq=False):
-    """Settle: give the delivery back unchanged; it may be received again at once."""
+    """Settle: return the delivery unchanged. It may be received again at once."""
 
     delivery: Delivery
 
@@ -136,17 +138,17 @@ Settlement: TypeAlias = Ack | Retry | Release
 
 
 class Outcome(Struct, frozen=True):
-    """What became of one item of a batch.
+    """The outcome of one item of a batch.
 
-    `refused` is an answer, not an error: the lease was lost, there is a newer record, the queue
-    does not take the message. `taken` is the answer to a submission whose key another one has.
-    `unknown` means that the server does not say (never a guessed `done`).
+    `refused` is an answer, not an error: the lease was lost, a newer record exists, or the queue
+    does not accept the message. `taken` answers a submission whose key another submission has.
+    `unknown` means that the server does not say; it is never a guessed `done`.
     """
 
     status: Literal["done", "refused", "taken", "unknown"]
     reason: str = ""
     current: Task | None = None
-    """The existing record, for which `save` refused this one or which has the key."""
+    """The existing record: `save` refused this record because of it, or it has the key."""
 
 
 DONE = Outcome("done")
@@ -154,18 +156,18 @@ LOST = Outcome("refused", "the lease was lost")
 
 
 class Completion(Struct, frozen=True, eq=False):
-    """The end of one run: how to settle its delivery and what to record. Either may be absent."""
+    """The result of one run: how to settle its delivery and what to record. Both are optional."""
 
     settlement: Settlement | None
     task: Task | None
 
 
 Verdict: TypeAlias = Literal["run", "final", "cancelled", "stale", "dead"]
-"""What `Composition.admit` says of a delivery; all but `run` are only acknowledged."""
+"""The answer of `Composition.admit` for a delivery. All but `run` are only acknowledged."""
 
 
 class QueueDepth(Struct, frozen=True):
-    """How much is in a queue. None: this transport cannot know."""
+    """How many messages are in a queue. None: this transport cannot know."""
 
     ready: int | None = None
     delayed: int | None = None
@@ -173,39 +175,39 @@ class QueueDepth(Struct, frozen=True):
 
 
 class Guarantees(Struct, frozen=True, kw_only=True):
-    """What one part promises, as it is configured and as its server is.
+    """What one broker or storage promises, as it and its server are configured.
 
-    `lease` is the time in seconds after which a delivery of a dead receiver goes to another; the
-    receiver calls `extend` at least every third of it.
+    `lease` is a time in seconds. After it, the delivery of a dead receiver goes to another
+    receiver. A receiver calls `extend` at least every third of it.
     """
 
     part: str
-    """The class, for instance `RedisBroker`."""
+    """The class, for example `RedisBroker`."""
     server: str = ""
-    """Product and version, as far as known after `start`."""
+    """Product and version, as far as they are known after `start`."""
     survives: Literal["nothing", "client crash", "server crash", "machine crash"]
-    """The worst event after which nothing acknowledged is missing."""
+    """The worst event after which nothing that was acknowledged is missing."""
     durability: str
-    """The setting behind `survives`, in the server's own words."""
+    """The setting behind `survives`, in the words of the server."""
     lease: float | None = None
-    """Brokers only."""
+    """Only for brokers."""
     retention: float | None = None
-    """Storages only: seconds that final records are kept which do not say so, infinity: for ever.
-    None: all are kept for ever, whatever they say."""
+    """Only for storages: seconds that final records are kept if they have no retention. Infinity:
+    for ever. None: the storage keeps all records for ever, whatever their retention."""
     settle_confirmed: bool = True
     """Brokers: the server answers a settle, so its outcome is known."""
     atomic_retries: bool = False
-    """Brokers: a retry takes the place of its delivery in one step, so there is one message of the
-    task whenever a crash comes, and however often the settle is made again. Otherwise the new one
-    is there before the old one is gone: each try that is cut off may leave one message more."""
+    """Brokers: a retry replaces its delivery in one step. So the task has one message, whenever a
+    crash comes and however often the settle is repeated. Otherwise the new message exists before
+    the old one is gone, and each try that is cut off may leave one more message."""
     leases_survive: bool = False
-    """Brokers: a lease outlives a crash of the server, so what is held stays held."""
+    """Brokers: a lease outlives a crash of the server, so a held delivery stays held."""
     order: Literal["none", "queue", "partition"] = "none"
-    """Brokers: messages that one publisher sends one after the other, of one priority and without
-    a delay, come for the first time in that order; in the whole queue, or in each of the parts
-    that it is divided into."""
+    """Brokers: the order of messages that one publisher sends one after the other, with one
+    priority and no delay. They arrive for the first time in that order, in the whole queue or in
+    each partition of it."""
     largest: int | None = None
-    """The largest encoded message or record that is taken, in bytes; None: no bound is known."""
+    """The largest encoded message or record that is accepted, in bytes. None: no limit is known."""
     counts_deliveries: bool = False
     priorities: bool = False
     transactions: bool = False
@@ -224,9 +226,9 @@ RETRIES_IN_TWO_STEPS = (
 
 
 class TaskQuery(Struct, frozen=True, kw_only=True):
-    """Which records to list, newest first. Fields left None do not filter.
+    """Which records to list, newest first. A field that is None does not filter.
 
-    `created_after` is inclusive, `created_before` is not; `limit` is at least 1.
+    `created_after` is inclusive, `created_before` is exclusive. `limit` is at least 1.
     """
 
     status: tuple[Status, ...] | None = None
@@ -240,14 +242,14 @@ class TaskQuery(Struct, frozen=True, kw_only=True):
 
 
 class TaskPage(Struct, frozen=True):
-    """One page of a query; `cursor` goes on with the next, None at the end."""
+    """One page of a query. `cursor` gets the next page; None on the last one."""
 
     tasks: list[Task]
     cursor: str | None = None
 
 
 class Claim(Struct, frozen=True):
-    """A key held by one owner until `expires_at` unless it is claimed again."""
+    """A key that one owner holds until `expires_at`, unless it claims the key again."""
 
     key: Id
     owner: Id
@@ -255,7 +257,7 @@ class Claim(Struct, frozen=True):
 
 
 class Command(Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """A word to every worker of a namespace."""
+    """A command to every worker of a namespace."""
 
     name: str
     """`cancel`, `pause`, `resume`, `ping`, …"""
@@ -265,7 +267,7 @@ class Command(Struct, frozen=True, omit_defaults=True, kw_only=True):
 
 
 class Running(NamedTuple):
-    """One task that a worker runs now."""
+    """One task that a worker is running."""
 
     uuid: str
     task_name: str
@@ -273,18 +275,18 @@ class Running(NamedTuple):
 
 
 class WorkerInfo(Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What a worker tells of itself, kept as the shared value `worker/ID`."""
+    """What a worker says about itself, stored as the shared value `worker/ID`."""
 
     id: str
     host: str
     pid: int
     queues: tuple[str, ...] = ()
     concurrency: int = 1
-    """How many tasks it runs at once."""
+    """How many tasks the worker runs at once."""
     running: tuple[Running, ...] = ()
-    """Those that run longest; how many it names is bounded."""
+    """The longest-running tasks; their number is limited."""
     started_at: float = 0.0
     seen_at: float = 0.0
-    """When it last said so; a worker that has been silent for long is gone."""
+    """When the worker last reported. A worker that has been silent for long is gone."""
     version: str = ""
-    """The release of qtasks that it runs."""
+    """The release of qtasks that the worker runs."""

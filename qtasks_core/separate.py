@@ -1,4 +1,4 @@
-"""The default composition: any broker with any storage, two servers without a transaction."""
+"""The default composition: any broker with any storage, on two servers without a transaction."""
 
 from __future__ import annotations
 
@@ -42,15 +42,16 @@ class SeparateComposition(Composition):
         self._broker = broker
         self._storage = storage
         self._unsaved = Recent()
-        """What was published and could not be saved: submitted again, it is only saved."""
+        """Messages that were published and could not be saved. If they are submitted again, they
+        are only saved."""
 
     async def submit(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        """Publish and save side by side: a `new` that comes late is refused, which is harmless.
+        """Publish and save at the same time. A `new` that comes late is refused, which is harmless.
 
-        What has a key is saved once it is published, since its record is what holds the key; of
-        what is recorded already no second message is made.
+        A message with a key is saved after it is published, because its record holds the key. A
+        message that already has a record is not published again.
         """
         there = await self._there(messages)
         if not there:
@@ -60,7 +61,7 @@ class SeparateComposition(Composition):
         return [taken(there[m.uuid]) if m.uuid in there else next(outcomes) for m in messages]
 
     async def _there(self, messages: Sequence[TaskMessage]) -> dict[str, Task]:
-        """Return the records that are there of messages with a key."""
+        """Return the existing records of messages with a key."""
         uuids = [message.uuid for message in messages if message.submission]
         found = await self._storage.get(uuids) if uuids else ()
         return {record.uuid: record for record in found if record is not None}
@@ -69,7 +70,7 @@ class SeparateComposition(Composition):
         self, messages: Sequence[TaskMessage], transaction: object | None
     ) -> list[Outcome]:
         plain = [record_of(message) for message in messages if not message.submission]
-        # A half that fails does not cancel the other, of which one would not know what it did.
+        # If one half fails, do not cancel the other: its effect would then be unknown.
         published, saved = await gather(
             self._publish(messages, transaction), self._storage.save(plain), return_exceptions=True
         )
@@ -93,7 +94,7 @@ class SeparateComposition(Composition):
     async def _publish(
         self, messages: Sequence[TaskMessage], transaction: object | None
     ) -> list[Outcome]:
-        """Publish all but what an earlier call published and could not save."""
+        """Publish all messages, except those that an earlier call published and could not save."""
         if not self._unsaved:
             return await self._broker.publish(messages, transaction)
         done = [_sending(message) in self._unsaved for message in messages]
@@ -112,13 +113,13 @@ class SeparateComposition(Composition):
         published: Sequence[Outcome],
         transaction: object | None,
     ) -> list[Outcome]:
-        """Save what depends on how publishing went, and return the outcomes of both."""
+        """Save the records that depend on the result of publishing. Return the outcomes of both."""
         outcomes = list(published)
         dead: list[Task] = []
         keyed: list[int] = []
         for at, (message, outcome) in enumerate(zip(messages, published, strict=True)):
             if message.submission:
-                # Of one that was refused there is no record: it would hold the key.
+                # A refused message gets no record: the record would hold the key.
                 keyed += [at] if outcome.status == "done" else []
             elif outcome.status == "refused":
                 dead.append(_dead(message, outcome.reason))
@@ -132,7 +133,7 @@ class SeparateComposition(Composition):
         return outcomes
 
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
-        """Read the records of all deliveries at once and compare."""
+        """Read the records of all deliveries at once, and compare."""
         messages = [d.message for d in deliveries if isinstance(d.message, TaskMessage)]
         found = iter(await self._records(messages) if messages else ())
         verdicts: list[tuple[Verdict, Task | None]] = []
@@ -145,9 +146,9 @@ class SeparateComposition(Composition):
         return verdicts
 
     async def _records(self, messages: Sequence[TaskMessage]) -> list[Task | None]:
-        """Return what is recorded, after saving the first records of what has a key and none.
+        """Return the records of messages. First save the missing records of messages with a key.
 
-        Their publisher was not so far yet, or never will be; whoever saves first has the key.
+        Their publisher has not saved them yet, or never will. The first to save gets the key.
         """
         records = await self._storage.get([message.uuid for message in messages])
         missing = [
@@ -165,11 +166,11 @@ class SeparateComposition(Composition):
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]
     ) -> list[Outcome]:
-        """Save, then settle; a retry is settled first and recorded only if that was obeyed.
+        """Save, then settle. A retry is settled first, and recorded only if it took effect.
 
-        Were a retry recorded first, a crash in between would make the only message stale. What
-        may not have been recorded is not settled either: it runs again. A record that the storage
-        does not take is saved without arguments and result.
+        If a retry were recorded first, a crash in between would make the only message stale. A run
+        whose record may not be saved is not settled either: it runs again. If the storage refuses a
+        record, it is saved without arguments and result.
         """
         outcomes: list[Outcome] = [DONE] * len(completions)
         first: list[int] = []
@@ -203,9 +204,9 @@ class SeparateComposition(Composition):
     async def _save_within(
         self, tasks: Sequence[Task], transaction: object | None = None
     ) -> list[Outcome]:
-        """Save; of what the storage does not take, save what is left without the payload.
+        """Save records. If the storage refuses one, save it without the payload.
 
-        `unknown` is what not even that was taken of: its message must not be acknowledged.
+        The outcome is `unknown` if even that is refused: its message must not be acknowledged.
         """
         outcomes = await self._storage.save(tasks, transaction)
         if smaller := smaller_of(tasks, outcomes):
@@ -217,7 +218,7 @@ class SeparateComposition(Composition):
 
 
 def smaller_of(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> dict[int, Task]:
-    """Return, by place, what to save instead of those records that the storage does not take."""
+    """Return the records to save in place of those that the storage refuses, by place."""
     if outcomes.count(DONE) == len(outcomes):
         return {}
     return {
@@ -228,14 +229,14 @@ def smaller_of(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> dict[int, 
 
 
 def instead(smaller: Outcome) -> Outcome:
-    """Return the outcome of a record of which only the smaller one was saved, or not even that."""
+    """Return the outcome of a record after its smaller version was saved or refused."""
     return Outcome("unknown", smaller.reason) if not_taken(smaller) else smaller
 
 
 def say_not_taken(
     tasks: Sequence[Task], outcomes: Sequence[Outcome], smaller: Mapping[int, Outcome]
 ) -> None:
-    """Log what became of the records that the storage did not take; `outcomes` are the first."""
+    """Log what happened to the records that the storage refused. `outcomes` are the first ones."""
     for at, outcome in smaller.items():
         name, uuid, reason = tasks[at].task_name, tasks[at].uuid, outcomes[at].reason
         if not_taken(outcome):
@@ -248,9 +249,9 @@ def say_not_taken(
 
 
 def record_of(message: TaskMessage) -> Task:
-    """Return the first record of a message: `new`, or `scheduled` when it has a delay.
+    """Return the first record of a message: `new`, or `scheduled` if it has a delay.
 
-    Its execution is the submission, so that one publishing's is no repeat of another's.
+    Its execution is the submission, so that the record of one submission is no repeat of another's.
     """
     record = Task(
         uuid=message.uuid,
@@ -269,13 +270,14 @@ def record_of(message: TaskMessage) -> Task:
         headers=message.headers,
     )
     if not message.submission:
-        # Python calls with more than 15 keywords by a dict, which takes three times as long.
+        # Python builds a dict for calls with more than 15 keywords, which takes three times as
+        # long.
         return record
     return replace(record, execution=message.submission, submission=message.submission)
 
 
 def taken(record: Task) -> Outcome:
-    """Return the outcome of submitting what has a key that is taken by this record."""
+    """Return the outcome of a submission whose key this record already has."""
     return Outcome("taken", "a task with that key exists", record)
 
 
@@ -290,12 +292,15 @@ def _dead(message: TaskMessage, reason: str) -> Task:
 
 
 def _sending(message: TaskMessage) -> Hashable:
-    """Return what tells a message from another that does as much: the end goes where it says."""
+    """Return what identifies a message among others with the same effect.
+
+    `reply_to` belongs to it, because it says where the result goes.
+    """
     return message.uuid, message.submission, message.reply_to
 
 
 def verdict_of(message: TaskMessage, record: Task | None) -> Verdict:
-    """Say whether a delivered message still has to run, given the record that is there."""
+    """Say whether a delivered message still has to run, given the existing record."""
     if record is None:
         return "run"
     if record.status == "cancel":
@@ -304,6 +309,6 @@ def verdict_of(message: TaskMessage, record: Task | None) -> Verdict:
         return "final"
     if message.submission and record.submission and message.submission != record.submission:
         return "stale"
-    # A `retry` record says that this attempt is over and the next message is on its way.
+    # A `retry` record says that this attempt is over and that the next message is on its way.
     ended = record.attempt if record.status == "retry" else record.attempt - 1
     return "stale" if message.attempt <= ended else "run"

@@ -8,17 +8,17 @@ from qtasks_core.schemas import DONE, LOST, Outcome, Retry, Settlement
 
 
 class SettleCall:
-    """The settlements of one call, of which at most one of each delivery is obeyed.
+    """The settlements of one call. At most one of each delivery takes effect.
 
-        call = SettleCall(settlements, self._settled)
-        for place, settlement in call.first.items():
-            if ...:  # the lease holds, and the settlement has had its effect
-                self._settled.add(call.done(place))
-        return call.outcomes()
+            call = SettleCall(settlements, self._settled)
+            for place, settlement in call.first.items():
+                if ...:  # the lease holds, and the settlement has had its effect
+                    self._settled.add(call.done(place))
+            return call.outcomes()
 
-    The first settlement of a delivery is to be obeyed. Another one in the same call is a repeat,
-    and is answered as the first is, or it differs, and is refused. Repeats of what an earlier call
-    has settled are answered at once.
+    The first settlement of a delivery takes effect. Another one in the same call is a repeat or it
+    differs. A repeat gets the same answer as the first, and a different settlement is refused.
+    Repeats of settlements of an earlier call are answered at once.
     """
 
     def __init__(
@@ -28,18 +28,22 @@ class SettleCall:
         *,
         obeyed: Outcome = DONE,
     ) -> None:
-        """`settled` has the `repeat_key` of what is settled already; `obeyed` is its answer."""
+        """Start from what is settled already.
+
+        `settled` has the `repeat_key` of each earlier settlement. `obeyed` is the answer to one
+        that takes effect, and to its repeats.
+        """
         self.first: dict[int, Settlement] = {}
-        """By their places in the call: the settlements to be obeyed."""
+        """The settlements that should take effect, by their places in the call."""
         self.keys: dict[int, Hashable] = {}
-        """By the same places: the `repeat_key` of each."""
+        """The `repeat_key` of each of them, by the same places."""
         self._obeyed = obeyed
         self._outcomes = [LOST] * len(settlements)
         self._repeats: dict[int, int] = {}
         places: dict[Hashable, int] = {}
         for place, settlement in enumerate(settlements):
             fence = settlement.delivery.fence
-            key = fence, effect_of(settlement)  # its `repeat_key`, in one call less
+            key = fence, effect_of(settlement)  # its `repeat_key`, inlined to save a call
             if key in settled:
                 self._outcomes[place] = obeyed
                 continue
@@ -51,12 +55,12 @@ class SettleCall:
                 self._repeats[place] = first
 
     def done(self, place: int) -> Hashable:
-        """Note that a settlement was obeyed; return its `repeat_key`, to be remembered."""
+        """Note that a settlement took effect, and return its `repeat_key` to remember."""
         self._outcomes[place] = self._obeyed
         return self.keys[place]
 
     def answer(self, place: int, outcome: Outcome) -> None:
-        """Note another outcome than `refused` for a lost lease, which is that of all the others."""
+        """Note another outcome. The default is `refused`, because of a lost lease."""
         self._outcomes[place] = outcome
 
     def outcomes(self) -> list[Outcome]:
@@ -67,17 +71,17 @@ class SettleCall:
 
 
 class Recent:
-    """A set of the newest `limit` keys at the least, and of twice as many at the most."""
+    """A set of the newest keys: at least `limit` of them, and at most twice as many."""
 
     def __init__(self, limit: int = 20_000) -> None:
         self._limit = limit
-        # Two generations: dropping the oldest key of one dict alone would look for it, each time,
-        # past the places of all that were dropped before.
+        # Two generations. Dropping the oldest key of a single dict would be slow: each search for
+        # it passes the places of all keys that were dropped before.
         self._young: set[Hashable] = set()
         self._old: set[Hashable] = set()
 
     def add(self, key: Hashable) -> None:
-        """Remember a key; what is older than `limit` others may be forgotten."""
+        """Remember a key. A key that is older than `limit` others may be forgotten."""
         self._young.add(key)
         if len(self._young) >= self._limit:
             self._old, self._young = self._young, set()
@@ -95,14 +99,14 @@ class Recent:
 
 
 def repeat_key(settlement: Settlement) -> Hashable:
-    """Return what a settlement has in common with its repeats, and with no others."""
+    """Return a key that a settlement shares with its repeats, and with no other settlement."""
     return settlement.delivery.fence, effect_of(settlement)
 
 
 def effect_of(settlement: Settlement) -> Hashable:
-    """Return what tells a settlement from others of its delivery.
+    """Return a key that tells a settlement from other settlements of its delivery.
 
-    What was acknowledged must not be said to be retried.
+    A retry must not be reported as done if the delivery was acknowledged.
     """
     if isinstance(settlement, Retry):
         message = settlement.message

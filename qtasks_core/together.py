@@ -1,4 +1,4 @@
-"""Several calls at once, as when a broker that stops closes its subscriptions."""
+"""Making several calls at once, for example when a broker closes its subscriptions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Make calls side by side and wait for all of them; then raise the first error, if any.
+    """Make calls at the same time and wait for all of them. Then raise the first error, if any.
 
-    So one subscription that cannot be closed does not leave the others open.
+    So if one subscription cannot be closed, the others are still closed.
     """
     if len(calls) == 1:
         return [await calls[0]]

@@ -11,7 +11,7 @@ from qtasks_core.lookup import installed_parts
 
 
 def refuse_transaction(part: Broker | Storage) -> NoReturn:
-    """Raise `NotSupported`, with the installed brokers or storages that can join a transaction."""
+    """Raise `NotSupported`, naming the installed brokers or storages that can join one."""
     half: Literal["broker", "storage"] = "broker" if isinstance(part, Broker) else "storage"
     able = [told.part for told in installed_parts(half) if told.transactions]
     raise NotSupported(

@@ -1,4 +1,4 @@
-"""URLs that name a part: reading their options, and showing them without the password."""
+"""URLs of brokers and storages: reading their options, and showing them without the password."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ SECRET_WORDS = ("pass", "secret", "token")
 
 
 def redact(url: str) -> str:
-    """Return `url` fit for a log: the password and secret-looking options are `***`."""
+    """Return `url` in a form that is safe to log.
+
+    The password, and options that look like secrets, are replaced with `***`.
+    """
     if "://" not in url and ("@" in url or "=" in url):
-        return "***"  # no URL, but perhaps the credentials of one
+        return "***"  # not a URL, but it may contain the credentials of one
     try:
         parts = urlsplit(url)
     except ValueError:
         return "***"
     netloc = parts.netloc
     if ":" in netloc and "@" in parts.path + parts.query + parts.fragment:
-        # A password with a bare / ? or # ends the authority early and would stand in the rest.
+        # A bare / ? or # in the password ends the authority early. The rest of the password would
+        # then be shown.
         return f"{parts.scheme}://***"
     if "@" in netloc:
         credentials, _, host = netloc.rpartition("@")
@@ -35,24 +39,24 @@ def redact(url: str) -> str:
         ],
         safe="*/:,",
     )
-    # urlunsplit drops the empty authority of sqlite:///file, so the text is put together by hand.
+    # urlunsplit drops the empty authority of sqlite:///file, so build the text by hand.
     scheme = f"{parts.scheme}:" if parts.scheme else ""
     slashes = "//" if "://" in url else ""
     return f"{scheme}{slashes}{netloc}{parts.path}{query and '?' + query}"
 
 
 def _shown(key: str, value: str) -> str:
-    """Return what may be shown of an option, which may be a URL itself."""
+    """Return the value of an option as it may be shown. It may be a URL itself."""
     if value and any(word in key.lower() for word in SECRET_WORDS):
         return "***"
     return redact(value) if "://" in value or "@" in value else value
 
 
 def split(url: str) -> SplitResult:
-    """Return the parts of a URL, of which the host may be several. Raises `ConfigurationError`.
+    """Return the pieces of a URL. It may have several hosts. Raises `ConfigurationError`.
 
-    That says nothing of why the library refuses one: it may quote the password, a bare / or # in
-    which makes what stands before it a port.
+    The error does not repeat the reason of the library, which may quote the password. With a bare /
+    or # in the password, the text before it is taken for a port.
     """
     try:
         parts = urlsplit(url)
@@ -71,12 +75,12 @@ def split(url: str) -> SplitResult:
 
 
 def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[str, dict[str, Any]]:
-    """Split the options named in `known` off the query of `url`.
+    """Remove the options named in `known` from the query of `url`.
 
-    Returns the URL without them and their values (absent options are left out). `known` has a
+    Returns the URL without them, and their values. Absent options are left out. `known` has a
     `qtasks_core.options.Kind` for each option, or a type such as `float`. Raises
-    `ConfigurationError` when a value is none of these, an option is given twice, or the URL is
-    none. Options not in `known` stay in the URL, for the driver.
+    `ConfigurationError` if a value does not fit, an option is given twice, or the URL is invalid.
+    Options that are not in `known` stay in the URL, for the driver.
     """
     query = split(url).query
     taken: dict[str, Any] = {}
@@ -102,14 +106,15 @@ def take_options(url: str, known: Mapping[str, Callable[[str], Any]]) -> tuple[s
 
 
 def refuse_options(url: str, known: Iterable[str]) -> None:
-    """Raise `ConfigurationError` for options left in `url`; `known` are those that exist.
+    """Raise `ConfigurationError` for options that are left in `url`. `known` are the existing ones.
 
-    For what no driver reads. A name is told, and no value, which may be a secret.
+    For URLs whose remaining options no driver reads. The error has the name of an option, not its
+    value, which may be a secret.
     """
     left = [key for key, _ in parse_qsl(split(url).query, keep_blank_values=True)]
     if left:
         place = _place(url)
-        # Behind a bare ? in the password, the rest of it passes for the name of an option.
+        # After a bare ? in the password, the rest of the password looks like the name of an option.
         name = "***" if place.endswith("://***") else repr(left[0])
         raise ConfigurationError(
             f"{place}: there is no option {name}; there are: {', '.join(known) or 'none'}"
@@ -117,6 +122,6 @@ def refuse_options(url: str, known: Iterable[str]) -> None:
 
 
 def _place(url: str) -> str:
-    """Return `url` fit for a log, without its options."""
-    # Redacted first: a bare ? in the password would leave half of it in front.
+    """Return `url` in a form that is safe to log, without its options."""
+    # Redact first: a bare ? in the password would leave half of it in front.
     return redact(url).partition("?")[0]

@@ -1,8 +1,8 @@
 """The wire format: a version byte, then a MessagePack map of the struct's fields.
 
-Fields at their default are left out, unknown fields are ignored, so two releases can share a
-queue. A change that an older release could not read raises the version byte. Golden vectors in
-`tests/unit/golden/` pin the bytes.
+Fields with their default value are left out, and unknown fields are ignored. So two releases can
+share a queue. A change that an older release could not read increases the version byte. Golden
+vectors in `tests/unit/golden/` pin the bytes.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def decode_message(data: bytes) -> TaskMessage | Raw:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         return Raw(bytes(data), str(error))
     if not is_name(message.queue):
-        # A retry would go there, and brokers rely on names that were checked.
+        # A retry would go to this queue, and brokers rely on checked names.
         return Raw(bytes(data), f"{message.queue[:120]!r} is no name of a queue")
-    # Their length was checked by the decoder, which takes UTF-8 only.
+    # The decoder has checked the length, and accepts only UTF-8.
     if "\0" in message.uuid:
         return Raw(bytes(data), "the uuid has a NUL")
     if message.reply_to is not None and "\0" in message.reply_to:

@@ -26,8 +26,7 @@ class Composition(ABC):
 
     @abstractmethod
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
-        """Say which deliveries still have to run, and return the record that decided each of
-        them."""
+        """Say which deliveries still have to run, with the record that decided each of them."""
 
     @abstractmethod
     async def complete(

@@ -37,8 +37,7 @@ class Inbox(ABC):
 
     @abstractmethod
     def forget(self, uuids: Iterable[str]) -> None:
-        """Stop waiting for tasks. A uuid is forgotten by itself when its final record has
-        arrived."""
+        """Stop waiting for tasks. The arrival of a final record does the same for its uuid."""
 
     @abstractmethod
     async def receive(self) -> list[Task]:

@@ -64,7 +64,7 @@ class Storage(ABC):
 
         A record with unreadable bytes does not hide other records. In its place, `get` returns the
         result of `qtasks_core.records.unreadable`, made of the data that is stored beside the
-        bytes. A log stores nothing beside them, so there it counts as never saved.
+        bytes. A log stores nothing beside them, so there such a record counts as never saved.
         """
 
     @abstractmethod
