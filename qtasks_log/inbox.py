@@ -1,4 +1,5 @@
-"""Inboxes of this process: the reader fills them, for it passes every final record anyway."""
+"""The inboxes of this process. The reader fills them, because it reads every final record
+anyway."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from qtasks_log.view import View
 
 
 class Inboxes:
-    """Who is to be told of which final record."""
+    """Which inboxes want which final records."""
 
     def __init__(self, reader: Reader, view: View) -> None:
         self.reader = reader
@@ -27,7 +28,7 @@ class Inboxes:
         self.watchers: defaultdict[str, set[LogInbox]] = defaultdict(set)
 
     def push(self, task: Task) -> None:
-        """Hand a final record that was just read to all who want it."""
+        """Put a final record that was just read into all inboxes that want it."""
         inboxes = self.watchers.pop(task.uuid, set())
         if task.reply_to is not None and task.reply_to in self.addresses:
             inboxes.add(self.addresses[task.reply_to])
@@ -40,7 +41,7 @@ class Inboxes:
 
 
 class LogInbox(Inbox):
-    """A list under an address that only this process's reader looks for."""
+    """A list with an address that only the reader of this process looks for."""
 
     def __init__(self, inboxes: Inboxes) -> None:
         self._inboxes = inboxes
@@ -55,10 +56,11 @@ class LogInbox(Inbox):
         return self._address
 
     def expect(self, uuids: Iterable[str]) -> None:
-        """Do nothing: after a reconnect the reader goes on where it was and misses nothing."""
+        """Do nothing: after a reconnect the reader continues at its position and misses nothing."""
 
     async def watch(self, uuids: Sequence[str]) -> None:
-        """Note the uuids, then look at what was read already; the reader passes all the rest."""
+        """Note the uuids, then check the records that were read already. The reader will read the
+        rest."""
         self._started()
         for uuid in uuids:
             record = self._inboxes.view.get(uuid)
@@ -91,7 +93,7 @@ class LogInbox(Inbox):
             self._ring()
 
     def put(self, task: Task) -> None:
-        """Let a record arrive."""
+        """Add a record that arrived."""
         self._arrived.append(task)
         self._ring()
 

@@ -1,4 +1,4 @@
-"""The contract of a Log: what `LogStorage` asks of Kafka, RabbitMQ streams or the like."""
+"""The contract of a Log: what `LogStorage` needs from Kafka, RabbitMQ streams or similar."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from qtasks_core import Guarantees
 class Entry(Struct, frozen=True, gc=False):
     """One keyed record of a log. `value` None is a tombstone: the key is not needed any more.
 
-    `partition_key` is the uuid it belongs to: entries of equal partition key keep their order.
+    `partition_key` is the uuid that the entry belongs to. Entries with the same partition key keep
+    their order.
     """
 
     partition_key: str
@@ -22,32 +23,33 @@ class Entry(Struct, frozen=True, gc=False):
 
 
 class Log(ABC):
-    """An append-only, durable log of one namespace, read from its beginning by every process.
+    """An append-only, durable log of one namespace. Every process reads it from its beginning.
 
-    Lives on one event loop. Raises `Unavailable` like a broker, and reconnects when called again;
-    then reading goes on behind the last entry that was returned. It may compact, that is remove
-    entries whose key comes again later, but not what a running reader is about to read.
+    A log lives on one event loop. It raises `Unavailable` like a broker, and reconnects when it is
+    called again. Then reading continues after the last returned entry. A log may compact: it
+    removes entries whose key comes again later. It must not remove entries that a running reader is
+    about to read.
     """
 
     @property
     @abstractmethod
     def guarantees(self) -> Guarantees:
-        """What the log promises, as a storage's guarantees."""
+        """What the log promises, as the guarantees of a storage."""
 
     @property
     @abstractmethod
     def compacts(self) -> bool:
-        """Whether it removes entries that have a later one under their key.
+        """Whether the log removes entries that have a later entry with the same key.
 
-        Only then is a tombstone worth an append: writers send one for each proposal that lost or
+        Only then is a tombstone worth an append. Writers send one for each proposal that lost or
         was superseded.
         """
 
     @abstractmethod
     async def start(self, namespace: str) -> None:
-        """Connect, create the log where it is missing, and open it for reading from its start.
+        """Connect, create the log if it is missing, and open it for reading from its beginning.
 
-        From its start also if this object was started and stopped before.
+        Reading starts at the beginning even if this object was started and stopped before.
         """
 
     @abstractmethod
@@ -56,33 +58,35 @@ class Log(ABC):
 
     @abstractmethod
     async def append(self, entries: Sequence[Entry]) -> list[str | None]:
-        """Append entries in order; durable when it returns. Repeating it appends them again.
+        """Append entries in order. They are durable when it returns. A retry appends them again.
 
-        For each entry: None, or why the log will never take it, for instance because of its size.
-        One that is refused keeps none of the others from being appended.
+        Returns for each entry None, or why the log will never accept it, for example because of its
+        size. A refused entry does not prevent the others from being appended.
 
-        One call appends each entry once: a driver that sends again by itself must do it
-        idempotently, since compaction would otherwise move a record behind its rivals. When it
-        raises, of the entries of one partition key any first part may have been appended.
+        One call appends each entry once. If a driver resends by itself, it must do so idempotently:
+        otherwise compaction would move a record behind its rivals. If the call raises, then for
+        each partition key any number of entries from the first on may have been appended.
         """
 
     @abstractmethod
     async def read(self) -> list[Entry]:
-        """Wait for at least one further entry and return what is there, in the log's order.
+        """Wait for at least one more entry. Return the available entries in the log's order.
 
         One call at a time. Cancelling it skips nothing.
         """
 
     @abstractmethod
     async def mark(self) -> object:
-        """Return a position behind every append that returned before this call began.
+        """Return a position after every append that returned before this call began.
 
-        Every `get` waits for one, so it must not queue behind a `read` that waits for entries.
+        Every `get` waits for a mark. So this call must not queue behind a `read` that waits for
+        entries.
         """
 
     @abstractmethod
     def reached(self, mark: object) -> bool:
-        """Say whether `read` has returned everything in front of `mark`.
+        """Say whether `read` has returned every entry before `mark`.
 
-        May become true with a `read` that returns an empty list: the only time it does.
+        It may become true when `read` returns an empty list. `read` returns one for no other
+        reason.
         """

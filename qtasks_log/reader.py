@@ -1,4 +1,4 @@
-"""The one task that reads a log, and all who wait for what it reads."""
+"""The one task that reads a log, and the callers that wait for its entries."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from qtasks_log.log import Entry, Log
 logger = logging.getLogger("qtasks.log")
 
 STALLED = 5.0
-"""Seconds without anything read after which who waits for an entry gets `Unavailable`."""
+"""Seconds without anything read. After them, a caller that waits for an entry gets
+`Unavailable`."""
 
 T = TypeVar("T")
 
 
 class Reader:
-    """Hands every entry of a log to `take`, in the log's order.
+    """Passes every entry of a log to `take`, in the log's order.
 
-    When reading fails, all who wait are told; whoever waits next starts it again, and it goes on
-    where it was.
+    If reading fails, all waiting callers get the error. The next caller that waits starts it again,
+    and it continues at its position.
     """
 
     def __init__(self, log: Log, take: Callable[[Entry], None]) -> None:
@@ -39,7 +40,7 @@ class Reader:
         self._catching_up: set[asyncio.Task[None]] = set()
 
     async def stop(self) -> None:
-        """End reading; who waits gets `Closed`."""
+        """Stop reading. Waiting callers get `Closed`."""
         self._open = False
         self._fail_waiting(Closed("LogStorage was stopped"))
         tasks = [*self._catching_up, *([self._task] if self._task is not None else [])]
@@ -49,7 +50,7 @@ class Reader:
             await asyncio.wait(tasks)
 
     def keep_reading(self) -> None:
-        """Start the task, anew if it has failed."""
+        """Start the reading task, or restart it if it has failed."""
         if not self._open:
             raise Closed("LogStorage was stopped")
         if self._task is None or self._task.done():
@@ -65,7 +66,7 @@ class Reader:
             for mark, reached in self._marks:
                 if not reached.done() and self._log.reached(mark):
                     reached.set_result(None)
-            # A log that has much to give may answer without ever suspending.
+            # A log with many entries may return them without ever suspending.
             await asyncio.sleep(0)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -79,9 +80,9 @@ class Reader:
                 waiter.set_exception(error)
 
     async def wait(self, waiter: Future[T], *, idle: bool = False) -> T:
-        """Wait for what an entry will set.
+        """Wait for a future that an entry will set.
 
-        Raises `Unavailable` when reading fails and, unless the log may well be `idle`, when
+        Raises `Unavailable` if reading fails. Unless the log may be `idle`, it also raises if
         nothing is read for `STALLED` seconds.
         """
         self.keep_reading()
@@ -98,9 +99,9 @@ class Reader:
             self._waiting.discard(waiter)
 
     async def catch_up(self) -> None:
-        """Wait until all is read that was durable when this call began.
+        """Wait until all entries are read that were durable when this call began.
 
-        Costs one mark for all calls that begin while an earlier mark is on its way. Raises
+        One mark serves all calls that begin while an earlier mark is on its way. Raises
         `Unavailable`.
         """
         self.keep_reading()
@@ -109,7 +110,7 @@ class Reader:
             self._catching_up.add(self._gathering)
             self._gathering.add_done_callback(self._caught_up)
         gathering = self._gathering
-        # Not awaited itself: others share it when this call is cancelled.
+        # Do not await the task itself: other callers share it when this call is cancelled.
         await asyncio.wait({gathering})
         if gathering.cancelled():
             raise Closed("LogStorage was stopped")
@@ -133,5 +134,5 @@ class Reader:
         if self._gathering is task:
             self._gathering = None
         if not task.cancelled():
-            # Looked at even when every caller was cancelled meanwhile.
+            # Retrieve the error even if every caller was cancelled meanwhile.
             task.exception()

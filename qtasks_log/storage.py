@@ -1,4 +1,4 @@
-"""A storage on an append-only log: saves are proposals, and who reads them back knows who won."""
+"""A storage on an append-only log: a save is a proposal, and reading it back decides who won."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from qtasks_log.view import Judgement, Proposal, View
 logger = logging.getLogger("qtasks.log")
 
 LINGER = 0.05
-"""Seconds in which tombstones gather, so that they share an append and let saves go first."""
+"""Seconds to collect tombstones, so that they share an append and saves go first."""
 LAST_SWEEP = 2.0
-"""Seconds that `stop` gives the tombstones still to be written."""
+"""Seconds that `stop` allows for writing the remaining tombstones."""
 
 
 class LogStorage(Storage):
-    """Remembers tasks in a log that every process reads from its start into a view of its own."""
+    """Keeps records in a log. Every process reads it from its beginning into its own view."""
 
     def __init__(self, log: Log) -> None:
         self._log = log
@@ -41,15 +41,15 @@ class LogStorage(Storage):
         self._view = View()
         self._reader = Reader(self._log, self._take)
         self._inboxes = Inboxes(self._reader, self._view)
-        # Keys are unique: under one key for all repeats of a save, compaction would keep the last
-        # of them, and a loser in front of that would win.
+        # Each save has a unique key. With one key for all repeats of a save, compaction would keep
+        # the last repeat. A loser before that one would then win.
         self._writer = f"{uuid7().hex}."
         self._sequence = count()
         self._saves: dict[str, tuple[Save, int, Task]] = {}
         self._needless: dict[str, Entry] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self.undecodable = 0
-        """How many entries of the log were skipped because they are no records."""
+        """How many entries of the log were skipped because they are not records."""
 
     @property
     def guarantees(self) -> Guarantees:
@@ -62,7 +62,7 @@ class LogStorage(Storage):
         )  # fmt: skip
 
     async def start(self, namespace: str) -> None:
-        """Connect and read the log to its end: from here on this view judges as all others do."""
+        """Connect and read the log to its end. From here on, this view judges as all others do."""
         self._reset()
         self._open = True
         try:
@@ -81,7 +81,7 @@ class LogStorage(Storage):
         await self._log.stop()
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
-        """Append a proposal for each task and wait until all were read back and judged."""
+        """Append a proposal for each task, and wait until all are read back and judged."""
         self._started()
         if transaction is not None:
             refuse_transaction(self)
@@ -117,7 +117,8 @@ class LogStorage(Storage):
             raise Closed("LogStorage is not started")
 
     def _take(self, entry: Entry) -> None:
-        """Take the next entry of the log into the view, and tell who has to know of it."""
+        """Put the next entry of the log into the view, and notify the inboxes and the saving
+        call."""
         if entry.value is None:
             self._view.discard(entry.partition_key, entry.key)
             return
@@ -147,7 +148,7 @@ class LogStorage(Storage):
         self.undecodable += 1
 
     def _discard_needless(self, entry: Entry, judgement: Judgement) -> None:
-        """Send tombstones for what a proposal of this process made needless."""
+        """Send tombstones for the entries that a proposal of this process made needless."""
         uuid = entry.partition_key
         self._discard(uuid, self._view.needless(uuid) if judgement == "accept" else [entry.key])
 
@@ -159,7 +160,7 @@ class LogStorage(Storage):
             self._sweeper.add_done_callback(_log_failure)
 
     async def _sweep(self) -> None:
-        """Write the tombstones. What could not be written is tried again with the next ones."""
+        """Write the tombstones. Those that fail are tried again with the next ones."""
         while self._needless:
             await asyncio.sleep(LINGER)
             batch = list(islice(self._needless.values(), 1000))
@@ -172,7 +173,7 @@ class LogStorage(Storage):
                 del self._needless[entry.key]
 
     async def _sweep_last(self) -> None:
-        """Write what tombstones are left; those that fail only save room."""
+        """Write the remaining tombstones. A failure loses nothing: tombstones only save space."""
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.wait({self._sweeper})
@@ -198,7 +199,7 @@ class Save:
         self.judged: Future[list[Outcome]] = asyncio.get_running_loop().create_future()
 
     def set(self, at: int, outcome: Outcome) -> None:
-        """Note the outcome of one item; the last one ends the wait."""
+        """Note the outcome of one item. The last one finishes the wait."""
         if at in self._missing:
             self._outcomes[at] = outcome
             self._missing.discard(at)

@@ -1,9 +1,9 @@
-"""What a reader of the log knows: the proposals that still stand, and the record each uuid has.
+"""The state of a reader: the proposals without a tombstone, and the record of each uuid.
 
-A log cannot refuse an append, so each save is a proposal under a key of its own, and every reader
-judges them in the log's order. The record of a uuid is the outcome over the proposals that have no
-tombstone, whether compaction has removed the others yet or not: so all readers of the same log
-agree. For that a tombstone must never change an outcome, which `needless` sees to.
+A log cannot refuse an append. So each save is a proposal with its own key, and every reader judges
+the proposals in the log's order. The record of a uuid follows from the proposals that have no
+tombstone. It does not matter whether compaction has already removed the others, so all readers of a
+log agree. This works only if a tombstone never changes the record: `needless` ensures that.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Judgement: TypeAlias = Literal["accept", "repeat", "refuse"]
 
 
 class Proposal(NamedTuple):
-    """One save, under the key that its writer made for it."""
+    """One save, with the key that its writer made for it."""
 
     key: str
     task: Task
 
 
 class View:
-    """The proposals of each uuid in the log's order, nearly always one, and who won."""
+    """The proposals of each uuid in the log's order, nearly always one, and the one that won."""
 
     def __init__(self) -> None:
         self._standing: dict[str, list[Proposal]] = {}
@@ -37,9 +37,9 @@ class View:
         return record.task if record is not None else None
 
     def propose(self, proposal: Proposal) -> Judgement:
-        """Take the next proposal of the log and say whether it is the record now.
+        """Take the next proposal of the log, and say whether it is the record now.
 
-        A key that stands already is judged where it stood first.
+        If a proposal with this key is already in the view, the new one is only a repeat.
         """
         uuid = proposal.task.uuid
         standing = self._standing.setdefault(uuid, [])
@@ -52,26 +52,27 @@ class View:
         return judgement
 
     def keep_record_only(self, uuid: str) -> None:
-        """Forget what lost or was superseded: no reader of a log without compaction needs it."""
+        """Forget the losers and superseded ones: without compaction, no reader needs them."""
         self._standing[uuid] = [self._records[uuid]]
 
     def discard(self, uuid: str, key: str) -> None:
-        """Take a tombstone of the log."""
+        """Apply a tombstone of the log."""
         standing = [p for p in self._standing.get(uuid, ()) if p.key != key]
         if standing:
             self._standing[uuid] = standing
-            # Differs only for a reader that meets a half compacted log: it reads a loser whose
-            # winner is gone, and here the tombstone of that loser.
+            # The record changes here only for a reader of a half compacted log. It reads a loser
+            # whose winner is gone, and then the tombstone of that loser.
             self._records[uuid] = accepted(standing)[-1]
         else:
             self._standing.pop(uuid, None)
             self._records.pop(uuid, None)
 
     def needless(self, uuid: str) -> list[str]:
-        """Return the keys in front of the record of `uuid`, in the order to discard them in.
+        """Return the keys before the record of `uuid`, in the order to discard them.
 
-        Losers first: without the record that refused it, a loser would win. Then what was
-        superseded, oldest first, so that what is left is always the end of the same chain.
+        Losers come first: without the record that refused it, a loser would win. Then come
+        superseded proposals, oldest first. So the remaining ones are always the last links of the
+        same chain.
         """
         record = self._records[uuid]
         standing = self._standing[uuid]
@@ -82,7 +83,7 @@ class View:
 
 
 def accepted(proposals: Iterable[Proposal]) -> list[Proposal]:
-    """Return the proposals that were the record one after the other."""
+    """Return the proposals that were the record, one after the other."""
     chain: list[Proposal] = []
     for proposal in proposals:
         if judge(proposal.task, chain[-1].task if chain else None) == "accept":

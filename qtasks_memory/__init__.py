@@ -1,4 +1,4 @@
-"""The shortest honest backend: everything in this process's memory, gone with it."""
+"""A backend in memory: everything lives in this process and is lost with it."""
 
 from qtasks_core import Backend
 from qtasks_core.options import LEASE_TIME, RETENTION_TIME
@@ -10,7 +10,8 @@ OPTIONS = {"lease": LEASE_TIME, "retention": RETENTION_TIME}
 
 
 class MemoryBackend(Backend):
-    """Answers for `memory://NAME?lease=SECONDS&retention=SECONDS`; equal names share one memory."""
+    """The backend of `memory://NAME?lease=SECONDS&retention=SECONDS`. Equal names share one
+    memory."""
 
     contract = 1
 

@@ -1,4 +1,4 @@
-"""A broker in memory: two heaps a queue, and a dict of what is in flight."""
+"""A broker in memory: two heaps for each queue, and a dict of the messages in flight."""
 
 from __future__ import annotations
 

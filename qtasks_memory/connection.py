@@ -1,4 +1,4 @@
-"""What memory parts connect to: dicts and heaps of this process, one set a namespace."""
+"""The memory that brokers and storages share: dicts and heaps, one set for each namespace."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qtasks_core.records import FINAL
 
 
 class Entry:
-    """One message in a queue, and who holds it until when."""
+    """One message in a queue, which delivery holds it, and until when."""
 
     __slots__ = ("count", "held_until", "holder", "message")
 
@@ -21,12 +21,12 @@ class Entry:
         self.message = message
         self.count = 0
         self.holder = 0
-        """The number of the delivery that holds it; 0 while nobody does."""
+        """The number of the delivery that holds it. 0: no delivery holds it."""
         self.held_until = 0.0
 
 
 class Queue:
-    """Messages in order of priority, those that wait for their time, and those in flight."""
+    """Messages in order of priority, delayed messages, and messages in flight."""
 
     def __init__(self) -> None:
         self._ready: list[tuple[int, int, Entry]] = []
@@ -35,7 +35,7 @@ class Queue:
         self.in_flight: dict[int, Entry] = {}
 
     def put(self, entry: Entry, due: float = 0.0) -> None:
-        """Add an entry, receivable when the loop's clock shows `due`."""
+        """Add an entry. It is receivable when the loop's clock shows `due`."""
         entry.holder = 0
         if due:
             heappush(self._delayed, (due, next(self._sequence), entry))
@@ -54,7 +54,7 @@ class Queue:
         return heappop(self._ready)[2] if self._ready else None
 
     def depth(self, now: float) -> QueueDepth:
-        """Count by what a receiver would find now."""
+        """Count as a receiver would find the queue now."""
         lost = sum(entry.held_until <= now for entry in self.in_flight.values())
         due = sum(moment <= now for moment, _, _ in self._delayed)
         return QueueDepth(
@@ -64,7 +64,7 @@ class Queue:
         )
 
     def purge(self, now: float) -> int:
-        """Drop all but what is held; return how many."""
+        """Drop all entries that are not held, and return their number."""
         lost = [holder for holder, entry in self.in_flight.items() if entry.held_until <= now]
         for holder in lost:
             del self.in_flight[holder]
@@ -74,7 +74,7 @@ class Queue:
         return dropped
 
     def next_change(self) -> float | None:
-        """Return when, without a new message, something may become receivable."""
+        """Return when an entry may become receivable without a new message."""
         moments = [entry.held_until for entry in self.in_flight.values()]
         if self._delayed:
             moments.append(self._delayed[0][0])
@@ -82,7 +82,7 @@ class Queue:
 
 
 class Memory:
-    """All that one namespace keeps."""
+    """All data of one namespace."""
 
     def __init__(self) -> None:
         self.queues: defaultdict[str, Queue] = defaultdict(Queue)
@@ -91,18 +91,18 @@ class Memory:
         self.listeners: set[asyncio.Queue[Command | None]] = set()
         self.records: dict[str, Task] = {}
         self.expiries: dict[str, float | None] = {}
-        """The Unix time from which each final record counts as gone; None: never."""
+        """The Unix time from which each final record counts as deleted. None: never."""
         self.values: dict[str, bytes] = {}
         self.value_watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self.claims: dict[str, tuple[str, float]] = {}
-        """By key: the owner, and until when it holds it by the loop's clock."""
+        """By key: the owner, and until when it holds the key by the loop's clock."""
         self.streams: defaultdict[str, list[bytes]] = defaultdict(list)
         self.inboxes: dict[str, asyncio.Queue[Task | None]] = {}
-        """What has arrived at each address; None ends it."""
+        """The records that arrived at each address. None closes the inbox."""
         self.watchers: defaultdict[str, set[str]] = defaultdict(set)
 
     def record(self, uuid: str) -> Task | None:
-        """Return a record whose time has not passed, though `expire` may not have come to it."""
+        """Return a record unless it has expired, even if `expire` has not deleted it yet."""
         record = self.records.get(uuid)
         if record is None or record.status not in FINAL:
             return record
@@ -110,7 +110,7 @@ class Memory:
         return None if expiry is not None and expiry <= time.time() else record
 
     def ring(self) -> None:
-        """Wake every receiver: something became receivable, or may have."""
+        """Wake every receiver: an entry became receivable, or may have."""
         for receiver in self.receivers:
             receiver.set()
 
@@ -119,5 +119,5 @@ _memories: defaultdict[tuple[str, str], Memory] = defaultdict(Memory)
 
 
 def connect(name: str, namespace: str) -> Memory:
-    """Return the memory that all parts of this name and namespace share."""
+    """Return the memory that all brokers and storages of this name and namespace share."""
     return _memories[name, namespace]

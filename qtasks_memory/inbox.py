@@ -1,4 +1,4 @@
-"""An inbox in memory: a queue under an address."""
+"""An inbox in memory: a queue with an address."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qtasks_memory.connection import Memory
 
 
 class MemoryInbox(Inbox):
-    """A queue under an address of its own; there is no connection that could break."""
+    """A queue with its own address. It has no connection that could break."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
@@ -26,7 +26,7 @@ class MemoryInbox(Inbox):
         return self._address
 
     def expect(self, uuids: Iterable[str]) -> None:
-        """Do nothing: what is sent to the address cannot get lost."""
+        """Do nothing: a record that is sent to the address cannot get lost."""
 
     async def watch(self, uuids: Sequence[str]) -> None:
         for uuid in uuids:
@@ -49,7 +49,7 @@ class MemoryInbox(Inbox):
             arrived.append(self._arrived.get_nowait())
         tasks = [task for task in arrived if task is not None]
         if len(tasks) < len(arrived):
-            await self.close()  # the next call finds it as well
+            await self.close()  # so that the next call raises too
         if not tasks:
             raise Closed("the inbox is closed")
         return tasks

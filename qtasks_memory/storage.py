@@ -1,4 +1,4 @@
-"""A storage in memory: a dict of records, and who is told of them."""
+"""A storage in memory: a dict of records, and the inboxes to notify."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qtasks_memory.inbox import MemoryInbox
 
 
 class MemoryStorage(Storage):
-    """Remembers tasks within one process. `retention` is in seconds, None for ever."""
+    """Keeps records within one process. `retention` is in seconds, None means for ever."""
 
     def __init__(self, name: str = "", *, retention: float | None = RETENTION) -> None:
         self._name = name

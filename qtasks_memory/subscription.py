@@ -1,4 +1,4 @@
-"""A subscription in memory: a lease is a time beside an entry."""
+"""A subscription in memory: a lease is a time in an entry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qtasks_memory.connection import Entry, Memory
 
 
 class MemorySubscription(Subscription):
-    """Takes entries and holds them; the fence is the number of the delivery."""
+    """Takes entries and holds them. The fence is the number of the delivery."""
 
     def __init__(self, memory: Memory, lease: float) -> None:
         self._memory = memory
