@@ -34,10 +34,7 @@ class Awaited:
         self.uuids.update(uuids)
 
     def watch(self, uuids: Iterable[str]) -> list[str]:
-        """Wait for tasks that the server has to watch, and return the new ones.
-
-        The server does not watch the new ones yet.
-        """
+        """Wait for tasks that the server has to watch. Return those that it does not watch yet."""
         new = [uuid for uuid in dict.fromkeys(uuids) if uuid not in self.watched]
         self.uuids.update(new)
         self.watched.update(new)

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 NAME = "qtasks"
 GROUP = "qtasks.backends"
-"""The group of entry points that registers backends. Our distribution has some, the other one
-none."""
+"""The group of entry points of backends. Our distribution has some, the other project none."""
 HOME = Path(__file__).parents[1]
 """The directory that holds our packages: `site-packages`, or a checkout."""
 

@@ -12,8 +12,8 @@ from qtasks_core.errors import MissingDriver
 def importing_driver(backend: str, requirement: str) -> Iterator[None]:
     """Raise `MissingDriver` if an import inside fails. The arguments are those of the error.
 
-            with importing_driver("shelf://", "qtasks-shelf[driver]"):
-                import shelves
+        with importing_driver("shelf://", "qtasks-shelf[driver]"):
+            import shelves
 
     Import only the driver inside. The error's cause says which module is missing.
     """

@@ -78,7 +78,7 @@ def refused_by(stored: Task | None) -> Outcome:
 
 
 def not_taken(outcome: Outcome) -> bool:
-    """Whether a storage refused a record for its own sake, not because of a newer record."""
+    """Whether a storage refused the record itself, not because of a newer record."""
     return outcome.status == "refused" and outcome.current is None
 
 

@@ -169,8 +169,8 @@ class SeparateComposition(Composition):
         """Save, then settle. A retry is settled first, and recorded only if it took effect.
 
         If a retry were recorded first, a crash in between would make the only message stale. A run
-        whose record may not be saved is not settled either: it runs again. If the storage refuses a
-        record, it is saved without arguments and result.
+        is not settled if its record may be missing: it runs again. If the storage refuses a record,
+        it is saved without arguments and result.
         """
         outcomes: list[Outcome] = [DONE] * len(completions)
         first: list[int] = []
@@ -218,7 +218,7 @@ class SeparateComposition(Composition):
 
 
 def smaller_of(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> dict[int, Task]:
-    """Return the records to save in place of those that the storage refuses, by place."""
+    """Return, by place, the records to save instead of those that the storage refuses."""
     if outcomes.count(DONE) == len(outcomes):
         return {}
     return {
@@ -236,7 +236,10 @@ def instead(smaller: Outcome) -> Outcome:
 def say_not_taken(
     tasks: Sequence[Task], outcomes: Sequence[Outcome], smaller: Mapping[int, Outcome]
 ) -> None:
-    """Log what happened to the records that the storage refused. `outcomes` are the first ones."""
+    """Log what happened to the records that the storage refused.
+
+    `outcomes` are those of the first save, `smaller` those of the smaller records.
+    """
     for at, outcome in smaller.items():
         name, uuid, reason = tasks[at].task_name, tasks[at].uuid, outcomes[at].reason
         if not_taken(outcome):

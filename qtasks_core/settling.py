@@ -10,11 +10,11 @@ from qtasks_core.schemas import DONE, LOST, Outcome, Retry, Settlement
 class SettleCall:
     """The settlements of one call. At most one of each delivery takes effect.
 
-            call = SettleCall(settlements, self._settled)
-            for place, settlement in call.first.items():
-                if ...:  # the lease holds, and the settlement has had its effect
-                    self._settled.add(call.done(place))
-            return call.outcomes()
+        call = SettleCall(settlements, self._settled)
+        for place, settlement in call.first.items():
+            if ...:  # the lease holds, and the settlement has had its effect
+                self._settled.add(call.done(place))
+        return call.outcomes()
 
     The first settlement of a delivery takes effect. Another one in the same call is a repeat or it
     differs. A repeat gets the same answer as the first, and a different settlement is refused.
@@ -60,7 +60,7 @@ class SettleCall:
         return self.keys[place]
 
     def answer(self, place: int, outcome: Outcome) -> None:
-        """Note another outcome. The default is `refused`, because of a lost lease."""
+        """Note an outcome. A settlement without one is `refused`, because its lease was lost."""
         self._outcomes[place] = outcome
 
     def outcomes(self) -> list[Outcome]:

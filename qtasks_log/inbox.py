@@ -1,5 +1,4 @@
-"""The inboxes of this process. The reader fills them, because it reads every final record
-anyway."""
+"""The inboxes of this process. The reader fills them, as it reads every final record anyway."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ class LogInbox(Inbox):
         """Do nothing: after a reconnect the reader continues at its position and misses nothing."""
 
     async def watch(self, uuids: Sequence[str]) -> None:
-        """Note the uuids, then check the records that were read already. The reader will read the
-        rest."""
+        """Note the uuids, then check the records already read. The reader brings the rest."""
         self._started()
         for uuid in uuids:
             record = self._inboxes.view.get(uuid)

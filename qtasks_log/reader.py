@@ -14,8 +14,7 @@ from qtasks_log.log import Entry, Log
 logger = logging.getLogger("qtasks.log")
 
 STALLED = 5.0
-"""Seconds without anything read. After them, a caller that waits for an entry gets
-`Unavailable`."""
+"""After this many seconds without any entry, callers that wait for one get `Unavailable`."""
 
 T = TypeVar("T")
 

@@ -117,8 +117,7 @@ class LogStorage(Storage):
             raise Closed("LogStorage is not started")
 
     def _take(self, entry: Entry) -> None:
-        """Put the next entry of the log into the view, and notify the inboxes and the saving
-        call."""
+        """Put the next entry of the log into the view, and notify inboxes and the saving call."""
         if entry.value is None:
             self._view.discard(entry.partition_key, entry.key)
             return

@@ -10,8 +10,10 @@ OPTIONS = {"lease": LEASE_TIME, "retention": RETENTION_TIME}
 
 
 class MemoryBackend(Backend):
-    """The backend of `memory://NAME?lease=SECONDS&retention=SECONDS`. Equal names share one
-    memory."""
+    """The backend of `memory://NAME?lease=SECONDS&retention=SECONDS`.
+
+    Equal names share one memory.
+    """
 
     contract = 1
 

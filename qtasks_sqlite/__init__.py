@@ -1,4 +1,4 @@
-"""The embedded default: durable in one file, shared by the processes of one machine."""
+"""The embedded default backend: durable in one file, shared by the processes of one machine."""
 
 from qtasks_core import Backend
 from qtasks_core.urls import take_options
@@ -8,10 +8,10 @@ from qtasks_sqlite.storage import SqliteStorage
 
 
 class SqliteBackend(Backend):
-    """Answers for `sqlite:///relative` and `sqlite:////absolute`.
+    """The backend of `sqlite:///relative` and `sqlite:////absolute`.
 
-    Options: `lease` in seconds, `synchronous` (`normal`; `full` survives a crash of the machine),
-    `retention` in seconds (`none` for ever).
+    Options: `lease` in seconds; `synchronous` (`normal`, or `full` to survive a crash of the
+    machine); `retention` in seconds (`none` for ever).
     """
 
     contract = 1

@@ -1,8 +1,8 @@
 """Many rows in one step of SQLite.
 
-The driver gives up the interpreter lock for each step, and in a busy process waits for it again
-up to the switch interval: 500 rows one by one then take half a second, in few steps some
-milliseconds. So rows go in by multi-row VALUES, and come out aggregated into one row.
+The driver releases the interpreter lock for each step. In a busy process it then waits for the lock
+up to the switch interval. So 500 rows one by one take half a second, but some milliseconds in few
+steps. Therefore multi-row VALUES insert rows, and queries aggregate their rows into one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     Execute = Callable[..., sqlite3.Cursor]
 
-# Few sizes, so that all their statements stay prepared.
+# Only a few sizes, so that all their statements stay prepared.
 _SIZES = (256, 64, 16, 4, 1)
 INLINE = 4096
-"""Blobs up to this many bytes are aggregated; larger ones cost more so than a step each."""
+"""Blobs of up to this many bytes are aggregated. For larger ones, one step each is cheaper."""
 
 
 def insert(execute: Execute, into: str, rows: Sequence[tuple[Any, ...]], then: str = "") -> None:
@@ -51,7 +51,7 @@ def select(execute: Execute, columns: str, rest: str, parameters: Sequence[Any])
 def select_blobs(
     execute: Execute, table: str, key: str, columns: str, where: str, parameters: Sequence[Any]
 ) -> Iterator[tuple[list[Any], bytes]]:
-    """Yield `[key, *columns]` and `data` of the rows of a table, small blobs all in one step.
+    """Yield `[key, *columns]` and `data` of the rows of a table, all small blobs in one step.
 
     `key` must be unique among the rows that `where` selects.
     """

@@ -1,4 +1,4 @@
-"""A broker in SQLite: one table of messages, leases by columns, sleepers woken by doorbells."""
+"""A broker in SQLite: one table of messages, with leases in columns. Doorbells wake receivers."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ _INTO = "INTO qtasks_messages (queue, priority, wake_at, holder, count, data)"
 
 
 class SqliteBroker(Broker):
-    """Moves messages between processes on one machine.
+    """Moves messages between the processes of one machine.
 
-    `lease` is in seconds. `synchronous` is `full` to survive a crash of the machine.
+    `lease` is in seconds. `synchronous="full"` survives a crash of the machine.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The joint composition: a broker and a storage in one file, each step one transaction."""
+"""The joint composition: broker and storage are in one file, and each step is one transaction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qtasks_sqlite.subscription import SqliteSubscription
 
 
 class SqliteComposition(SeparateComposition):
-    """Does what the separate one does, so that a crash leaves both halves or neither."""
+    """Does the same as the separate composition, but a crash leaves both halves or neither."""
 
     _storage: SqliteStorage
 
@@ -57,7 +57,10 @@ class SqliteComposition(SeparateComposition):
     def _submitting_once(
         self, messages: Sequence[TaskMessage]
     ) -> Callable[[Transaction], list[Outcome]]:
-        """Return the work that submits messages, of those with a key only what is not there."""
+        """Return the work that submits messages. A message with an existing record is skipped.
+
+        This check is only for messages with a key.
+        """
         look = self._storage.getting([message.uuid for message in messages if message.submission])
 
         def submit(turn: Transaction) -> list[Outcome]:
@@ -81,7 +84,7 @@ class SqliteComposition(SeparateComposition):
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]
     ) -> list[Outcome]:
-        if not isinstance(subscription, SqliteSubscription):  # one that wraps it
+        if not isinstance(subscription, SqliteSubscription):  # a wrapper around it
             return await super().complete(subscription, completions)
         ends = {
             at: completion.task
@@ -97,7 +100,7 @@ class SqliteComposition(SeparateComposition):
 
         def complete(turn: Transaction) -> list[Outcome]:
             saved = dict(zip(ends, save(turn), strict=True))
-            # Without a recorded end it must not be acknowledged: it runs again.
+            # Without a recorded result it must not be acknowledged: it runs again.
             left = settlements
             if untaken := {at for at, outcome in saved.items() if outcome.status == "unknown"}:
                 left = {at: s for at, s in settlements.items() if at not in untaken}
@@ -110,13 +113,13 @@ class SqliteComposition(SeparateComposition):
                 and settled[at].status == "done"
             }
             saved |= zip(retried, self._saving(list(retried.values()))(turn), strict=True)
-            # A record's outcome stands for both; a retry that was refused has none.
+            # The outcome of a record stands for both. A refused retry has no record.
             return [saved.get(at) or settled.get(at, DONE) for at, _ in enumerate(completions)]
 
         return await self._database().write(complete)
 
     def _saving(self, tasks: Sequence[Task]) -> Callable[[Transaction], list[Outcome]]:
-        """Return the work that saves records, without payload those that are not taken with it."""
+        """Return the work that saves records. If one is refused, save it without its payload."""
         save = self._storage.saving(tasks)
 
         def save_within(turn: Transaction) -> list[Outcome]:

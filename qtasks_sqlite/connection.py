@@ -1,6 +1,6 @@
-"""The connection to one database file: a thread that owns it, and turns of work in that thread.
+"""The connection to one database file. A thread owns it, and does the work in turns.
 
-What is asked for while a turn runs goes into the next one together, as one transaction.
+Jobs that arrive during a turn share the next turn, as one transaction.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PATIENCE = 5.0
 SYNCHRONOUS = one_of("normal", "full")
 OPTIONS = {"lease": LEASE_TIME, "synchronous": SYNCHRONOUS, "retention": RETENTION_TIME}
 _TRUSTED = 0.05
-"""Seconds in which the file is not looked for again: each look gives up the interpreter's lock."""
+"""Seconds until the next check of the file. Each check releases the interpreter lock."""
 _OLDEST = (3, 38)
 
 
@@ -54,31 +54,31 @@ class Transaction:
     def __init__(self, connection: sqlite3.Connection, ids: dict[tuple[int, str], int]) -> None:
         self.execute = connection.execute
         self.rung_queues: set[int] = set()
-        """Queues in which something became receivable, or will be earlier than it was."""
+        """Queues in which a message became receivable, or will be earlier than before."""
         self.letters: dict[str, list[str]] = {}
-        """For each inbox the uuids whose records have become final."""
+        """For each inbox, the uuids whose records have become final."""
         self.settled: set[Hashable] = set()
-        """What was settled in this turn, and will be so for others once it is durable."""
+        """Settlements of this turn. They count for other calls once the turn is durable."""
         self._ids = ids
         self._found: dict[tuple[int, str], int] = {}
         self._after: list[Callable[[], None]] = []
 
     def namespace(self, name: str) -> int:
-        """Return the number of a namespace, new if need be."""
+        """Return the number of a namespace. Create it if it is missing."""
         return self._id(0, name, "qtasks_namespaces (name)", (name,))
 
     def add_namespace(self, name: str) -> bool:
-        """Add a namespace; say whether it was not there."""
+        """Add a namespace, and say whether it is new."""
         known = self.execute("SELECT 1 FROM qtasks_namespaces WHERE name = ?", (name,)).fetchone()
         self.namespace(name)
         return known is None
 
     def queue(self, namespace: int, name: str) -> int:
-        """Return the number of a queue, new if need be."""
+        """Return the number of a queue. Create it if it is missing."""
         return self._id(namespace, name, "qtasks_queues (namespace, name)", (namespace, name))
 
     def known_queue(self, namespace: int, name: str) -> int | None:
-        """Return the number of a queue, None where it is not there; writes nothing."""
+        """Return the number of a queue, None if it does not exist. Writes nothing."""
         found = self._ids.get((namespace, name)) or self._found.get((namespace, name))
         if found is None:
             row = self.execute(
@@ -91,7 +91,7 @@ class Transaction:
         key = namespace, name
         found = self._ids.get(key) or self._found.get(key)
         if found is None:
-            # The update changes nothing, but makes the row that was there be returned as well.
+            # The update changes nothing, but makes SQLite return an existing row too.
             rows = self.execute(
                 f"INSERT INTO {into} VALUES ({','.join('?' * len(row))}) "
                 "ON CONFLICT DO UPDATE SET name = name RETURNING id",
@@ -101,18 +101,18 @@ class Transaction:
         return found
 
     def after_commit(self, action: Callable[[], None]) -> None:
-        """Do something in this thread once all this is durable."""
+        """Run an action in this thread once this transaction is durable."""
         self._after.append(action)
 
     def committed(self) -> None:
-        """Do what was to be done after the commit."""
+        """Run the actions for after the commit."""
         self._ids.update(self._found)
         for action in self._after:
             action()
 
 
 class _Job(Generic[T]):
-    """Work for the thread, and who waits for its result."""
+    """Work for the thread, and the future of its result."""
 
     __slots__ = ("asked", "future", "work", "writes")
 
@@ -134,26 +134,26 @@ class _Job(Generic[T]):
 
 
 class Database:
-    """One file, on one event loop; the parts that use it share its thread and transactions."""
+    """One file, on one event loop. Broker and storage share its thread and transactions."""
 
     def __init__(self, path: Path, synchronous: Synchronous) -> None:
         self.path = path
         self.doorbell = Doorbell(path)
         self.users = 0
         self.changed: str | None = None
-        """What opening it changed in the file, until `migrated` has told that."""
+        """The change that opening made to the file, until `migrated` has reported it."""
         self._synchronous = synchronous
-        # Held, so that no other loop gets its id, under which this is known.
+        # Hold the loop, so that no other loop gets its id: the id is part of this object's key.
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
-        # Not an executor's, which takes nothing more once the main thread has ended.
+        # Not an executor: it accepts no more work once the main thread has finished.
         self._work: SimpleQueue[_Work | None] = SimpleQueue()
         Thread(target=self._serve, name=f"qtasks {path.name}", daemon=True).start()
         self.in_turn = Lock()
-        """Held by the thread while it works: see `_close_before_fork`."""
+        """The thread holds it while it works: see `_close_before_fork`."""
         self._connection: sqlite3.Connection | None = None
         self._inodes: list[tuple[int, int] | None] | None = None
-        """Of the file and the directory of bells, as they were opened first."""
+        """Those of the file and of the directory of bells, as they were first opened."""
         self._looked = 0.0
         self._ids: dict[tuple[int, str], int] = {}
         self._waiting: list[_Job[Any]] = []
@@ -161,11 +161,11 @@ class Database:
         self._closed = False
 
     async def write(self, work: Callable[[Transaction], T]) -> T:
-        """Do `work` in a transaction and return its result once that is durable.
+        """Do `work` in a transaction, and return its result once that is durable.
 
-        `work` runs in the database's thread and may run again when the transaction failed.
-        Cancelled before it has begun, it is not done; later, its result is dropped. Raises
-        `Unavailable`, `ConfigurationError`.
+        `work` runs in the database's thread. It may run again if the transaction failed. If the
+        caller is cancelled before the work begins, the work is not done; later, its result is
+        dropped. Raises `Unavailable`, `ConfigurationError`.
         """
         return await self._submit(work, True)
 
@@ -185,7 +185,7 @@ class Database:
         return job.future
 
     async def _run(self) -> None:
-        """Do turns until nobody waits; runs on the loop, the turns in the thread."""
+        """Do turns until no job waits. This runs on the loop, the turns run in the thread."""
         jobs: list[_Job[Any]] = []
         try:
             while self._waiting:
@@ -197,12 +197,12 @@ class Database:
                         job.finish(result)
         finally:
             self._running = None
-            for job in (*jobs, *self._waiting):  # only where the loop itself is coming to its end
+            for job in (*jobs, *self._waiting):  # only if the loop itself is closing
                 job.future.cancel()
             self._waiting.clear()
 
     async def close(self) -> None:
-        """Finish what is waiting and close the file."""
+        """Finish the waiting jobs and close the file."""
         self._closed = True
         if self._running is not None:
             await asyncio.wait({self._running})
@@ -215,7 +215,7 @@ class Database:
         self._work.put((work, future))
         return future
 
-    # What follows runs in the thread.
+    # The methods below run in the thread.
 
     def _serve(self) -> None:
         while (item := self._work.get()) is not None:
@@ -223,15 +223,15 @@ class Database:
             with self.in_turn:
                 try:
                     answer = partial(_set_result, future, work())
-                except Exception as error:  # noqa: BLE001  # raised where it was asked for
+                except Exception as error:  # noqa: BLE001  # the caller raises it
                     answer = partial(_set_exception, future, error)
             try:
                 self._loop.call_soon_threadsafe(answer)
             except RuntimeError:
-                return  # the loop was closed over it
+                return  # the loop was closed meanwhile
 
     def _turn(self, jobs: Sequence[_Job[Any]]) -> list[Any]:
-        """Return a result or an error for each job; what only reads goes first, without a lock."""
+        """Return a result or an error for each job. Jobs that only read go first, without lock."""
         results: dict[_Job[Any], Any] = {}
         for writes in (False, True):
             half = [job for job in jobs if job.writes is writes]
@@ -242,9 +242,9 @@ class Database:
     def _outcomes(self, jobs: Sequence[_Job[Any]], writes: bool) -> list[Any]:
         try:
             return self._together(jobs, writes)
-        except (Unavailable, ConfigurationError) as error:  # the file's, so everybody's
+        except (Unavailable, ConfigurationError) as error:  # an error of the file, so of all jobs
             return [error] * len(jobs)
-        except Exception as error:  # noqa: BLE001 (handed to the caller whose job it was)
+        except Exception as error:  # noqa: BLE001 (the job's caller gets it)
             if len(jobs) == 1:
                 return [error]
             return [result for job in jobs for result in self._outcomes([job], writes)]
@@ -265,7 +265,8 @@ class Database:
                     raise translated from error
                 if time.monotonic() > deadline:
                     raise translated from error
-            # SQLite's own handler sleeps a millisecond at least, longer than most transactions.
+            # SQLite's own handler sleeps at least a millisecond, longer than most transactions
+            # take.
             time.sleep(pause)
             pause = min(pause * 1.5, 0.002)
 
@@ -288,16 +289,17 @@ class Database:
         return results
 
     def _refuse_another(self) -> None:
-        """Raise `ConfigurationError` where the file was removed or replaced, or its bells were.
+        """Raise `ConfigurationError` if the file, or the bells, were removed or replaced.
 
-        SQLite would go on in a file that nobody else can find, and all that is known of this one,
-        the numbers of namespaces for instance, need not hold for another.
+        SQLite would continue in a file that no other process can find. Cached data, such as the
+        numbers of namespaces, may be wrong for another file.
         """
         now = time.monotonic()
         if self._inodes is None or (self._connection and now - self._looked < _TRUSTED):
             return
         if self._inodes != self._inodes_now():
-            # Those who sleep would be rung by nobody: they look, and find out.
+            # Nobody would ring the sleeping listeners. Wake them: they check the file and raise
+            # too.
             self._loop.call_soon_threadsafe(self.doorbell.wake_all)
             raise ConfigurationError(
                 f"{self.path}: the file, or {self.doorbell.directory.name} beside it, was removed "
@@ -321,7 +323,7 @@ class Database:
         driver = _driver()
         if driver.sqlite_version_info < _OLDEST:
             raise ServerTooOld(f"SQLite {driver.sqlite_version} is too old, 3.38 is needed")
-        # Where even that may not be known, SQLite says so when it opens the file.
+        # If this check is not permitted, SQLite reports it when it opens the file.
         with suppress(PermissionError):
             if not self.path.parent.is_dir():
                 raise ConfigurationError(f"{self.path.parent} is not a directory: create it first")
@@ -354,7 +356,7 @@ class Database:
         return connection
 
     def disconnect(self) -> None:
-        """Close the file; the next turn opens it again."""
+        """Close the file. The next turn opens it again."""
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -385,8 +387,8 @@ _closed_for_fork: list[Database] = []
 
 
 def _close_before_fork() -> None:
-    # SQLite keeps books of a process's locks, which would be wrong in a child: two processes would
-    # believe that they hold the same one. So no file is open during a fork.
+    # SQLite tracks the locks of a process. In a child that record would be wrong: two processes
+    # would believe that they hold the same lock. So no file is open during a fork.
     for database in set(_databases.values()):
         database.in_turn.acquire()
         _closed_for_fork.append(database)
@@ -399,7 +401,7 @@ def _go_on_after_fork() -> None:
 
 
 def _forget_in_child() -> None:
-    # Their threads do not exist here, and their locks stay as they are.
+    # The threads do not exist in the child, and their locks stay as they are.
     _closed_for_fork.clear()
     _databases.clear()
 
@@ -413,8 +415,8 @@ if hasattr(os, "register_at_fork"):
 
 
 async def connect(path: Path, synchronous: Synchronous) -> Database:
-    """Return the open database of this file on this loop; `disconnect` gives it back."""
-    # A child process must not touch what it inherited, not even to close it: so the pid.
+    """Return the open database of this file on this loop. `disconnect` releases it."""
+    # The pid is part of the key: a child must not use, or even close, an inherited database.
     key = os.getpid(), id(asyncio.get_running_loop()), path, synchronous
     database = _databases.get(key)
     if database is None:
@@ -429,7 +431,7 @@ async def connect(path: Path, synchronous: Synchronous) -> Database:
 
 
 async def migrated(path: Path, synchronous: Synchronous, namespace: str) -> list[str]:
-    """Bring a file to this release and add a namespace; return what that changed."""
+    """Migrate a file to this release and add a namespace. Return the changes."""
     database = await connect(path, synchronous)
     try:
         is_new = await database.write(lambda turn: turn.add_namespace(namespace))
@@ -441,7 +443,7 @@ async def migrated(path: Path, synchronous: Synchronous, namespace: str) -> list
 
 
 async def disconnect(database: Database) -> None:
-    """Give back what `connect` returned; the last user closes it."""
+    """Release a database from `connect`. The last user closes it."""
     database.users -= 1
     if database.users == 0:
         for key in [key for key, known in _databases.items() if known is database]:
@@ -452,7 +454,7 @@ async def disconnect(database: Database) -> None:
 def path_of(url: str) -> Path:
     """Return the absolute path that a URL without options names.
 
-    Raises `ConfigurationError` when there is a host, no path, or something behind it.
+    Raises `ConfigurationError` if the URL has a host, no path, or options.
     """
     refuse_options(url, OPTIONS)
     scheme, _, location = url.partition("?")[0].partition("://")
@@ -462,12 +464,15 @@ def path_of(url: str) -> Path:
         )
     if location == "/:memory:":
         raise ConfigurationError("sqlite keeps tasks in a file; use memory:// for memory")
-    # Resolved, so that all processes find the same doorbells, whatever links they came through.
+    # Resolve links, so that all processes find the same doorbells by any path.
     return Path(location[1:]).resolve()
 
 
 def durability(synchronous: Synchronous) -> tuple[Literal["server crash", "machine crash"], str]:
-    """Return what a level survives, and why. Raises `ConfigurationError` for other levels."""
+    """Return the worst event that a level survives, and why.
+
+    Raises `ConfigurationError` for an unknown level.
+    """
     if SYNCHRONOUS.checked("synchronous", synchronous) == "full":
         return "machine crash", "WAL, synchronous=FULL: a commit is synced to the disk"
     return (
@@ -478,7 +483,7 @@ def durability(synchronous: Synchronous) -> tuple[Literal["server crash", "machi
 
 
 def with_server(guarantees: Guarantees) -> Guarantees:
-    """Return guarantees with the version of SQLite."""
+    """Return guarantees with the version of SQLite added."""
     from msgspec.structs import replace
 
     return replace(guarantees, server=f"SQLite {_driver().sqlite_version}")
@@ -494,7 +499,7 @@ def _driver() -> Any:
 
 
 def _translate(error: sqlite3.Error, path: Path) -> QTasksError | None:
-    """Return what an error of the file means; None for an error of the statement."""
+    """Return the QTasks error for an error of the file. None for an error of the statement."""
     name = getattr(error, "sqlite_errorname", None) or ""
     for prefix, kind, advice in (
         ("SQLITE_BUSY", Unavailable, f"another process has held its lock for {PATIENCE:g} s"),

@@ -1,4 +1,4 @@
-"""What is done to queues and workers from outside: counting, purging, commands."""
+"""Operations on queues and workers from outside: counting, purging, commands."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qtasks_sqlite.listening import channel
 logger = logging.getLogger("qtasks.sqlite")
 
 _PURGED = 5000
-"""Messages that one transaction drops."""
+"""Messages that one transaction deletes."""
 _KEPT = 600.0
-"""Seconds that a command is kept for listeners who are slow to look."""
+"""Seconds that a command is kept for slow listeners."""
 
 
 def counting(namespace: int, queue: str) -> Callable[[Transaction], QueueDepth]:
-    """Return the work that counts by what a receiver would find now."""
+    """Return the work that counts messages as a receiver would find them now."""
 
     def count(turn: Transaction) -> QueueDepth:
         number = turn.known_queue(namespace, queue)
@@ -39,7 +39,10 @@ def counting(namespace: int, queue: str) -> Callable[[Transaction], QueueDepth]:
 
 
 def purging(namespace: int, queue: str) -> Callable[[Transaction], tuple[int, bool]]:
-    """Return the work that drops some of what is not in flight; says how many, and if all."""
+    """Return the work that drops some messages that are not in flight.
+
+    The work returns their number, and whether none is left.
+    """
 
     def purge(turn: Transaction) -> tuple[int, bool]:
         number = turn.known_queue(namespace, queue)
@@ -62,7 +65,7 @@ def purging(namespace: int, queue: str) -> Callable[[Transaction], tuple[int, bo
 
 
 def sending(namespace: int, command: Command) -> Callable[[Transaction], None]:
-    """Return the work that writes a command down and rings who listens."""
+    """Return the work that stores a command and rings the listeners."""
     data = encode_command(command)
 
     def send(turn: Transaction) -> None:
@@ -80,26 +83,26 @@ def sending(namespace: int, command: Command) -> Callable[[Transaction], None]:
 
 
 class Heard:
-    """The looks of one listener: each finds the commands behind those of the last one."""
+    """Reads the commands for one listener. Each look finds those after the last look."""
 
     def __init__(self, namespace: int) -> None:
         self._namespace = namespace
         self._last = 0
 
     def number(self, turn: Transaction) -> int:
-        """Return the number of the channel, and begin behind what was sent before."""
+        """Return the number of the channel, and start after the commands that exist now."""
         (last,) = turn.execute("SELECT coalesce(max(id), 0) FROM qtasks_commands").fetchone()
         self._last = last
         return turn.queue(self._namespace, channel("commands"))
 
     def look(self, turn: Transaction) -> list[Command]:
-        """Return what is new, in the order in which it was sent."""
+        """Return the new commands, in the order in which they were sent."""
         rows = turn.execute(
             "SELECT id, data FROM qtasks_commands WHERE namespace = ? AND id > ? ORDER BY id",
             (self._namespace, self._last),
         ).fetchall()
         commands: list[Command] = []
-        # After the commit: a transaction that fails is done again, and must find them again.
+        # After the commit, because a failed transaction is repeated and must find them again.
         turn.after_commit(lambda: self._go_on_behind(rows[-1][0] if rows else self._last))
         for _, data in rows:
             try:

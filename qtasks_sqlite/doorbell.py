@@ -1,9 +1,9 @@
-"""Waking the sleepers of other processes, so that nobody polls the database.
+"""Waking sleeping listeners in other processes, so that nobody polls the database.
 
-A directory beside the database holds a datagram socket for each listener, named by its address,
-and an empty file `q<queue>.<address>` while it sleeps for that queue. Whoever writes rings while
-it still holds the write lock: a listener that is rung then looks under the same lock, so it sees
-what the ringer committed, and a ringer that dies leaves either no change or a bell that was rung.
+A directory beside the database holds a datagram socket for each listener, named by its address.
+While a listener sleeps for a queue, the directory also has an empty file `q<queue>.<address>`. A
+writer rings while it still holds the write lock. A listener that is rung looks under the same lock,
+so it sees what the ringer committed. If the ringer dies, it leaves either no change or a rung bell.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from qtasks_core.errors import ConfigurationError, Unavailable
 _LETTER = 1800 if hasattr(os, "uname") and os.uname().sysname == "Darwin" else 8000
 """The most bytes in one datagram."""
 _FLOOD = 8
-"""So many datagrams at once may be all that the socket's buffer holds: some may be missing."""
+"""The socket's buffer may hold only this many datagrams. If so many arrive at once, some may be
+lost."""
 _PATH_LIMIT = 100
 """The longest path of a socket is 103 bytes on some systems."""
 _ADDRESS = re.compile(r"(?:unix|udp-(?P<port>\d{1,5}))-[0-9a-f]{16}")
 
 
 class Doorbell:
-    """The directory of bells of one database, seen from one process."""
+    """The directory of bells of one database, as one process sees it."""
 
     def __init__(self, database: Path) -> None:
         self.directory = database.with_name(database.name + "-doorbells")
         self.bells: set[Bell] = set()
-        """Those of this process."""
+        """The bells of this process."""
         self._descriptor: int | None = None
         self._senders: dict[int, socket.socket] = {}
 
     def open(self) -> None:
-        """Create the directory, and clear away what dead processes left in it.
+        """Create the directory, and remove the files that dead processes left in it.
 
-        Raises `ConfigurationError` when another user owns it.
+        Raises `ConfigurationError` if another user owns it.
         """
         try:
             self.directory.mkdir(mode=0o700, exist_ok=True)
@@ -67,7 +68,7 @@ class Doorbell:
         self._senders.clear()
 
     def path(self, address: str) -> str:
-        """Return the path of an address, short enough for the name of a socket where possible."""
+        """Return the path of an address, short enough for a socket's name if possible."""
         path = str(self.directory / address)
         if len(os.fsencode(path)) > _PATH_LIMIT and self._descriptor is not None:
             return f"/proc/self/fd/{self._descriptor}/{address}"
@@ -82,24 +83,25 @@ class Doorbell:
         return [name for name in os.listdir(self.directory) if _ADDRESS.fullmatch(name)]
 
     def wake_all(self) -> None:
-        """Have all listeners of this process look at everything."""
+        """Make all listeners of this process look at everything."""
         for bell in self.bells:
             bell.flooded = True
             bell.wake()
 
     def ring_queues(self, queues: Iterable[int]) -> None:
-        """Wake who sleeps for these queues, each of them once."""
+        """Wake each listener that sleeps for these queues, once for each queue."""
         prefixes = {f"q{queue}" for queue in queues}
         for name in os.listdir(self.directory):
             prefix, dot, address = name.partition(".")
             if dot and prefix in prefixes:
                 self._send(address, b"")
-                # After the ring: who dies in between has rung twice, not never.
+                # After the ring: if this process dies in between, the bell rings twice instead of
+                # never.
                 (self.directory / name).unlink(missing_ok=True)
 
     def ring_address(self, address: str, uuids: Iterable[str]) -> None:
-        """Tell an inbox which records to read. An address without a listener is passed over."""
-        # No uuid has a NUL, so it can stand for the line feeds within one.
+        """Tell an inbox which records to read. An address without a listener is ignored."""
+        # No uuid has a NUL, so NUL can replace the line feeds in a uuid.
         letter = "\n".join(uuid.replace("\n", "\0") for uuid in uuids).encode()
         if len(letter) <= _LETTER:
             self._send(address, letter)
@@ -129,8 +131,9 @@ class Doorbell:
             (self.directory / address).unlink(missing_ok=True)
 
     def _sendto(self, family: int, letter: bytes, target: str | tuple[str, int]) -> None:
-        # What a frozen listener has not read counts against its sender's buffer: a fresh socket
-        # tells a full sender from a full listener, who will see by the flood that it missed some.
+        # Datagrams that a frozen listener has not read fill the buffer of the sender. A fresh
+        # socket tells a full sender from a full listener. A full listener notices the flood and
+        # knows that it missed some.
         for _ in range(2):
             sender = self._senders.get(family)
             if sender is None:
@@ -164,13 +167,13 @@ class Doorbell:
                     probe.bind(("127.0.0.1", int(port)))
             except (ConnectionRefusedError, FileNotFoundError):
                 return False
-            except OSError:  # the port is taken, as it should be, or this process cannot tell
+            except OSError:  # the port is taken, as it should be, or it is unknown
                 return True
             return port is None
 
 
 class Bell:
-    """One listener: a socket under an address of its own, and what arrived there."""
+    """One listener: a socket with its own address, and the letters that arrived."""
 
     def __init__(self, doorbell: Doorbell) -> None:
         self._doorbell = doorbell
@@ -178,9 +181,9 @@ class Bell:
         self._rung = asyncio.Event()
         self._asleep: list[Path] = []
         self.letters: set[str] = set()
-        """The uuids that were named since the owner took them out."""
+        """The uuids that arrived and that the owner has not removed yet."""
         self.flooded = False
-        """Letters may have been lost; the owner looks at everything and resets it."""
+        """Letters may have been lost. The owner then looks at everything and resets this."""
         try:
             self._socket, self.address = self._bind()
         except OSError as error:
@@ -196,7 +199,7 @@ class Bell:
             listener.setblocking(False)
             try:
                 listener.bind(self._doorbell.path(address))
-            except OSError:  # too long a path, or a file system without sockets
+            except OSError:  # the path is too long, or the file system has no sockets
                 listener.close()
             else:
                 return listener, address
@@ -220,7 +223,7 @@ class Bell:
         self._rung.set()
 
     def sleep_for(self, queues: Iterable[int]) -> None:
-        """Say that this listener is about to sleep for these queues; then look, then wait."""
+        """Announce that this listener is about to sleep for these queues. Then look, then wait."""
         self._asleep = [self._doorbell.sleeping(queue, self.address) for queue in queues]
         try:
             for path in self._asleep:
@@ -229,17 +232,17 @@ class Bell:
             raise Unavailable(f"cannot listen beside the database: {error.strerror}") from error
 
     def awake(self) -> None:
-        """Take back `sleep_for`."""
+        """Undo `sleep_for`."""
         for path in self._asleep:
             path.unlink(missing_ok=True)
         self._asleep = []
 
     def wake(self) -> None:
-        """Ring it from within."""
+        """Ring the bell from this process."""
         self._rung.set()
 
     async def wait(self, seconds: float | None = None) -> None:
-        """Return when the bell was rung since the last wait, or after so many seconds."""
+        """Return when the bell was rung since the last wait, or after this many seconds."""
         if seconds is not None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(seconds):

@@ -1,4 +1,4 @@
-"""Warning of a database on a network: its locks and its shared memory are of one machine."""
+"""Warning of a database on a network: its locks and shared memory work on one machine only."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _NETWORK = frozenset({
     "fuse.sshfs", "glusterfs", "lustre", "ncpfs", "nfs", "nfs4", "smb3", "smbfs",
 })  # fmt: skip
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
-"""How a space, a tab, a line's end or a backslash stands in the list of mounts."""
+"""The list of mounts escapes a space, a tab, a line end or a backslash like this."""
 _warned: set[Path] = set()
 
 
 def warn_of_network(path: Path, mounts: str = "/proc/mounts") -> None:
-    """Log, once a file, that it lies where SQLite cannot lock it among machines."""
+    """Warn once for each file on a network: SQLite cannot lock it between machines."""
     kind = kind_of(path, mounts)
     if kind in _NETWORK and path not in _warned:
         _warned.add(path)
@@ -32,14 +32,14 @@ def warn_of_network(path: Path, mounts: str = "/proc/mounts") -> None:
 
 
 def kind_of(path: Path, mounts: str) -> str | None:
-    """Return the type of the file system of a path, None where it is not known."""
+    """Return the type of the file system of a path, None if it is unknown."""
     best, kind = -1, None
     try:
         with open(mounts, "rb") as lines:
             for line in lines:
                 _, point, found, *_ = line.split(b" ")
                 name = os.fsdecode(_ESCAPED.sub(lambda octal: bytes([int(octal[1], 8)]), point))
-                # Of two on one point the later hides the earlier.
+                # If two mounts have one mount point, the later one hides the earlier one.
                 if path.is_relative_to(name) and len(name) >= best:
                     best, kind = len(name), found.decode()
     except (OSError, ValueError):

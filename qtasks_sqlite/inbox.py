@@ -1,4 +1,4 @@
-"""An inbox in SQLite: told by a doorbell which records to read."""
+"""An inbox in SQLite: a doorbell tells it which records to read."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ WHERE namespace = ? AND uuid IN (SELECT value FROM json_each(?)) AND address = ?
 
 
 class Records(Protocol):
-    """What an inbox asks of its storage."""
+    """The methods of its storage that an inbox needs."""
 
     namespace: int
 
     def getting(
         self, uuids: Iterable[str], *, final: bool = False
     ) -> Callable[[Transaction], dict[str, Task]]:
-        """Return the work that reads what there is of these records, or of the final of them."""
+        """Return the work that reads these records, or only the final ones among them."""
 
 
 class SqliteInbox(Inbox):
-    """A bell whose letters name the records to read; the records themselves are in the file."""
+    """A bell whose letters name the records to read. The records themselves are in the file."""
 
     def __init__(
         self, storage: Records, database: Database, closed: Callable[[SqliteInbox], None]
@@ -39,11 +39,11 @@ class SqliteInbox(Inbox):
         self._storage = storage
         self._database = database
         self._closed = closed
-        """Called at its end."""
+        """Called when the inbox closes."""
         self._bell = Bell(database.doorbell)
         self._awaited = Awaited()
         self._missed = False
-        """Something may have been missed: all that is awaited has to be read."""
+        """A record may have been missed: read all awaited records."""
         self._open = True
 
     @property
@@ -64,7 +64,7 @@ class SqliteInbox(Inbox):
             self._bell.wake()
 
     async def _look(self, watched: Iterable[str], others: Iterable[str] = ()) -> None:
-        """Have these watched, and read them and others, in one transaction."""
+        """Watch `watched`, and read them and `others`, in one transaction."""
         forgotten = list(self._awaited.to_unwatch)
         watch = self._watching(list(watched), forgotten)
         finals = self._storage.getting(others, final=True)
@@ -106,7 +106,10 @@ class SqliteInbox(Inbox):
         raise Closed("the inbox is closed")
 
     async def _read_all(self) -> None:
-        """Read what is awaited, under the lock: whose ring was lost has committed by then."""
+        """Read all awaited records, under the lock.
+
+        If the ring of a writer was lost, that writer has committed by then.
+        """
         self._missed, self._bell.flooded = True, False
         named = self._bell.letters.copy()
         await self._look(self._awaited.watched, self._awaited.expected)
@@ -114,7 +117,7 @@ class SqliteInbox(Inbox):
         self._bell.letters -= named
 
     async def _read_named(self) -> None:
-        """Read what the letters name; look under the lock only for what is not there yet."""
+        """Read the records that letters name. Use the lock only for records that are missing."""
         named = self._bell.letters & self._awaited.uuids
         self._bell.letters &= named
         for attempt in (self._database.read, self._database.write):
@@ -122,7 +125,7 @@ class SqliteInbox(Inbox):
             if missing:
                 found = await attempt(self._storage.getting(missing, final=True))
                 self._awaited.arrive(found.values())
-        # What is missing still was rung by a transaction that did not come to its end.
+        # If a record is still missing, the transaction that rang for it did not finish.
         self._bell.letters -= named
 
     async def close(self) -> None:
@@ -133,7 +136,7 @@ class SqliteInbox(Inbox):
         self._bell.close()
         self._closed(self)
         if self._awaited.watched or self._awaited.to_unwatch:
-            # A row that stays is cleared away by the next start: its address is gone.
+            # The next start deletes a row that stays: its address is gone.
             with suppress(Unavailable):
                 await self._database.write(self._leaving())
 

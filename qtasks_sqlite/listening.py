@@ -1,4 +1,4 @@
-"""Following what other processes write: commands, and changes of shared values."""
+"""Following the writes of other processes: commands, and changes of shared values."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 def channel(name: str) -> str:
-    """Return what stands for a channel among the queues, whose numbers the doorbell knows.
+    """Return the name of the queue that stands for a channel: the doorbell knows only queues.
 
-    No queue is called so: the name begins with a byte that no user writes.
+    No real queue has this name: it starts with a byte that users cannot write.
     """
     return f"\0{name}"
 
 
 class Listeners:
-    """The bells of one part's iterators, so that stopping the part ends them all."""
+    """The bells of the iterators of a broker or storage, so that `stop` finishes them all."""
 
     def __init__(self) -> None:
         self._bells: set[Bell] = set()
@@ -32,9 +32,10 @@ class Listeners:
         number: Callable[[Transaction], int],
         look: Callable[[Transaction], Sequence[T]],
     ) -> AsyncIterator[T]:
-        """Yield what `look` finds new, now and whenever the channel of that number is rung.
+        """Yield the new items that `look` finds, now and whenever the channel is rung.
 
-        The steps of each look are those of a listener that is about to sleep: see `doorbell`.
+        `number` returns the number of the channel. Each look has the steps of a listener that is
+        about to sleep: see `doorbell`.
         """
         bell = Bell(database.doorbell)
         self._bells.add(bell)
@@ -56,7 +57,7 @@ class Listeners:
         raise Closed("the part that was listened to is stopped")
 
     def stop(self) -> None:
-        """End all iterators."""
+        """Finish all iterators."""
         bells = list(self._bells)
         self._bells.clear()
         for bell in bells:

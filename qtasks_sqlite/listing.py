@@ -1,4 +1,4 @@
-"""Listing and deleting records, as work for short transactions: nobody is held up by many."""
+"""Listing and deleting records in short transactions, so that many records block nobody."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.schema import REMARKABLE
 
 _LOOKED_AT = 5000
-"""Records that one transaction looks at while few of them fit."""
+"""Records that one transaction looks at if few of them match."""
 _DELETED = 2000
 """Records that one transaction deletes."""
 _COLUMNS = "uuid, created_at, ord, execution, task_name, queue, dead, data"
@@ -24,13 +24,13 @@ _ORDER = "ORDER BY created_at DESC, uuid DESC"
 
 
 Look = tuple[list[Task], Place | None, bool]
-"""What fits, where to go on, and whether there may be something."""
+"""The matching records, where to continue, and whether there may be more."""
 
 
 def looking(
     namespace: int, query: TaskQuery, last: Place | None, missing: int
 ) -> Callable[[Transaction], Look]:
-    """Return the work that looks at the next records behind a place, for so many that fit."""
+    """Return the work that finds the next matching records after a place, at most `missing`."""
     records, values = _among(namespace, query)
     if last is not None:
         records += " AND (created_at, uuid) < (?, ?)"
@@ -56,7 +56,7 @@ def looking(
 
 
 def _among(namespace: int, query: TaskQuery) -> tuple[str, list[Any]]:
-    """Return the records to look at, by the index that leads to the fewest."""
+    """Return the records to look at, by the index that selects the fewest."""
     statuses = query.status or (("error",) if query.dead else ())
     remarkable = bool(statuses) and not {"new", "success"} & set(statuses)
     records = f"FROM qtasks_records INDEXED BY qtasks_{'remarkable' if remarkable else 'newest'}"
@@ -85,7 +85,7 @@ def _filter(query: TaskQuery) -> tuple[str, list[Any]]:
 
 
 def readable(turn: Transaction, namespace: int, uuid: str) -> Task:
-    """Return a record that is there, made of its columns when it cannot be decoded."""
+    """Return an existing record. If it cannot be decoded, build it from its columns."""
     row = turn.execute(
         f"SELECT {_COLUMNS} FROM qtasks_records WHERE namespace = ? AND uuid = ?", (namespace, uuid)
     ).fetchone()
@@ -104,7 +104,7 @@ def _task_of(row: tuple[Any, ...]) -> Task:
 
 
 def deleting(namespace: int, uuids: Sequence[str]) -> Callable[[Transaction], int]:
-    """Return the work that deletes records and what was appended to them."""
+    """Return the work that deletes records and the items appended to them."""
     these = "namespace = ? AND uuid IN (SELECT value FROM json_each(?))"
 
     def delete(turn: Transaction) -> int:
@@ -116,7 +116,10 @@ def deleting(namespace: int, uuids: Sequence[str]) -> Callable[[Transaction], in
 
 
 def expiring(namespace: int) -> Callable[[Transaction], tuple[int, bool]]:
-    """Return the work that deletes some records that are over; says how many, and if all."""
+    """Return the work that deletes some expired records.
+
+    The work returns their number, and whether none is left.
+    """
 
     def expire(turn: Transaction) -> tuple[int, bool]:
         rows = batches.select(

@@ -1,4 +1,4 @@
-"""The tables of a database file, and how a file of an older release gets them."""
+"""The tables of a database file, and how to migrate a file of an older release."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from qtasks_core.errors import ConfigurationError
 if TYPE_CHECKING:
     import sqlite3
 
-# `wake_at` is NULL while a message is ready, else when it will be: due, or its lease lost.
+# `wake_at` is NULL while a message is ready. Else it is the time when it is due or its lease is
+# lost.
 _FIRST = """
 CREATE TABLE qtasks_schema (version INTEGER NOT NULL);
 INSERT INTO qtasks_schema VALUES (1);
@@ -47,9 +48,8 @@ CREATE TABLE qtasks_watchers (
     PRIMARY KEY (namespace, uuid, address)
 ) WITHOUT ROWID;
 """
-# Listing goes from the newest on; of the records that are neither waiting nor successful, few among
-# many, an index leads straight to them. What is not listed by needs no index: it would cost each
-# save.
+# Lists start with the newest record. Few records are neither waiting nor successful: an index leads
+# straight to them. Other columns have no index, because it would cost each save.
 _SECOND = """
 CREATE INDEX qtasks_newest ON qtasks_records (namespace, created_at);
 CREATE INDEX qtasks_remarkable ON qtasks_records (namespace, created_at)
@@ -75,13 +75,13 @@ CREATE TABLE qtasks_commands (
 );
 """
 _STEPS = (_FIRST, _SECOND)
-"""What leads from each version to the next; files are of all of them, so none is ever changed."""
+"""The steps from each version to the next. Files of all versions exist, so never change a step."""
 REMARKABLE = "ord % 8 NOT IN (0, 4)"
-"""What a query must say, in these words, for the index of that name."""
+"""The condition that a query must have, word for word, to use the index of that name."""
 
 
 def migrate(connection: sqlite3.Connection, path: Path) -> str | None:
-    """Bring a file to this release's version, under the lock; return what was done, if anything.
+    """Bring a file to this release's version, under the lock. Return the change, if any.
 
     Raises `ConfigurationError`.
     """
@@ -95,7 +95,7 @@ def migrate(connection: sqlite3.Connection, path: Path) -> str | None:
         for step in _STEPS[version:]:
             for statement in step.split(";"):
                 connection.execute(statement)
-        # Where nothing is new it writes nothing, but finds at the start a file that is read-only.
+        # If nothing is new it writes nothing. But it detects a read-only file at the start.
         connection.execute(
             "UPDATE qtasks_schema SET version = ? WHERE version != ?", (len(_STEPS), len(_STEPS))
         )

@@ -1,4 +1,4 @@
-"""What processes share beside records: values, claims and streams, as work for a transaction."""
+"""The other data that processes share: values, claims and streams, as work for a transaction."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.listening import channel
 
 _LAST = "\U0010ffff" * (LONGEST_ID + 1)
-"""Sorts behind whatever may follow a prefix."""
+"""Sorts after everything that may follow a prefix."""
 
 
 def getting(namespace: int, key: str) -> Callable[[Transaction], bytes | None]:
@@ -47,7 +47,7 @@ def listing(namespace: int, prefix: str) -> Callable[[Transaction], dict[str, by
 def setting(
     namespace: int, key: str, value: bytes | None, expect: bytes | UnsetType | None
 ) -> Callable[[Transaction], bool]:
-    """Return the work that sets a value if it is the expected one, and tells who watches it."""
+    """Return the work that sets a value if it is the expected one, and notifies its watchers."""
     get = getting(namespace, key)
 
     def set_value(turn: Transaction) -> bool:
@@ -62,7 +62,7 @@ def setting(
             )
         else:
             turn.execute("REPLACE INTO qtasks_values VALUES (?, ?, ?)", (namespace, key, value))
-        # Only a key that was watched once has a channel.
+        # Only a key that was watched before has a channel.
         number = turn.known_queue(namespace, channel(f"value {key}"))
         if number is not None:
             turn.rung_queues.add(number)
@@ -72,7 +72,7 @@ def setting(
 
 
 class Changes:
-    """The looks of one watcher: each finds the value when it is not what the last one found."""
+    """Reads a shared value for one watcher. A look finds it if it differs from the last look."""
 
     def __init__(self, namespace: int, key: str) -> None:
         self._channel = namespace, channel(f"value {key}")
@@ -88,7 +88,7 @@ class Changes:
         value = self._get(turn)
         if value == self._seen:
             return []
-        # After the commit: a transaction that fails is done again, and must find it again.
+        # After the commit, because a failed transaction is repeated and must find it again.
         turn.after_commit(lambda: self._saw(value))
         return [value]
 
@@ -99,7 +99,7 @@ class Changes:
 def claiming(
     namespace: int, key: str, owner: str, ttl: float
 ) -> Callable[[Transaction], Claim | None]:
-    """Return the work that claims a key that is free, over, or the owner's own."""
+    """Return the work that claims a key that is free, expired, or held by the same owner."""
     checked_id(key, "the key of a claim")
     checked_id(owner, "the owner of a claim")
 
@@ -117,7 +117,7 @@ def claiming(
 
 
 def releasing(namespace: int, claim: Claim) -> Callable[[Transaction], None]:
-    """Return the work that frees a key while it is still the owner's."""
+    """Return the work that releases a key if the owner still holds it."""
 
     def release(turn: Transaction) -> None:
         turn.execute(
@@ -129,7 +129,7 @@ def releasing(namespace: int, claim: Claim) -> Callable[[Transaction], None]:
 
 
 def appending(namespace: int, uuid: str, items: Sequence[bytes]) -> Callable[[Transaction], None]:
-    """Return the work that appends items behind those that are there."""
+    """Return the work that appends items after the existing ones."""
     checked_id(uuid, "a uuid")
 
     def append(turn: Transaction) -> None:
@@ -151,7 +151,7 @@ def appending(namespace: int, uuid: str, items: Sequence[bytes]) -> Callable[[Tr
 def reading(
     namespace: int, uuid: str, after: int
 ) -> Callable[[Transaction], list[tuple[int, bytes]]]:
-    """Return the work that reads the items behind a position."""
+    """Return the work that reads the items after a position."""
     where = "namespace = ? AND uuid = ? AND position > ?"
 
     def read(turn: Transaction) -> list[tuple[int, bytes]]:
@@ -164,7 +164,7 @@ def reading(
 
 
 def tidying(namespace: int, before: float) -> Callable[[Transaction], None]:
-    """Return the work that clears away claims that are over, and old items without a record."""
+    """Return the work that deletes expired claims, and old items without a record."""
 
     def tidy(turn: Transaction) -> None:
         turn.execute(

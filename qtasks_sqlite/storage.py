@@ -1,4 +1,4 @@
-"""A storage in SQLite: one table of records, inboxes told by doorbells."""
+"""A storage in SQLite: one table of records. Doorbells notify inboxes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from qtasks_sqlite.connection import (
 from qtasks_sqlite.inbox import SqliteInbox
 from qtasks_sqlite.listening import Listeners
 
-# A record keeps its first `created_at`: its place in lists, whose index is not touched again.
+# A record keeps its first `created_at`, its place in lists. So an update does not touch the index.
 _INTO = (
     "INTO qtasks_records "
     "(namespace, uuid, ord, execution, task_name, queue, created_at, dead, expires_at, data)"
@@ -66,14 +66,14 @@ ON CONFLICT DO UPDATE SET ord = excluded.ord, execution = excluded.execution,
 """
 _THESE = "namespace = ? AND uuid IN (SELECT value FROM json_each(?))"
 _KEPT = f"{_THESE} AND (expires_at IS NULL OR expires_at > ?)"
-"""Whose time has passed counts as gone, though `expire` has not come to it yet."""
+"""An expired record counts as deleted, even if `expire` has not deleted it yet."""
 
 
 class SqliteStorage(Storage):
-    """Remembers tasks in a file.
+    """Keeps records in a file.
 
-    `synchronous` is `full` to survive a crash of the machine. `retention` is how many seconds final
-    records are kept that do not say it themselves, None for ever.
+    `synchronous="full"` survives a crash of the machine. `retention` is how many seconds final
+    records are kept if they do not say it themselves, None means for ever.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class SqliteStorage(Storage):
         database = self._database
 
         def enter(turn: Transaction) -> int:
-            # Listed under the lock: an inbox listens before it writes a row here.
+            # List the addresses under the lock: an inbox listens before it writes a row here.
             alive = batches.array(database.doorbell.addresses())
             turn.execute(
                 "DELETE FROM qtasks_watchers WHERE address NOT IN (SELECT value FROM json_each(?))",
@@ -131,7 +131,7 @@ class SqliteStorage(Storage):
         return await self.started().write(self.saving(tasks))
 
     def saving(self, tasks: Sequence[Task]) -> Callable[[Transaction], list[Outcome]]:
-        """Return the work that saves these records as far as their order allows."""
+        """Return the work that saves those of these records that their order allows."""
         rows = {id(task): self._row(task) for task in tasks}
 
         def save(turn: Transaction) -> list[Outcome]:
@@ -180,7 +180,7 @@ class SqliteStorage(Storage):
         return {uuid: (order, execution) for uuid, order, execution in rows}
 
     def _tell(self, turn: Transaction, finals: Sequence[Task]) -> None:
-        """Have the inboxes rung that want these records."""
+        """Ring the inboxes that want these records."""
         if not finals:
             return
         for task in finals:
@@ -211,7 +211,7 @@ class SqliteStorage(Storage):
     def getting(
         self, uuids: Iterable[str], *, final: bool = False
     ) -> Callable[[Transaction], dict[str, Task]]:
-        """Return the work that reads what there is of these records, or of the final of them."""
+        """Return the work that reads these records, or only the final ones among them."""
         wanted = batches.array(uuids)
         where = f"{_KEPT} AND ord % {RANKS} >= {FIRST_FINAL}" if final else _KEPT
 

@@ -26,7 +26,7 @@ from qtasks_sqlite.doorbell import Bell
 
 Fence: TypeAlias = tuple[int, int]
 
-# Bounded, so that a flood of delayed messages that are due at once does not make one long turn.
+# Limited, so that many delayed messages that are due at once do not make one long turn.
 _PROMOTE = """
 UPDATE qtasks_messages SET wake_at = NULL, holder = 0 WHERE id IN (
     SELECT id FROM qtasks_messages WHERE queue = ? AND wake_at <= ?
@@ -46,7 +46,7 @@ _THESE = "WHERE id IN (SELECT value FROM json_each(?))"
 
 
 class Publisher(Protocol):
-    """What a subscription asks of its broker."""
+    """The methods of its broker that a subscription needs."""
 
     @property
     def lease(self) -> float:
@@ -60,7 +60,7 @@ class Publisher(Protocol):
 
 
 class _Taken:
-    """What one look found: how much, and when there may be more if it was nothing."""
+    """The result of one look: the deliveries, or else when there may be some."""
 
     __slots__ = ("deliveries", "nearest", "queues", "until")
 
@@ -72,7 +72,7 @@ class _Taken:
 
 
 class SqliteSubscription(Subscription):
-    """Takes messages under a lease; the fence is the row's id and the number of the take."""
+    """Takes messages under a lease. The fence is the row's id and the number of the take."""
 
     def __init__(
         self, broker: Publisher, database: Database, closed: Callable[[SqliteSubscription], None]
@@ -80,7 +80,7 @@ class SqliteSubscription(Subscription):
         self._broker = broker
         self._database = database
         self._closed = closed
-        """Called at its end."""
+        """Called when the subscription closes."""
         self._fetching: Shielded[_Taken] = Shielded()
         self._leftovers = Leftovers()
         self._bell: Bell | None = None
@@ -89,7 +89,7 @@ class SqliteSubscription(Subscription):
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         if self._fetching.pending is not None:
-            await self._fetch(wanted, limit)  # what a cancelled call left, for other queues
+            await self._fetch(wanted, limit)  # left by a cancelled call, perhaps for other queues
         asleep = False
         try:
             while self._open:
@@ -99,7 +99,8 @@ class SqliteSubscription(Subscription):
                 if self._leftovers:
                     continue
                 if not asleep:
-                    # Who rings from here on rings this bell; so say so, look again, then sleep.
+                    # A writer that rings from here on rings this bell. So announce it, look again,
+                    # then sleep.
                     self._listening().sleep_for(taken.queues)
                     asleep = True
                     continue
@@ -117,7 +118,7 @@ class SqliteSubscription(Subscription):
         return self._bell
 
     async def _fetch(self, wanted: Mapping[str, int], limit: int) -> _Taken:
-        """Look once; a look outlives its waiter, so that what it takes is not stranded."""
+        """Look once. A look outlives its cancelled waiter, so that its deliveries are not lost."""
 
         async def look() -> _Taken:
             taken = await self._database.write(self._taking(wanted, limit))
@@ -249,6 +250,6 @@ class SqliteSubscription(Subscription):
                 self._bell.close()
 
     async def _give_back(self) -> None:
-        """Release what was fetched and no call has returned."""
+        """Release the deliveries that were fetched and that no call has returned."""
         if leftovers := self._leftovers.take_all():
             await self.settle([Release(delivery) for delivery in leftovers])
