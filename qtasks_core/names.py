@@ -60,8 +60,8 @@ def is_text(text: str) -> bool:
 def is_id(text: str) -> bool:
     """Say whether this text may be a uuid, an address, a key or an owner.
 
-    The address is that of an inbox, the key that of a value or a claim, the owner that of a claim.
-    1 to 200 characters of any script, without NUL and lone surrogates.
+    An inbox has an address. A value has a key. A claim has a key and an owner. All have 1 to 200
+    characters of any script, without NUL and lone surrogates.
     """
     return 0 < len(text) <= LONGEST_ID and is_text(text)
 

@@ -199,7 +199,7 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     atomic_retries: bool = False
     """Brokers: a retry replaces its delivery in one step. So the task has one message, whenever a
     crash comes and however often the settle is repeated. Otherwise the new message exists before
-    the old one is gone, and each try that is cut off may leave one more message."""
+    the old one is gone. Then each try that is cut off may leave one more message."""
     leases_survive: bool = False
     """Brokers: a lease outlives a crash of the server, so a held delivery stays held."""
     order: Literal["none", "queue", "partition"] = "none"

@@ -64,8 +64,8 @@ class Log(ABC):
         size. A refused entry does not prevent the others from being appended.
 
         One call appends each entry once. If a driver resends by itself, it must do so idempotently:
-        otherwise compaction would move a record behind its rivals. If the call raises, then for
-        each partition key any number of entries from the first on may have been appended.
+        otherwise compaction would move a record behind its rivals. After an error, some entries may
+        have been appended: for each partition key, any number from the first on.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """The state of a reader: the proposals without a tombstone, and the record of each uuid.
 
-A log cannot refuse an append. So each save is a proposal with its own key, and every reader judges
-the proposals in the log's order. The record of a uuid follows from the proposals that have no
+A log cannot refuse an append. So each save is a proposal with its own key. Every reader judges the
+proposals in the log's order. The record of a uuid follows from the proposals that have no
 tombstone. It does not matter whether compaction has already removed the others, so all readers of a
 log agree. This works only if a tombstone never changes the record: `needless` ensures that.
 """

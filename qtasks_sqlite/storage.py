@@ -72,8 +72,8 @@ _KEPT = f"{_THESE} AND (expires_at IS NULL OR expires_at > ?)"
 class SqliteStorage(Storage):
     """Keeps records in a file.
 
-    `synchronous="full"` survives a crash of the machine. `retention` is how many seconds final
-    records are kept if they do not say it themselves, None means for ever.
+    `synchronous="full"` survives a crash of the machine. `retention` is in seconds, None means for
+    ever. It applies to final records without a retention.
     """
 
     def __init__(

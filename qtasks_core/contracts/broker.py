@@ -130,8 +130,8 @@ class Broker(ABC):
     def join(self, storage: Storage) -> Composition | None:
         """Return a joint composition with `storage`, or None if this broker has none with it.
 
-        Each step of a joint composition is one transaction on the server that both use. If the
-        result is None, the engine writes to the broker and the storage in an order that loses
-        nothing: see `qtasks_core.separate`.
+        Each step of a joint composition is one transaction on the server that both use. Otherwise
+        the engine writes to the broker and the storage in an order that loses nothing. See
+        `qtasks_core.separate`.
         """
         return None

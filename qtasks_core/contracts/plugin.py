@@ -48,12 +48,12 @@ result."""
 
 
 class Plugin:
-    """Hooks around the runs of tasks, on the worker's loop. A hook costs nothing by default.
+    """Hooks around the runs of tasks, on the worker's loop. A hook costs nothing unless overridden.
 
     One object serves many runs at once, of a task, a router or an app. So keep the data of one run
-    in local variables of a hook. Plugins of the app come first, then those of the router, then
-    those of the task, and within each in the given order. The first plugin is outermost. A failure
-    reaches the innermost plugin first, as any exception does.
+    in local variables of a hook. The order is app, router, task, and within each the given order.
+    The first plugin is outermost. A failure reaches the innermost plugin first, as any exception
+    does.
     """
 
     async def around_execute(self, run: Run, proceed: Proceed) -> Any:

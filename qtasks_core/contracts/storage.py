@@ -17,10 +17,10 @@ class Storage(ABC):
     """Keeps the newest record of each task, and notifies inboxes when a record is final.
 
     A storage lives on one event loop, like a broker. The same rules hold for `Unavailable`, names
-    and forks. The key of a value, and the key and owner of a claim, have 1 to 200 characters of any
-    script. `qtasks_core.names.checked_id` refuses others. If a storage supports `expire`, its
-    constructor takes `retention=` (seconds, None means for ever). That applies to records without a
-    retention.
+    and forks. The key of a value has 1 to 200 characters of any script. The same holds for the key
+    and owner of a claim. `qtasks_core.names.checked_id` refuses others. If a storage supports
+    `expire`, its constructor takes `retention=` (seconds, None means for ever). That applies to
+    records without a retention.
     """
 
     driver_loggers: ClassVar[tuple[str, ...]] = ()
@@ -154,8 +154,8 @@ class Storage(ABC):
 
         The retention is that of the record, or else that of the storage, in seconds from
         `finished_at` (`qtasks_core.records.expiry_of`). If a storage supports `expire`, such a
-        record counts as deleted from then on, even if `expire` was not called since. At most 10 s
-        later, `get` does not find it, and a first record may take its place.
+        record counts as deleted from then on. It does not matter whether `expire` was called since.
+        At most 10 s later, `get` does not find the record, and a first record may take its place.
         """
         raise NotSupported(f"{type(self).__name__} cannot expire records yet")
 

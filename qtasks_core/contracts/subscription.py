@@ -24,7 +24,7 @@ class Subscription(ABC):
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         """Wait for at least one delivery, and return those that are available.
 
-        Messages of the queues that `wanted` names first come first, so they do not wait for the
+        Messages of the queues that `wanted` names first come first. So they do not wait for the
         backlog of another queue. Returns at most `wanted[queue]` deliveries of each queue, and
         `limit` in total. These limits also hold after a cancelled call that asked for more: the
         rest stays for a later call.
