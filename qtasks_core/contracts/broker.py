@@ -60,11 +60,12 @@ class Broker(ABC):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        """Enqueue messages and return an outcome for each. They are durable when it returns.
+        """Enqueue messages and return an outcome for each.
 
-        A message becomes receivable `message.delay` seconds after the server receives it. The delay
-        can be of any length. A server without a timer keeps the message with its due time. Any
-        receiver may move the message then, because the publisher may be gone.
+        The messages are durable when the call returns. A message becomes receivable `message.delay`
+        seconds after the server receives it. The delay can be of any length. A server without a
+        timer keeps the message with its due time. Any receiver may move the message then, because
+        the publisher may be gone.
 
         With `transaction`, the messages become durable and visible when the transaction commits. A
         broker whose guarantees say that it cannot join a transaction raises `NotSupported`.
@@ -120,18 +121,18 @@ class Broker(ABC):
         Returns a line for each thing that was created or changed, in words for an operator. The
         list is empty if nothing had to change.
 
-        The broker may be started or not, and this does not change that. A started broker may have
-        any namespace. The call uses its own connection and closes it again. Afterwards
-        `start(namespace)` has nothing to add. Idempotent, and safe while other processes migrate or
-        work. Raises the same errors as `start`.
+        The broker may be started or not, and stays so. A started broker may have any namespace. The
+        call uses its own connection and closes it again. Afterwards `start(namespace)` has nothing
+        to add. Idempotent, and safe while other processes migrate or work. Raises the same errors
+        as `start`.
         """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")
 
     def join(self, storage: Storage) -> Composition | None:
         """Return a joint composition with `storage`, or None if this broker has none with it.
 
-        Each step of a joint composition is one transaction on the server that both use. Otherwise
-        the engine writes to the broker and the storage in an order that loses nothing. See
+        Each step of a joint composition is one transaction on the server that both use. Without
+        one, the engine writes to the broker and the storage in an order that loses nothing. See
         `qtasks_core.separate`.
         """
         return None

@@ -44,11 +44,11 @@ class Storage(ABC):
 
     @abstractmethod
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
-        """Save records in order and return an outcome for each. They are durable when it returns.
+        """Save records in order and return an outcome for each.
 
-        The order of records (`qtasks_core.records.judge`) decides which records are accepted,
-        atomically for each record. A first record never replaces another. `refused` carries the
-        existing record.
+        The records are durable when the call returns. The order of records
+        (`qtasks_core.records.judge`) decides which of them are accepted, atomically for each
+        record. A first record never replaces another. `refused` carries the existing record.
 
         An accepted final record is made durable. Then it is pushed to its `reply_to` and to every
         inbox that watches its uuid. If the saving process dies between the two, the inboxes still
@@ -82,8 +82,8 @@ class Storage(ABC):
     async def query(self, query: TaskQuery) -> TaskPage:
         """List records, newest first (by `created_at`, then uuid), one page at a time.
 
-        Each page is full, except the last. Consider the records that existed at the first page and
-        still match: following the cursor shows each of them once, whatever is saved meanwhile.
+        Each page is full, except the last. Following the cursor shows each record once, if it
+        existed at the first page and still matches. Saves in the meantime do not change that.
         Raises `Refused` if the cursor is invalid.
         """
         raise NotSupported(f"{type(self).__name__} cannot list records yet")
@@ -119,7 +119,7 @@ class Storage(ABC):
         raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
     def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
-        """Iterate over a shared value: its current value, then its value after each change.
+        """Iterate over a shared value: its current value, then its new value after a change.
 
         If changes follow in quick succession, only the last one is certain to be seen. Steps are
         cancelled and fail as those of `Broker.commands`.
@@ -165,9 +165,9 @@ class Storage(ABC):
         Returns a line for each thing that was created or changed, in words for an operator. The
         list is empty if nothing had to change.
 
-        The storage may be started or not, and this does not change that. A started storage may have
-        any namespace. The call uses its own connection and closes it again. Afterwards
-        `start(namespace)` has nothing to add. Idempotent, and safe while other processes migrate or
-        work. Raises the same errors as `start`.
+        The storage may be started or not, and stays so. A started storage may have any namespace.
+        The call uses its own connection and closes it again. Afterwards `start(namespace)` has
+        nothing to add. Idempotent, and safe while other processes migrate or work. Raises the same
+        errors as `start`.
         """
         raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")

@@ -38,10 +38,10 @@ class Subscription(ABC):
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         """Acknowledge, retry or release deliveries. Return an outcome for each.
 
-        `refused` means that the lease was lost and nothing was changed. This also holds if the
-        server lets any old holder acknowledge (`docs/backends.md` has the recipe). A lease is lost
-        once another receiver has the delivery; until then, an overdue settle may be `done`.
-        `unknown` means that the server gives no answer.
+        A settlement is `refused` if the lease was lost. Then nothing is changed, even if the server
+        lets any old holder acknowledge (`docs/backends.md` has the recipe). A lease is lost once
+        another receiver has the delivery; until then, an overdue settle may be `done`. `unknown`
+        means that the server gives no answer.
 
         Repeating a recent settlement of this subscription is `done`, even if the first call was
         cancelled. If two settlements of a delivery differ, only one takes effect, and the other is
