@@ -55,8 +55,8 @@ class TaskMessage(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=Fals
     headers: dict[str, str] = field(default_factory=dict)
     """For plugins: trace context, signatures, tenant."""
     submission: _OptionalId = ""
-    """The id of the publish call that made this message, for a task with a key. Several clients may
-    enqueue such a uuid. Only messages of the submission that the record names run."""
+    """For a task with a key: the id of the submission that this message comes from. Several clients
+    may enqueue such a uuid. Only messages of the submission that the record names run."""
 
 
 class Task(Struct, frozen=True, omit_defaults=True, kw_only=True, gc=False):

@@ -43,8 +43,7 @@ class GiveUp(Struct, frozen=True):
 
 Decision: TypeAlias = Again | GiveUp
 Proceed: TypeAlias = Callable[[Run], Awaitable[Any]]
-"""Continues a run: calls the inner hooks, and finally the function. Returns the function's
-result."""
+"""Continues a run: calls the inner hooks, and finally the function. Returns its result."""
 
 
 class Plugin:
