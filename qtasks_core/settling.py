@@ -16,9 +16,9 @@ class SettleCall:
                 self._settled.add(call.done(place))
         return call.outcomes()
 
-    The first settlement of a delivery takes effect. Another one in the same call is a repeat or it
-    differs. A repeat gets the same answer as the first, and a different settlement is refused.
-    Repeats of settlements of an earlier call are answered at once.
+    Only the first settlement of a delivery may take effect. Another one in the same call is a
+    repeat or it differs. A repeat gets the same answer as the first, and a different settlement is
+    refused. Repeats of settlements of an earlier call are answered at once.
     """
 
     def __init__(

@@ -167,7 +167,7 @@ class Doorbell:
                     probe.bind(("127.0.0.1", int(port)))
             except (ConnectionRefusedError, FileNotFoundError):
                 return False
-            except OSError:  # the port is taken, as it should be, or it is unknown
+            except OSError:  # the port is taken, as it should be, or nothing can be told
                 return True
             return port is None
 
