@@ -106,7 +106,6 @@ class Handle(Generic[R]):
         """
         record = self.record
         if record.status == "success":
-            # The task does not store its result, so None is all that is known.
             return self._decode(record.returning) if record.returning is not None else None  # type: ignore[return-value]
         if record.status == "error":
             raise TaskFailed(record)

@@ -44,7 +44,7 @@ class CallOptions(TypedDict, total=False):
     priority: int | None
     """0 to 9; tasks with 9 run first. By default the declared one."""
     expires: float | None
-    """Seconds from now. If the task has not started by then, it finishes in `error` instead.
+    """Seconds from now. If a run would start later, the task finishes in `error` instead.
 
     Times are those of the broker's or the storage's clock. If neither has one, the sender and the
     worker each use the clock of their machine.
@@ -139,10 +139,11 @@ class Inclusions:
         return iter([app for known in self._apps if (app := known()) is not None])
 
     def find_app(self) -> App:
-        """Return the app that has included the router and is not stopped.
+        """Return the app that has included the router, or the default app if none ever has.
 
-        If no app has ever included it, return the default app. Raises `AmbiguousApp` if several
-        such apps are not stopped. Raises `Closed` if all of them are stopped and collected.
+        If several apps have included it, stopped ones do not count, unless all are stopped.
+        Raises `AmbiguousApp` if several apps count. Raises `Closed` if all apps that have included
+        it are stopped and garbage-collected.
         """
         if len(self._apps) == 1 and (only := self._apps[0]()) is not None:
             return only
@@ -269,8 +270,8 @@ class AsyncTask(BaseTask[P, R, C, Coroutine[Any, Any, Task[R]]]):
             tasks = await add.map([(1, 2), (3, 4)])
 
         The returned tasks are enqueued, not finished. Raises `Unavailable` or `Refused` if the
-        broker has not confirmed all of them: then some may be enqueued. For wrong arguments it
-        raises `SignatureMismatch`, `SerializationError` or `PayloadTooLarge`, and enqueues none.
+        broker has not confirmed all of them: then some may be enqueued. Raises
+        `SignatureMismatch`, `SerializationError` or `PayloadTooLarge` for wrong arguments.
         """
         app = self._owner.find_app()
         messages = self._messages(app, arguments)
@@ -308,8 +309,8 @@ class SyncTask(BaseTask[P, R, C, BlockingTask[R]]):
             tasks = add.map([(1, 2), (3, 4)])
 
         The returned tasks are enqueued, not finished. Raises `Unavailable` or `Refused` if the
-        broker has not confirmed all of them: then some may be enqueued. For wrong arguments it
-        raises `SignatureMismatch`, `SerializationError` or `PayloadTooLarge`, and enqueues none.
+        broker has not confirmed all of them: then some may be enqueued. Raises
+        `SignatureMismatch`, `SerializationError` or `PayloadTooLarge` for wrong arguments.
         """
         app = self._owner.find_app()
         messages = self._messages(app, arguments)
@@ -326,7 +327,8 @@ def message_of(
 ) -> TaskMessage:
     """Return the message of a call.
 
-    With `key`, all calls of this task in this app with the same key have the same uuid. Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge`, `ConfigurationError`.
+    With `key`, all calls of this task in this app with the same key have the same uuid.
+    Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge` or `ConfigurationError`.
     """
     delay, eta, queue, priority, expires, key = _each({**_LEFT_OUT, **options})
     encoded_args, encoded_kwargs = definition.encode(args, kwargs)
