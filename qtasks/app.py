@@ -329,7 +329,7 @@ def _checked(queues: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 _default: App | None = None
-_default_lock = RLock()  # reentrant: the module in QTASKS_APP may call `default_app` during its import
+_default_lock = RLock()  # reentrant: the import of QTASKS_APP may call `default_app`
 
 
 def default_app() -> App:

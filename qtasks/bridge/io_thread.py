@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures.thread  # noqa: F401  # for drivers: the import fails once the main thread has finished
+import concurrent.futures.thread  # noqa: F401  # fails once the main thread ended
 import os
 import selectors
 import sys
@@ -28,7 +28,7 @@ _STOP_TIMEOUT = 2.0
 
 
 class IOThread:
-    """An event loop in a daemon thread. Its methods may be called on any thread if not noted."""
+    """An event loop in a daemon thread."""
 
     def __init__(self) -> None:
         self.loop, self._selector = _new_loop()
@@ -141,7 +141,7 @@ class _Errand(Reply[T]):
 
 
 def _new_loop() -> tuple[asyncio.AbstractEventLoop, selectors.BaseSelector]:
-    # Not the host's event loop policy: `leave_to_parent` needs access to the selector.
+    # Always this loop, whichever loop the host uses: `leave_to_parent` changes its selector.
     selector = selectors.DefaultSelector()
     return asyncio.SelectorEventLoop(selector), selector
 

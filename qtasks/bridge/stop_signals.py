@@ -36,7 +36,7 @@ class StopSignals:
         self._over: float | None = None
 
     def listen(self) -> None:
-        """Start to handle the signals. To be called on the loop of the main thread."""
+        """Start to handle the signals. Call it on the loop of the main thread."""
         # Not by `loop.add_signal_handler`: a loop that closes resets the signals, and the next
         # signal would kill the process while it exits.
         self._reader, self._writer = socket.socketpair()
@@ -48,7 +48,7 @@ class StopSignals:
             handle(number, self._handle)
 
     def leave(self) -> None:
-        """The worker has ended, and the process exits. To be called on the same loop."""
+        """Do not call `arrived` any more: the worker has ended. Call it on the same loop."""
         self._over = time.monotonic()
         signal.set_wakeup_fd(-1)
         asyncio.get_running_loop().remove_reader(self._reader)
@@ -56,7 +56,7 @@ class StopSignals:
         self._writer.close()
 
     def _woken_up(self) -> None:
-        # Another thread may have got the signal. Python runs the handler on this one once it wakes up.
+        # Another thread may have got the signal. This thread runs the handler once it is awake.
         with suppress(BlockingIOError):
             self._reader.recv(4096)
 
@@ -64,7 +64,7 @@ class StopSignals:
         if self._over is None:
             self._arrived(signal.Signals(number).name)
         elif time.monotonic() - self._over > _TOGETHER:
-            # The program goes on after its worker: the signal has its default effect.
+            # The program goes on after its worker: give the signal its default effect.
             _reset(number)
             os.kill(os.getpid(), number)
 
@@ -90,7 +90,8 @@ def _reset(number: int) -> None:
 
 
 def _ignore_at_exit() -> None:
-    # The rest of the exit is short, and the interpreter resets other handlers during it.
+    # The interpreter is about to reset these handlers, and a signal would then kill the
+    # process. The rest of the exit is short.
     if threading.current_thread() is threading.main_thread():
         for number, handler in _handlers.items():
             if signal.getsignal(number) == handler:

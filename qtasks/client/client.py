@@ -260,7 +260,7 @@ class Client:
             where = self._where()
             waiter.set(await look_once(self.storage, uuid, timeout, submitted, where))
         except TaskTimeout as late:
-            waiter.fail(late.with_traceback(None))  # frames of the I/O thread do not help the caller
+            waiter.fail(late.with_traceback(None))  # its frames do not help the caller
         except asyncio.CancelledError:
             waiter.fail(Closed(f"the app {self.name!r} was stopped"))
             raise

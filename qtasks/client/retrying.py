@@ -156,7 +156,7 @@ class Retrying:
     async def call(
         self, call: Callable[[], Awaitable[T]], until: asyncio.Event | None = None
     ) -> T | None:
-        """Retry `call` while the server does not answer. Return None if `until` is set meanwhile."""
+        """Retry `call` while the server does not answer; None if `until` is set meanwhile."""
         return await retry(call, until=until, outage=self._outage)
 
 

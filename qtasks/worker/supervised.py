@@ -37,7 +37,7 @@ class Line:
         self._writer.write(word)
 
     async def answer(self, ready: Callable[[], bool], give_back: Callable[[], None]) -> None:
-        """Answer and obey until the supervisor is gone."""
+        """Answer the supervisor and carry out its messages until it is gone."""
         with suppress(ConnectionError):
             while word := await self._reader.read(1):
                 if word == ASK:
