@@ -115,7 +115,7 @@ class App(Lifecycle):
     def decoder_of(self, record: schemas.Task) -> Callable[[Any], Any]:
         """Return the function that decodes the result in a record.
 
-        It decodes to the annotated type if the task is registered here, else without a type.
+        If the task is registered here, the result has its annotated type. Otherwise it has none.
         """
         known = self.definitions.get(record.task_name)
         return known.decode_result if known is not None else MsgpackSerializer().decoder(Any)
@@ -333,7 +333,7 @@ _default_lock = RLock()  # reentrant: the import of QTASKS_APP may call `default
 
 
 def default_app() -> App:
-    """Return the app that `QTASKS_APP=module:app` names, else the default app of this process.
+    """Return the app that `QTASKS_APP=module:app` names, or the default app of this process.
 
     Either one starts at its first use.
     """

@@ -86,8 +86,8 @@ class IOThread:
         """Drop all connections in a forked child, without sending anything to their servers.
 
         While the child holds a connection, a server does not see that the parent has closed it.
-        And parent and child share one selector: a socket that the child unregisters would be lost
-        for the parent too.
+        Parent and child also share one epoll instance. If the child unregistered a socket, the
+        parent would get no more events for it.
         """
         connections = list(self._selector.get_map().values())
         _keep_for_ever([self, connections, asyncio.all_tasks(self.loop)])

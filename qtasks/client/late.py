@@ -29,7 +29,7 @@ async def look_once(
     submitted: TaskMessage | None,
     where: str | None,
 ) -> schemas.Task:
-    """Return the final record of a task that has finished after all, else raise `TaskTimeout`.
+    """Return the record of a task if it has finished after all. Otherwise raise `TaskTimeout`.
 
     `submitted` is the message of the task if this process has sent it. `where` is a text about the
     broker, for users who have not chosen one.

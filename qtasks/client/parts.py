@@ -1,4 +1,4 @@
-"""Chooses the broker and storage of an app: arguments, else environment, else SQLite."""
+"""Chooses an app's broker and storage: by arguments, by the environment, or SQLite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("qtasks")
 def given_parts(
     broker: Broker | str | None, storage: Storage | str | None
 ) -> tuple[Broker | str, Storage | str]:
-    """Return the broker and the storage: the arguments, else the environment, else SQLite.
+    """Return the broker and the storage: from the arguments, the environment, or else SQLite.
 
     A broker's URL without a storage is used for both. Raises `ConfigurationError` for a storage
     without a broker, and for a broker object without a storage.

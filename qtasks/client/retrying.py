@@ -127,7 +127,7 @@ async def retry(
         else:
             if outage is not None:
                 outage.failed_at = None
-                if backoff is not None:  # else this server may be another one
+                if backoff is not None:  # otherwise another server may have failed
                     outage.over()
             return answer
         if until is None:
@@ -165,7 +165,7 @@ def no_stray_cancel() -> Iterator[None]:
     """Raise `RuntimeError` for a `CancelledError` although this task was not cancelled.
 
     Some drivers raise one when their connection is closed. The task would then stop silently, as
-    if somebody had cancelled it, and its work would never be done.
+    after a real cancellation, and its work would never be done.
     """
     try:
         yield

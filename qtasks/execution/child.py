@@ -47,7 +47,7 @@ _requests = msgspec.msgpack.Decoder(RunRequest)
 
 
 def is_child() -> bool:
-    """Say whether this process runs functions for a worker, so that it must not start one."""
+    """Return whether this process runs functions for a worker, so that it must not start one."""
     return _here
 
 
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _let_the_worker_decide(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: the worker hears of signals, and ends its children."""
+    """Do nothing: the worker handles signals, and stops its children."""
 
 
 def _adopt(setting: Setting) -> None:

@@ -285,7 +285,7 @@ class TaskDefinition:
         """Return the bytes of a result.
 
         Raises `SerializationError`, or an error of the result's type, if the result does not fit
-        its annotation: nobody could read it.
+        its annotation: no caller could decode it.
         """
         data = self.serializer.encode(self._encode_result(value))
         if self._checks_result:
@@ -294,7 +294,7 @@ class TaskDefinition:
 
 
 def _ran(result: Any) -> Any:
-    """Return a result; raise if it is a coroutine or a generator that nobody has run.
+    """Return a result. Raise if it is a coroutine or a generator that was never run.
 
     A forgotten `await`, or a decorator that is not async: recorded as a success, it would hide that
     the task did nothing.
@@ -312,7 +312,7 @@ def _ran(result: Any) -> Any:
 def _end_fork(pid: int) -> None:
     """Exit if the function has forked and this is the child process, in which it returned too.
 
-    Only the parent goes on: the child has its loop and its connections as well.
+    Only the parent may go on: the child has copies of its loop and its connections.
     """
     if os.getpid() != pid:
         error = sys.exc_info()[1]

@@ -176,7 +176,7 @@ class Consumer:
         self._jobs.notice()
 
     def _look_again(self) -> None:
-        """Interrupt a call that waits for deliveries when there is something else to do."""
+        """Interrupt a call that waits for deliveries if other work is due."""
         if self._receiving is not None and (
             self._life.stopping.is_set() or self._candidates.is_due
         ):
@@ -226,7 +226,7 @@ class Consumer:
         return Job(delivery, message, f"{self._worker_id}/{self._received}")
 
     def _may_start(self, job: Job, verdict: Verdict, record: Task | None) -> bool:
-        """Say whether a job starts now; complete it or set it aside if not."""
+        """Return whether a job starts now. If not, complete it or set it aside."""
         message = job.message
         if verdict != "run" or job.state is DISCARDED:
             if job.state is not DISCARDED:
@@ -302,7 +302,7 @@ class Consumer:
         self._completer.add(job)
 
     def _dead_letter_raw(self, delivery: Delivery, raw: Raw) -> None:
-        """Keep a message that cannot be decoded, as a dead letter with a record of its own."""
+        """Keep a message that cannot be decoded, as a dead letter with a new record."""
         record = Task(
             uuid=str(uuid5(NAMESPACE_OID, hashlib.sha256(raw.data).hexdigest())),
             task_name="",

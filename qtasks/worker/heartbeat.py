@@ -1,4 +1,4 @@
-"""A worker's heartbeat: it extends leases, and records that long tasks are being processed."""
+"""A worker's heartbeat: it extends leases, and records which long tasks run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A worker inside a host's loop: beside a web application, or in a process of its own."""
+"""A worker inside the loop of a program: a web application, or a worker process."""
 
 from __future__ import annotations
 

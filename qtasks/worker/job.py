@@ -150,7 +150,7 @@ class Job:
         return not self.leases
 
     def adopt(self, delivery: Delivery) -> None:
-        """Hold another delivery of the same message, so that nobody else runs it.
+        """Hold another delivery of the same message, so that no other worker runs it.
 
         The newest lease is the least likely to be lost, so it is the one that is settled.
         """
@@ -299,7 +299,7 @@ class Jobs:
                 del self._by_uuid[uuid]
 
     def listen(self, call: Callable[[], None]) -> None:
-        """Call something at each `notice` from now on."""
+        """Have `call` called at each `notice`."""
         self._listeners.append(call)
 
     def notice(self) -> None:

@@ -39,7 +39,7 @@ def isolated_runs(record: Task | None) -> int:
 
 
 def is_candidate(delivery: Delivery, record: Task | None) -> bool:
-    """Say whether a delivery has to run in isolation, if it runs at all."""
+    """Return whether a delivery has to run in isolation, if it runs at all."""
     return (delivery.count or 1) >= _CANDIDATE_FROM or isolated_runs(record) > 0
 
 

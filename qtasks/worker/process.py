@@ -42,7 +42,7 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
             "a worker elsewhere is: async with app.worker():"
         )
     if not logging.getLogger().handlers:
-        # Drivers are only heard when something is wrong.
+        # At the default level WARNING, drivers only log when something is wrong.
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logger.setLevel(logging.INFO)
     if processes is not None and not supervised.is_supervised():
@@ -68,8 +68,8 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
 class Service:
     """Runs one worker in this process until it is told to stop.
 
-    Signals, limits and the line to the supervisor are heard on the I/O thread, and the worker is
-    stopped there: a task that blocks its loop does not delay that.
+    The I/O thread handles signals, limits and the connection to the supervisor, and stops the
+    worker. So a task that blocks its loop does not delay that.
     """
 
     def __init__(self, app: App, options: WorkerOptions, leaving: Leaving) -> None:

@@ -58,7 +58,7 @@ class Registration:
     async def renew(self) -> None:
         """Renew the entry until cancelled, and then remove it.
 
-        Returns at once where the storage has no shared values.
+        Returns at once if the storage has no shared values.
         """
         try:
             with suppress(Unavailable):  # the next worker tries it again
