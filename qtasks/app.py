@@ -121,7 +121,7 @@ class App(Lifecycle):
         return known.decode_result if known is not None else MsgpackSerializer().decoder(Any)
 
     def uuid_of(self, task_name: str, key: str) -> str:
-        """Return the uuid of the task that was enqueued with this `key=`."""
+        """Return the uuid of a task that is enqueued with this `key=`."""
         return str(uuid5(_KEYED, "\0".join((self.name, task_name, key))))
 
     def submit(self, message: TaskMessage, timeout: float | None) -> Reply[schemas.Task]:
@@ -255,8 +255,7 @@ class App(Lifecycle):
         `start_timeout`: seconds in which the broker and the storage have to answer.
 
         At the end of the block the worker stops receiving, waits for running tasks, and releases
-        the rest. If the worker fails, another one replaces it. After a configuration error none
-        does.
+        the rest. If the worker fails, another one replaces it, except after a configuration error.
         """
         options = WorkerOptions(
             queues=_checked(queues), concurrency=concurrency, grace=grace, balancer=balancer

@@ -40,7 +40,7 @@ class IOThread:
         self._thread.start()
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
-        """Have `function(*args)` called on the I/O loop. It must not raise. From any thread."""
+        """Have the I/O loop call `function(*args)` soon. From any thread. It must not raise."""
         self._calls.post((function, args))
 
     def ask(

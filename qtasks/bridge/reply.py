@@ -150,7 +150,7 @@ class Reply(Generic[T]):
 
 
 def block_on(operation: Callable[P, Reply[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `operation` and block until its reply has an answer. The blocking face uses only this.
+    """Call `operation` and block until its reply has an answer.
 
     Inside a running event loop, which it would block, it raises `RuntimeError` and does not call
     `operation`.

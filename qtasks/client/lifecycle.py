@@ -42,7 +42,7 @@ class Life:
         """Whether one of these starts was automatic, at the first use of the app."""
         self.changing = asyncio.Lock()
         self.failed: Exception | None = None
-        """The error of the last start; None if it succeeded."""
+        """The error of the last start, if it failed."""
 
 
 class Lifecycle:
@@ -176,7 +176,7 @@ class Lifecycle:
     def client_on(self, thread: IOThread) -> Client | None:
         """Return the client, or None if the app will start at its first use.
 
-        Raises `Closed` if another app is not started.
+        Raises `Closed` if it is not started and does not start by itself.
         """
         life = self._lives.get(thread)
         if life is not None and life.client is not None:

@@ -32,7 +32,7 @@ Attempts are more frequent: without this limit, an outage of an hour would log t
 _FRESH = 10.0
 """Seconds for which a failure counts.
 
-A waiting `receive` does not report success. If its server were still away, it would have failed
+A waiting `receive` does not report success. If its server was still away, it would have failed
 again by then.
 """
 _SERVER = re.compile(r".*?\w://[^\s,;]+")
@@ -149,7 +149,7 @@ class Retrying:
 
     @property
     def fine(self) -> bool:
-        """Whether no call has failed recently, in the last 10 seconds."""
+        """Whether the last call succeeded, or failed more than 10 seconds ago."""
         failed_at = self._outage.failed_at
         return failed_at is None or time.monotonic() - failed_at > _FRESH
 
