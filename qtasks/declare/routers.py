@@ -151,6 +151,8 @@ class AsyncRouter(Router):
         async def send(address: str) -> None: ...
 
         app.include_router(router)
+
+    Several apps may include one router. Then call `send.using(app).add_task(…)`.
     """
 
     @overload
@@ -207,6 +209,8 @@ class SyncRouter(Router):
         def send(address: str) -> None: ...
 
         app.include_router(router)
+
+    Several apps may include one router. Then call `send.using(app).add_task(…)`.
     """
 
     @overload
