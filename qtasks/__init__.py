@@ -1,4 +1,19 @@
-"""QTasks: a task queue whose delivery semantics and scale follow from the parts you pick."""
+"""QTasks: a task queue whose guarantees depend on the broker and storage you choose.
+
+    from qtasks import QueueTasks
+
+    app = QueueTasks("shop", "redis://localhost")
+
+    @app.task()
+    def add(x: int, y: int) -> int:
+        return x + y
+
+    with app:
+        task = add.add_task(1, 2, timeout=5)  # a worker has to run: app.run_forever()
+        print(task.returning)
+
+Async code imports `QueueTasks` from `qtasks.asyncio`.
+"""
 
 from qtasks.asyncio import AsyncResult
 from qtasks.blocking import QueueTasks, SyncResult

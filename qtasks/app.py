@@ -1,4 +1,4 @@
-"""An app: a name, a broker, a storage and the tasks it knows. Both faces stand on it."""
+"""An app: a name, a broker, a storage and its tasks. The async and blocking faces build on it."""
 
 from __future__ import annotations
 
@@ -36,24 +36,32 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_PAYLOAD = 1024 * 1024
-"""Bytes that arguments, and a result, may take, unless the app says otherwise."""
+"""Default limit for the encoded arguments of a call, and for a result, in bytes."""
 PUBLISH_TIMEOUT = 30.0
-"""Seconds after which a write that is not confirmed is an error, where no timeout is given."""
+"""Seconds to wait for the confirmation of a write if the caller gives no timeout."""
 _CHUNK = 10_000
-"""So many of many messages have one deadline: all of them may take longer than that."""
+"""Most messages of `submit_all` that share one deadline.
+
+Each chunk has a new deadline, so all messages together may take longer than `PUBLISH_TIMEOUT`.
+"""
 _KEYED = UUID("2f6d1c0e-8a43-5b7e-9c15-7d0e4b9a6f32")
 
 
 class App(Lifecycle):
-    """A broker, a storage, a registry of tasks, and a client on the I/O thread while it is started.
+    """A broker, a storage, a registry of tasks, and a client while the app is started.
 
-    What crosses to the I/O thread returns a `Reply`: `await` it, or `block_on` the method.
+    The client lives on the I/O thread. A method that crosses to that thread returns a `Reply`:
+    `await` it, or call the method by `block_on`.
 
-    `broker` and `storage` are objects or URLs. A broker's URL without a storage uses both halves of
-    that backend. Without arguments the environment counts (`QTASKS_NAME`, `QTASKS_BROKER_URL`,
-    `QTASKS_STORAGE_URL`), else the embedded default. Apps of different names share nothing; names
-    are those of `qtasks_core.names`. `plugins` are put around each task that its workers run, the
-    first outermost. Raises `ConfigurationError`.
+    `name`: apps with different names share nothing. `qtasks_core.names` says which names are valid.
+    `broker` and `storage`: an object or a URL. If you give a broker's URL and no storage, the same
+    backend stores the records too. Without arguments, the app reads `QTASKS_NAME`,
+    `QTASKS_BROKER_URL` and `QTASKS_STORAGE_URL`. If they are not set either, it uses an embedded
+    SQLite file.
+    `max_payload`: most bytes of the encoded arguments of a call, and of a result.
+    `plugins` run around each task that the app's workers run; the first is the outermost.
+
+    Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -70,19 +78,19 @@ class App(Lifecycle):
         super().__init__(name, *given_parts(broker, storage))
         self.max_payload = max_payload
         self.unmet = Unmet()
-        """What tasks ask for that this broker or storage cannot do; each is logged once."""
+        """Logs, once each, the options that this broker or storage does not support."""
         self.definitions: dict[str, TaskDefinition] = {}
         self.plugins = checked_plugins(plugins)
 
     def add_plugin(self, plugin: Plugin) -> None:
-        """Add a plugin within those given before; workers that run already go on without it.
+        """Add a plugin. It runs inside the plugins that were added before.
 
-        Raises `ConfigurationError` for what is no plugin.
+        Workers that already run do not use it. Raises `ConfigurationError` if it is not a plugin.
         """
         self.plugins = (*self.plugins, *checked_plugins([plugin]))
 
     def register(self, definition: TaskDefinition) -> None:
-        """Make a task known. Raises `ConfigurationError` when its name is taken."""
+        """Add a task. Raises `ConfigurationError` if another function has the same task name."""
         known = self.definitions.setdefault(definition.name, definition)
         if known is not definition and known.function is not definition.function:
             raise ConfigurationError(
@@ -99,26 +107,33 @@ class App(Lifecycle):
             self.unmet.declared(priority, retention, self.broker, self.storage)
 
     def definition(self, name: str) -> TaskDefinition:
-        """Return a known task. Raises `UnknownTask`."""
+        """Return a registered task. Raises `UnknownTask`."""
         if name not in self.definitions:
             raise UnknownTask(f"the app {self.name!r} knows no task {name!r}")
         return self.definitions[name]
 
     def decoder_of(self, record: schemas.Task) -> Callable[[Any], Any]:
-        """Return how the result in a record is decoded: typed where the task is known."""
+        """Return the function that decodes the result in a record.
+
+        If the task is registered here, the result has its annotated type. Otherwise it has none.
+        """
         known = self.definitions.get(record.task_name)
         return known.decode_result if known is not None else MsgpackSerializer().decoder(Any)
 
     def uuid_of(self, task_name: str, key: str) -> str:
-        """Return the uuid that a task enqueued with this `key=` has."""
+        """Return the uuid of a task that is enqueued with this `key=`."""
         return str(uuid5(_KEYED, "\0".join((self.name, task_name, key))))
 
     def submit(self, message: TaskMessage, timeout: float | None) -> Reply[schemas.Task]:
-        """Submit a message; with `timeout` (seconds) wait for its result, else for the write.
+        """Submit a message. With `timeout` (seconds), wait for its final record.
 
-        One with a key that is taken gives the record that is there, or its result.
-        Fails with `TaskTimeout` when the write was durable by then and the task had not finished,
-        with `Unavailable` when it was not known to be, with `Refused`.
+        Without `timeout`, wait until the write is durable, for at most `PUBLISH_TIMEOUT` seconds.
+        If another task has the key already, the reply holds the record of that task: the current
+        record, or with `timeout` the final one.
+
+        Fails with `TaskTimeout` if the write is durable but the task has not finished in time.
+        Fails with `Unavailable` if the write is not confirmed in time, and with `Refused` if the
+        broker refuses the message.
         """
         submit = partial(self._submit, message, timeout, _begin(timeout))
         return self._with_client(submit, timeout)
@@ -144,7 +159,7 @@ class App(Lifecycle):
     def _with_client(
         self, post: Callable[[IOThread, Client], Reply[R]], start_timeout: float | None
     ) -> Reply[R]:
-        """Post something with the client; an app that starts itself is started before."""
+        """Call `post` with the client. If the app starts at its first use, start it before."""
         thread = io_thread()
         client = self.client_on(thread)
         if client is not None:
@@ -156,13 +171,13 @@ class App(Lifecycle):
         return thread.ask(start_and_post, undo=_nothing)
 
     def submit_all(self, messages: Sequence[TaskMessage]) -> Reply[None]:
-        """Submit many messages, chunk by chunk: however many there are, others get in between.
+        """Submit many messages in chunks, so that other callers can submit between the chunks.
 
-        Fails with the first error of a chunk after all of the chunk had an answer; what is behind
-        it is not submitted.
+        If a message fails, the reply fails with the first error of its chunk, once all messages of
+        that chunk have an answer. Later chunks are not submitted.
         """
         thread = io_thread()
-        self.client_on(thread)  # raises at once where nothing is started
+        self.client_on(thread)  # raises at once if the app is not started
         return thread.ask(self._submit_all, messages, undo=_nothing)
 
     async def _submit_all(self, messages: Sequence[TaskMessage]) -> None:
@@ -173,12 +188,13 @@ class App(Lifecycle):
             await client.submit_all(messages[at : at + _CHUNK], deadline)
 
     def wait(self, uuid: str, timeout: float | None) -> Reply[schemas.Task]:
-        """Wait for the final record of any task. Fails with `TaskTimeout`.
+        """Wait for the final record of any task.
 
-        Raises `UnknownTask` for a uuid that no task can have.
+        Fails with `TaskTimeout` after `timeout` seconds; None waits for ever. Raises `UnknownTask`
+        if the text is not a valid uuid.
         """
         wait = partial(self._wait, _possible(uuid), timeout, _begin(timeout))
-        # Past a wait's own time its task is still looked at.
+        # A wait that times out still reads the record once, which takes up to `LOOK` seconds.
         return self._with_client(wait, None if timeout is None else max(timeout, LOOK))
 
     def _wait(
@@ -190,7 +206,7 @@ class App(Lifecycle):
         return waiter
 
     def get(self, uuid: str | UUID) -> Reply[schemas.Task | None]:
-        """Return the newest record of a task, None where there is none."""
+        """Return the newest record of a task, or None if it has no record."""
         if not is_id(str(uuid)):
             nothing: Reply[schemas.Task | None] = Reply()
             nothing.set(None)
@@ -198,12 +214,13 @@ class App(Lifecycle):
         return self.control(control.newest, str(uuid))
 
     def cancel_task(self, uuid: str | UUID) -> Reply[bool]:
-        """Cancel a task that has not finished; False: it had finished by itself before.
+        """Cancel a task. The answer is False if it has already finished by itself.
 
-        From then on it is cancelled for everybody. A run of it is stopped soon after: an async
-        function is cancelled, a function in a process is killed, the result of one in a thread is
-        dropped.
-        Fails with `UnknownTask`, `Unavailable`.
+        Its record says `cancel` from then on, for all processes. If it runs, it is stopped soon
+        after. An async function is cancelled, and a function in a process is killed. A function in
+        a thread keeps running; its result is discarded.
+
+        Fails with `UnknownTask` or `Unavailable`.
         """
         return self.control(control.cancel, _possible(str(uuid)))
 
@@ -213,7 +230,7 @@ class App(Lifecycle):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
-        """Do what `control` does, in blocking code."""
+        """Do the same as `control`, and block until the reply has an answer."""
         refuse_running_loop()
         return self.control(operation, *args, **kwargs).result()
 
@@ -228,9 +245,17 @@ class App(Lifecycle):
     ) -> AbstractAsyncContextManager[RunningWorker]:
         """Run a worker on this loop while the block runs.
 
-        `queues`: those of the known tasks by default. At the end it stops receiving, lets running
-        tasks finish for `grace` seconds (None: for ever) and gives the rest back. Another worker
-        follows one that has failed, but for an error of the configuration.
+            async with app.worker(concurrency=20):
+                await serve_web_requests()
+
+        `queues`: the queues to receive from; by default those of all registered tasks.
+        `concurrency`: most tasks that run at the same time.
+        `grace`: seconds that running tasks have to finish when the block ends; None: no limit.
+        `balancer`: how free slots are shared among the queues; by default each gets its turn.
+        `start_timeout`: seconds in which the broker and the storage have to answer.
+
+        At the end of the block the worker stops receiving, waits for running tasks, and releases
+        the rest. If the worker fails, another one replaces it, except after a configuration error.
         """
         options = WorkerOptions(
             queues=_checked(queues), concurrency=concurrency, grace=grace, balancer=balancer
@@ -250,16 +275,22 @@ class App(Lifecycle):
         health_port: int | None = None,
         health_host: str = "127.0.0.1",
     ) -> None:
-        """Be a worker process until SIGTERM or SIGINT; a second signal gives running tasks back.
+        """Run a worker until SIGTERM or SIGINT. A second signal releases running tasks at once.
 
-        `queues`, `concurrency`, `grace`, `balancer`: as for `worker`. Waits for servers that are
-        not there yet. Functions in threads that outlast the grace period are left behind: then
-        the process ends without coming back from here. Raises `ConfigurationError`.
+            if __name__ == "__main__":
+                app.run_forever(queues=["mail"], processes=4)
 
-        `processes`: supervise so many worker processes instead, each started by the command of
-        this one, and start another where one ends. `max_tasks`, `max_memory` (bytes): a worker
-        stops, in order, after so many tasks or at that size; with `processes` another follows.
-        `health_port`: answer `/live` and `/ready` over HTTP at `health_host`.
+        `queues`, `concurrency`, `grace`, `balancer`: as for `worker`.
+        `processes`: supervise this number of worker processes instead. Each is started with the
+        command of this process. One that exits is replaced.
+        `max_tasks`, `max_memory` (bytes): a worker stops in order after so many tasks, or when its
+        process uses so much memory. With `processes`, another worker replaces it.
+        `health_port`: answer `/live` and `/ready` over HTTP, at the address `health_host`.
+
+        If a server does not answer yet, the worker waits for it. If a function in a thread takes
+        longer than the grace period, the process exits and this call does not return.
+
+        Raises `ConfigurationError`, and `RuntimeError` inside a running event loop.
         """
         refuse_running_loop()
         options = WorkerOptions(
@@ -275,21 +306,21 @@ class App(Lifecycle):
 
 
 def _begin(timeout: float | None) -> float:
-    """Return the time. Raises `ConfigurationError` for a timeout that no clock can compare."""
+    """Return the monotonic time. Raises `ConfigurationError` if the timeout is NaN."""
     if timeout is not None and math.isnan(timeout):
         raise ConfigurationError(f"timeout={timeout} is not a number of seconds")
     return time.monotonic()
 
 
 def _possible(uuid: str) -> str:
-    """Return the uuid. Raises `UnknownTask` for text that no task can have."""
+    """Return the uuid. Raises `UnknownTask` if the text is not a valid uuid."""
     if not is_id(uuid):
         raise UnknownTask(f"no task can have the uuid {ascii(uuid)[:120]}")
     return uuid
 
 
 async def _nothing() -> None:
-    """Have nothing to undo: what was submitted stays submitted."""
+    """Undo nothing: a submitted message stays submitted."""
 
 
 def _checked(queues: Iterable[str] | None) -> tuple[str, ...] | None:
@@ -297,11 +328,14 @@ def _checked(queues: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 _default: App | None = None
-_default_lock = RLock()  # the module that QTASKS_APP names may ask for the app it is
+_default_lock = RLock()  # reentrant: the import of QTASKS_APP may call `default_app`
 
 
 def default_app() -> App:
-    """Return `QTASKS_APP=module:app`, else the process's default app, which starts by itself."""
+    """Return the app that `QTASKS_APP=module:app` names, or the default app of this process.
+
+    Either one starts at its first use.
+    """
     global _default
     with _default_lock:
         if _default is None:
@@ -312,7 +346,7 @@ def default_app() -> App:
 
 
 def _renew_lock_in_child() -> None:
-    # Another thread may have held the lock at the fork, and does not exist in the child.
+    # Another thread may have held the lock at the fork. It does not run in the child.
     global _default_lock
     _default_lock = RLock()
 
@@ -322,7 +356,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def import_app(path: str, named_by: str) -> App:
-    """Return the app that `module:app` names. Raises `ConfigurationError`, beginning `named_by`."""
+    """Return the app that `module:app` names.
+
+    Raises `ConfigurationError`; its message starts with `named_by`.
+    """
     name, _, attribute = path.partition(":")
     module = import_named(name, named_by)
     app = getattr(module, attribute, None)
@@ -334,7 +371,10 @@ def import_app(path: str, named_by: str) -> App:
 
 
 def import_named(name: str, named_by: str) -> ModuleType:
-    """Import a module that a user named. Raises `ConfigurationError`, beginning `named_by`."""
+    """Import a module that the user has named.
+
+    Raises `ConfigurationError`; its message starts with `named_by`.
+    """
     if not name or name.startswith("."):
         hint = "write it as for an import, package.module"
         raise ConfigurationError(f"{named_by} {name!r}: that names no module; {hint}")
@@ -346,23 +386,23 @@ def import_named(name: str, named_by: str) -> ModuleType:
                 f"{named_by} {name}: there is no module {error.name!r} on Python's path; "
                 "write it as for an import, package.module, in the folder above it"
             ) from error
-        # Whatever the module raises belongs in the one line, with the place where it did.
+        # The module itself has raised: name the error and its place in one line.
         message = f"{named_by} {name}: {_told(error)}{_place_of(error)}"
         raise ConfigurationError(message) from error
 
 
 def _told(error: BaseException) -> str:
-    """Return what an import raised; our own messages are clear without their class."""
+    """Return the error of an import as text. QTasks' own errors need no class name."""
     if isinstance(error, QTasksError):
         return str(error)
     return f"{type(error).__name__}: {error}"
 
 
 def _place_of(error: BaseException) -> str:
-    """Return where a module raised an error; of our own, where it called us."""
+    """Return where a module raised an error, or where it called QTasks if QTasks raised it."""
     frames = list(traceback.extract_tb(error.__traceback__))
     if isinstance(error, QTasksError):
         frames = [frame for frame in frames if frame.name == "<module>"] or frames
     last = frames[-1]
-    # The import itself has failed, and says where in its message.
+    # The import itself has failed. Its message says where.
     return "" if "importlib" in last.filename else f" ({last.filename}:{last.lineno})"

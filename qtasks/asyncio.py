@@ -1,4 +1,4 @@
-"""The asynchronous face: `from qtasks.asyncio import QueueTasks`."""
+"""The async face: `from qtasks.asyncio import QueueTasks`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ class QueueTasks(App):
         async with app:  # connected here
             await send.add_task("ann@example.com")
 
-    `async with app.worker():` runs a worker in this process, `app.run_forever()` turns the process
-    into one.
+    `async with app.worker():` runs a worker on your loop. `app.run_forever()` makes the whole
+    process a worker.
 
-    `name`: apps of different names share nothing. `broker` and `storage`: a URL or an object; a
-    broker's URL without a storage uses the same server for both. What is left out is read from
-    `QTASKS_NAME`, `QTASKS_BROKER_URL` and `QTASKS_STORAGE_URL`, else it is an embedded SQLite file.
-    `max_payload`: how many bytes arguments, and a result, may take. `plugins` are put around each
-    task that the app's workers run, the first outermost. Raises `ConfigurationError`.
+    `name`: apps with different names share nothing.
+    `broker` and `storage`: a URL or an object. A broker's URL without a storage uses the same
+    server for both. Without arguments, the app reads `QTASKS_NAME`, `QTASKS_BROKER_URL` and
+    `QTASKS_STORAGE_URL`. If they are not set either, it uses an embedded SQLite file.
+    `max_payload`: most bytes of the encoded arguments of a call, and of a result.
+    `plugins` run around each task that the app's workers run; the first is the outermost.
+
+    Raises `ConfigurationError`.
     """
 
     def __init__(
@@ -51,21 +54,24 @@ class QueueTasks(App):
         own = AsyncRouter()
         own.included_by(self)
         self.task = own.task
-        """Declare a task of this app: `AsyncRouter.task`."""
+        """The decorator that declares a task of this app: see `AsyncRouter.task`."""
 
     def include_router(self, router: Router) -> None:
-        """Bring a router's tasks into this app. Raises `ConfigurationError` for a taken name."""
+        """Add the tasks of a router to this app.
+
+        Raises `ConfigurationError` if two functions have the same task name.
+        """
         router.included_by(self)
 
     async def start(self, timeout: float = START_TIMEOUT) -> None:
-        """Connect broker and storage; nested starts count.
+        """Connect the broker and the storage. Starts may be nested: only the last `stop` closes.
 
-        Raises `Unavailable` after `timeout` seconds.
+        Raises `Unavailable` if they do not answer within `timeout` seconds.
         """
         await self.connect(timeout)
 
     async def stop(self) -> None:
-        """Disconnect with the last of nested stops."""
+        """Disconnect, once `stop` was called as often as `start`."""
         await self.disconnect()
 
     async def __aenter__(self) -> QueueTasks:
@@ -76,12 +82,12 @@ class QueueTasks(App):
         await self.stop()
 
     async def add_tasks(self, calls: Iterable[AsyncCall[Any]]) -> list[Task[Any]]:
-        """Enqueue calls of any tasks, in few round trips; return a handle for each.
+        """Enqueue calls of any tasks in few round trips, and return a handle for each.
 
             tasks = await app.add_tasks([send.call(address) for address in addresses])
 
-        The tasks are enqueued then, and not finished. Raises `Unavailable` or `Refused` when the
-        broker has not confirmed all of them: some may be enqueued.
+        The returned tasks are enqueued, not finished. Raises `Unavailable` or `Refused` if the
+        broker has not confirmed all of them: then some may be enqueued.
         """
         calls = list(calls)
         messages = [call.message(self) for call in calls]
@@ -92,32 +98,44 @@ class QueueTasks(App):
         ]
 
     async def get_task(self, uuid: str | UUID) -> Task[Any] | None:
-        """Return a handle with the newest record of a task, None where there is none.
+        """Return a handle with the newest record of a task, or None if it has no record.
 
             task = await app.get_task(uuid)
             print(task and task.status)
 
-        Raises `Unavailable` when the storage stays out of reach for 10 seconds.
+        Raises `Unavailable` if the storage does not answer for 10 seconds.
         """
         record = await self.get(uuid)
         return None if record is None else Task(self, record, self.decoder_of(record))
 
     async def cancel(self, uuid: str | UUID) -> bool:
-        """Cancel a task, queued or running; False: it had finished by itself before.
+        """Cancel a queued or running task. Return False if it has already finished by itself.
 
-        Raises `UnknownTask`, and `Unavailable` when its servers stay out of reach for 10 seconds.
+            await app.cancel(task.uuid)
+
+        Raises `UnknownTask` if it has no record, and `Unavailable` if the servers do not answer
+        for 10 seconds.
         """
         return await self.cancel_task(uuid)
 
 
 class AsyncResult:
-    """Waits for a task of which only the uuid is known; `app`: the default app."""
+    """Waits for a task when you only know its uuid.
+
+        finished = await AsyncResult(uuid, app).wait_result(timeout=30)
+
+    Without `app` it uses the default app of the process.
+    """
 
     def __init__(self, uuid: str | UUID, app: App | None = None) -> None:
         self.uuid = str(uuid)
         self._app = app or default_app()
 
     async def wait_result(self, timeout: float | None = None) -> Task[Any]:
-        """Return the finished task. Raises `TaskTimeout` after `timeout` seconds."""
+        """Wait for the task and return a handle with its final record.
+
+        Raises `TaskTimeout` after `timeout` seconds; None waits for ever. Raises `UnknownTask` if
+        the uuid is not valid.
+        """
         record = await self._app.wait(self.uuid, timeout)
         return Task(self._app, record, self._app.decoder_of(record))

@@ -1,1 +1,1 @@
-"""The crossing between the caller's threads and loops and the I/O thread."""
+"""Passes calls from the threads and loops of callers to the I/O thread, and replies back."""

@@ -1,14 +1,14 @@
-"""The one thread of a process that owns all connections, and the crossing to it.
+"""The I/O thread: it holds all connections of a process and runs the calls that use them.
 
-User code never runs on it and drivers never run elsewhere, so leases, heartbeats and
-acknowledgements go on while user code blocks its own loop.
+User code never runs on this thread, and drivers run only on this thread. So leases, heartbeats and
+acknowledgements keep working while user code blocks its event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures.thread  # noqa: F401  # for drivers: too late once the main thread ended
+import concurrent.futures.thread  # noqa: F401  # fails once the main thread ended
 import os
 import selectors
 import sys
@@ -24,7 +24,7 @@ T = TypeVar("T")
 _Call = tuple[Callable[..., object], tuple[Any, ...]]
 _Undo = Callable[[], Coroutine[Any, Any, None]]
 _STOP_TIMEOUT = 2.0
-"""Seconds that an exiting process gives to the coroutines that still run on the I/O thread."""
+"""Seconds that coroutines on the I/O thread have to finish when the process exits."""
 
 
 class IOThread:
@@ -33,41 +33,44 @@ class IOThread:
     def __init__(self) -> None:
         self.loop, self._selector = _new_loop()
         self.held: set[object] = set()
-        """What is started here: not collected before it is stopped, not even in a forked child."""
+        """Keeps started clients from garbage collection, also in a forked child."""
         self._calls: EntryQueue[_Call] = EntryQueue(self.loop, _call_all)
         self._spawned: set[asyncio.Task[None]] = set()
         self._thread = Thread(target=self.loop.run_forever, name="qtasks-io", daemon=True)
         self._thread.start()
 
     def post(self, function: Callable[..., object], *args: Any) -> None:
-        """Call `function(*args)` on the I/O loop soon. It must not raise."""
+        """Have the I/O loop call `function(*args)` soon. From any thread. It must not raise."""
         self._calls.post((function, args))
 
     def ask(
         self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any, undo: _Undo | None = None
     ) -> Reply[T]:
-        """Run a coroutine function on the I/O loop; reply with what it returns or raises.
+        """Run a coroutine function on the I/O loop. The reply gets its result or its error.
 
-        It goes on when nobody waits for it any more. With `undo` it is cancelled then, or undone
-        if it had succeeded just before.
+        If the caller stops waiting, the coroutine keeps running. With `undo` it is cancelled
+        instead; if it has already succeeded, `undo` is run. From any thread.
         """
         errand = _Errand(self, partial(call, *args), undo)
         self.post(errand.begin)
         return errand
 
     async def run(self, call: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
-        """Do what `ask` does, as a coroutine: one that may become a task of the caller's loop."""
+        """Do the same as `ask`, as a coroutine, which can be wrapped in a task."""
         return await self.ask(call, *args)
 
     def spawn(self, call: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task on the I/O loop, from there."""
+        """Start a task on the I/O loop. Only from the I/O thread."""
         task = self.loop.create_task(call)
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
         return task
 
     def stop(self) -> None:
-        """Cancel what runs here and stop the thread; what takes too long is left."""
+        """Cancel all coroutines on this loop and stop the thread.
+
+        Coroutines that have not finished after 2 seconds are abandoned.
+        """
         self.post(lambda: self.spawn(self._stop()))
         self._thread.join(2 * _STOP_TIMEOUT)
 
@@ -80,10 +83,11 @@ class IOThread:
         self.loop.stop()
 
     def leave_to_parent(self) -> None:
-        """Let go of all connections, in a forked child, without a word to their servers.
+        """Drop all connections in a forked child, without sending anything to their servers.
 
-        Else a server would not see when the parent has closed one, and what the child does to
-        the selector they share would deafen the parent.
+        While the child holds a connection, a server does not see that the parent has closed it.
+        Parent and child also share one epoll instance. If the child unregistered a socket, the
+        parent would get no more events for it.
         """
         connections = list(self._selector.get_map().values())
         _keep_for_ever([self, connections, asyncio.all_tasks(self.loop)])
@@ -95,7 +99,7 @@ class IOThread:
 
 
 class _Errand(Reply[T]):
-    """A coroutine on the I/O loop, and the reply to the one who asked for it."""
+    """A coroutine on the I/O loop, and the reply for its caller."""
 
     def __init__(
         self,
@@ -137,13 +141,16 @@ class _Errand(Reply[T]):
 
 
 def _new_loop() -> tuple[asyncio.AbstractEventLoop, selectors.BaseSelector]:
-    # A selector of our own, whatever loop the host has installed: see `leave_to_parent`.
+    # Always this loop, whichever loop the host uses: `leave_to_parent` changes its selector.
     selector = selectors.DefaultSelector()
     return asyncio.SelectorEventLoop(selector), selector
 
 
 def _keep_for_ever(things: list[object]) -> None:
-    """Keep what has no thread here, even from the collection at exit, which would end its tasks."""
+    """Keep objects of a thread that does not exist in this process, even at exit.
+
+    Otherwise garbage collection would close their coroutines and run code in them.
+    """
     import ctypes
 
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(things))
@@ -155,9 +162,9 @@ def _call_all(calls: list[_Call]) -> None:
 
 
 def _refuse_greenlets() -> None:
-    """Raise `ConfigurationError` where threads are greenlets: the I/O thread would be one too.
+    """Raise `ConfigurationError` if gevent or eventlet has replaced threads by greenlets.
 
-    It and the callers that block for it would then share one real thread.
+    The I/O thread would then share one real thread with the callers that block on its replies.
     """
     gevent, eventlet = sys.modules.get("gevent.monkey"), sys.modules.get("eventlet.patcher")
     if gevent is not None and gevent.is_module_patched("threading"):
@@ -178,18 +185,18 @@ _current: IOThread | None = None
 
 
 def io_thread() -> IOThread:
-    """Return this process's I/O thread; a forked child gets its own."""
+    """Return the I/O thread of this process; start it if needed. A forked child gets a new one."""
     return _current or _start()
 
 
 def running_io_thread() -> IOThread | None:
-    """Return this process's I/O thread if it has one."""
+    """Return the I/O thread of this process, or None if it is not started."""
     return _current
 
 
 def _start() -> IOThread:
     global _current
-    _refuse_greenlets()  # which may have come after this module was imported
+    _refuse_greenlets()  # they may have done so after this module was imported
     with _lock:
         if _current is None:
             _current = IOThread()
@@ -197,18 +204,18 @@ def _start() -> IOThread:
 
 
 def end_at_exit() -> None:
-    """End what still runs on the I/O thread of a process that comes to its end."""
-    # An app that nobody has stopped would else be collected task by task, with complaints.
+    """Stop the I/O thread when the process exits."""
+    # Otherwise Python would warn about each pending task of an app that was not stopped.
     if _current is not None:
         _current.stop()
 
 
-# As early as this, so that it comes after all that uses the thread at exit.
+# Registered at import, so that it runs after the exit handlers that use the thread.
 atexit.register(end_at_exit)
 
 
 def _renew_in_child() -> None:
-    # Another thread may have held the lock at the fork, and does not exist in the child.
+    # Another thread may have held the lock at the fork. It does not run in the child.
     global _current, _lock
     _lock = Lock()
     if _current is not None:

@@ -1,4 +1,4 @@
-"""Crossing between threads and loops in batches, and the reply to what has crossed."""
+"""The entry queue, which passes items to a loop in batches, and the reply to a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _Waiting = asyncio.Future[None]
 
 
 class EntryQueue(Generic[T]):
-    """Takes items from any thread to a loop: a list under a lock, and one wake-up for all of it."""
+    """Passes items from any thread to an event loop.
+
+    It is a list under a lock. All items that are posted before the loop wakes up cost one wake-up.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[list[T]], None]) -> None:
         self._loop = loop
@@ -32,7 +35,7 @@ class EntryQueue(Generic[T]):
             self._wake()
 
     def post_all(self, items: list[T]) -> None:
-        """Add many items, from any thread."""
+        """Add many items, from any thread. Raises `RuntimeError` when the loop is closed."""
         if not items:
             return
         with self._lock:
@@ -56,39 +59,39 @@ class EntryQueue(Generic[T]):
 
 
 class Reply(Generic[T]):
-    """One answer, or one error. The first call of `set` or `fail` counts; others do nothing.
+    """One value or one error. The first call of `set` or `fail` counts; later calls do nothing.
 
-    `await reply` in any event loop, or call `reply.result()` in a thread without one. One loop and
-    one thread may do so at a time.
+    `await reply` in any event loop, or call `reply.result()` in a thread without a loop. At most
+    one loop and one thread may wait at a time.
     """
 
     def __init__(self) -> None:
         self._answered = False
         self._value: T | None = None
         self._error: BaseException | None = None
-        # Whoever waits puts one of these here first and then looks at `_answered`; whoever
-        # answers does it the other way round. So at least one of them sees the other.
+        # A waiter first sets `_future` or `_event`, and then reads `_answered`. The answering
+        # thread first sets `_answered`, and then reads these. So no answer is missed.
         self._future: _Waiting | None = None
         self._event: Event | None = None
 
     def set(self, value: T) -> None:
-        """Answer, from any thread."""
+        """Answer with a value, from any thread."""
         if not self._answered:
             self._value = value
             self._answered = True
             self._wake()
 
     def fail(self, error: BaseException) -> None:
-        """Answer with an error, which is raised where the reply is waited for."""
+        """Answer with an error, from any thread. The waiter raises it."""
         if not self._answered:
             self._error = error
             self._answered = True
             self._wake()
 
     def leave(self) -> None:
-        """Nobody waits for the answer any more: the wait was cancelled, interrupted or too long.
+        """Called when a wait is cancelled, is interrupted or times out.
 
-        Called by the thread that has waited. Nothing by default.
+        It runs on the thread that has waited. By default it does nothing.
         """
 
     def _wake(self) -> None:
@@ -98,7 +101,7 @@ class Reply(Generic[T]):
             try:
                 _answers_of(self._future.get_loop()).post(self._future)
             except RuntimeError:
-                # The loop was closed: nobody waits there any more.
+                # The loop is closed, so no code waits there any more.
                 return
 
     def __await__(self) -> Generator[Any, None, T]:
@@ -114,12 +117,12 @@ class Reply(Generic[T]):
         try:
             return self._outcome()
         finally:
-            del self  # an error holds this frame, and the reply holds the error
+            del self  # breaks a reference cycle: reply, error, traceback, this frame
 
     def result(self, timeout: float | None = None) -> T:
-        """Block this thread until the answer is there.
+        """Block this thread until there is an answer.
 
-        Raises the error that was answered, and `TimeoutError` after `timeout` seconds.
+        Raises the error of the answer, and `TimeoutError` after `timeout` seconds.
         """
         if not self._answered:
             if self._event is None:
@@ -147,16 +150,17 @@ class Reply(Generic[T]):
 
 
 def block_on(operation: Callable[P, Reply[T]], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call `operation` and block until its reply is answered: the whole blocking face.
+    """Call `operation` and block until its reply has an answer.
 
-    Raises `RuntimeError` inside a running event loop, which it would stop; then nothing was asked.
+    Inside a running event loop, which it would block, it raises `RuntimeError` and does not call
+    `operation`.
     """
     refuse_running_loop()
     return operation(*args, **kwargs).result()
 
 
 def refuse_running_loop() -> None:
-    """Raise `RuntimeError` when this thread runs an event loop that a blocking call would stop."""
+    """Raise `RuntimeError` if this thread runs an event loop: a blocking call would block it."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -168,9 +172,9 @@ def refuse_running_loop() -> None:
 
 
 def anew(error: E) -> E:
-    """Return the same error as another object: each caller raises one of its own.
+    """Return a copy of an error, so that each caller raises a different object.
 
-    One that is raised in several places would gather the tracebacks of them all.
+    If several callers raised one object, its traceback would contain the frames of all of them.
     """
     kind = type(error)
     fresh = kind.__new__(kind, *error.args)
@@ -182,7 +186,7 @@ def anew(error: E) -> E:
 
 
 _entry_queues: dict[asyncio.AbstractEventLoop, EntryQueue[_Waiting]] = {}
-"""All answers of a moment wake their loop once."""
+"""One entry queue per loop: answers that arrive together wake the loop once."""
 _lock = Lock()
 
 
@@ -192,7 +196,7 @@ def _answers_of(loop: asyncio.AbstractEventLoop) -> EntryQueue[_Waiting]:
 
 
 def _open_queue(loop: asyncio.AbstractEventLoop) -> EntryQueue[_Waiting]:
-    """Make the entry queue of a new loop, and forget those of loops that were closed."""
+    """Make the entry queue of a new loop, and drop the queues of closed loops."""
     with _lock:
         for old in [known for known in _entry_queues if known.is_closed()]:
             del _entry_queues[old]
@@ -200,7 +204,8 @@ def _open_queue(loop: asyncio.AbstractEventLoop) -> EntryQueue[_Waiting]:
 
 
 def _renew_in_child() -> None:
-    # Another thread may have held a lock at the fork, that of an entry queue too: it is not there.
+    # Another thread may have held a lock at the fork: this one, or that of an entry queue. It does
+    # not run in the child.
     global _lock
     _lock = Lock()
     _entry_queues.clear()

@@ -1,6 +1,6 @@
-"""The signals that ask a process for its end: handled from its start until it is gone.
+"""The signals that ask a process to stop. They are handled from its start until it has exited.
 
-What a process forks has the system's own handling again: else `terminate` would do nothing there.
+A forked child gets the default handlers again: otherwise `terminate()` would have no effect there.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from types import FrameType
 _Handler = Callable[[int, FrameType | None], None]
 
 _TOGETHER = 3.0
-"""Seconds after the end in which another signal means the same as the first."""
+"""Seconds after `leave` in which further signals are ignored: they mean the same stop."""
 
 _handlers: dict[int, _Handler] = {}
-"""What this process has in place of the default."""
+"""The handlers that this process uses instead of the defaults."""
 
 
 class StopSignals:
-    """Calls `arrived` with the name of each signal, amid whatever the main thread does."""
+    """Calls `arrived` with the name of each signal.
+
+    The call is made on the main thread, between any two instructions of its code.
+    """
 
     def __init__(self, arrived: Callable[[str], object]) -> None:
         self._arrived = arrived
         self._over: float | None = None
 
     def listen(self) -> None:
-        """Begin, on the loop of the main thread."""
-        # Not by the loop's own `add_signal_handler`: when it closes it resets the signals, and
-        # the next one would kill the process amid its end.
+        """Start to handle the signals. Call it on the loop of the main thread."""
+        # Not by `loop.add_signal_handler`: a loop that closes resets the signals, and the next
+        # signal would kill the process while it exits.
         self._reader, self._writer = socket.socketpair()
         for end in (self._reader, self._writer):
             end.setblocking(False)
@@ -45,7 +48,7 @@ class StopSignals:
             handle(number, self._handle)
 
     def leave(self) -> None:
-        """Take the end for begun; call it on that loop."""
+        """Do not call `arrived` any more: the worker has ended. Call it on the same loop."""
         self._over = time.monotonic()
         signal.set_wakeup_fd(-1)
         asyncio.get_running_loop().remove_reader(self._reader)
@@ -53,7 +56,7 @@ class StopSignals:
         self._writer.close()
 
     def _woken_up(self) -> None:
-        # Another thread may have got the signal: this one runs the handler, once it is awake.
+        # Another thread may have got the signal. This thread runs the handler once it is awake.
         with suppress(BlockingIOError):
             self._reader.recv(4096)
 
@@ -61,20 +64,20 @@ class StopSignals:
         if self._over is None:
             self._arrived(signal.Signals(number).name)
         elif time.monotonic() - self._over > _TOGETHER:
-            # The program does something else by now.
+            # The program goes on after its worker: give the signal its default effect.
             _reset(number)
             os.kill(os.getpid(), number)
 
 
 def handle(number: int, handler: _Handler) -> None:
-    """Have this process, and nothing that it forks, handle a signal. In the main thread."""
+    """Handle a signal in this process, but not in its forked children. In the main thread."""
     _handlers[number] = handler
     signal.signal(number, handler)
     signal.siginterrupt(number, False)
 
 
 def _stop_signals() -> list[int]:
-    """Return the signals that mean: come to an end. A hang-up too, unless that is ignored here."""
+    """Return SIGTERM, SIGINT, and SIGHUP unless the process ignores it."""
     numbers: list[int] = [signal.SIGTERM, signal.SIGINT]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
@@ -87,14 +90,15 @@ def _reset(number: int) -> None:
 
 
 def _ignore_at_exit() -> None:
-    # What is left of the end is short, and the interpreter resets handlers in it.
+    # The interpreter is about to reset these handlers, and a signal would then kill the
+    # process. The rest of the exit is short.
     if threading.current_thread() is threading.main_thread():
         for number, handler in _handlers.items():
             if signal.getsignal(number) == handler:
                 signal.signal(number, signal.SIG_IGN)
 
 
-# As early as this, so that it comes after all that takes its time at exit.
+# Registered at import, so that it runs after exit handlers that may take long.
 atexit.register(_ignore_at_exit)
 
 
@@ -102,7 +106,7 @@ _blocked = threading.local()
 
 
 def _block() -> None:
-    # One that comes before its default is back would be lost in the child.
+    # A signal that arrives before the child has reset the handlers would be lost.
     if _handlers:
         _blocked.before = signal.pthread_sigmask(signal.SIG_BLOCK, _handlers)
 
@@ -114,7 +118,7 @@ def _unblock() -> None:
 
 def _reset_in_child() -> None:
     if _handlers:
-        signal.set_wakeup_fd(-1)  # the parent's loop
+        signal.set_wakeup_fd(-1)  # it wakes the loop of the parent
     for number, handler in _handlers.items():
         if signal.getsignal(number) == handler:
             _reset(number)

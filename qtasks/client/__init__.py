@@ -1,1 +1,1 @@
-"""The client: submitting messages, waiting for results, and what an app's life is."""
+"""The client: it submits messages and waits for results. The start and stop of an app."""

@@ -1,4 +1,4 @@
-"""Batches out of single items: what comes in one turn of the loop is flushed together."""
+"""The batcher: it flushes the items of one turn of the event loop together."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 _BYTES = 8 * 1024 * 1024
-"""Most bytes in one batch: what is larger keeps a server busy for longer than callers wait."""
+"""Most bytes of a batch of several items.
+
+A larger batch would keep a server busy for longer than callers wait.
+"""
 
 
 class Batcher(Generic[T]):
-    """Gathers items and flushes them in batches of at most `size`, `flights` of them at a time.
+    """Collects items and flushes them in batches of at most `size` items.
 
-    `weigh` returns the bytes of an item; a batch of several is no heavier than 8 MiB. While the
-    allowed flushes are under way, further items gather for the next one, so batches grow with the
-    load. `flush` answers for each of its items and does not raise, unless `spawn` is a task
-    group's, which then fails.
+    At most `flights` batches are in flight at a time. Meanwhile further items wait for the next
+    batch, so batches grow with the load. `weigh` returns the bytes of an item; a batch of several
+    items has at most 8 MiB.
+
+    `flush` gives each of its items an answer, and must not raise. It may raise if `spawn` belongs
+    to a task group: then the task group fails.
     """
 
     def __init__(
@@ -42,12 +47,12 @@ class Batcher(Generic[T]):
         self._spawn = spawn or self._loop.create_task
 
     def add(self, item: T) -> None:
-        """Add an item to the batch of this turn."""
+        """Add an item to the batch of this turn of the loop."""
         self._items.append(item)
         self._schedule()
 
     def extend(self, items: list[T]) -> None:
-        """Add many items to the batches of this turn."""
+        """Add many items to the batches of this turn of the loop."""
         self._items += items
         self._schedule()
 
@@ -66,7 +71,7 @@ class Batcher(Generic[T]):
             task.add_done_callback(self._landed)
 
     def _take(self) -> list[T]:
-        """Take the items of one batch, at least one."""
+        """Remove the items of the next batch, at least one, and return them."""
         batch = self._items[: self._size]
         if sum(map(self._weigh, batch)) > _BYTES:
             heaps = accumulate(map(self._weigh, batch))
@@ -79,16 +84,16 @@ class Batcher(Generic[T]):
         self._schedule()
 
     async def drain(self) -> None:
-        """Wait until everything that was added is flushed."""
+        """Wait until all added items are flushed."""
         while self._items or self._under_way:
             await (asyncio.wait(self._under_way) if self._under_way else asyncio.sleep(0))
 
     async def close(self) -> list[T]:
-        """Cancel what is under way; return what was never flushed."""
+        """Cancel the batches in flight; return the items that were never flushed."""
         left: list[T] = []
         for task, (flight, batch) in self._under_way.items():
             if getcoroutinestate(flight) == CORO_CREATED:
-                left += batch  # cancelled now it does not even begin
+                left += batch  # cancelled now, it never starts
             task.cancel()
         left, self._items = left + self._items, []
         if self._under_way:

@@ -1,6 +1,6 @@
-"""The client half of the engine: submitting tasks and waiting for their results.
+"""The client: it submits tasks and waits for their results.
 
-It lives on the I/O loop. An app reaches it through `IOThread`, with a `Reply` for each question.
+It lives on the I/O loop. An app posts calls to it by `IOThread`, and gets a `Reply` for each.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _FLIGHTS = 2
 
 
 class Waiter(Reply[Task]):
-    """The reply with the final record of one task; past `deadline` it fails by itself.
+    """The reply with the final record of one task. After `deadline` it fails by itself.
 
-    `submitted` is the task's message, where its submission and the wait are one call.
+    `submitted` is the message of the task if one call both submits it and waits for it.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class Waiter(Reply[Task]):
         self._client = client
         self.uuid = uuid
         self.timeout = timeout
-        """Seconds, as the caller said; None: no limit."""
+        """Seconds that the caller gave; None: no limit."""
         self.deadline = deadline
-        """On the monotonic clock."""
+        """Seconds on the monotonic clock."""
         self.submitted = submitted
         self.durable = False
-        """Whether the write of `submitted` is confirmed."""
+        """Whether the write of `submitted` was confirmed."""
         self.trouble = "no answer yet"
-        """Why it is not."""
+        """Why the write is not confirmed yet."""
         self.wanted = True
-        """False: nobody waits for it any more."""
+        """False once the caller has stopped waiting."""
         self.timer: asyncio.TimerHandle | None = None
 
     def set(self, value: Task) -> None:
@@ -81,19 +81,19 @@ class Waiter(Reply[Task]):
 
 
 class Submission(Struct, frozen=True, eq=False):
-    """A message on its way, and who wants to hear of it."""
+    """A message to be submitted, and the replies that wait for it."""
 
     message: TaskMessage
     deadline: float
-    """On the monotonic clock; past it publishing is not tried again."""
+    """Seconds on the monotonic clock. After it the message is not published again."""
     reply: Reply[Task] | _Countdown
-    """Answered as soon as the write is durable, unless it is the `waiter`."""
+    """Gets its answer when the write is durable. If it is the `waiter`: with the final record."""
     waiter: Waiter | None = None
-    """Answered with the final record."""
+    """Gets the final record; None if nobody waits for the result."""
 
 
 class Client:
-    """One broker and one storage in use, under one app's name."""
+    """Uses one broker and one storage under the name of one app."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Client:
         storage: Storage,
         where: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """`where` returns which broker is used, for a `TaskTimeout` to say."""
+        """`where` returns a text about the broker for the message of a `TaskTimeout`, or None."""
         self.name = name
         self.broker = broker
         self.storage = storage
@@ -111,8 +111,10 @@ class Client:
         self.composition: Composition = compose(broker, storage)
         self.clock = Clock(broker, storage)
         self._least: tuple[float, str] = (inf, "")
-        """The smaller of the largest messages that broker and storage take, in bytes, and which of
-        the two that is; known after the start."""
+        """The largest message that both the broker and the storage take, in bytes.
+
+        The text names the one with this limit. Both are known after the start.
+        """
         self._inbox: Inbox | None = None
         self._outage = Outage("waiting for results")
         self._listening: asyncio.Task[None] | None = None
@@ -123,7 +125,10 @@ class Client:
         self._looking: set[asyncio.Task[None]] = set()
 
     async def start(self, deadline: float) -> None:
-        """Connect broker and storage. Raises `Unavailable` when that fails until the deadline."""
+        """Connect the broker and the storage.
+
+        Raises `Unavailable` if they do not answer before `deadline` (loop time, in seconds).
+        """
         retrying.quiet_drivers(self._driver_loggers)
         try:
             await retry(self._connect, deadline=deadline, outage=Outage())
@@ -144,7 +149,7 @@ class Client:
             raise errors.exceptions[0] from None
 
     async def stop(self) -> None:
-        """End all waits with `Closed` and disconnect."""
+        """Fail all waits with `Closed`, and disconnect."""
         closed = Closed(f"the app {self.name!r} was stopped")
         for submission in await self._submissions.close():
             submission.reply.fail(anew(closed))
@@ -159,7 +164,7 @@ class Client:
             try:
                 await self._disconnect()
             finally:
-                # Last, and whatever failed: what came in meanwhile would else wait for ever.
+                # Last, and even after an error: waits that were added meanwhile would never finish.
                 self._fail_waits(list(self._waiters), closed)
 
     async def _disconnect(self) -> None:
@@ -172,15 +177,16 @@ class Client:
                 retrying.release_drivers(self._driver_loggers)
 
     def submit(self, message: TaskMessage, deadline: float, reply: Reply[Task]) -> None:
-        """Submit a message with all others of this turn of the loop.
+        """Submit a message in one batch with the others of this turn of the loop.
 
-        Answer once the write is durable: with the new record, or for a key that is taken with the
-        record that is there. Past `deadline` (monotonic) fail with `Unavailable`.
+        The reply gets the new record when the write is durable. If another task has the key
+        already, it gets the existing record. After `deadline` (seconds on the monotonic clock) it
+        fails with `Unavailable`.
         """
         self._submit_one(Submission(message, deadline, reply))
 
     def submit_and_wait(self, message: TaskMessage, waiter: Waiter) -> None:
-        """Submit a message as `submit` does; answer with the task's final record."""
+        """Submit a message as `submit` does. The waiter gets the task's final record."""
         self._start_timer(waiter)
         self._submit_one(Submission(message, waiter.deadline, waiter, waiter))
 
@@ -191,7 +197,11 @@ class Client:
         self._submissions.add(submission)
 
     async def submit_all(self, messages: Sequence[TaskMessage], deadline: float) -> None:
-        """Submit many messages; return once all writes are durable, or raise the first error."""
+        """Submit many messages, and return when all writes are durable.
+
+        Raises the first error once every message has an answer. Raises `PayloadTooLarge` before
+        anything is submitted.
+        """
         largest = max(messages, key=_payload, default=None)
         if largest is None:
             return
@@ -202,7 +212,7 @@ class Client:
         await reply
 
     def _too_large(self, message: TaskMessage) -> PayloadTooLarge:
-        """Return the error of a message that the broker or the storage would not take."""
+        """Return the error for a message that is too large for the broker or the storage."""
         largest, part = self._least
         return PayloadTooLarge(
             f"the arguments of {message.task_name!r} have {_payload(message)} bytes; "
@@ -210,14 +220,14 @@ class Client:
         )
 
     def wait(self, waiter: Waiter) -> None:
-        """Answer with the final record of any task, now or when there is one."""
+        """Give the waiter the final record of its task: now, or when the task has finished."""
         self._start_timer(waiter)
         if waiter.uuid not in self._waiters:
             self._watches.add(waiter.uuid)
         self._waiters.setdefault(waiter.uuid, []).append(waiter)
 
     def forget(self, waiter: Waiter) -> None:
-        """Take back a wait: nobody wants the answer any more."""
+        """Drop a wait: the caller does not need the answer any more."""
         waiter.wanted = False
         if waiter.timer is not None:
             waiter.timer.cancel()
@@ -244,13 +254,13 @@ class Client:
         task.add_done_callback(self._looking.discard)
 
     async def _look_once(self, waiter: Waiter) -> None:
-        """Answer one whose time is up with what is known of its task now."""
+        """Read the record once for a waiter whose time is up, and answer the waiter."""
         uuid, timeout, submitted = waiter.uuid, waiter.timeout, waiter.submitted
         try:
             where = self._where()
             waiter.set(await look_once(self.storage, uuid, timeout, submitted, where))
         except TaskTimeout as late:
-            waiter.fail(late.with_traceback(None))  # where it was found out helps no caller
+            waiter.fail(late.with_traceback(None))  # its frames do not help the caller
         except asyncio.CancelledError:
             waiter.fail(Closed(f"the app {self.name!r} was stopped"))
             raise
@@ -258,12 +268,12 @@ class Client:
             waiter.fail(error)
 
     def forget_all(self) -> None:
-        """Take back all waits, so that `stop` tells nobody."""
+        """Drop all waits, so that `stop` does not fail them."""
         self._waiters.clear()
 
     async def _submit(self, batch: list[Submission]) -> None:
-        """Flush one batch: repeat until each item has its answer or is past its deadline."""
-        # Not by `retry`: each item has a deadline of its own.
+        """Submit one batch; retry until each item has an answer or is past its deadline."""
+        # Not by `retry`, which has one deadline: here each item has its own.
         backoff = Backoff()
         clock = asyncio.get_running_loop().time
         while batch:
@@ -295,7 +305,7 @@ class Client:
                 return
 
     async def _addressed(self, batch: list[Submission]) -> list[TaskMessage]:
-        """Return the messages; those whose result is waited for bear this client's address."""
+        """Return the messages, with this client's address if a caller waits for the result."""
         waited = [s.waiter for s in batch if s.waiter is not None and s.waiter.wanted]
         if not waited:
             return [s.message for s in batch]
@@ -311,7 +321,7 @@ class Client:
         ]
 
     async def _dated(self, messages: list[TaskMessage]) -> list[TaskMessage]:
-        """Return the messages; what expires does so by the clock that workers have too."""
+        """Return the messages, with `expires_at` by the clock that the workers use too."""
         if not [message for message in messages if message.expires_at is not None]:
             return messages
         await self.clock.ask()
@@ -337,10 +347,13 @@ class Client:
             submission.reply.set(record_of(message))
 
     def _answer_taken(self, submission: Submission, existing: Task) -> None:
-        """Answer with what has the key, once it has finished if that is waited for."""
+        """Answer with the existing record of the key.
+
+        A waiter gets it when the task has finished.
+        """
         if (waiter := submission.waiter) is not None:
             if existing.status not in FINAL:
-                # Its result may be on its way to another client's address only.
+                # The result may be sent only to the address of another client.
                 waiter.durable = True
                 self._watches.add(existing.uuid)
                 return
@@ -362,7 +375,7 @@ class Client:
                 waiter.fail(anew(error))
 
     async def _watch(self, uuids: list[str]) -> None:
-        """Have the inbox deliver the results of tasks that others have submitted."""
+        """Have the inbox deliver results that are not sent to this client's address."""
         try:
             await retry(partial(self._watch_once, uuids), outage=self._outage)
         except _NobodyWaits:
@@ -376,7 +389,7 @@ class Client:
             raise _NobodyWaits
         inbox = await self._open_inbox()
         await inbox.watch(waited)
-        # Those that were taken back meanwhile.
+        # The callers of these have stopped waiting meanwhile.
         inbox.forget([uuid for uuid in waited if uuid not in self._waiters])
 
     async def _open_inbox(self) -> Inbox:
@@ -387,10 +400,10 @@ class Client:
             return self._inbox
 
     async def _listen(self, inbox: Inbox) -> None:
-        """Hand arriving records to who waits for them, for ever.
+        """Give arriving records to their waiters, for ever.
 
-        When the inbox fails in an unknown way all waits end with that error, and the next wait
-        opens another inbox.
+        If the inbox raises an error that a retry cannot fix, all waits fail with that error. The
+        next wait opens a new inbox.
         """
         while True:
             try:
@@ -408,7 +421,10 @@ class Client:
 
 
 class _NobodyWaits(Exception):
-    """All waits were taken back; the server was not asked, so it may still be out of reach."""
+    """No caller waits any more, so the server was not asked.
+
+    An exception, because a return would end the outage: the server may still not answer.
+    """
 
 
 def _bytes_of(submission: Submission) -> int:
@@ -420,7 +436,10 @@ def _payload(message: TaskMessage) -> int:
 
 
 class _Countdown(Reply[Task | None]):
-    """One answer for many submissions, given after the last of them: an error if there was one."""
+    """One reply for many submissions, answered after the last of them.
+
+    If any of them fails, it fails with the first error.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -440,9 +459,10 @@ class _Countdown(Reply[Task | None]):
 
 
 def _anew(submission: Submission) -> Submission:
-    """Return a submission whose first try may have been published, to be tried again.
+    """Return the submission to retry; the first try may have published its message.
 
-    With a key it is another publishing, so that not both are run. What has none may run twice.
+    A message with a key gets a new `submission` id, so that only one of the two runs. A message
+    without a key may run twice.
     """
     message = submission.message
     if not message.submission:

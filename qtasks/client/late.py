@@ -1,4 +1,4 @@
-"""What is said of a task that has not finished, or was not even enqueued, in time."""
+"""The errors for a task that was not finished, or not enqueued, in time."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qtasks_core.errors import NotSupported, TaskTimeout, Unavailable
 from qtasks_core.records import FINAL
 
 LOOK = 1.0
-"""Seconds in which the record of a late task, and the workers for it, are looked up."""
+"""Seconds for reading the record of a late task and the registry of workers."""
 
 
 def unconfirmed(message: TaskMessage, trouble: str) -> Unavailable:
-    """Return the error of a submission whose deadline has passed before its write was durable."""
+    """Return the error for a submission whose write was not confirmed before its deadline."""
     again = "with the same key" if message.submission else "the same uuid"
     return Unavailable(
         f"task {message.uuid} for queue {message.queue!r} is not known to be enqueued: the write "
@@ -29,10 +29,10 @@ async def look_once(
     submitted: TaskMessage | None,
     where: str | None,
 ) -> schemas.Task:
-    """Return the record of a task that has finished after all. Raises `TaskTimeout`.
+    """Return the record of a task if it has finished after all. Otherwise raise `TaskTimeout`.
 
-    `submitted` is the task's message, where this process has sent it. `where` says which broker
-    it was sent to, for those who never named one.
+    `submitted` is the message of the task if this process has sent it. `where` is a text about the
+    broker, for users who have not chosen one.
     """
     record: schemas.Task | None = None
     alive: list[WorkerInfo] | None = None
@@ -46,7 +46,7 @@ async def look_once(
             ever = bool(found) or await ever_seen(storage)
             alive = found
     except (Unavailable, TimeoutError, NotSupported):
-        pass  # a late task is not worth a longer wait: say what is known
+        pass  # do not wait any longer: the error says what is known
     task = record or submitted
     if task is None:
         late = f"task {uuid}: no end within {timeout} s, and no record of it can be read"
@@ -76,6 +76,6 @@ def _workers(alive: list[WorkerInfo] | None, ever: bool, queue: str) -> str:
         return "whether a worker is alive is not known"
     listening = sum(1 for worker in alive if queue in worker.queues)
     if listening:
-        # Not where: this message goes as far as to the clients of an API.
+        # Without host names: a web API may pass this message on to its clients.
         return f"{listening} alive for that queue"
     return "no worker for that queue is alive" if ever else "no worker has ever been seen"

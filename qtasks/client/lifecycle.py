@@ -1,4 +1,4 @@
-"""The life of an app's broker and storage: started, stopped, counted when nested, forked."""
+"""Starting and stopping the broker and storage of an app: nested starts, forks, exit."""
 
 from __future__ import annotations
 
@@ -26,72 +26,73 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 START_TIMEOUT = 10.0
-"""Seconds in which broker and storage have to be reached when an app is entered."""
+"""Seconds in which the broker and the storage have to answer when an app is started."""
 _EXIT_TIMEOUT = 5.0
 """Seconds that an exiting process waits for its default app to disconnect."""
 
 
 class Life:
-    """What of an app lives on one I/O thread, and so does not outlive a fork."""
+    """The state of an app on one I/O thread. A forked child does not inherit it."""
 
     def __init__(self) -> None:
         self.client: Client | None = None
         self.entered = 0
+        """How many starts have no stop yet."""
         self.by_itself = False
-        """One of the entries is nobody's: the app started at its first use."""
+        """Whether one of these starts was automatic, at the first use of the app."""
         self.changing = asyncio.Lock()
         self.failed: Exception | None = None
-        """Why the last attempt to start has failed."""
+        """The error of the last start, if it failed."""
 
 
 class Lifecycle:
-    """A broker, a storage, and one client on the I/O thread while it is started."""
+    """A broker, a storage, and a client on the I/O thread while the app is started."""
 
     def __init__(self, name: str, broker: Broker | str, storage: Storage | str) -> None:
         self.name = name
         self._given = broker, storage
         self.broker, self.storage = built_parts(broker, storage)
         self._lives: WeakKeyDictionary[IOThread, Life] = WeakKeyDictionary()
-        """What is started on a process's I/O thread; written there."""
+        """The state on the I/O thread of each process. Only that thread writes it."""
         self._started_in: int | None = None
         self._closes_at_exit = False
         self.starts_itself = False
-        """Start at first use and close at exit: only the process's default app does."""
+        """Whether it starts at its first use and closes at exit. Only the default app does."""
         self._was_stopped = False
-        """Also when it could not be started. Starting it, again, takes that back."""
+        """Also True after a failed start. A successful start sets it to False."""
 
     @property
     def claims_routers(self) -> bool:
-        """Whether the tasks of a router that it included are meant for it: until it is stopped."""
+        """Whether a router's tasks may go to this app: True until it is stopped."""
         return self.starts_itself or not self._was_stopped
 
     def guarantees(self) -> tuple[Guarantees, Guarantees]:
-        """What the broker and the storage promise; complete once the app is started."""
+        """The guarantees of the broker and the storage. Complete once the app is started."""
         return self.broker.guarantees, self.storage.guarantees
 
     def addresses(self) -> tuple[str, str]:
-        """Where the broker and the storage are: their URLs without passwords, or what they are."""
+        """The URLs of broker and storage without passwords; for objects, a description."""
         broker, storage = self._given
         return _address(broker, self.broker), _address(storage, self.storage)
 
     def connect(self, timeout: float = START_TIMEOUT) -> Reply[None]:
-        """Connect broker and storage; nested calls count.
+        """Connect the broker and the storage. Nested calls are counted.
 
-        Fails with `Unavailable` after `timeout` seconds. When nobody waits for it any more it is
-        taken back.
+        Fails with `Unavailable` after `timeout` seconds. If the caller stops waiting, the start is
+        undone.
         """
         return io_thread().ask(self._start, timeout, undo=self._stop)
 
     def disconnect(self) -> Reply[None]:
-        """Disconnect, with the last of nested calls."""
+        """Disconnect, once it was called as often as `connect`."""
         return io_thread().ask(self._stop)
 
     async def start_async(self, timeout: float = START_TIMEOUT) -> None:
-        """Do what `connect` does, as a coroutine: one that may become a task."""
+        """Do the same as `connect`, as a coroutine, which can be wrapped in a task."""
         await self.connect(timeout)
 
     async def stop_async(self) -> None:
-        """Do what `disconnect` does, as a coroutine."""
+        """Do the same as `disconnect`, as a coroutine."""
         await self.disconnect()
 
     async def _start(self, timeout: float) -> None:
@@ -114,14 +115,14 @@ class Lifecycle:
             atexit.register(self._close_at_exit)
 
     def _life(self) -> Life:
-        """Return the life of this app here, on the I/O thread."""
+        """Return the state of this app in this process. On the I/O thread."""
         return self._lives.setdefault(io_thread(), Life())
 
     async def _open(self, life: Life, deadline: float) -> None:
         if life.client is not None:
             return
         if life.failed is not None and asyncio.get_running_loop().time() > deadline:
-            # While this one waited for its turn; another attempt would have no time left.
+            # A start before this one has failed, and this one has no time left for an attempt.
             raise anew(life.failed)
         if self._started_in not in (None, os.getpid()):
             self._build_anew()
@@ -138,7 +139,10 @@ class Lifecycle:
         io_thread().held.add(client)
 
     def _build_anew(self) -> None:
-        """Replace what a parent process has started. Raises `Closed` where that cannot be."""
+        """Replace the broker and the storage that a parent process has started.
+
+        Raises `Closed` if they were given as objects.
+        """
         if not all(isinstance(given, str) for given in self._given):
             raise Closed(
                 f"the app {self.name!r} was forked while it was started; give its parts as "
@@ -149,7 +153,7 @@ class Lifecycle:
     async def _stop(self) -> None:
         life = self._life()
         async with life.changing:
-            # In a child that was forked between the two there is nothing to stop.
+            # The child of a fork between start and stop has nothing to stop.
             life.entered = max(0, life.entered - 1)
             if life.entered == 0 and life.client is not None:
                 client, life.client, life.by_itself = life.client, None, False
@@ -160,9 +164,9 @@ class Lifecycle:
 
     @property
     def client(self) -> Client:
-        """The engine's client while the app is started; it lives on the I/O thread.
+        """The client of the started app. It lives on the I/O thread.
 
-        Raises `Closed` when nothing is started.
+        Raises `Closed` if the app is not started.
         """
         client = self.client_on(io_thread())
         if client is None:
@@ -170,7 +174,10 @@ class Lifecycle:
         return client
 
     def client_on(self, thread: IOThread) -> Client | None:
-        """Return the client, None where the app is still to start by itself. Raises `Closed`."""
+        """Return the client, or None if the app will start at its first use.
+
+        Raises `Closed` if it is not started and does not start by itself.
+        """
         life = self._lives.get(thread)
         if life is not None and life.client is not None:
             return life.client
@@ -179,9 +186,10 @@ class Lifecycle:
         return None
 
     async def started_client(self, timeout: float | None = None) -> Client:
-        """Return the client, on the I/O thread; an app that starts itself is started for it.
+        """Return the client, on the I/O thread. Start the app if it starts at its first use.
 
-        Past `timeout` seconds that goes on, but this raises `Unavailable`.
+        Raises `Unavailable` after `timeout` seconds; the start goes on. Raises `Closed` if the app
+        is not started and does not start by itself.
         """
         if self.client_on(io_thread()) is None:
             try:
@@ -192,7 +200,7 @@ class Lifecycle:
         return self.client
 
     async def ready(self) -> tuple[IOThread, Client]:
-        """Return the I/O thread and the client on it. Raises `Closed` when nothing is started."""
+        """Return the I/O thread and the client on it. Raises `Closed` if the app is not started."""
         thread = io_thread()
         client = self.client_on(thread)
         return thread, await thread.ask(self.started_client) if client is None else client
@@ -205,11 +213,11 @@ class Lifecycle:
     ) -> Reply[R]:
         """Run a function of `qtasks.control` with the app's client, on the I/O thread.
 
-        The reply has what it returns or raises, and `Unavailable` when its server stays out of
-        reach for 10 seconds.
+        The reply gets its result or its error, and `Unavailable` if the server does not answer
+        for 10 seconds. Raises `Closed` if the app is not started.
         """
         thread = io_thread()
-        self.client_on(thread)  # raises at once where nothing is started
+        self.client_on(thread)  # raises at once if the app is not started
         return thread.ask(self._control, lambda client: operation(client, *args, **kwargs))
 
     async def _control(self, operation: Callable[[Client], Coroutine[Any, Any, R]]) -> R:
@@ -217,7 +225,7 @@ class Lifecycle:
         return await retry(call, deadline=time.monotonic() + START_TIMEOUT)
 
     def _written_to(self) -> str | None:
-        """Say which broker a default app uses: nobody gave it one in the code."""
+        """Return a text with the broker of a default app: the code does not name it."""
         if not self.starts_itself:
             return None
         return f"this process's default app {self.name!r} uses the broker {self.addresses()[0]}"
@@ -229,11 +237,11 @@ class Lifecycle:
         )
 
     def _close_at_exit(self) -> None:
-        thread = running_io_thread()  # none in a child that has not used the app
+        thread = running_io_thread()  # None in a child process that has not used the app
         life = self._lives.get(thread) if thread is not None else None
         if thread is None or life is None or life.client is None:
             return
-        # Daemon threads that wait end with the process, which is no error of theirs.
+        # Daemon threads that still wait end with the process. They should not see an error.
         thread.post(life.client.forget_all)
         try:
             thread.ask(self._stop).result(_EXIT_TIMEOUT)
@@ -249,7 +257,7 @@ def _address(given: Broker | Storage | str, part: Broker | Storage) -> str:
 
 
 def not_started(name: str) -> Closed:
-    """Return the error for a use of an app before its start or after its stop."""
+    """Return the error for using an app before its start or after its stop."""
     return Closed(
         f"the app {name!r} is not started; use it inside 'async with app:' "
         "(or 'with app:'), or in a task that its worker runs"

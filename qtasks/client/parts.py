@@ -1,4 +1,4 @@
-"""Which broker and storage an app uses: the given ones, else the environment's, else SQLite."""
+"""Chooses an app's broker and storage: by arguments, by the environment, or SQLite."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ logger = logging.getLogger("qtasks")
 def given_parts(
     broker: Broker | str | None, storage: Storage | str | None
 ) -> tuple[Broker | str, Storage | str]:
-    """Return the broker and the storage of the arguments, else of the environment, else SQLite.
+    """Return the broker and the storage: from the arguments, the environment, or else SQLite.
 
-    Raises `ConfigurationError` for one without the other.
+    A broker's URL without a storage is used for both. Raises `ConfigurationError` for a storage
+    without a broker, and for a broker object without a storage.
     """
     if broker is None:
         broker = os.environ.get("QTASKS_BROKER_URL") or None
@@ -37,7 +38,7 @@ def given_parts(
 
 
 def built_parts(broker: Broker | str, storage: Storage | str) -> tuple[Broker, Storage]:
-    """Return the broker and the storage themselves, new ones where they were given as URLs."""
+    """Return the broker and the storage; build new ones if they were given as URLs."""
     return (
         resolve_broker(broker) if isinstance(broker, str) else broker,
         resolve_storage(storage) if isinstance(storage, str) else storage,
@@ -45,15 +46,15 @@ def built_parts(broker: Broker | str, storage: Storage | str) -> tuple[Broker, S
 
 
 def _default_path() -> Path:
-    """Return the absolute path of the embedded default (XDG base directory specification).
+    """Return the absolute path of the default SQLite file (XDG base directory specification).
 
-    Raises `ConfigurationError` where its directory cannot be.
+    Raises `ConfigurationError` if its directory cannot be made.
     """
     base = os.environ.get("XDG_DATA_HOME") or os.environ.get("LOCALAPPDATA") or "~/.local/share"
     try:
         directory = Path(base).expanduser().absolute() / "qtasks"
         directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # the latter where nobody is at home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
         raise ConfigurationError(
             f"no place for the embedded default ({error}): set QTASKS_BROKER_URL, "
             "or XDG_DATA_HOME to a directory that can be written"

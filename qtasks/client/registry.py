@@ -1,4 +1,4 @@
-"""The registry of workers: each keeps a shared value `worker/ID` fresh while it lives."""
+"""The registry of workers: each worker renews a shared value `worker/ID` while it lives."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from qtasks_core.errors import NotSupported
 
 PREFIX = "worker/"
 PERIOD = 10.0
-"""Seconds between signs of life: few enough for an idle worker to cost next to nothing."""
+"""Seconds between renewals of an entry. Long enough that an idle worker costs almost nothing."""
 SEEN = "worker-seen"
-"""The shared value that is set once a worker has been there, and stays."""
+"""The shared value that the first worker sets, and that is never removed."""
 STALE = 3 * PERIOD
-"""Seconds of silence after which a worker is taken for dead."""
+"""Seconds without a renewal after which a worker counts as dead."""
 _GONE = 3600.0
-"""Seconds of silence after which a worker that was killed is taken off the list."""
+"""Seconds without a renewal after which the entry of a killed worker is removed."""
 
 _decoder = msgspec.msgpack.Decoder(WorkerInfo)
 
 
 async def workers_alive(storage: Storage) -> list[WorkerInfo]:
-    """Return the workers that gave a sign of life lately. Raises `NotSupported`, `Unavailable`."""
+    """Return the workers whose entries were renewed in the last `STALE` seconds.
+
+    Raises `NotSupported` or `Unavailable`.
+    """
     since = time.time() - STALE
     found = await storage.values(PREFIX)
     infos = [_decoder.decode(found[key]) for key in sorted(found)]
@@ -32,12 +35,12 @@ async def workers_alive(storage: Storage) -> list[WorkerInfo]:
 
 
 async def ever_seen(storage: Storage) -> bool:
-    """Say whether there ever was a worker. Raises `NotSupported`, `Unavailable`."""
+    """Return whether a worker has ever run. Raises `NotSupported` or `Unavailable`."""
     return await storage.get_value(SEEN) is not None
 
 
 async def forget_silent(storage: Storage) -> None:
-    """Take workers off the list that could not do it themselves. Raises `Unavailable`."""
+    """Remove the entries of workers that died without removing them. Raises `Unavailable`."""
     since = time.time() - _GONE
     with suppress(NotSupported):
         for key, value in (await storage.values(PREFIX)).items():

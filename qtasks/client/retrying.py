@@ -1,8 +1,8 @@
-"""Servers that are out of reach: who repeats a call, when, and what the log says meanwhile.
+"""Servers that do not answer: retries with backoff, and the log lines about an outage.
 
-Clients and workers repeat by the same function, `retry`. The log has one line an outage a minute,
-whatever drivers log: one that says so at each attempt, or warns of what it mends by itself, would
-bury that. A driver whose loggers the user has set is left as it is.
+Clients and workers retry by the same function, `retry`. The log gets one line per outage and
+minute. Drivers would hide that line: some log each attempt, or warn about errors that they fix
+themselves. So their loggers are filtered, except loggers that the user has configured.
 """
 
 from __future__ import annotations
@@ -25,20 +25,25 @@ logger = logging.getLogger("qtasks")
 T = TypeVar("T")
 
 _AGAIN = 60.0
-"""Seconds until the log says again that a server is out of reach, or passes on another error of a
-driver. Attempts follow each other faster: an outage of an hour would be thousands of lines."""
+"""Seconds until an outage is logged again, and until a driver's next error is passed on.
+
+Attempts are more frequent: without this limit, an outage of an hour would log thousands of lines.
+"""
 _FRESH = 10.0
-"""Seconds for which a failure counts. A `receive` that waits says nothing, but if it had lost its
-server it would have failed again by then."""
+"""Seconds for which a failure counts.
+
+A waiting `receive` does not report success. If its server was still away, it would have failed
+again by then.
+"""
 _SERVER = re.compile(r".*?\w://[^\s,;]+")
-"""Where an error says which server it is: an outage has many errors, as each call sees it."""
+"""Finds the server in an error. One outage causes many errors; they share the server."""
 
 
 class Backoff:
-    """How long to wait before each attempt: doubles from `first` to `most` seconds, with jitter.
+    """The wait before each attempt: it doubles from `first` to `most` seconds, with jitter.
 
-    A wait is between a tenth of that and all of it. See "Exponential Backoff And Jitter", AWS
-    Architecture Blog, 2015.
+    With jitter, a wait is between 10 % and 100 % of that. See "Exponential Backoff And Jitter",
+    AWS Architecture Blog, 2015.
     """
 
     def __init__(self, first: float = 0.05, most: float = 2.0) -> None:
@@ -47,26 +52,26 @@ class Backoff:
         self._ceiling = first
 
     def next(self) -> float:
-        """Return how many seconds to wait now."""
+        """Return the seconds to wait before the next attempt."""
         ceiling, self._ceiling = self._ceiling, min(self._ceiling * 2, self._most)
         return ceiling * random.uniform(0.1, 1.0)
 
     def reset(self) -> None:
-        """Start again at `first`: the server has answered."""
+        """Start again at `first`, because the server has answered."""
         self._ceiling = self._first
 
 
 class Outage:
-    """The failures of one caller, and what the log says of them: once a minute, and their end."""
+    """Logs the failures of one caller: once a minute, and when the server answers again."""
 
     def __init__(self, caller: str = "") -> None:
         self._prefix = f"{caller}: " if caller else ""
         self._told: dict[str, float] = {}
         self.failed_at: float | None = None
-        """When the last call failed, on the monotonic clock; None: it was answered."""
+        """When the last call failed (seconds, monotonic clock); None if it succeeded."""
 
     def failed(self, error: Unavailable) -> None:
-        """Log an error, unless it, or another one of the same server, was logged lately."""
+        """Log an error, unless an error of the same server was logged in the last 60 seconds."""
         text, now = str(error), time.monotonic()
         self.failed_at = now
         server = _SERVER.match(text)
@@ -77,7 +82,7 @@ class Outage:
             logger.warning("%s%s; trying again", self._prefix, text)
 
     def over(self) -> None:
-        """Log that the server answers again, if it was logged that it does not."""
+        """Log that the server answers again, if its outage was logged."""
         if self._told:
             self._told.clear()
             logger.warning("%sthe server answers again", self._prefix)
@@ -102,10 +107,10 @@ async def retry(
     deadline: float = inf,
     outage: Outage | None = None,
 ) -> T | None:
-    """Repeat `call`, with backoff, while it raises `Unavailable`; return what it returns.
+    """Retry `call` with backoff while it raises `Unavailable`, and return its result.
 
-    Returns None when `until` is set between two attempts. Raises the last `Unavailable` where the
-    next attempt would come after `deadline` (loop time, in seconds). `outage` logs the failures.
+    Returns None if `until` is set between two attempts. Raises the last `Unavailable` if the next
+    attempt would start after `deadline` (loop time, in seconds). `outage` logs the failures.
     """
     backoff: Backoff | None = None
     while True:
@@ -122,7 +127,7 @@ async def retry(
         else:
             if outage is not None:
                 outage.failed_at = None
-                if backoff is not None:  # else the server that failed may be another one
+                if backoff is not None:  # otherwise another server may have failed
                     outage.over()
             return answer
         if until is None:
@@ -137,30 +142,30 @@ async def retry(
 
 
 class Retrying:
-    """The calls of one worker: retried with backoff. Knows whether the servers answered lately."""
+    """Retries the calls of one worker, and knows whether the servers have answered recently."""
 
     def __init__(self) -> None:
         self._outage = Outage("worker")
 
     @property
     def fine(self) -> bool:
-        """Whether the last calls were answered."""
+        """Whether the last call succeeded, or failed more than 10 seconds ago."""
         failed_at = self._outage.failed_at
         return failed_at is None or time.monotonic() - failed_at > _FRESH
 
     async def call(
         self, call: Callable[[], Awaitable[T]], until: asyncio.Event | None = None
     ) -> T | None:
-        """Retry `call` while the server is out of reach; None once `until` is set meanwhile."""
+        """Retry `call` while the server does not answer; None if `until` is set meanwhile."""
         return await retry(call, until=until, outage=self._outage)
 
 
 @contextmanager
 def no_stray_cancel() -> Iterator[None]:
-    """Raise `RuntimeError` for a `CancelledError` that no cancellation of this task has caused.
+    """Raise `RuntimeError` for a `CancelledError` although this task was not cancelled.
 
-    Drivers raise one when a connection is closed under them. A task that ends by it is missed by
-    nobody, and what it did for others would never be done.
+    Some drivers raise one when their connection is closed. The task would then stop silently, as
+    after a real cancellation, and its work would never be done.
     """
     try:
         yield
@@ -176,24 +181,27 @@ _users: Counter[str] = Counter()
 
 
 def quiet_drivers(names: Iterable[str]) -> None:
-    """Quiet drivers by the names of their loggers, with all below them, until `release_drivers`."""
+    """Filter the loggers of drivers, and all loggers below them, until `release_drivers`.
+
+    `names` are the names of the loggers.
+    """
     for name in names:
         _users[name] += 1
         with suppress(ImportError):
-            import_module(name)  # mostly that of its package, which makes its loggers
+            import_module(name)  # the name is usually a package, whose import makes the loggers
     quiet_late_loggers()
 
 
 def quiet_late_loggers() -> None:
-    """Quiet loggers below them that were made since: drivers import some of their modules late."""
+    """Filter new loggers below the filtered ones: drivers import some of their modules late."""
     for name in +_users:
         added = _filters.setdefault(name, _Quiet(name))
         for each in _loggers(name):
-            each.addFilter(added)  # once, however often it is added
+            each.addFilter(added)  # adding a filter again has no effect
 
 
 def release_drivers(names: Iterable[str]) -> None:
-    """Let drivers speak again, with the last that quieted them."""
+    """Remove the filters, once every caller of `quiet_drivers` has released them."""
     for name in names:
         _users[name] -= 1
         if _users[name] <= 0 and (added := _filters.pop(name, None)) is not None:
@@ -212,7 +220,7 @@ def _loggers(name: str) -> list[logging.Logger]:
 
 
 class _Quiet(logging.Filter):
-    """Passes on an error a minute; the rest goes to QTasks' own logger, for debugging."""
+    """Passes on one error a minute. The rest goes to the logger `qtasks`, at level DEBUG."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -230,7 +238,7 @@ class _Quiet(logging.Filter):
         return False
 
     def _is_set(self, name: str) -> bool:
-        """Say whether the user has set this logger, or one between it and the driver's own."""
+        """Return whether the user has configured this logger, or one between it and `_top`."""
         each: logging.Logger | None = logging.getLogger(name)
         while each is not None and (each.name == self._top or each.name.startswith(self._top)):
             if each.level != logging.NOTSET or each.handlers or not each.propagate:

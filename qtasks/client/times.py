@@ -1,7 +1,7 @@
-"""The times of tasks: the clock that processes share, and how long records are kept.
+"""The clock that processes share, and the retention of records.
 
-A final record is also what stops its message, should that be delivered again. So some records
-are kept longer than was asked for.
+If a message is delivered again, its final record stops it. So some records are kept for longer
+than the user has asked for.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ import time
 from qtasks_core import Broker, Storage, Task
 
 LEASES = 2.0
-"""A message that was not settled comes back within one lease, and soon finds a worker."""
+"""Least retention of a final record, in leases.
+
+A message that was not settled is delivered again within one lease, and a worker soon receives it.
+"""
 _CANCELLED = 86_400.0
-"""Seconds from when it is due that a cancelled task's message may have to wait in its queue."""
+"""Seconds after its due time for which a cancelled task's message may wait in its queue."""
 _FRESH = 60.0
-"""Seconds after which the server is asked for its time again, when a time is needed."""
+"""Seconds for which the server's time counts as known. Later it is asked again, if needed."""
 
 
 class Clock:
-    """The broker's clock, or the storage's, as a difference from this machine's.
+    """The clock of the broker or the storage, as a difference from this machine's clock.
 
-    Where neither has one it is this machine's own; those of other machines have to agree with it.
+    If neither has a clock, it is this machine's clock. The clocks of other machines must then
+    agree with it.
     """
 
     def __init__(self, broker: Broker, storage: Storage) -> None:
@@ -29,10 +33,10 @@ class Clock:
         self._ahead = 0.0
         self._asked_at: float | None = None
         self.shared = False
-        """Whether all processes of the app have this clock."""
+        """Whether all processes of the app use this clock: it is a server's."""
 
     async def ask(self) -> None:
-        """Ask for the server's time, unless that was done lately. Raises `Unavailable`."""
+        """Ask for the server's time, at most once in 60 seconds. Raises `Unavailable`."""
         if self._asked_at is not None and time.monotonic() - self._asked_at < _FRESH:
             return
         for server in self._servers:
@@ -45,24 +49,27 @@ class Clock:
         self._asked_at = time.monotonic()
 
     def shown_at(self, local: float) -> float:
-        """Return what it shows when this machine's clock shows `local`; Unix times, in seconds."""
+        """Convert a time of this machine's clock to this clock. Both are Unix times in seconds."""
         return local + self._ahead
 
     def now(self) -> float:
-        """Return the Unix time by this clock, in seconds."""
+        """Return the current Unix time of this clock, in seconds."""
         return self.shown_at(time.time())
 
 
 def kept_for(asked: float | None, default: float | None, least: float) -> float | None:
-    """Return the retention to record, in seconds: what was asked for, `least` where that is less.
+    """Return the retention to record, in seconds: `asked`, or `least` if that is longer.
 
-    `default` is the storage's, which counts where nothing was asked for.
+    `default` is the storage's retention. It is compared with `least` if `asked` is None.
     """
     keep = default if asked is None else asked
     return asked if keep is None or keep >= least else least
 
 
 def cancelled_kept_for(record: Task, default: float | None) -> float | None:
-    """Return the retention of a task that is cancelled now: its message is still in the queue."""
+    """Return the retention of a task that is cancelled now, in seconds.
+
+    Its message is still in the queue, so the record has to be kept until the message is received.
+    """
     wait = max(0.0, record.due_at - time.time()) if record.due_at is not None else 0.0
     return kept_for(record.retention, default, wait + _CANCELLED)

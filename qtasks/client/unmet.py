@@ -1,4 +1,4 @@
-"""What tasks ask for that their broker or storage cannot do: logged once a task."""
+"""Warnings about task options that the broker or storage does not support, once per task."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from qtasks_core.lookup import installed_parts
 logger = logging.getLogger("qtasks")
 
 USUAL = TaskMessage(uuid="-", task_name="-", queue="-").priority
-"""The priority of a task that asks for none."""
+"""The default priority of a task."""
 
 
 class Unmet:
-    """Compares what tasks ask for with what broker and storage can do; warns once a task."""
+    """Compares the options of tasks with the guarantees of broker and storage."""
 
     def __init__(self) -> None:
         self._of_priority: set[str] = set()
@@ -25,14 +25,14 @@ class Unmet:
     def declared(
         self, priority: set[str], retention: set[str], broker: Broker, storage: Storage
     ) -> None:
-        """Warn of declared tasks that ask for what broker or storage cannot do; both have started.
+        """Warn about declared tasks with options that the broker or storage does not support.
 
-        `priority` and `retention`: the names of the tasks that ask for each.
+        Both have started. `priority` and `retention`: the names of the tasks with these options.
         """
         self._judge(priority, retention, broker, storage)
 
     def submitted(self, messages: Sequence[TaskMessage], broker: Broker, storage: Storage) -> None:
-        """Warn of calls that ask for it, also of tasks that this app does not know."""
+        """Warn about calls with such options, also of tasks that are not registered here."""
         asking = [m for m in messages if m.priority != USUAL or m.retention is not None]
         if asking:
             self._judge(
@@ -78,10 +78,10 @@ class Unmet:
 
 
 def has_priorities(broker: Guarantees) -> bool:
-    """Say whether a broker hands out messages of a higher priority first."""
+    """Return whether a broker delivers messages of a higher priority first."""
     return broker.priorities
 
 
 def deletes(storage: Guarantees) -> bool:
-    """Say whether records leave a storage at their time, by themselves or by `expire`."""
+    """Return whether a storage deletes records after their retention, by itself or by `expire`."""
     return storage.retention is not None or "expire" not in storage.unsupported

@@ -1,1 +1,1 @@
-"""Declaring tasks: routers, tasks, calls and the handles that they return."""
+"""Declaring tasks: routers, tasks, calls, and the handles that calls return."""

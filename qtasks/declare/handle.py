@@ -1,4 +1,4 @@
-"""What users hold of a task: a view of its record, typed by what the function returns."""
+"""Handles: the record of one task, with the result typed as the function annotates it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _untyped = MsgpackSerializer()
 
 
 class Handle(Generic[R]):
-    """One task as its record was when this handle was made. Times are Unix times in seconds."""
+    """One task, as its record was when this handle was made.
+
+    A handle does not change. `wait_result` and `get_task` return a newer one. Times are Unix times
+    in seconds.
+    """
 
     def __init__(self, app: App, record: schemas.Task, decode: Callable[[Any], R]) -> None:
         self._app = app
@@ -66,17 +70,17 @@ class Handle(Generic[R]):
 
     @property
     def error(self) -> str | None:
-        """One line: the exception's type and message."""
+        """The type and the message of the exception, in one line."""
         return self.record.error
 
     @property
     def traceback(self) -> str | None:
-        """The worker's traceback."""
+        """The traceback of the exception in the worker."""
         return self.record.traceback
 
     @property
     def dead(self) -> str | None:
-        """Why a failed task will not be tried again."""
+        """Why a failed task is not retried: it is a dead letter."""
         return self.record.dead
 
     @property
@@ -96,13 +100,12 @@ class Handle(Generic[R]):
 
     @property
     def returning(self) -> R:
-        """What the function returned.
+        """The decoded result of the function; None if the task does not store its result.
 
-        Raises `TaskFailed` (with the remote traceback), `TaskCancelled` or `TaskNotFinished`.
+        Raises `TaskFailed` (with the worker's traceback), `TaskCancelled` or `TaskNotFinished`.
         """
         record = self.record
         if record.status == "success":
-            # Without a stored result the task returned, as far as one can know, nothing.
             return self._decode(record.returning) if record.returning is not None else None  # type: ignore[return-value]
         if record.status == "error":
             raise TaskFailed(record)
@@ -120,17 +123,18 @@ class Task(Handle[R]):
             finished = await task.wait_result(timeout=30)
             print(finished.returning)
 
-        `timeout` is in seconds; None waits for ever. Raises `TaskTimeout` past it: the task goes
-        on, and you may wait again.
+        `timeout` is in seconds; None waits for ever. Raises `TaskTimeout` after that time: the
+        task is not affected, and you may wait again.
         """
         if self.finished:
             return self
         return Task(self._app, await self._app.wait(self.uuid, timeout), self._decode)
 
     async def cancel(self) -> bool:
-        """Cancel the task, queued or running; False: it had finished by itself before.
+        """Cancel the task if it is queued or running.
 
-        Raises `UnknownTask` when its record is gone.
+        Returns False if it has already finished by itself. Raises `UnknownTask` if its record is
+        gone, and `Unavailable` if the servers do not answer for 10 seconds.
         """
         return await self._app.cancel_task(self.uuid)
 
@@ -144,8 +148,8 @@ class BlockingTask(Handle[R]):
             finished = task.wait_result(timeout=30)
             print(finished.returning)
 
-        `timeout` is in seconds; None waits for ever. Raises `TaskTimeout` past it: the task goes
-        on, and you may wait again.
+        `timeout` is in seconds; None waits for ever. Raises `TaskTimeout` after that time: the
+        task is not affected, and you may wait again.
         """
         if self.finished:
             return self
@@ -153,8 +157,9 @@ class BlockingTask(Handle[R]):
         return BlockingTask(self._app, record, self._decode)
 
     def cancel(self) -> bool:
-        """Cancel the task, queued or running; False: it had finished by itself before.
+        """Cancel the task if it is queued or running.
 
-        Raises `UnknownTask` when its record is gone.
+        Returns False if it has already finished by itself. Raises `UnknownTask` if its record is
+        gone, and `Unavailable` if the servers do not answer for 10 seconds.
         """
         return block_on(self._app.cancel_task, self.uuid)

@@ -1,4 +1,4 @@
-"""Routers: tasks declared apart from any app."""
+"""Routers: they declare tasks without an app, which includes them later."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from qtasks_core.errors import ConfigurationError
 
 R = TypeVar("R")
 T = TypeVar("T")
-"""What a generator's result is a list of."""
+"""The type of the values that a generator yields."""
 H = TypeVar("H")
-"""What a `generate_handler` makes of each yield."""
+"""The type that a `generate_handler` returns."""
 
 
 class Options(TypedDict, total=False):
-    """Options of a task as keywords; `TaskOptions` says what each means."""
+    """The options of a task as keyword arguments. `TaskOptions` explains each."""
 
     queue: str
     priority: int
@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
 
 
 class AsyncDecorator(Protocol):
-    """Turns a function, async or plain, into an `AsyncTask` of what it returns."""
+    """Turns an async or plain function into an `AsyncTask` with the same result type."""
 
     @overload
     def __call__(
@@ -59,7 +59,7 @@ class AsyncDecorator(Protocol):
 
 
 class SyncDecorator(Protocol):
-    """Turns a function, plain or async, into a `SyncTask` of what it returns."""
+    """Turns a plain or async function into a `SyncTask` with the same result type."""
 
     @overload
     def __call__(
@@ -78,7 +78,7 @@ class SyncDecorator(Protocol):
 
 
 class AsyncGeneratorDecorator(Protocol[H]):
-    """Turns a generator function whose yields a handler takes into an `AsyncTask`."""
+    """Turns a generator function with a `generate_handler` into an `AsyncTask`."""
 
     @overload
     def __call__(
@@ -91,7 +91,7 @@ class AsyncGeneratorDecorator(Protocol[H]):
 
 
 class SyncGeneratorDecorator(Protocol[H]):
-    """Turns a generator function whose yields a handler takes into a `SyncTask`."""
+    """Turns a generator function with a `generate_handler` into a `SyncTask`."""
 
     @overload
     def __call__(
@@ -104,10 +104,10 @@ class SyncGeneratorDecorator(Protocol[H]):
 
 
 class Router:
-    """Definitions, and the apps that included them.
+    """Task definitions, and the apps that have included them.
 
-    `plugins` are put around each task, within those of the app, the first outermost.
-    Raises `ConfigurationError` for what is no plugin.
+    `plugins` run around each task, inside the app's plugins; the first is the outermost. Raises
+    `ConfigurationError` if one of them is not a plugin.
     """
 
     def __init__(self, *, plugins: Iterable[Plugin] = ()) -> None:
@@ -116,7 +116,10 @@ class Router:
         self._inclusions = Inclusions()
 
     def included_by(self, app: App) -> None:
-        """Register everything with an app, now and what is declared later."""
+        """Register all tasks with an app, also those that are declared later.
+
+        Raises `ConfigurationError` if two functions have the same task name.
+        """
         self._inclusions.add(app)
         for definition in self.definitions:
             app.register(definition)
@@ -124,7 +127,7 @@ class Router:
     def define(
         self, function: Callable[..., Any], name: str | None, options: TaskOptions
     ) -> TaskDefinition:
-        """Add a task to this router and to the apps that included it already."""
+        """Add a task to this router, and to the apps that have included it."""
         definition = TaskDefinition(function, name, options, plugins=self.plugins)
         self.definitions.append(definition)
         for app in self._inclusions:
@@ -133,14 +136,24 @@ class Router:
 
 
 def _refuse_bare(name: object) -> None:
-    # Without parentheses the function would be the name, and the task would be lost in silence.
+    # Without parentheses the function would be taken for the name, and no task would be declared.
     if callable(name):
         called = getattr(name, "__qualname__", "the task")
         raise ConfigurationError(f"{called}: the decorator needs its parentheses: @….task()")
 
 
 class AsyncRouter(Router):
-    """Declares tasks for async code; `include_router` brings them into an app."""
+    """Declares tasks for async code. `include_router` adds them to an app.
+
+        router = AsyncRouter()
+
+        @router.task()
+        async def send(address: str) -> None: ...
+
+        app.include_router(router)
+
+    Several apps may include one router. Then call `send.using(app).add_task(…)`.
+    """
 
     @overload
     def task(
@@ -167,7 +180,17 @@ class AsyncRouter(Router):
         generate_handler: Callable[[Any], Any] | None = None,
         **options: Unpack[Options],
     ) -> AsyncDecorator | AsyncGeneratorDecorator[Any]:
-        """Declare a task. Options are those of `TaskOptions`; the name is `module.qualname`."""
+        """Declare a task. Write the parentheses even without arguments.
+
+            @app.task(queue="mail", retry=3)
+            async def send(address: str) -> None: ...
+
+        `name`: the name of the task, by default `module.qualname` of the function.
+        `generate_handler`: is called with each value that a generator function yields; the result
+        is the list of its answers. `TaskOptions` explains the other options.
+
+        Raises `ConfigurationError` for wrong options, and for a name that another function has.
+        """
         _refuse_bare(name)
         chosen = TaskOptions(generate_handler=generate_handler, **options)
 
@@ -178,7 +201,17 @@ class AsyncRouter(Router):
 
 
 class SyncRouter(Router):
-    """Declares tasks for blocking code; `include_router` brings them into an app."""
+    """Declares tasks for blocking code. `include_router` adds them to an app.
+
+        router = SyncRouter()
+
+        @router.task()
+        def send(address: str) -> None: ...
+
+        app.include_router(router)
+
+    Several apps may include one router. Then call `send.using(app).add_task(…)`.
+    """
 
     @overload
     def task(
@@ -205,7 +238,17 @@ class SyncRouter(Router):
         generate_handler: Callable[[Any], Any] | None = None,
         **options: Unpack[Options],
     ) -> SyncDecorator | SyncGeneratorDecorator[Any]:
-        """Declare a task. Options are those of `TaskOptions`; the name is `module.qualname`."""
+        """Declare a task. Write the parentheses even without arguments.
+
+            @app.task(queue="mail", retry=3)
+            def send(address: str) -> None: ...
+
+        `name`: the name of the task, by default `module.qualname` of the function.
+        `generate_handler`: is called with each value that a generator function yields; the result
+        is the list of its answers. `TaskOptions` explains the other options.
+
+        Raises `ConfigurationError` for wrong options, and for a name that another function has.
+        """
         _refuse_bare(name)
         chosen = TaskOptions(generate_handler=generate_handler, **options)
 

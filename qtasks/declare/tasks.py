@@ -1,4 +1,4 @@
-"""Declared tasks and calls of them: from a function's arguments to the message with them."""
+"""Declared tasks and their calls: how the arguments of a function become a message."""
 
 from __future__ import annotations
 
@@ -25,30 +25,36 @@ from qtasks_core.separate import record_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
-"""What a finished task returns."""
+"""The result type of a finished task."""
 C = TypeVar("C")
-"""What a call here and now gives: R of a plain function, a coroutine of it of an async one."""
+"""What a direct call returns: R from a plain function, a coroutine of R from an async one."""
 A = TypeVar("A")
-"""What `add_task` gives: a handle, or a coroutine of one."""
+"""What `add_task` returns: a handle, or a coroutine of one."""
 
 
 class CallOptions(TypedDict, total=False):
-    """Options of one call, beside `timeout`. None means: as if left out."""
+    """Options of one call, beside `timeout`. None means the same as leaving the option out."""
 
     delay: float | None
     """Seconds until the task may run."""
     eta: datetime | None
-    """When the task may run, with a time zone; instead of `delay`."""
+    """The time from which the task may run, with a time zone. Use it instead of `delay`."""
     queue: str | None
-    """The queue, instead of the declared one."""
+    """The queue. By default the declared one."""
     priority: int | None
-    """0 to 9, 9 first, instead of the declared one."""
+    """0 to 9; tasks with 9 run first. By default the declared one."""
     expires: float | None
-    """Seconds from now. A run that would begin later ends in `error` instead. The worker compares
-    its clock with the sender's, where the broker and the storage have none."""
+    """Seconds from now. If a run would start later, the task finishes in `error` instead.
+
+    Times are those of the broker's or the storage's clock. If neither has one, the sender and the
+    worker each use the clock of their machine.
+    """
     key: str | None
-    """Of all calls of a task with one key only the first enqueues, as long as its record is kept.
-    The others return the record that is there, whatever their arguments."""
+    """Makes enqueuing idempotent: only the first call of a task with a key enqueues it.
+
+    This holds as long as the record is kept. Later calls return the existing record, whatever
+    their arguments are.
+    """
 
 
 _LEFT_OUT = CallOptions(delay=None, eta=None, queue=None, priority=None, expires=None, key=None)
@@ -56,14 +62,14 @@ _each = itemgetter("delay", "eta", "queue", "priority", "expires", "key")
 
 
 class Owner(Protocol):
-    """Where a task finds its app: the app itself, or a router."""
+    """Finds the app of a task: a router does, or an app that was given to `using`."""
 
     def find_app(self) -> App:
-        """Return the app to enqueue with."""
+        """Return the app that enqueues the task."""
 
 
 class Call(Generic[R]):
-    """Arguments of a task, not yet enqueued."""
+    """A task with its arguments, not enqueued yet."""
 
     def __init__(
         self,
@@ -88,9 +94,9 @@ class AsyncCall(Call[R]):
     async def add_task(
         self, *, timeout: float | None = None, **options: Unpack[CallOptions]
     ) -> Task[R]:
-        """Enqueue this call. With `timeout` (seconds) return the finished task, else a new one.
+        """Enqueue this call. With `timeout` (seconds), wait for the task and return it finished.
 
-        The options are those of `CallOptions`; errors are those of `AsyncTask.add_task`.
+        `CallOptions` explains the options. Raises the errors of `AsyncTask.add_task`.
 
             await send.call("ann@example.com").add_task(delay=60)
         """
@@ -105,9 +111,9 @@ class SyncCall(Call[R]):
     def add_task(
         self, *, timeout: float | None = None, **options: Unpack[CallOptions]
     ) -> BlockingTask[R]:
-        """Enqueue this call. With `timeout` (seconds) return the finished task, else a new one.
+        """Enqueue this call. With `timeout` (seconds), wait for the task and return it finished.
 
-        The options are those of `CallOptions`; errors are those of `SyncTask.add_task`.
+        `CallOptions` explains the options. Raises the errors of `SyncTask.add_task`.
 
             send.call("ann@example.com").add_task(delay=60)
         """
@@ -117,15 +123,15 @@ class SyncCall(Call[R]):
 
 
 class Inclusions:
-    """The apps of this process that included a router."""
+    """The apps of this process that have included one router."""
 
     def __init__(self) -> None:
         self._apps: list[ref[App]] = []
         self._last: str | None = None
-        """The name of the last app that was noted."""
+        """The name of the app that was added last."""
 
     def add(self, app: App) -> None:
-        """Note an app."""
+        """Add an app."""
         self._apps = [*(ref(known) for known in self if known is not app), ref(app)]
         self._last = app.name
 
@@ -133,14 +139,16 @@ class Inclusions:
         return iter([app for known in self._apps if (app := known()) is not None])
 
     def find_app(self) -> App:
-        """Return the only app that is not stopped; if no app included the router, the default app.
+        """Return the app that has included the router, or the default app if none ever has.
 
-        Raises `AmbiguousApp`, and `Closed` when the apps that included it are stopped and gone.
+        If several apps have included it, stopped ones do not count, unless all are stopped.
+        Raises `AmbiguousApp` if several apps count. Raises `Closed` if all apps that have included
+        it are stopped and garbage-collected.
         """
         if len(self._apps) == 1 and (only := self._apps[0]()) is not None:
             return only
         apps = list(self)
-        # A test that builds an app for itself leaves it stopped, for the garbage collector.
+        # A test may build an app and stop it; the garbage collector has not removed it yet.
         claiming = [app for app in apps if app.claims_routers] or apps[:1]
         if len(claiming) > 1:
             names = ", ".join(sorted(repr(app.name) for app in claiming))
@@ -148,24 +156,24 @@ class Inclusions:
         if claiming:
             return claiming[0]
         if self._last is not None:
-            # The default app would be chosen or not, as the garbage collector has run or not.
+            # Not the default app: then the choice would depend on when the garbage collector runs.
             raise not_started(self._last)
         return default_app()
 
 
 class FixedApp:
-    """The owner of a task that was told its app."""
+    """The owner of a task that is bound to one app."""
 
     def __init__(self, app: App) -> None:
         self._app = app
 
     def find_app(self) -> App:
-        """Return that app."""
+        """Return the app."""
         return self._app
 
 
 class BaseTask(Generic[P, R, C, A]):
-    """A registered function; calling it runs it here and now, as if it were not decorated."""
+    """A registered function. A direct call runs it in the caller, as without the decorator."""
 
     def __init__(self, function: Callable[P, C], definition: TaskDefinition, owner: Owner) -> None:
         self._function = function
@@ -183,7 +191,7 @@ class BaseTask(Generic[P, R, C, A]):
 
     @property
     def name(self) -> str:
-        """The name under which workers know it."""
+        """The name of the task, by which workers find its function."""
         return self.definition.name
 
     def add_task(
@@ -204,15 +212,15 @@ class BaseTask(Generic[P, R, C, A]):
             task = await send.add_task("ann@example.com", timeout=5)  # finished
             print(task.returning)
 
-        In blocking code leave `await` out. `timeout` is in seconds, and covers the enqueuing and
-        the wait. `CallOptions` says what the other options mean. For a parameter of the function
-        that has the name of an option write `send.call(…).add_task(…)`.
+        In blocking code leave `await` out. `timeout` is in seconds; it covers enqueuing and
+        waiting. `CallOptions` explains the other options. If a parameter of the function has the
+        name of an option, write `send.call(…).add_task(…)`.
 
-        Raises `TaskTimeout` when the task has not finished in time: it goes on. Raises
-        `Unavailable` when the broker has not confirmed the task in time (without `timeout`: 30
-        seconds): it may or may not be enqueued. Raises `Refused` when the broker does not take it,
-        and `SignatureMismatch`, `SerializationError`, `PayloadTooLarge` or `ConfigurationError` for
-        wrong arguments and options.
+        Raises `TaskTimeout` if the task has not finished in time; the task is not affected. Raises
+        `Unavailable` if the broker has not confirmed the task in time (without `timeout`: 30
+        seconds); it may or may not be enqueued. Raises `Refused` if the broker refuses it. Raises
+        `SignatureMismatch`, `SerializationError`, `PayloadTooLarge` or `ConfigurationError` for
+        wrong arguments or options.
         """
         options = CallOptions(
             delay=delay, eta=eta, queue=queue, priority=priority, expires=expires, key=key
@@ -233,14 +241,17 @@ class BaseTask(Generic[P, R, C, A]):
 
 
 class AsyncTask(BaseTask[P, R, C, Coroutine[Any, Any, Task[R]]]):
-    """A task for async code; its function may be a coroutine function or a plain one."""
+    """A task for async code. Its function may be async or plain."""
 
     def using(self, app: App) -> AsyncTask[P, R, C]:
-        """Return this task bound to an app."""
+        """Return this task bound to an app, for routers that several apps have included."""
         return AsyncTask(self._function, self.definition, FixedApp(app))
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> AsyncCall[R]:
-        """Return a call, its arguments checked by the type checker."""
+        """Return a call with these arguments, for `add_task` and `add_tasks`.
+
+        Type checkers check the arguments. Nothing is enqueued yet.
+        """
         return AsyncCall(self.definition, self._owner, args, kwargs)
 
     def _add(
@@ -256,7 +267,11 @@ class AsyncTask(BaseTask[P, R, C, Coroutine[Any, Any, Task[R]]]):
     async def map(self, arguments: Iterable[Sequence[Any]]) -> list[Task[R]]:
         """Enqueue one call for each sequence of positional arguments, in few round trips.
 
-        tasks = await add.map([(1, 2), (3, 4)])
+            tasks = await add.map([(1, 2), (3, 4)])
+
+        The returned tasks are enqueued, not finished. Raises `Unavailable` or `Refused` if the
+        broker has not confirmed all of them: then some may be enqueued. Raises
+        `SignatureMismatch`, `SerializationError` or `PayloadTooLarge` for wrong arguments.
         """
         app = self._owner.find_app()
         messages = self._messages(app, arguments)
@@ -265,14 +280,17 @@ class AsyncTask(BaseTask[P, R, C, Coroutine[Any, Any, Task[R]]]):
 
 
 class SyncTask(BaseTask[P, R, C, BlockingTask[R]]):
-    """A task for blocking code; its function may be a plain one or a coroutine function."""
+    """A task for blocking code. Its function may be plain or async."""
 
     def using(self, app: App) -> SyncTask[P, R, C]:
-        """Return this task bound to an app."""
+        """Return this task bound to an app, for routers that several apps have included."""
         return SyncTask(self._function, self.definition, FixedApp(app))
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> SyncCall[R]:
-        """Return a call, its arguments checked by the type checker."""
+        """Return a call with these arguments, for `add_task` and `add_tasks`.
+
+        Type checkers check the arguments. Nothing is enqueued yet.
+        """
         return SyncCall(self.definition, self._owner, args, kwargs)
 
     def _add(
@@ -288,7 +306,11 @@ class SyncTask(BaseTask[P, R, C, BlockingTask[R]]):
     def map(self, arguments: Iterable[Sequence[Any]]) -> list[BlockingTask[R]]:
         """Enqueue one call for each sequence of positional arguments, in few round trips.
 
-        tasks = add.map([(1, 2), (3, 4)])
+            tasks = add.map([(1, 2), (3, 4)])
+
+        The returned tasks are enqueued, not finished. Raises `Unavailable` or `Refused` if the
+        broker has not confirmed all of them: then some may be enqueued. Raises
+        `SignatureMismatch`, `SerializationError` or `PayloadTooLarge` for wrong arguments.
         """
         app = self._owner.find_app()
         messages = self._messages(app, arguments)
@@ -305,8 +327,8 @@ def message_of(
 ) -> TaskMessage:
     """Return the message of a call.
 
-    With `key` its uuid is that of every call of this task, in this app, with that key.
-    Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge`, `ConfigurationError`.
+    With `key`, all calls of this task in this app with the same key have the same uuid.
+    Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge` or `ConfigurationError`.
     """
     delay, eta, queue, priority, expires, key = _each({**_LEFT_OUT, **options})
     encoded_args, encoded_kwargs = definition.encode(args, kwargs)

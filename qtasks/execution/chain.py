@@ -12,7 +12,7 @@ from qtasks_core.contracts.plugin import Again, Decision, GiveUp, Plugin, Procee
 Call = Callable[[TaskMessage], Awaitable[Any]]
 
 _NO_RETRY = Backoff(0)
-"""Decides where no plugin does: a task runs again only if its function asks for it."""
+"""The decision if no plugin decides: retry only if the function raises `Retry`."""
 
 
 def in_middleware(call: Call, plugins: Sequence[Plugin], decode: Callable[[bytes], Any]) -> Call:
@@ -51,7 +51,7 @@ async def decided(
 ) -> Decision:
     """Ask the plugins from the innermost on; return the first decision.
 
-    Raises the error of a plugin, and `TypeError` if one returns something else than a decision.
+    Raises the error of a plugin, and `TypeError` if a plugin does not return a decision.
     """
     run = Run(message)
     for plugin in reversed(plugins):

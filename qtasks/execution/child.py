@@ -38,7 +38,7 @@ from qtasks.signals import Reject, Retry
 from qtasks_core.errors import BadArguments, UnstorableResult
 
 _EXIT_WITHIN = 1.0
-"""Seconds for an orderly exit, should threads that functions have started delay it."""
+"""Seconds for an orderly exit: threads that functions have started may delay it."""
 
 _here = False
 
@@ -47,12 +47,12 @@ _requests = msgspec.msgpack.Decoder(RunRequest)
 
 
 def is_child() -> bool:
-    """Say whether this process runs functions for a worker, so that it must not start one."""
+    """Return whether this process runs functions for a worker, so that it must not start one."""
     return _here
 
 
 def main() -> None:
-    """Serve the worker at the other end of the socket that the command names."""
+    """Run functions for the worker at the other end of the socket in the command line."""
     global _here
     _here = True
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _let_the_worker_decide(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: the worker hears of signals, and ends its children."""
+    """Do nothing: the worker handles signals, and stops its children."""
 
 
 def _adopt(setting: Setting) -> None:
@@ -93,7 +93,7 @@ class FunctionServer:
         threading.Thread(target=self._listen, daemon=True, name="qtasks-line").start()
         while (request := self._requests.get()) is not None:
             answer = self._answer(request)
-            with suppress(Exception):  # a function may have put anything in their place
+            with suppress(Exception):  # a function may have replaced the stream
                 sys.stdout.flush()
                 sys.stderr.flush()
             try:
@@ -103,7 +103,7 @@ class FunctionServer:
                 return
 
     def _listen(self) -> None:
-        with suppress(MemoryError, OSError):  # nothing more can be read: as if it were closed
+        with suppress(MemoryError, OSError):  # no more can be read: treat it as closed
             while (request := receive(self._line, _requests)) is not None:
                 self._busy.set()
                 self._requests.put(request)
@@ -130,7 +130,7 @@ class FunctionServer:
             return NotCallable(storable(str(error)))
         except UnstorableResult as error:
             return NotStorable(str(error))
-        except BaseException as error:  # noqa: BLE001  # told to the worker
+        except BaseException as error:  # noqa: BLE001  # sent to the worker
             mro = [Place(str(kind.__module__), kind.__qualname__) for kind in type(error).__mro__]
             return Raised(mro, line_of(error), trace_of(error), _asked(error))
 

@@ -44,7 +44,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     queue: str = "default"
     priority: int = 5
-    """0 to 9, 9 first."""
+    """0 to 9; tasks with 9 run first."""
     retry: int | None = None
     """How many more runs after the first may follow an exception: short for `Retries(retry)`.
 
@@ -64,7 +64,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     plugins: Sequence[Plugin] = ()
     """They run within those of the router and the app, the first outermost."""
     generate_handler: Callable[[Any], Any] | None = None
-    """Is called with each value that a generator yields; the result is the list of its answers."""
+    """Called with each value that a generator yields. The result is the list of its answers."""
 
     def __post_init__(self) -> None:
         checked_name(self.queue, "a queue")
@@ -89,12 +89,12 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError("give retry= or a Retries plugin, not both")
 
     def all_plugins(self) -> tuple[Plugin, ...]:
-        """Return the plugins and, outside of them, the one that `retry` stands for."""
+        """Return the plugins. If `retry` is set, `Retries(retry)` is the outermost."""
         return (*(() if self.retry is None else (Retries(self.retry),)), *self.plugins)
 
 
 def checked_plugins(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
-    """Return the plugins. Raises `ConfigurationError` for anything else, a class for instance."""
+    """Return the plugins. Raises `ConfigurationError` if one is not a plugin, e.g. a class."""
     plugins = tuple(plugins)
     for plugin in plugins:
         if not isinstance(plugin, Plugin):
@@ -263,7 +263,7 @@ class TaskDefinition:
             _end_fork(pid)
 
     def _arguments(self, message: TaskMessage) -> tuple[list[Any], dict[str, Any]]:
-        if message.encoding != self.serializer.name:  # other bytes might decode by chance
+        if message.encoding != self.serializer.name:  # other bytes may decode by accident
             raise BadArguments(
                 f"{self.name}: the arguments are encoded as {message.encoding!r}, "
                 f"and this worker reads {self.serializer.name!r}"
@@ -285,7 +285,7 @@ class TaskDefinition:
         """Return the bytes of a result.
 
         Raises `SerializationError`, or an error of the result's type, if the result does not fit
-        its annotation: nobody could read it.
+        its annotation: no caller could decode it.
         """
         data = self.serializer.encode(self._encode_result(value))
         if self._checks_result:
@@ -294,7 +294,7 @@ class TaskDefinition:
 
 
 def _ran(result: Any) -> Any:
-    """Return a result; raise if it is a coroutine or a generator that nobody has run.
+    """Return a result. Raise if it is a coroutine or a generator that was never run.
 
     A forgotten `await`, or a decorator that is not async: recorded as a success, it would hide that
     the task did nothing.
@@ -312,7 +312,7 @@ def _ran(result: Any) -> Any:
 def _end_fork(pid: int) -> None:
     """Exit if the function has forked and this is the child process, in which it returned too.
 
-    Only the parent goes on: the child has its loop and its connections as well.
+    Only the parent may go on: the child has copies of its loop and its connections.
     """
     if os.getpid() != pid:
         error = sys.exc_info()[1]

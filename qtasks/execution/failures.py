@@ -22,7 +22,7 @@ class RemoteError(Exception):
     line = ""
     trace = ""
     retry_after: float | None = None
-    """The seconds to wait that the exception asks for, as those of some clients do."""
+    """The seconds to wait that the exception asks for. Exceptions of some clients have this."""
 
     def __str__(self) -> str:
         return self.line

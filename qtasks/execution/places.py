@@ -16,7 +16,7 @@ from qtasks_core.errors import ConfigurationError
 
 
 def place_of(task: Runnable) -> Place:
-    """Return where another process finds it. Raises `ConfigurationError` if none can."""
+    """Return where another process finds a task. Raises `ConfigurationError` if none can."""
     function = task.function
     place = Place(importable_module(function), getattr(function, "__qualname__", "<unknown>"))
     if place.module == "__main__" or "<" in place.qualname:
@@ -25,9 +25,9 @@ def place_of(task: Runnable) -> Place:
 
 
 def check(task: Runnable, place: Place) -> None:
-    """Raise `ConfigurationError` unless the name leads to the task, or to its bare function.
+    """Raise `ConfigurationError` unless the name refers to the task, or to its bare function.
 
-    To be called once the module is imported: a decorator runs before the module has the name.
+    Call it after the import of the module: a decorator runs before the module has the name.
     """
     try:
         found = _look_up(sys.modules[task.function.__module__], place.qualname)
@@ -40,7 +40,7 @@ def check(task: Runnable, place: Place) -> None:
 
 
 def definition_at(module: ModuleType, place: Place, name: str) -> TaskDefinition:
-    """Return the task of that name there. Raises `AttributeError`."""
+    """Return the task of that name at a place in a module. Raises `AttributeError`."""
     found = _look_up(module, place.qualname)
     definition = getattr(found, "definition", None)
     if isinstance(definition, TaskDefinition) and definition.name == name:

@@ -44,11 +44,11 @@ from qtasks_core.errors import BadArguments, ConfigurationError, UnstorableResul
 _EXIT_WITHIN = 1.0
 """Seconds in which idle children have to exit."""
 _BESIDE = 2**20
-"""Most bytes of an answer beside its result; the texts of an error take less."""
+"""Most bytes of an answer without its result. The texts of an error take less."""
 
 
 class ProcessDied(Exception):
-    """The process in which a function ran is dead: killed, crashed, or ended by the function."""
+    """The process of a function has died: it was killed, has crashed, or the function exited it."""
 
 
 class ProcessExecutor(Executor):
@@ -183,7 +183,7 @@ class ChildProcess:
         _lines.add(self._line)
 
     def lives(self) -> bool:
-        """Say whether it has not died."""
+        """Return whether the process is alive."""
         return self._process is None or self._process.poll() is None
 
     def ask(self, request: RunRequest) -> Answer:

@@ -1,7 +1,7 @@
 """Stopping the runs of tasks that were cancelled.
 
 A cancelled task is one whose record says `cancel`. So the worker looks at the records: at once for
-a task that a command names, and now and then for all that run long.
+a task that a command names, and at intervals for all long-running tasks.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from qtasks_core import Storage
 logger = logging.getLogger("qtasks")
 
 _CHECK_EVERY = 10.0
-"""Seconds between checks where there is no lease to say how often."""
+"""Seconds between checks if the broker has no leases."""
 _BEFORE_ITS_RUN = (ADMITTING, WAITING)
 
 
 class Cancelling:
     """Looks for cancelled tasks among the jobs of a worker. It lives on the I/O loop.
 
-    Apart from the heartbeat: a storage that is out of reach must not cost the leases.
+    It is separate from the heartbeat, so that no lease is lost while the storage does not answer.
     """
 
     def __init__(self, jobs: Jobs, storage: Storage, runner: Runner, retrying: Retrying) -> None:
@@ -55,7 +55,7 @@ class Cancelling:
             )
 
     def check_soon(self, uuid: str) -> None:
-        """Look at once whether a task was cancelled, if it is one of the jobs."""
+        """Check at once whether a task was cancelled, if this worker has a job of it."""
         if any(job.message.uuid == uuid for job in self._jobs):
             self._named.add(uuid)
             self._asked.set()

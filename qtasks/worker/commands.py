@@ -13,7 +13,7 @@ from qtasks_core.errors import NotSupported, Unavailable
 
 
 class Commands:
-    """Hears the commands of one broker and passes each to the part of the worker that obeys it."""
+    """Receives the commands of one broker, and passes each to the object that carries it out."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Commands:
         self._registration = registration
 
     async def listen(self) -> None:
-        """Obey commands, for ever; return at once where a broker has no channel for them."""
+        """Carry out commands, for ever. Return at once if the broker has no channel for them."""
         backoff, outage = Backoff(), Outage("listening for commands")
         while True:
             try:
@@ -53,4 +53,4 @@ class Commands:
             case "ping":
                 self._registration.announce()
             case _:
-                pass  # of a later release
+                pass  # a command of a later release

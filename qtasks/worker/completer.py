@@ -1,6 +1,6 @@
 """Completing jobs: their records are saved and their deliveries settled, in batches.
 
-What finishes goes into the completion buffer. It is flushed as one batch at the next turn of the
+Finished jobs go into the completion buffer. It is flushed as one batch at the next turn of the
 I/O loop, while the next jobs run.
 """
 
@@ -30,7 +30,7 @@ _FLUSH = 500
 _FLIGHTS = 2
 """While one batch waits for the server, the next is on its way."""
 _AMPLE = 16 * 1024 * 1024
-"""Bytes that no record of a batch of several has: see `Batcher`."""
+"""More bytes than a record in a batch of several can have: `Batcher` limits the batch."""
 
 
 class Completer:
@@ -60,7 +60,7 @@ class Completer:
         subscription: Subscription,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
-        """Complete what is added from now on. `spawn` starts the task of a flush."""
+        """Start to flush added jobs. `spawn` starts the task of each flush."""
         self._buffer: Batcher[Job | Completion] = Batcher(
             partial(self._flush, subscription), _FLUSH, _FLIGHTS, _bytes_of, spawn
         )
@@ -75,9 +75,9 @@ class Completer:
         self._buffer.add(job)
 
     def release(self, jobs: list[Job]) -> None:
-        """Complete jobs that have not run, or whose functions are not waited for any more.
+        """Release jobs for another worker, unless their tasks were cancelled.
 
-        They are released for another worker, unless their tasks were cancelled.
+        These jobs have not run, or the worker does not wait for their functions any more.
         """
         for job in jobs:
             if job.state is CANCELLING:
@@ -87,7 +87,7 @@ class Completer:
         self._buffer.extend([*jobs])
 
     def complete(self, completion: Completion) -> None:
-        """Record or settle something that is no job, or a record in between."""
+        """Record or settle something else: a delivery without a job, or an intermediate record."""
         self._buffer.add(completion)
 
     async def drain(self) -> None:
@@ -95,7 +95,7 @@ class Completer:
         await self._buffer.drain()
 
     async def close(self) -> None:
-        """Cancel what is still under way."""
+        """Cancel the flushes in flight."""
         await self._buffer.close()
 
     async def _flush(self, subscription: Subscription, batch: list[Job | Completion]) -> None:
@@ -107,7 +107,7 @@ class Completer:
         try:
             outcomes = await self._retrying.call(complete) or ()
         except Exception as error:  # noqa: BLE001  # raised by `Worker.run`
-            # As far as is known these are neither recorded nor settled: they run again elsewhere.
+            # These may be neither recorded nor settled. Then another worker runs them again.
             outcomes = [Outcome("unknown")] * len(batch)
             self._life.fail(error)
         self._close([item for item in batch if isinstance(item, Job)])
@@ -153,7 +153,7 @@ def _log_refused(job: Job, completion: Completion, outcome: Outcome) -> None:
     current = outcome.current
     is_discarded = completion.task is None and isinstance(completion.settlement, Ack)
     if is_discarded or (current is not None and current.status == "cancel"):
-        return  # nothing is lost: somebody else has the task, or has cancelled it
+        return  # nothing is lost: another worker has the task, or it was cancelled
     message = (
         "its result was refused (%s); the result of another run counts"
         if current is not None

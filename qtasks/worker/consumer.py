@@ -1,4 +1,4 @@
-"""Receiving: as many deliveries as there are free slots, and what becomes of each."""
+"""The consumer: it receives a delivery for each free slot, and starts or finishes its job."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ _SKEW = 1.0
 _UNKNOWN = "qtasks-unknown"
 UNKNOWN_DELAY = 5.0
 UNKNOWN_TRIES = 60
-"""A task that no worker knows is put back for about five minutes: a rolling deploy may bring it."""
+"""How often an unknown task is retried, for about five minutes in all.
+
+A rolling deployment may start a worker that knows it.
+"""
 
 
 class Consumer:
@@ -92,7 +95,7 @@ class Consumer:
     # -- the subscription ------------------------------------------------------------------
 
     async def open(self) -> Subscription | None:
-        """Subscribe to the queues; None when the worker is to stop before that has worked."""
+        """Subscribe to the queues. Return None if the worker is stopped before it succeeds."""
         subscription = await self._retrying.call(self._subscribe, self._life.stopping)
         self._subscription = subscription
         if self._life.stopping.is_set():
@@ -104,7 +107,7 @@ class Consumer:
         return await self._broker.subscribe(dict.fromkeys(self._queues, self._concurrency))
 
     async def close(self) -> None:
-        """Receive no more. What runs has its grace even if the server is out of reach."""
+        """Receive no more. Running tasks keep their grace period if the server does not answer."""
         if self._subscription is None:
             return
         try:
@@ -133,7 +136,7 @@ class Consumer:
                     deliveries = await self._retrying.call(receive, self._life.stopping)
             except TimeoutError:
                 if self._receiving is not None and not self._receiving.expired():
-                    raise  # the broker's own, which would be retried without a pause
+                    raise  # raised by the broker; a loop would retry it without a pause
                 continue
             except Closed:
                 return
@@ -148,7 +151,7 @@ class Consumer:
         return min(self._concurrency - running, self._concurrency + _UNSETTLED - len(self._jobs))
 
     def _wanted(self, free: int) -> dict[str, int]:
-        """Return what to ask for next; nothing while all slots are taken or all queues paused."""
+        """Return what to ask for next: nothing if no slot is free or all queues are paused."""
         if free <= 0:
             return {}
         wanted = self._balancer.wanted(free, self._jobs.running)
@@ -157,7 +160,7 @@ class Consumer:
         return wanted
 
     def pause(self, queue: str | None) -> None:
-        """Stop receiving from a queue (None: from all); what runs goes on."""
+        """Stop receiving from a queue (None: from all). Running tasks are not affected."""
         self._paused.update(self._queues if queue is None else {queue} & {*self._queues})
         self._interrupt_for_pauses()
 
@@ -173,7 +176,7 @@ class Consumer:
         self._jobs.notice()
 
     def _look_again(self) -> None:
-        """Interrupt a call that waits for deliveries when there is something else to do."""
+        """Interrupt a call that waits for deliveries if other work is due."""
         if self._receiving is not None and (
             self._life.stopping.is_set() or self._candidates.is_due
         ):
@@ -186,7 +189,7 @@ class Consumer:
     # -- admitting -------------------------------------------------------------------------
 
     async def _admit(self, deliveries: list[Delivery]) -> None:
-        """Start what has to run. The leases are extended already while the storage is asked."""
+        """Start the jobs that have to run. Leases are extended while the storage is asked."""
         jobs = self._jobs.hold(
             [job for delivery in deliveries if (job := self._job(delivery)) is not None]
         )
@@ -223,7 +226,7 @@ class Consumer:
         return Job(delivery, message, f"{self._worker_id}/{self._received}")
 
     def _may_start(self, job: Job, verdict: Verdict, record: Task | None) -> bool:
-        """Say whether a job starts now; complete it or set it aside if not."""
+        """Return whether a job starts now. If not, complete it or set it aside."""
         message = job.message
         if verdict != "run" or job.state is DISCARDED:
             if job.state is not DISCARDED:
@@ -254,8 +257,8 @@ class Consumer:
     def _late(self, message: TaskMessage) -> float:
         """Return for how many seconds a message has expired.
 
-        Without a server that tells the time, the sender has set the limit by its own clock, and
-        this worker compares it with its own. A message from the future shows that they differ.
+        If neither server has a clock, the sender has set the limit by its own clock, and this
+        worker uses its own. A creation time in the future shows that the two differ.
         """
         if message.expires_at is None:
             return 0.0
@@ -270,7 +273,7 @@ class Consumer:
         return self._clock.now() - message.expires_at
 
     def _put_back(self, job: Job) -> None:
-        """Retry a task that this worker does not know later; at last dead-letter it."""
+        """Retry an unknown task later. After `UNKNOWN_TRIES` retries, dead-letter it."""
         message = job.message
         tries = count_in(message.headers, _UNKNOWN) + 1
         if tries > UNKNOWN_TRIES:
@@ -299,7 +302,7 @@ class Consumer:
         self._completer.add(job)
 
     def _dead_letter_raw(self, delivery: Delivery, raw: Raw) -> None:
-        """Keep a message that cannot be decoded, as a dead letter with a record of its own."""
+        """Keep a message that cannot be decoded, as a dead letter with a new record."""
         record = Task(
             uuid=str(uuid5(NAMESPACE_OID, hashlib.sha256(raw.data).hexdigest())),
             task_name="",

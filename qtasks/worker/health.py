@@ -9,16 +9,16 @@ from contextlib import suppress
 from qtasks_core.errors import ConfigurationError
 
 _PATIENCE = 5.0
-"""Seconds in which a request has to arrive and its answer to be taken."""
+"""Seconds in which a client has to send its request and read the answer."""
 _LARGEST = 8192
 
 
 async def answer_probes(
     host: str, port: int, ready: Callable[[], Awaitable[bool]]
 ) -> asyncio.Server:
-    """Listen until the server is closed. Raises `ConfigurationError` where that cannot be.
+    """Listen until the server is closed. Raises `ConfigurationError` if it cannot listen.
 
-    `/live` is 200 as long as there is an answer at all, `/ready` 200 or 503.
+    `/live` always answers 200; `/ready` answers 200 or 503.
     """
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -34,7 +34,7 @@ async def answer_probes(
 
     try:
         return await asyncio.start_server(answer, host, port, limit=_LARGEST)
-    except (OSError, OverflowError) as error:  # the latter for a port out of range
+    except (OSError, OverflowError) as error:  # OverflowError: the port is out of range
         raise ConfigurationError(f"the health probe cannot listen: {error}") from error
 
 

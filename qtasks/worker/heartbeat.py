@@ -1,4 +1,4 @@
-"""A worker's heartbeat: it extends leases, and records that long tasks are being processed."""
+"""A worker's heartbeat: it extends leases, and records which long tasks run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ recorded."""
 
 
 class Heartbeat:
-    """Watches over the jobs of a worker, while there are any. It lives on the I/O loop."""
+    """Extends leases and records `process` while a worker has jobs. It lives on the I/O loop."""
 
     def __init__(self, jobs: Jobs, completer: Completer, retrying: Retrying) -> None:
         self._jobs = jobs
@@ -29,7 +29,7 @@ class Heartbeat:
         self._retrying = retrying
 
     async def extend_leases(self, subscription: Subscription, lease: float | None) -> None:
-        """Extend the leases of all jobs, for ever; return at once where there are no leases."""
+        """Extend the leases of all jobs, for ever. Return at once if the broker has no leases."""
         while lease is not None:
             await self._jobs.present()
             await asyncio.sleep(lease / 3)
@@ -51,7 +51,7 @@ class Heartbeat:
                 )  # fmt: skip
 
     async def note_running(self) -> None:
-        """Record `process` for tasks that run long enough for somebody to look, for ever."""
+        """Record `process` for tasks that run longer than `NOTE_AFTER`, for ever."""
         while True:
             await self._jobs.present()
             await asyncio.sleep(NOTE_AFTER)

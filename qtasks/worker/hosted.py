@@ -1,4 +1,4 @@
-"""A worker inside a host's loop: beside a web application, or in a process of its own."""
+"""A worker inside the loop of a program: a web application, or a worker process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("qtasks")
 
 
 class App(Protocol):
-    """What a worker needs of its app."""
+    """The app, as far as a worker needs it."""
 
     name: str
     max_payload: int
@@ -33,20 +33,20 @@ class App(Protocol):
     definitions: dict[str, TaskDefinition]
 
     async def ready(self) -> tuple[IOThread, Client]:
-        """Return the I/O thread and the client on it. Raises `Closed` when nothing is started."""
+        """Return the I/O thread and the client on it. Raises `Closed` if the app is not started."""
 
     async def start_async(self, timeout: float) -> None:
-        """Connect broker and storage; nested starts count. Raises `Unavailable`."""
+        """Connect the broker and the storage. Nested starts are counted. Raises `Unavailable`."""
 
     async def stop_async(self) -> None:
-        """Disconnect with the last of nested stops."""
+        """Disconnect, once it was called as often as `start_async`."""
 
     def guarantees(self) -> tuple[Guarantees, Guarantees]:
-        """Return what the broker and the storage promise."""
+        """Return the guarantees of the broker and the storage."""
 
 
 class WorkerOptions(Struct, frozen=True, kw_only=True):
-    """How a worker works; `App.worker` says what each means."""
+    """The options of a worker. `App.worker` and `App.run_forever` explain them."""
 
     queues: tuple[str, ...] | None = None
     concurrency: int = 100
@@ -104,13 +104,13 @@ class HostedWorker:
         return cls(worker, runner, thread)
 
     def stop(self, grace: float | None) -> set[asyncio.Task[None]]:
-        """Begin to stop the worker in order; return the tasks that are done when it has ended."""
+        """Start to stop the worker in order. When the returned tasks are done, it has ended."""
         if self._stop is None:
             self._stop = asyncio.create_task(self._thread.run(self.worker.stop, grace))
         return {self._run, self._stop}
 
     def close(self) -> Exception | None:
-        """Free what it had, once it has ended; return the error with which it failed."""
+        """Free its resources after it has ended. Return the error with which it failed, or None."""
         self._runner.stop()
         if self._stop is not None and (error := self._stop.exception()) is not None:
             raise error
@@ -121,15 +121,15 @@ class HostedWorker:
 
 
 class RunningWorker:
-    """A worker while its block runs. Beside a host, another one follows if it fails."""
+    """A worker while its block runs. In a host's loop, a failed worker is replaced."""
 
     def __init__(self, hosted: HostedWorker, thread: IOThread) -> None:
         self.hosted = hosted
-        """The worker of now."""
+        """The current worker."""
         self.failed = asyncio.create_task(thread.run(hosted.worker.failed))
         """Done once a broker or a storage has raised an error that a retry cannot fix.
 
-        The end of the block raises that error, unless another worker has followed by then.
+        The end of the block raises that error, unless the worker was replaced before.
         """
         self._thread = thread
 
@@ -139,7 +139,7 @@ class RunningWorker:
 
     @property
     def engine(self) -> Worker:
-        """The half that lives on the I/O thread."""
+        """The current worker's object on the I/O thread."""
         return self.hosted.worker
 
     @property
@@ -148,12 +148,12 @@ class RunningWorker:
         return self.engine.ready
 
     def give_back(self) -> None:
-        """Cancel what runs and give it back to the queue at once, also while it stops."""
+        """Cancel running functions and release their messages at once, also while it stops."""
         self._thread.post(self.engine.give_back)
 
 
 Replace = Callable[[App, WorkerOptions, RunningWorker], Coroutine[Any, Any, None]]
-"""Starts another worker whenever one has failed, until it is cancelled."""
+"""Replaces each worker that fails, until it is cancelled."""
 
 
 @asynccontextmanager
@@ -165,7 +165,7 @@ async def working(
 ) -> AsyncIterator[RunningWorker]:
     """Run a worker of `app` on this loop while the block runs. Raises `ConfigurationError`.
 
-    Without `replace` no other worker follows one that has failed.
+    Without `replace`, a failed worker is not replaced.
     """
     if options.concurrency < 1:
         raise ConfigurationError(f"concurrency={options.concurrency} is below 1")
@@ -192,7 +192,7 @@ async def working(
 
 
 async def _until_done(tasks: set[asyncio.Task[None]], running: RunningWorker) -> None:
-    """Wait for tasks that stop a worker. Being cancelled meanwhile skips the grace period."""
+    """Wait for tasks that stop a worker. A cancellation meanwhile skips the grace period."""
     cancelled: asyncio.CancelledError | None = None
     while not all(task.done() for task in tasks):
         try:
@@ -205,6 +205,6 @@ async def _until_done(tasks: set[asyncio.Task[None]], running: RunningWorker) ->
 
 
 def _describe(part: Guarantees) -> str:
-    """Return a line for the log: the broker or storage, its server, what it survives and why."""
+    """Return a log line: the broker or storage, its server, and the failures it survives."""
     server = f" on {part.server}" if part.server else ""
     return f"{part.part}{server}: survives {part.survives} ({part.durability})"

@@ -150,9 +150,9 @@ class Job:
         return not self.leases
 
     def adopt(self, delivery: Delivery) -> None:
-        """Hold another delivery of the same message, so that nobody else runs it.
+        """Hold another delivery of the same message, so that no other worker runs it.
 
-        The newest lease is the one most certain to be ours, so it is the one to be settled.
+        The newest lease is the least likely to be lost, so it is the one that is settled.
         """
         if self.state is SETTLING:
             self.leases += (delivery,)
@@ -160,13 +160,13 @@ class Job:
             self.leases = (delivery, *self.leases)
 
     def renew(self, asked: Delivery, answer: Delivery | None) -> None:
-        """Take what extending a lease has brought: the lease, another in its place, or None."""
+        """Apply the result of extending a lease: the lease, its replacement, or None if lost."""
         if answer is asked:
             return
         if answer is not None:
             self.leases = tuple(answer if lease is asked else lease for lease in self.leases)
         elif self.state is not SETTLING or asked not in self.leases[:1]:
-            # One that is being settled stays: the answer to that says whether it was still ours.
+            # Not while it is being settled: the answer of the settlement says whether it was held.
             self.leases = tuple(lease for lease in self.leases if lease is not asked)
 
     # -- the result ------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class Job:
             execution=self.execution,
             worker=self.execution.partition("/")[0],
             started_at=self.started,
-            **fields,  # no more of them than needed: each costs time
+            **fields,  # only those that are needed: each costs time
         )
 
     def _not_counted(self) -> Task | None:
@@ -200,17 +200,17 @@ class Job:
         if not self.isolated_runs:
             return None
         record = counted(self.as_record("process"), self.isolated_runs - 1)
-        # The storage would take a record of the same execution for a repetition.
+        # With the same execution, the storage would take this for a retry of the same save.
         return replace(record, execution=f"{self.execution}/back")
 
 
 def counted(record: Task, runs: int) -> Task:
-    """Return a record that says so many isolated runs."""
+    """Return the record with this number of isolated runs."""
     return replace(record, headers={**record.headers, ISOLATED_RUNS: str(runs)})
 
 
 def count_in(headers: Mapping[str, str], name: str) -> int:
-    """Return the count in a header, 0 if there is none: other programs may write anything there."""
+    """Return the count in a header, or 0: other programs may write any text into headers."""
     text = headers.get(name, "")
     return int(text) if text.isdecimal() and len(text) < 10 else 0
 
@@ -245,7 +245,7 @@ class Jobs:
         return not any(self.running.values())
 
     def with_the_runner(self) -> list[Job]:
-        """Return the jobs whose functions run."""
+        """Return the jobs that the runner has."""
         return [job for job in self._held if job.state in _WITH_THE_RUNNER]
 
     def hold(self, jobs: list[Job]) -> list[Job]:
@@ -276,7 +276,7 @@ class Jobs:
         self._runner.post_all(jobs)
 
     def take_back(self, jobs: list[Job]) -> list[Job]:
-        """Take jobs that the runner has posted back; return those that are still waited for."""
+        """Take jobs back from the runner. Return those that the worker still waits for."""
         returned: list[Job] = []
         for job in jobs:
             self.running[job.queue] -= 1
@@ -290,7 +290,7 @@ class Jobs:
         return returned
 
     def close(self, jobs: list[Job]) -> None:
-        """Drop jobs whose settlement was answered; `notice` tells those who wait."""
+        """Drop jobs whose settlement has an answer, and call `notice`."""
         self._held.difference_update(jobs)
         for job in jobs:
             job.close()
@@ -299,11 +299,11 @@ class Jobs:
                 del self._by_uuid[uuid]
 
     def listen(self, call: Callable[[], None]) -> None:
-        """Call something at each `notice` from now on."""
+        """Have `call` called at each `notice`."""
         self._listeners.append(call)
 
     def notice(self) -> None:
-        """Have everyone who waits in `until` look again."""
+        """Have all calls of `until` check their conditions again."""
         self._changed.set()
         for call in self._listeners:
             call()
@@ -319,7 +319,7 @@ class Jobs:
         await self._changed.wait()
 
     async def present(self) -> None:
-        """Wait until there is a job, so that watching over jobs costs nothing without any."""
+        """Wait until there is a job, so that background work costs nothing without jobs."""
         while not self._held:
             self._present.clear()
             await self._present.wait()

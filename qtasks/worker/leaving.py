@@ -78,7 +78,7 @@ class Leaving:
         leave(self._status, at_exit=not self._is_exiting)
 
     def _goes_on(self) -> bool:
-        """Say whether the main thread still runs the program that started the worker."""
+        """Return whether the main thread still runs the program that started the worker."""
         if self._is_exiting:
             return False
         # An interactive prompt may follow the program.

@@ -14,9 +14,9 @@ logger = logging.getLogger("qtasks")
 class Life:
     """The state of one worker, which only the methods of this class change.
 
-    All of it belongs to the I/O loop. `Worker` calls the transitions. Its parts wait for the events
-    below, and report an error that a retry cannot fix by `fail`. `notify` is called after each
-    transition, so that whoever waits for a change among the jobs looks at the state again.
+    It belongs to the I/O loop. `Worker` calls the transitions. The worker's other objects wait for
+    the events below, and report errors that a retry cannot fix by `fail`. `notify` is called after
+    each transition, so that calls that wait for a change of the jobs check the state again.
     """
 
     def __init__(self, worker_id: str, notify: Callable[[], None]) -> None:
@@ -39,7 +39,7 @@ class Life:
         self._change(RECEIVE)
 
     def stop(self) -> None:
-        """Receive no more: somebody stops the worker, or it has failed."""
+        """Receive no more: the worker was told to stop, or it has failed."""
         self._change(STOP)
         self.stopping.set()
         self._notify()
@@ -57,7 +57,7 @@ class Life:
         self.failed.set()
 
     def fail(self, error: Exception) -> None:
-        """Keep the first error, log it, and receive no more. What runs may finish."""
+        """Keep the first error, log it, and receive no more. Running functions may finish."""
         if self.failure is not None:
             return
         self.failure = error

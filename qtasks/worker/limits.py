@@ -1,4 +1,4 @@
-"""When a worker has done enough: after a number of tasks, or at a size in memory."""
+"""The limits after which a worker stops: a number of tasks, or bytes of memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 class Limits:
-    """Checked whenever jobs were completed, so that they cost nothing in between."""
+    """The limits of one worker. They are checked when jobs are completed, so they cost little."""
 
     def __init__(self, max_tasks: int | None, max_memory: int | None) -> None:
         self.are_set = max_tasks is not None or max_memory is not None
@@ -19,7 +19,7 @@ class Limits:
         self._reason = ""
 
     def check(self, finished: int) -> None:
-        """Compare; `finished` is how many tasks have finished so far."""
+        """Check the limits. `finished` is the number of tasks that have finished so far."""
         if self._max_tasks is not None and finished >= self._max_tasks:
             self._reach(f"{finished} tasks are enough")
         elif self._max_memory is not None and (size := memory()) >= self._max_memory:
@@ -45,7 +45,7 @@ def memory() -> int:
     if sys.platform == "linux":
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource  # which not every system has
+    import resource  # not every system has it
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""Poison: messages that crash their worker. Each runs alone, and at last is a dead letter.
+"""Poison: messages that crash their worker. A candidate runs alone, and finally is dead-lettered.
 
 A crash counts against everything that was in flight: the broker's count of deliveries rises for all
 of it, so it cannot tell which message is poison. It only says which messages are candidates. A
@@ -39,7 +39,7 @@ def isolated_runs(record: Task | None) -> int:
 
 
 def is_candidate(delivery: Delivery, record: Task | None) -> bool:
-    """Say whether a delivery has to run in isolation, if it runs at all."""
+    """Return whether a delivery has to run in isolation, if it runs at all."""
     return (delivery.count or 1) >= _CANDIDATE_FROM or isolated_runs(record) > 0
 
 
@@ -99,7 +99,7 @@ class PoisonCandidates:
         record = counted(job.as_record("process"), runs + 1)
         outcome = await self._save(record)
         if outcome is not None and not_taken(outcome):
-            # The count is what matters: it is kept without arguments, as other records are.
+            # Save the count at least: without the arguments, as other records that are too large.
             record = counted(within(record, outcome.reason), runs + 1)
             outcome = await self._save(record)
         if outcome is None:

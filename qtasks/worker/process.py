@@ -1,4 +1,4 @@
-"""A worker process: it serves until a signal, a limit or its supervisor ends it."""
+"""A worker process: it works until a signal, a limit or its supervisor stops it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("qtasks")
 
 
 def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
-    """Be a worker process until SIGTERM or SIGINT, or the supervisor of several."""
+    """Run a worker in this process, or supervise several, until SIGTERM or SIGINT."""
     if is_child():
         raise ConfigurationError(
             "a worker would start in a child process that imports this module for its functions; "
@@ -42,7 +42,7 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
             "a worker elsewhere is: async with app.worker():"
         )
     if not logging.getLogger().handlers:
-        # Drivers are only heard when something is wrong.
+        # At the default level WARNING, drivers only log when something is wrong.
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logger.setLevel(logging.INFO)
     if processes is not None and not supervised.is_supervised():
@@ -68,8 +68,8 @@ def serve(app: App, options: WorkerOptions, processes: int | None) -> None:
 class Service:
     """Runs one worker in this process until it is told to stop.
 
-    Signals, limits and the line to the supervisor are heard on the I/O thread, and the worker is
-    stopped there: a task that blocks its loop does not delay that.
+    The I/O thread handles signals, limits and the connection to the supervisor, and stops the
+    worker. So a task that blocks its loop does not delay that.
     """
 
     def __init__(self, app: App, options: WorkerOptions, leaving: Leaving) -> None:
@@ -102,7 +102,7 @@ class Service:
             signals.leave()
 
     async def _started(self) -> bool:
-        """Start the app; False if the process was told to stop before that has worked."""
+        """Start the app. Return False if the process was told to stop before it had started."""
         told = asyncio.create_task(self._thread.run(self._told.wait))
         starting = asyncio.create_task(self._app.start_async(float("inf")))
         either: set[asyncio.Task[Any]] = {told, starting}
@@ -116,7 +116,7 @@ class Service:
         return True
 
     async def _serve(self, worker: Worker) -> None:
-        """Let the worker work until there is a reason to stop, and stop it."""
+        """Wait for a reason to stop, and stop the worker."""
         self._worker = worker
         if self._line is not None:
             self._line.say(supervised.READY)
@@ -141,7 +141,7 @@ class Service:
         self._leaving.begin(0 if worker.failure is None else 1)
 
     def _signal_arrived(self, name: str) -> None:
-        # Not by the entry queue, whose lock this very thread may hold.
+        # Not by the entry queue: this thread may hold its lock right now.
         self._thread.loop.call_soon_threadsafe(self._tell, name)
 
     def _tell(self, reason: str) -> None:
@@ -161,7 +161,7 @@ class Service:
 
     @asynccontextmanager
     async def _probed(self) -> AsyncIterator[None]:
-        """Answer probes, from the start on."""
+        """Answer health probes, from the start of the process."""
         if self._options.health is None:
             yield
             return

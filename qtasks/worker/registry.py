@@ -26,7 +26,7 @@ logger = logging.getLogger("qtasks")
 _NAMED = 20
 """How many running tasks an entry names."""
 _PARTING = 2.0
-"""Seconds for removing the entry. If that fails, it counts as stale soon."""
+"""Seconds for removing the entry at the end. If that fails, the entry soon counts as stale."""
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -58,10 +58,10 @@ class Registration:
     async def renew(self) -> None:
         """Renew the entry until cancelled, and then remove it.
 
-        Returns at once where the storage has no shared values.
+        Returns at once if the storage has no shared values.
         """
         try:
-            with suppress(Unavailable):  # the next worker tries again
+            with suppress(Unavailable):  # the next worker tries it again
                 await self._storage.set(SEEN, b"", expect=None)
             while True:
                 await self._write()

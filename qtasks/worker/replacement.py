@@ -1,4 +1,4 @@
-"""Replacing a worker that has failed beside its host: the host goes on, and nobody restarts it."""
+"""Replaces a failed worker in a host's loop: the host keeps running, so nothing restarts it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ logger = logging.getLogger("qtasks")
 _LEAST_PAUSE = 1.0
 """Seconds, at least, until a worker is replaced."""
 REMIND_AFTER = 60.0
-"""Seconds after which a failure is logged again. A worker that has worked for so long was well: if
-it fails then, the pauses begin with the shortest again."""
+"""Seconds after which a failure is logged again.
+
+If a worker fails after it has worked for this time, the pauses start again with the shortest.
+"""
 
 
 async def replace_failed(app: App, options: WorkerOptions, running: RunningWorker) -> None:

@@ -17,7 +17,7 @@ PERIOD = 300.0
 
 
 async def expire(storage: Storage, worker: str) -> None:
-    """Delete old records while no other worker does; return where the storage cannot."""
+    """Delete old records while no other worker does. Return if the storage cannot delete."""
     while True:
         # Shorter than the claim, and random, so that workers started together do not ask together.
         await asyncio.sleep(random.uniform(0.5, 0.9) * PERIOD)

@@ -1,4 +1,4 @@
-"""Running functions: the only part of a worker that lives on the loop of the tasks."""
+"""The runner: it runs functions. Only this object of a worker lives on the loop of the tasks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Runner:
 
     @property
     def gone(self) -> bool:
-        """Whether its loop was closed, with all that ran there."""
+        """Whether its loop is closed, so that no function runs any more."""
         return self._loop.is_closed()
 
     def cancel_all(self) -> None:
@@ -63,7 +63,7 @@ class Runner:
         self._loop.call_soon_threadsafe(lambda: self._cancel(list(self._running)))
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Cancel these, if they still run; they come back without a result. From any thread."""
+        """Cancel these jobs if they still run. They come back without a result. From any thread."""
         self._loop.call_soon_threadsafe(self._cancel, jobs)
 
     def _cancel(self, jobs: list[Job]) -> None:
@@ -87,7 +87,7 @@ class Runner:
             executor.stop()
 
     def _call_of(self, definition: TaskDefinition) -> Call:
-        """Return the compiled call of a task; one may be declared while the worker runs."""
+        """Return the compiled call of a task. Compile it if needed: it may be declared late."""
         call = self._calls.get(definition.name)
         if call is None:
             call = self._calls[definition.name] = self._compile(definition)
@@ -113,18 +113,18 @@ class Runner:
         try:
             result = await self._call_of(definition)(job.message)
         except asyncio.CancelledError as error:
-            # Cancelled from outside, by `cancel` or as its loop is closed: it has no result.
+            # Cancelled by `cancel`, or because the loop is being closed: it has no result.
             if not self._is_from_outside(job, error):
                 self._fail(job, "CancelledError: the function cancelled itself", None, None)
         except Reject as reject:
             reason = reason_of(reject)
             self._fail(job, f"Reject: {reason}", None, reason)
         except BadArguments as error:
-            # They do not fit at the next attempt either.
+            # A retry would have the same arguments.
             self._fail(job, storable(f"BadArguments: {error}"), None, "bad arguments")
         except UnstorableResult as error:
             self._unstorable(job, str(error))
-        except BaseException as error:  # the result of the run, unless the loop is closed
+        except BaseException as error:  # the result of the run, unless the loop is being closed
             if self._is_from_outside(job, error):
                 raise
             await self._raised(job, definition, error)
@@ -154,7 +154,7 @@ class Runner:
         self._fail(job, f"the result cannot be stored: {reason}", None, "unstorable result")
 
     async def _raised(self, job: Job, definition: TaskDefinition, error: BaseException) -> None:
-        """Do what the plugins decide. Raises `CancelledError` if somebody has cancelled the run."""
+        """Do what the plugins decide. Raises `CancelledError` if the run was cancelled."""
         if isinstance(error, Retry):
             line, trace = "Retry: the function asked for another run", None
         else:
@@ -171,9 +171,9 @@ class Runner:
             self._follow(job, decision, line, trace)
 
     def _is_from_outside(self, job: Job, error: BaseException) -> bool:
-        """Say whether somebody has cancelled the run or closed its loop.
+        """Return whether the run was cancelled or its loop is being closed.
 
-        Otherwise the function has raised this itself.
+        Otherwise the function itself has raised the error.
         """
         if isinstance(error, asyncio.CancelledError):
             return self._running[job].cancelling() > 0
@@ -184,7 +184,7 @@ class Runner:
             self._fail(job, line, trace, storable(str(decision.reason)))
             return
         job.set_retry(decision.after, line, trace)
-        if trace is not None:  # else the function asked for it, which is no failure
+        if trace is not None:  # None: the function raised `Retry`, which is not a failure
             logger.warning(
                 "task %s %s failed, attempt %d; again in %.1f s: %s",
                 job.message.task_name, job.message.uuid, job.message.attempt, decision.after,

@@ -1,6 +1,6 @@
 """The connection of a worker process to its supervisor: a pair of sockets, one byte a message.
 
-From the supervisor: `?` asks whether the worker is ready, and `b` tells it to give back what runs.
+From the supervisor: `?` asks whether the worker is ready, and `b` tells it to release what runs.
 That is no signal, because a service manager that stops a service sends a signal to each process.
 From the worker: `r` (ready) or `n` is the answer, and `r` also comes unasked once the worker has
 reached its servers; `s` says that it stops, `o` that it has ended and its process exits now.
@@ -21,7 +21,7 @@ ASK, READY, NOT_READY, GIVE_BACK, STOPS, OVER = b"?", b"r", b"n", b"b", b"s", b"
 
 
 def is_supervised() -> bool:
-    """Say whether this process was started by a supervisor."""
+    """Return whether this process was started by a supervisor."""
     return VARIABLE in os.environ
 
 
@@ -37,7 +37,7 @@ class Line:
         self._writer.write(word)
 
     async def answer(self, ready: Callable[[], bool], give_back: Callable[[], None]) -> None:
-        """Answer and obey until the supervisor is gone."""
+        """Answer the supervisor and carry out its messages until it is gone."""
         with suppress(ConnectionError):
             while word := await self._reader.read(1):
                 if word == ASK:

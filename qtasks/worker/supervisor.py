@@ -1,8 +1,8 @@
 """The supervisor: it starts several worker processes, replaces those that exit, and stops all.
 
 A worker is started with the command of this process and an environment variable that makes it a
-worker. So neither fork nor pickle is needed, whatever threads this process has. A worker has a
-session of its own: Ctrl-C reaches only the supervisor, which passes it on.
+worker. So neither fork nor pickle is needed, whatever threads this process has. Each worker has its
+own session: Ctrl-C reaches only the supervisor, which passes it on.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Supervisor:
         told.cancel()
 
     async def _stop_all(self, supervising: set[asyncio.Task[None]]) -> None:
-        """Stop all workers: first with their grace period, then at once, at last by force."""
+        """Stop all workers: first with their grace period, then at once, finally by SIGKILL."""
         everyone: asyncio.Future[Any] = asyncio.gather(*supervising, return_exceptions=True)
         again = asyncio.create_task(self._signals.get())
         patience = None if self._grace is None else self._grace + _EXIT_WITHIN
@@ -228,7 +228,7 @@ class Slot:
             return False
 
     def give_back(self) -> None:
-        """Have the worker give back what runs, if there is one."""
+        """Have the worker release its running tasks, if there is a worker."""
         if self._line is not None:
             self._line[1].write(GIVE_BACK)
 

@@ -1,4 +1,4 @@
-"""Names the task that blocks its event loop: a watch on the I/O thread, which no task blocks."""
+"""The watchdog: it logs tasks that block their event loop. It runs on the I/O thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE = 1.0
 async def watch(jobs: Jobs, runner: Runner) -> None:
     """Ask the loop of the tasks for an answer while there are jobs; log each blockage once.
 
-    Raises `Closed` when that loop was closed.
+    Raises `Closed` if that loop is closed.
     """
     call_back = asyncio.get_running_loop().call_soon_threadsafe
     while True:

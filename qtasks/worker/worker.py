@@ -1,4 +1,4 @@
-"""A worker: it receives, runs and completes jobs. This module wires its parts and runs them.
+"""A worker: it receives, runs and completes jobs. This module connects its objects.
 
 A batch takes this way: `Consumer` receives it and asks the storage which jobs still have to run,
 `Runner` runs those on the loop of the tasks, `Completer` saves the results and settles the
@@ -40,7 +40,7 @@ logger = logging.getLogger("qtasks")
 UNWIND_WITHIN = 3.0
 """Seconds in which a function that was cancelled has to return."""
 DRAIN_WITHIN = 10.0
-"""Seconds for recording the last results, should the server be out of reach."""
+"""Seconds for recording the last results if the server does not answer."""
 
 
 class Worker:
@@ -63,7 +63,7 @@ class Worker:
         self._lease = client.broker.guarantees.lease
         self._stop_task: asyncio.Task[None] | None = None
         self._most_grace: float | None = None
-        """Seconds that the grace period takes at most: 0 once what runs was given back."""
+        """Upper limit of the grace period in seconds: 0 once running functions were released."""
         queues = tuple(queues)
         self._retrying = Retrying()
         self._jobs = Jobs(queues, runner.entry_queue)
@@ -120,8 +120,8 @@ class Worker:
         """Work until `stop`, and return when everything is settled.
 
         Raises the error of a broker or a storage that a retry cannot fix. The worker receives no
-        more then, running functions may finish until somebody calls `stop`, and `failed` returns
-        at once.
+        more then, running functions may finish until `stop` is called, and `failed` returns at
+        once.
         """
         try:
             await self._work()
@@ -153,7 +153,7 @@ class Worker:
             await self._completer.close()
 
     def _background(self, subscription: Subscription) -> Iterable[Coroutine[Any, Any, None]]:
-        """Return what goes on beside receiving, and costs nothing while there is no job."""
+        """Return the background work of a worker. It costs nothing while there are no jobs."""
         return (
             self._vital(self._heartbeat.extend_leases(subscription, self._lease)),
             self._vital(self._heartbeat.note_running()),
@@ -165,7 +165,7 @@ class Worker:
         )
 
     async def _vital(self, call: Coroutine[Any, Any, None]) -> None:
-        """Await something that tasks depend on: the worker fails with it."""
+        """Await a coroutine that tasks depend on: if it fails, the worker fails."""
         try:
             await call
         except Exception as error:  # noqa: BLE001  # raised by `run`
@@ -173,7 +173,7 @@ class Worker:
             self._stop_if_alone()
 
     def _stop_if_alone(self) -> None:
-        """Stop at once if the loop of the tasks is closed: nobody is left there to call `stop`."""
+        """Stop at once if the loop of the tasks is closed: then nothing there can call `stop`."""
         if self._runner.gone:
             self._begin_to_stop(0.0)
 
@@ -182,7 +182,7 @@ class Worker:
     async def stop(self, grace: float | None) -> None:
         """Stop receiving, let running functions finish for `grace` seconds, release the rest.
 
-        Returns when the worker has ended. Called again, it waits for the same.
+        Returns when the worker has ended, also if it was called before.
         """
         await asyncio.shield(self._begin_to_stop(grace))
 
@@ -207,7 +207,7 @@ class Worker:
         await self._life.ended.wait()
 
     def give_back(self) -> None:
-        """Cancel running functions and release their messages now; there is no grace any more."""
+        """Cancel running functions and release their messages now, without a grace period."""
         self._most_grace = 0.0
         self._cancel_functions()
         self._jobs.notice()
@@ -231,7 +231,7 @@ class Worker:
             )
 
     async def _abandon_functions(self) -> None:
-        """Wait no longer for functions that ignore their cancellation, or that block their loop."""
+        """Stop waiting for functions that ignore their cancellation or block their loop."""
         with suppress(TimeoutError):
             async with asyncio.timeout(UNWIND_WITHIN):
                 await self._jobs.until(lambda: self._jobs.idle)
@@ -245,8 +245,8 @@ class Worker:
 
 
 async def _optional(call: Coroutine[Any, Any, None], what: str) -> None:
-    """Await something that no task depends on: should it fail, the worker goes on without it."""
+    """Await a coroutine that no task depends on: if it fails, the worker goes on without it."""
     try:
         await call
-    except Exception as error:  # logged, and no reason to stop
+    except Exception as error:  # logged; the worker goes on
         logger.error("%s failed, and rests until the next start: %s", what, error, exc_info=error)
