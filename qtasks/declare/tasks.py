@@ -59,6 +59,8 @@ class CallOptions(TypedDict, total=False):
 
 _LEFT_OUT = CallOptions(delay=None, eta=None, queue=None, priority=None, expires=None, key=None)
 _each = itemgetter("delay", "eta", "queue", "priority", "expires", "key")
+_NO_OPTIONS = _each(_LEFT_OUT)
+"""Most calls have no option, and calls come by the thousand."""
 
 
 class Owner(Protocol):
@@ -330,7 +332,8 @@ def message_of(
     With `key`, all calls of this task in this app with the same key have the same uuid.
     Raises `SignatureMismatch`, `SerializationError`, `PayloadTooLarge` or `ConfigurationError`.
     """
-    delay, eta, queue, priority, expires, key = _each({**_LEFT_OUT, **options})
+    chosen = _each({**_LEFT_OUT, **options}) if options else _NO_OPTIONS
+    delay, eta, queue, priority, expires, key = chosen
     encoded_args, encoded_kwargs = definition.encode(args, kwargs)
     size = len(encoded_args) + len(encoded_kwargs)
     if size > app.max_payload:
@@ -353,14 +356,14 @@ def message_of(
         kwargs=encoded_kwargs,
         encoding=definition.serializer.name,
         priority=declared.priority if priority is None else priority,
-        delay=_delay(delay, eta, now),
+        delay=0.0 if delay is None and eta is None else _delay(delay, eta, now),
         created_at=now,
         expires_at=None if expires is None else now + expires,
         store_result=declared.store_result,
         retention=declared.retention,
         submission="" if key is None else str(uuid7()),
     )
-    if message.priority not in range(10):
+    if priority is not None and priority not in range(10):
         raise ConfigurationError(f"priority={priority!r} is no whole number between 0 and 9")
     if expires is not None and not expires <= LONGEST:
         raise ConfigurationError(f"expires={expires} is not within {LONGEST:.0e} s from now")
