@@ -15,9 +15,9 @@ class KafkaBackend(Backend):
     in, with `sasl_mechanism` (PLAIN by default). The default of `security_protocol` follows from
     the login and the `ssl_` options:
 
-        - `ssl_cafile`: the authority that signed the server's certificate
-        - `ssl_certfile`, `ssl_keyfile` and `ssl_password`: this client's certificate
-        - `ssl_check_hostname=false`
+    - `ssl_cafile`: the authority that signed the server's certificate
+    - `ssl_certfile`, `ssl_keyfile` and `ssl_password`: this client's certificate
+    - `ssl_check_hostname=false`
 
     `client_id` is this client's name in the server's logs.
     """

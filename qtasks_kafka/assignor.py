@@ -1,8 +1,8 @@
 """Assigns partitions to members: evenly, and as far as possible each member keeps its partitions.
 
-A partition with records in flight is kept rather than an idle one, because a move would run its
-records twice. aiokafka's own sticky assignor does not fit. It keeps its state in the class, which
-all consumers of a process share, and it cannot tell busy partitions from idle ones.
+Members keep partitions with records in flight rather than idle ones. A move would run these records
+twice. aiokafka's own sticky assignor does not fit. It keeps its state in the class, which all
+consumers of a process share. It also cannot tell busy partitions from idle ones.
 """
 
 from __future__ import annotations

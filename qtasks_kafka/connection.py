@@ -35,7 +35,8 @@ PAUSE = 0.05
 LARGEST_MESSAGE = 4 * 1024 * 1024
 """The largest batch, in bytes, of topics created here. The server's default is just under 1 MiB."""
 KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(LARGEST_MESSAGE)}
-"""Settings of new topics. A task may wait for its worker for any time, so age never deletes it."""
+"""Settings of new topics. A task may wait for its worker for any time, so age must not delete it.
+"""
 
 _LIMIT = "max.message.bytes"
 _EXISTS = 36
@@ -57,7 +58,7 @@ _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 def topic_name(namespace: str, *parts: str) -> str:
-    """Return the topic for a namespace and further parts. Different parts give different topics.
+    """Return the topic for a namespace and further names. Different names give different topics.
 
     The dot is the separator. Kafka refuses topics that differ only by `.` and `_`, so both are
     escaped.

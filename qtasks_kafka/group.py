@@ -232,8 +232,8 @@ class Membership:
             # The driver continues with a partition until all its fetched records are used.
             if len(topics) > 1 and (first := [tp for tp in places if tp.topic == topics[0]]):
                 batches = await consumer.getmany(*first, max_records=limit)
-            # Without a partition, the driver would take records of any. This one returns on
-            # changes.
+            # Without a partition, the driver would take records of any partition. This call returns
+            # when things change.
             batches = batches or await consumer.getmany(
                 *(places or [TopicPartition("", 0)]), timeout_ms=1000, max_records=limit
             )

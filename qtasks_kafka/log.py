@@ -101,7 +101,7 @@ class KafkaLog(Log):
             self._opening = asyncio.create_task(self._begin())
             self._opening.add_done_callback(self._opened)
         opening = self._opening
-        # Wait without awaiting it directly: others share it if this call is cancelled.
+        # Do not await the task itself: a cancellation of this call would cancel it for others.
         await asyncio.wait({opening})
         if opening.cancelled() and not self._running:
             raise Closed("KafkaLog was stopped")

@@ -69,8 +69,8 @@ class Partition:
     def skips(self, offset: int) -> bool:
         """Return whether offsets before a fetched record must be fetched once more.
 
-        A log may have gaps. But a record that the driver returned may also be lost on its way here,
-        and that looks like a gap. A delivery after it would count the lost record as finished.
+        A log may have gaps. But a record that the driver returned may also be lost on its way here.
+        This looks like a gap too. A delivery after it would count the lost record as finished.
         """
         return offset > self.expected and self._looked_at != self.expected
 

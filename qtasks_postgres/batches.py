@@ -13,7 +13,7 @@ MOST_ITEMS = 2_000
 MOST_BYTES = 8 * 1024 * 1024
 
 LARGEST = 64 * 1024 * 1024
-"""The largest encoded message or record, in bytes. The server accepts 1 GB, but very slowly."""
+"""Bytes of the largest message or record. The server accepts 1 GB, but takes many seconds."""
 
 TOO_LARGE = f"it is larger than the {LARGEST >> 20} MiB that are kept on Postgres"
 

@@ -50,8 +50,8 @@ OLDEST = 12
 CONNECTIONS = 4
 """The most connections of one pool. Calls come in batches, so a few serve many tasks."""
 
-# All statements find their rows by an index, and none is worth compiling (JIT). They are set after
-# connecting, because connection poolers refuse a client that sends them while it connects.
+# All statements find their rows by an index, and none is worth compiling (JIT). These settings are
+# sent after connecting. Connection poolers refuse a client that sends them while it connects.
 SETTINGS = {
     "default_transaction_isolation": "read committed",
     "enable_seqscan": "off",
@@ -74,7 +74,7 @@ ELSEWHERE = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_onl
 
 
 class Durability(NamedTuple):
-    """What a commit survives, according to the server's settings."""
+    """The durability of a commit, according to the server's settings."""
 
     survives: Literal["client crash", "server crash", "machine crash"] = "client crash"
     settings: str = "known once started"
@@ -140,7 +140,7 @@ class Database:
         self._open = False
 
     async def start(self, needs: Mapping[str, Collection[str]]) -> None:
-        """Connect, create missing tables, and read the server's durability.
+        """Connect, create or update the tables, and read the server's durability.
 
         `needs` are the required rights on tables. Raises `Unavailable`, `ConfigurationError`,
         `MissingDriver`, `ServerTooOld`.
@@ -153,7 +153,7 @@ class Database:
             raise
 
     async def migrate(self) -> list[str]:
-        """Create missing tables on a separate connection. Return the changes.
+        """Create or update the tables on a separate connection. Return the changes.
 
         Raises the same errors as `start`.
         """
@@ -559,7 +559,7 @@ async def read_durability(connection: Connection) -> Durability:
 
 
 async def close_gently(connection: Connection) -> None:
-    """Close a connection, but do not wait long for a server that is gone."""
+    """Close a connection, even if its server is frozen or gone. Waits for at most a second."""
     from asyncpg import InterfaceError, InternalClientError, PostgresError
 
     try:

@@ -17,8 +17,8 @@ class Doorbell:
 
     A transaction with NOTIFY locks the whole database until its commit is on disk. If publishers
     notified in their own transactions, they would wait for each other's disk writes. The doorbell's
-    transaction writes nothing to disk. All messages published while it runs share the next one. If
-    a publisher dies before it has rung, receivers still find the message, because they look
+    transaction writes nothing to disk. All messages published while it runs share the next NOTIFY.
+    If a publisher dies before it has rung, receivers still find the message, because they look
     regularly.
     """
 

@@ -78,7 +78,7 @@ def text_of(error: BaseException) -> str:
 
 @contextmanager
 def translated(shown: str, within: float) -> Iterator[None]:
-    """Translate the driver's errors into those of the contracts. Other errors pass unchanged.
+    """Translate the driver's errors into those of the contracts. Others pass unchanged.
 
     `within` is the number of seconds after which a silent server counts as unreachable.
     """

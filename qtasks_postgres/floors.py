@@ -124,9 +124,9 @@ T = TypeVar("T", int, datetime)
 class Floors:
     """The floors of a subscription's lanes. They rise regularly; new subscriptions load them.
 
-    A floor may rise to a mark, the end of the order at some time. First, every transaction must
-    finish that was writing to the table at that time, because it may have taken its ids before. A
-    transaction that only reads, or that writes to other tables, delays nothing.
+    A floor may rise to a mark, the end of the order at some time. First, every transaction that was
+    writing to the table at that time must finish. It may have taken its ids before. A transaction
+    that only reads, or that writes to other tables, delays nothing.
     """
 
     EVERY = 1.0

@@ -45,7 +45,7 @@ CLEAR = """
 
 
 class PostgresInbox(Inbox):
-    """Its own channel on the storage's listening connection."""
+    """A channel of this inbox on the storage's listening connection."""
 
     HEARTBEAT = 3.0
     """Seconds of silence after which a waiting inbox checks that the server still answers."""

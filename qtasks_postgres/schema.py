@@ -2,7 +2,7 @@
 
 All apps share one set of tables. The column `namespace` tells them apart, and it comes first in
 every index. With one schema per namespace, apps would be separated a little better. But each app
-would need the right to create schemas, each migration would run once per app, and the server would
+would need the right to create schemas. Each migration would run once per app. The server would
 cache every statement once per app.
 """
 
@@ -26,8 +26,8 @@ LOCK = 0x7174_6173_6B73
 # of the fence.
 #
 # Every message is deleted soon, and a receiver scans the index entries of deleted rows until they
-# are vacuumed. So vacuum starts after a fixed number of dead rows, not after a share of the table,
-# and it does not pause. Half-empty pages keep the new version of a leased row beside the old one.
+# are vacuumed. So vacuum starts after a fixed number of dead rows, not after a share of the table.
+# It does not pause. Half-empty pages keep the new version of a leased row beside the old one.
 #
 # A new version of a record changes no indexed column. So if its page has room, it needs no new
 # index entry. `progress` is `qtasks_core.records.order_of`. The other columns repeat values of

@@ -254,8 +254,8 @@ class Channel:
     def _error(self) -> Exception:
         """Return the error that the loss means.
 
-        ACCESS_REFUSED is the only final reason. Any other may pass, or it is the fault of one
-        caller and not of the others on the same channel.
+        ACCESS_REFUSED is the only final reason. Any other may pass. Or one caller caused it, and
+        the others on the same channel did not.
         """
         reason = self.lost or ""
         if self.close_code == ACCESS_REFUSED:
@@ -265,7 +265,7 @@ class Channel:
     async def _write(self, payload: bytes) -> None:
         if self.lost is not None:
             raise self._error()
-        # With this future, the driver's writer waits for the socket. That limits the memory.
+        # With this future, the driver's writer waits for the socket. This limits the memory.
         drained = self._loop.create_future()
         await self._connection.write_queue.put(ChannelFrame(payload, False, drained))
         # No await follows in this step, so replies are matched in the order of the writes.

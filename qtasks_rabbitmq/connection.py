@@ -99,7 +99,7 @@ class Connection:
 
     @asynccontextmanager
     async def answering(self) -> AsyncIterator[None]:
-        """Raise `Unavailable` if the code inside takes longer than `PATIENCE`."""
+        """Raise `Unavailable` if the code inside takes longer than `PATIENCE` seconds."""
         try:
             async with asyncio.timeout(PATIENCE):
                 yield

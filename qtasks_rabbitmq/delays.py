@@ -1,7 +1,7 @@
 """Delays by a ladder of queues: level k holds every message for exactly 2^k units.
 
 A delay is a number of units. Its binary digits say in which levels a message waits. All messages of
-a level wait equally long, so first in, first out is right, and no message waits for another.
+a level wait equally long. So first in, first out is right, and no message waits for another.
 
 When a message leaves a level, the server dead-letters it, at least once, to the exchange of the
 level below. That exchange routes by the digit of its level: into its queue, or on to the exchange

@@ -109,7 +109,7 @@ class Lane:
         return min(wanted, self._capacity) - coming
 
     async def _send_on(self) -> None:
-        """Publish the messages to send on, then acknowledge them. Failed ones stay here."""
+        """Publish the messages to send on, then acknowledge them. Failed ones stay held."""
         early, epoch = dict(self._early), self._epoch
         outcomes = await self._broker.dispatch(list(early.values()))
         if epoch != self._epoch:

@@ -27,7 +27,7 @@ CONNECT_WITHIN: Final = 3.0
 """Seconds to wait for a new connection. The handshake takes additional time."""
 _NEEDS: Final = (6, 2)
 _MOST_CALLS: Final = 32
-"""Concurrent calls. Each has its own connection; further calls wait for a slot."""
+"""Concurrent calls. Each uses one connection; further calls wait for a slot."""
 MOST_ITEMS: Final = 1000
 MOST_BYTES: Final = 4 * 1024 * 1024
 """The most items and bytes of one script call, so that it does not block the server for long."""
@@ -223,14 +223,14 @@ class Connection:
 
     @contextmanager
     def reachable(self) -> Iterator[None]:
-        """Translate the driver's errors into ours. Use it around calls of the driver only."""
+        """Translate the driver's errors into those of the contracts. Only for driver calls."""
         try:
             yield
         except Exception as error:  # noqa: BLE001  # translated
             self.raise_ours(error)
 
     def raise_ours(self, error: Exception) -> NoReturn:
-        """Translate an error of the driver into one of ours, and raise it."""
+        """Raise the error of the contracts for an error of the driver."""
         raise_ours(error, self._where)
 
 
