@@ -35,8 +35,7 @@ PAUSE = 0.05
 LARGEST_MESSAGE = 4 * 1024 * 1024
 """The largest batch, in bytes, of topics created here. The server's default is just under 1 MiB."""
 KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(LARGEST_MESSAGE)}
-"""Settings of new topics. A task may wait for its worker for any time, so age must not delete it.
-"""
+"""Settings of new topics. A task may wait for its worker for any time: age must not delete it."""
 
 _LIMIT = "max.message.bytes"
 _EXISTS = 36

@@ -254,8 +254,8 @@ class Channel:
     def _error(self) -> Exception:
         """Return the error that the loss means.
 
-        ACCESS_REFUSED is the only final reason. Any other may pass. Or one caller caused it, and
-        the others on the same channel did not.
+        ACCESS_REFUSED is the only final reason. Any other reason may pass, or only one of the
+        callers on this channel has caused it.
         """
         reason = self.lost or ""
         if self.close_code == ACCESS_REFUSED:
@@ -268,7 +268,7 @@ class Channel:
         # With this future, the driver's writer waits for the socket. This limits the memory.
         drained = self._loop.create_future()
         await self._connection.write_queue.put(ChannelFrame(payload, False, drained))
-        # No await follows in this step, so replies are matched in the order of the writes.
+        # The caller continues in the same step, so replies are awaited in the order of the writes.
         if self.lost is not None:
             raise self._error()
 

@@ -1,8 +1,8 @@
 """Reads frames so that bad data in a foreign message harms only that message.
 
-The driver decodes every frame on the connection's reader. It cannot decode text that is not UTF-8,
-or a time that Python cannot represent. Then it closes the connection for all users. The server then
-delivers the message again, and the connection breaks again.
+The driver decodes every frame on the connection's reader. For example, it cannot decode text that
+is not UTF-8, or a time that Python cannot represent. Then it closes the connection for all users.
+The server then delivers the message again, and the connection breaks again.
 
 Two frames contain data from other programs: a delivery and its properties. `FrameReader` passes
 them to the driver as bodies, which the driver does not decode. `channel.py` decodes them with the
