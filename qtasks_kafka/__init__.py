@@ -1,4 +1,4 @@
-"""A backend on Apache Kafka: a consumer group as the broker, a log as the storage."""
+"""The backend for Apache Kafka: a consumer group as the broker, a log as the storage."""
 
 from qtasks_core import Backend
 from qtasks_core.urls import take_options
@@ -9,23 +9,28 @@ from qtasks_kafka.storage import KafkaStorage
 
 
 class KafkaBackend(Backend):
-    """Answers for `kafka://HOST:PORT,HOST:PORT?lease=SECONDS&partitions=N&replicas=N`.
+    """Makes the broker and the storage of `kafka://HOST:PORT,HOST:PORT`.
 
-    `kafka://USER:PASSWORD@…` logs in, by `sasl_mechanism` (PLAIN by default). `security_protocol`
-    is guessed from these and the `ssl_` options: `ssl_cafile`, the authority that signed the
-    server's certificate; `ssl_certfile`, `ssl_keyfile` and `ssl_password`, this client's own;
-    `ssl_check_hostname=false`. `client_id` is what the server's logs call this client.
+    Its options are `lease=SECONDS`, `partitions=N` and `replicas=N`. `kafka://USER:PASSWORD@…` logs
+    in, with `sasl_mechanism` (PLAIN by default). The default of `security_protocol` follows from
+    the login and the `ssl_` options:
+
+    - `ssl_cafile`: the authority that signed the server's certificate
+    - `ssl_certfile`, `ssl_keyfile` and `ssl_password`: this client's certificate
+    - `ssl_check_hostname=false`
+
+    `client_id` is this client's name in the server's logs.
     """
 
     contract = 1
 
     def broker(self, url: str) -> KafkaBroker:
-        """Return the broker of `url`."""
+        """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, OURS)
         return KafkaBroker(rest, **options)
 
     def storage(self, url: str) -> KafkaStorage:
-        """Return the storage of `url`."""
+        """Return the storage of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, OURS)
         options.pop("lease", None)
         return KafkaStorage(rest, **options)

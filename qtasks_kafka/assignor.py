@@ -1,8 +1,8 @@
-"""Who gets which partition: evenly, and as far as that goes everyone keeps what it had.
+"""Assigns partitions to members: evenly, and as far as possible each member keeps its partitions.
 
-A partition whose records are in flight is kept in preference to an idle one: a move would run
-them twice. aiokafka's own sticky assignor keeps its memory in the class, shared by all consumers
-of a process, and cannot tell busy from idle.
+Members keep partitions with records in flight rather than idle ones. A move would run these records
+twice. aiokafka's own sticky assignor does not fit. It keeps its state in the class, which all
+consumers of a process share. It also cannot tell busy partitions from idle ones.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from msgspec import Struct
 
 
 class Holdings(Struct, frozen=True):
-    """What a member says when it joins; partitions are (topic, number)."""
+    """The data that a member sends when it joins. A partition is (topic, number)."""
 
     busy: list[tuple[str, int]] = []
     idle: list[tuple[str, int]] = []
     wanting: bool = True
-    """False: it finishes what it has in flight and must get nothing else."""
+    """False: the member finishes its records in flight and must get no other partition."""
 
 
 class KeepingAssignor:
-    """Assigns for the member that the group elects; one instance a consumer."""
+    """Assigns partitions if the group elects its member. Each consumer has its own instance."""
 
     name = "qtasks-keeping"
 
@@ -37,18 +37,18 @@ class KeepingAssignor:
         self._holdings = holdings
 
     def metadata(self, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
-        """Return what this member tells the elected one."""
+        """Return the data that this member sends to the elected member."""
         return ConsumerProtocolMemberMetadata(
             0, list(topics), msgspec.msgpack.encode(self._holdings())
         )
 
     def on_assignment(self, assignment: ConsumerProtocolMemberAssignment) -> None:
-        """Do nothing: the member remembers what it holds."""
+        """Do nothing: `Membership` remembers its partitions."""
 
     def assign(
         self, cluster: Any, members: Mapping[str, ConsumerProtocolMemberMetadata]
     ) -> dict[str, ConsumerProtocolMemberAssignment]:
-        """Deal the partitions of all topics to the members that want them."""
+        """Distribute the partitions of all topics among the members that want them."""
         holdings = {name: _read(metadata.user_data) for name, metadata in members.items()}
         subscribed: defaultdict[str, list[str]] = defaultdict(list)
         for name in sorted(members):
@@ -75,7 +75,7 @@ def deal(
     holdings: Mapping[str, Holdings],
     load: Mapping[str, int],
 ) -> dict[int, str]:
-    """Return who gets each partition of one topic; what nobody wants stays free."""
+    """Return the member for each partition of one topic. Unwanted partitions stay free."""
     owners: dict[int, str] = {}
     for name in names:
         if not holdings[name].wanting:

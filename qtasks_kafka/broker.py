@@ -1,4 +1,4 @@
-"""A broker on a consumer group: a partition is leased to one member, a record is done by commit."""
+"""A broker on Kafka: a group member has the lease of a partition, a commit finishes a record."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 
 class KafkaBroker(Broker):
-    """Moves messages through one topic a queue, at least once. `lease` is in seconds.
+    """Moves messages through one topic per queue, at least once. `lease` is in seconds.
 
-    `partitions` and `replicas` are those of topics that do not exist yet; the server's brokers,
-    at most three, are the default of the latter. More workers than partitions stay idle.
+    `partitions` and `replicas` apply to topics that do not exist yet. `replicas` defaults to the
+    number of the server's brokers, at most three. If there are more workers than partitions, some
+    stay idle. Raises `ConfigurationError` if the URL or an option is wrong.
     """
 
     driver_loggers = ("aiokafka",)
@@ -99,7 +100,7 @@ class KafkaBroker(Broker):
         return await self.append([self.record(message) for message in messages])
 
     def record(self, message: TaskMessage) -> Record:
-        """Return the record that carries a message, at once or after its delay."""
+        """Return the record that carries a message to its queue, now or after its delay."""
         from qtasks_kafka.delays import delayed_record, delayed_topic
         from qtasks_kafka.writer import Record
 
@@ -109,7 +110,7 @@ class KafkaBroker(Broker):
         return Record(topic, value)
 
     async def append(self, records: Sequence[Record]) -> list[Outcome]:
-        """Append records, durable when it returns."""
+        """Append records. They are durable when the call returns."""
         writer = self._connection.running_writer()
         await self._connection.ensure(list({r.topic for r in records if not r.headers}))
         if any(record.headers for record in records):

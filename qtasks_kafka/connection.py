@@ -1,4 +1,4 @@
-"""The way to a Kafka cluster: the URL, the driver, its errors in our terms, and the topics."""
+"""The connection to a Kafka cluster: the URL, the driver, its translated errors, and the topics."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qtasks.kafka")
 
 PAUSE = 0.05
-"""Seconds between attempts while the cluster changes under our hands."""
+"""Seconds between attempts while the cluster is changing."""
 LARGEST_MESSAGE = 4 * 1024 * 1024
-"""Bytes; what topics made here take, the server's own default being just under 1 MiB."""
+"""The largest batch, in bytes, of topics created here. The server's default is just under 1 MiB."""
 KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(LARGEST_MESSAGE)}
-"""A task waits for its worker however long; time must not delete it."""
+"""Settings of new topics. A task may wait for its worker for any time: age must not delete it."""
 
 _LIMIT = "max.message.bytes"
 _EXISTS = 36
 _MISSING = (3, *(_UNAUTHORIZED := (29, 31)))
-"""Codes of the protocol: the topic is unknown; the user may not see or make it."""
+"""Error codes of the protocol: unknown topic; the user may not see or create it."""
 _WRONG = {
     "InvalidTopicError", "InvalidReplicationFactorError", "InvalidPartitionsError",
     "InvalidConfigurationError", "PolicyViolationError", "UnsupportedSaslMechanismError",
@@ -52,14 +52,15 @@ _TOO_OLD = {"IncompatibleBrokerVersion", "UnsupportedVersionError", "Unrecognize
 
 
 LONGEST_PREFIX = 150
-"""Characters of a long topic's name that are kept as they are."""
+"""Characters that are kept of a long topic name."""
 _TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 def topic_name(namespace: str, *parts: str) -> str:
-    """Return the topic of a namespace and what follows; different parts, different topics.
+    """Return the topic for a namespace and further names. Different names give different topics.
 
-    The dot separates. Kafka refuses topics that differ by `.` and `_` only, so both are escaped.
+    The dot is the separator. Kafka refuses topics that differ only by `.` and `_`, so both are
+    escaped.
     """
     name = ".".join([_escaped(namespace), *map(_escaped, parts)])
     if len(name) > 200:
@@ -68,7 +69,7 @@ def topic_name(namespace: str, *parts: str) -> str:
 
 
 def is_topic(name: str) -> bool:
-    """Say whether Kafka takes this as the name of a topic."""
+    """Return whether Kafka accepts this topic name."""
     return _TOPIC.fullmatch(name) is not None and name not in (".", "..")
 
 
@@ -77,7 +78,7 @@ def _escaped(text: str) -> str:
 
 
 class Connection:
-    """What the parts of one app share of a cluster; on one event loop, from `start` to `stop`."""
+    """The clients that a broker or a log shares, on one event loop, from `start` to `stop`."""
 
     def __init__(self, url: str, *, partitions: int, replicas: int | None) -> None:
         self.shown = redact(url)
@@ -88,12 +89,12 @@ class Connection:
             AT_LEAST_ONE.checked("replicas", replicas)
         self._admin: AIOKafkaAdminClient | None = None
         self._topics: dict[str, int | None] = {}
-        """The topics known to exist, each with the bytes that a batch may have, where known."""
+        """Topics that are known to exist, each with its largest batch in bytes (None: unknown)."""
         self._creating = asyncio.Lock()
         self.writer: Writer | None = None
 
     async def start(self) -> None:
-        """Load the driver and reach the cluster. May be called again after it raised."""
+        """Load the driver and connect to the cluster. After an error, it may be called again."""
         with importing_driver("kafka://", ".[kafka]"):
             self._driver = import_module("aiokafka")
             self._errors = import_module("aiokafka.errors")
@@ -102,7 +103,7 @@ class Connection:
         timeout = int(REQUEST * 1000)
         try:
             client = admin.AIOKafkaAdminClient(**self._settings, request_timeout_ms=timeout)
-        except ValueError as error:  # an option that the driver does not take
+        except ValueError as error:  # the driver refuses an option
             raise ConfigurationError(f"{self.shown}: {error}") from error
         try:
             with self.reaching():
@@ -110,7 +111,7 @@ class Connection:
                     await client.start()
         except BaseException as error:
             await client.close()
-            # One that is set up otherwise answers at once; one that says nothing is away.
+            # A wrongly configured server answers at once. A silent server is unreachable.
             if isinstance(error, Unavailable) and not isinstance(error.__cause__, TimeoutError):
                 await self._diagnose()
             raise
@@ -118,7 +119,7 @@ class Connection:
         self.writer = Writer(self)
 
     async def _diagnose(self) -> None:
-        """Raise what is wrong with the set-up: the driver only says that it cannot connect."""
+        """Raise the configuration error, if any: the driver only says that it cannot connect."""
         with self.reaching():
             await diagnose(self._settings, self.shown)
 
@@ -133,7 +134,7 @@ class Connection:
 
     @contextmanager
     def reaching(self) -> Iterator[None]:
-        """Turn what the driver raises into the errors of the contracts."""
+        """Translate the driver's errors into those of the contracts. Others pass unchanged."""
         try:
             yield
         except QTasksError:
@@ -141,13 +142,13 @@ class Connection:
         except (self._errors.KafkaError, OSError) as error:
             raise self.translated(error) from error
         except Exception as error:
-            # Some of the driver's errors have no base of their own.
+            # Some of the driver's errors do not derive from KafkaError.
             if not type(error).__module__.startswith("aiokafka"):
                 raise
             raise self.translated(error) from error
 
     def translated(self, error: BaseException) -> QTasksError:
-        """Return the error of the contracts for one of the driver's."""
+        """Return the error of the contracts for an error of the driver."""
         name = type(error).__name__
         said = f"{name}: {error}" if str(error) else name
         if name == "InvalidSessionTimeoutError":
@@ -173,7 +174,7 @@ class Connection:
         return Unavailable(f"Kafka at {self.shown} cannot be reached: {said}")
 
     def consumer(self, **options: Any) -> AIOKafkaConsumer:
-        """Build a consumer, not started."""
+        """Return a new consumer that is not started."""
         self.started()
         defaults = {
             "request_timeout_ms": int(REQUEST * 1000),
@@ -182,14 +183,17 @@ class Connection:
         settings = {**defaults, **self._settings, **options}
         consumer: AIOKafkaConsumer = self._driver.AIOKafkaConsumer(
             enable_auto_commit=False,
-            metadata_max_age_ms=10_000,  # A topic that grows is noticed within this.
-            consumer_timeout_ms=2000,  # The fetcher also wakes up when there is something to do.
+            metadata_max_age_ms=10_000,  # notice a growing topic within this time
+            consumer_timeout_ms=2000,  # the fetcher also wakes up for new work
             **settings,
         )
         return consumer
 
     def producer(self) -> Any:
-        """Build a producer, not started; idempotent: its retries neither swap nor double."""
+        """Return a new producer that is not started.
+
+        It is idempotent: its retries neither change the order nor make copies.
+        """
         return self._driver.AIOKafkaProducer(
             enable_idempotence=True,
             acks="all",
@@ -200,7 +204,7 @@ class Connection:
         )
 
     async def ensure(self, topics: Sequence[str], config: Mapping[str, str] | None = None) -> None:
-        """Create the topics that are missing; one that is there is used as it is.
+        """Create missing topics. Existing ones are used as they are.
 
         Raises `Unavailable`, `ConfigurationError`.
         """
@@ -223,7 +227,7 @@ class Connection:
             self._topics.update(dict.fromkeys(unknown) | limits)
 
     async def _described(self, admin: AIOKafkaAdminClient, topics: list[str]) -> list[Any]:
-        """Return what the cluster says of topics; the driver's own question would create them."""
+        """Return the cluster's description of topics. The driver's own method would create them."""
         from aiokafka.protocol.metadata import MetadataRequest
 
         answer = await admin._send_request(MetadataRequest(topics, False))
@@ -252,7 +256,7 @@ class Connection:
                 raise self._errors.for_code(code)(name)
 
     async def _limits(self, admin: AIOKafkaAdminClient, topics: list[str]) -> dict[str, int]:
-        """Return the bytes that a batch of each topic may have, where this user may know."""
+        """Return the largest batch of each topic in bytes, as far as this user may read it."""
         from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
         asked = dict.fromkeys(KEPT)
@@ -276,14 +280,14 @@ class Connection:
 
     @property
     def largest_of_all(self) -> int:
-        """Bytes that a batch may have in a topic made here, or in one that is known to take more.
+        """The largest batch, in bytes, that any known topic accepts: `LARGEST_MESSAGE` or more.
 
-        A topic that takes less refuses what is too large for it, by itself.
+        A topic with a lower limit refuses larger records itself.
         """
         return max([LARGEST_MESSAGE, *(size for size in self._topics.values() if size)])
 
     def largest(self, topic: str) -> int | None:
-        """Return the bytes that a batch of this topic may have; None while that is unknown."""
+        """Return the largest batch of this topic in bytes; None while it is unknown."""
         return self._topics.get(topic)
 
     async def _brokers(self, admin: AIOKafkaAdminClient) -> int:
@@ -291,7 +295,7 @@ class Connection:
         return len(description["brokers"])
 
     def forget_topics(self, *topics: str) -> None:
-        """Look again before the next use of these topics, or of any, what there is of them."""
+        """Check these topics again before their next use; without arguments, check all topics."""
         for topic in topics or list(self._topics):
             self._topics.pop(topic, None)
 
@@ -309,7 +313,7 @@ class Connection:
 
 
 def _led(topics: list[Any]) -> bool:
-    """Say whether every partition has a leader: from then on clients find them."""
+    """Return whether every partition has a leader. From then on, clients find the partitions."""
     return all(
         not topic["error_code"]
         and topic["partitions"]
@@ -319,16 +323,16 @@ def _led(topics: list[Any]) -> bool:
 
 
 def heartbeat_ms(lease: float) -> int:
-    """Return the milliseconds between heartbeats: members hear of a rebalance by the next one."""
+    """Return the milliseconds between heartbeats. Each may tell a member of a rebalance."""
     return max(50, min(1000, int(lease * 1000) // 4))
 
 
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:
-    """Stop a consumer and leave its group, within a few seconds whatever the server does."""
+    """Stop a consumer and leave its group. This takes a few seconds at most."""
     stopping = asyncio.create_task(consumer.stop())
     await asyncio.wait({stopping}, timeout=2.0)
     if not stopping.done():
-        # It waits for the answer to a join; without a connection it gives up.
+        # It waits for the answer to a join. Without a connection it stops waiting.
         await consumer._client.close()
         await asyncio.wait({stopping}, timeout=2.0)
         stopping.cancel()

@@ -1,8 +1,9 @@
-"""Delayed messages: kept in one compacted topic until workers move them to their queues.
+"""Delayed messages: one compacted topic keeps them until workers move them to their queues.
 
-Every worker is in a group that shares the partitions of the topic. The owner of a partition keeps
-a heap of what waits in it, appends what is due to its queue and then a tombstone to the topic. A
-crash in between moves a message twice, never not at all. The clock is the server's.
+Every worker is in a group that shares the topic's partitions. The owner of a partition keeps a heap
+of its waiting messages. It appends each due message to its queue, and then a tombstone to the
+topic. After a crash in between, the message is moved twice, but it is never lost. The clock is the
+server's.
 """
 
 from __future__ import annotations
@@ -48,14 +49,14 @@ CONFIG = {
     "min.cleanable.dirty.ratio": "0.1",
 }
 BATCH = 500
-"""How many due messages are moved at once."""
+"""How many due messages are moved together."""
 PATIENCE = 1.0
-"""Seconds before it is tried again when the server cannot be reached."""
+"""Seconds before the next attempt if the server is unreachable."""
 LONGEST_WAIT = 60.0
 HELD_UP = 3.0
-"""Seconds before a message is tried again that its queue's topic did not take."""
+"""Seconds before the next attempt to move a message that its queue's topic refused."""
 _TOLD = 60.0
-"""Seconds between two lines on the same trouble."""
+"""Seconds before the same problem is logged again."""
 _LOG_APPEND_TIME = 1
 _TARGET, _DELAY, _CLOCK = "target", "delay", b"clock"
 
@@ -68,20 +69,20 @@ def delayed_topic(namespace: str) -> str:
 def delayed_record(topic: str, target: str, value: bytes, delay: float) -> Record:
     """Return the record that keeps a message for `delay` seconds and then moves it to `target`.
 
-    The key is its own: the tombstone of one attempt must not bury the next.
+    Each record has its own key, so the tombstone of one attempt cannot delete the next attempt.
     """
     headers = ((_TARGET, target.encode()), (_DELAY, repr(delay).encode()))
     return Record(topic, value, uuid7().bytes, headers)
 
 
 class ServerClock:
-    """The server's time, never ahead of it: the latest stamp, and what has passed since."""
+    """The server's time, never ahead of it: the latest timestamp plus the time since then."""
 
     def __init__(self) -> None:
         self._offset = float("-inf")
 
     def saw(self, milliseconds: int) -> None:
-        """Learn from a timestamp that the server has set before now."""
+        """Learn from a timestamp that the server has already set."""
         self._offset = max(self._offset, milliseconds / 1000 - time.monotonic())
 
     def now(self) -> float:
@@ -90,7 +91,7 @@ class ServerClock:
 
 
 class Delayed(NamedTuple):
-    """A message that waits, and the topic it goes to."""
+    """A waiting message and its target topic."""
 
     offset: int
     target: str
@@ -98,25 +99,29 @@ class Delayed(NamedTuple):
 
 
 class Waiting:
-    """What waits in one partition."""
+    """The waiting messages of one partition."""
 
     def __init__(self) -> None:
         self.messages: dict[bytes | int, Delayed] = {}
-        """By their records' keys; by its offset what another program wrote without a key."""
+        """Waiting messages by their record's key, or by its offset if it has no key.
+
+        Only other programs write records without a key.
+        """
         self.end = 0
-        """Where the partition ended when it was taken: what is due is known from there on."""
+        """The partition's end at its takeover. After reading up to it, due messages are known."""
         self.position = 0
 
     @property
     def watermark(self) -> int:
-        """The offset below which nothing waits."""
+        """The offset below which no message waits."""
         return min((delayed.offset for delayed in self.messages.values()), default=self.position)
 
 
 class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Moves what is due, in a task of its own from `start` to `stop`; it outlives the server.
+    """Moves due messages, in its own task from `start` to `stop`.
 
-    What another program wrote, and is no message, goes to `queue`, where it becomes a dead letter.
+    The task survives outages of the server. Another program may have written a record that is not a
+    message. It goes to `queue` and becomes a dead letter there.
     """
 
     def __init__(self, connection: Connection, namespace: str, queue: str, lease: float) -> None:
@@ -136,12 +141,12 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         self._told: dict[str, float] = {}
 
     def start(self) -> None:
-        """Begin to move."""
+        """Start to move messages."""
         self._task = asyncio.create_task(self._run())
         self._task.add_done_callback(_ended)
 
     async def stop(self) -> None:
-        """Leave the group; another worker goes on."""
+        """Leave the group. Another worker continues."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -178,15 +183,15 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
             self._forget()
             await close_consumer(consumer)
 
-    # --- what the driver calls -----------------------------------------------------------------
+    # --- called by the driver ------------------------------------------------------------------
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Finish what is being moved, then let go."""
+        """Finish the current move, then release the partitions."""
         async with self._moving:
             self._forget()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Note what is ours now."""
+        """Note the partitions that are ours now."""
         self._forget()
         self._new = set(assigned)
 
@@ -202,7 +207,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         for tp, records in (await consumer.getmany(timeout_ms=self._wait_ms())).items():
             waiting = self._waiting.get(tp)
             if waiting is None:
-                continue  # Read before `_take` has set the position.
+                continue  # read before `_take` has set the position
             for record in records:
                 waiting.position = record.offset + 1
                 if record.timestamp_type == _LOG_APPEND_TIME:
@@ -210,7 +215,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
                 self._note(tp, waiting, record)
         for tp, waiting in self._waiting.items():
             if waiting.position < waiting.end and tp in consumer.assignment():
-                # What is left of a compacted end may hold no record.
+                # The rest of a compacted topic may hold no record.
                 waiting.position = max(waiting.position, await consumer.position(tp))
 
     def _note(self, tp: TopicPartition, waiting: Waiting, record: ConsumerRecord) -> None:
@@ -223,9 +228,9 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         heappush(self._heap, (record.timestamp / 1000 + delay, record.offset, tp, key))
 
     def _read_headers(self, record: ConsumerRecord) -> tuple[float, str] | None:
-        """Return a message's delay in seconds and the topic of its queue; None: they are not ours.
+        """Return a message's delay in seconds and its queue's topic; None for foreign headers.
 
-        Any program may write any headers, and any value of them may be null.
+        Any program may write any headers, and any value may be null.
         """
         headers = dict(record.headers)
         try:
@@ -237,7 +242,11 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         return None
 
     def _read_value(self, record: ConsumerRecord) -> tuple[float, str]:
-        """Return what the message itself says; what is none goes to be a dead letter at once."""
+        """Return the delay and the topic that the message itself contains.
+
+        If the record is no message, the delay is zero and the topic is that of `queue`. It becomes
+        a dead letter there.
+        """
         logger.error(
             "the record at offset %d of partition %d of %s does not have the headers of a "
             "delayed message; another program may have written it",
@@ -256,7 +265,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         return max(1, int(min(left, LONGEST_WAIT) * 1000) + 1)
 
     async def _take(self, consumer: AIOKafkaConsumer) -> None:
-        """Begin with newly assigned partitions where their last owner has left off."""
+        """Start with newly assigned partitions where their last owner stopped."""
         if not self._new:
             return
         new = self._new
@@ -280,19 +289,19 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
             consumer.seek(tp, waiting.position)
 
     async def _move(self, consumer: AIOKafkaConsumer) -> None:
-        """Append what is due to its queue, then bury it here."""
+        """Append due messages to their queues, then their tombstones to this topic."""
         async with self._moving:
             due = self._due()
             if not due:
                 return
             try:
-                # The group says whether the partitions are ours still, and notes how far we are.
+                # The commit checks that the partitions are still ours, and saves the position.
                 async with asyncio.timeout(REQUEST):
                     await consumer.commit({tp: self._waiting[tp].watermark for tp, _ in due})
             except (CommitFailedError, IllegalStateError):
                 return
             moved = await self._append(due)
-            # A record without a key has no tombstone; the next commit passes it.
+            # A record without a key has no tombstone. The next commit passes it.
             await self._connection.running_writer().write(
                 [
                     Record(self._topic, None, key, partition=tp.partition)
@@ -307,10 +316,10 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _append(
         self, due: list[tuple[TopicPartition, bytes | int]]
     ) -> list[tuple[TopicPartition, bytes | int]]:
-        """Append messages to their queues, and return which are there; the others wait on.
+        """Append messages to their queues, and return the appended ones. The others keep waiting.
 
-        A topic may take less than the delayed one, or may not be written by this user: an operator
-        can change that, and until then nobody else has the message.
+        A queue's topic may have a lower limit than the delayed one, or this user may not write to
+        it. An operator can change that. Until then, this topic has the only copy of the message.
         """
         messages = [self._waiting[tp].messages[key] for tp, key in due]
         refused: dict[str, QTasksError] = {}
@@ -334,7 +343,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         return [place for place, error in zip(due, outcomes, strict=True) if error is None]
 
     def _tell(self, what: str) -> None:
-        """Log what holds messages up, unless it was logged within the last minute."""
+        """Log a problem that delays messages, unless it was logged within the last minute."""
         now = time.monotonic()
         self._told = {text: at for text, at in self._told.items() if now - at < _TOLD}
         if what not in self._told:
@@ -342,7 +351,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
             logger.warning("%s", what)
 
     def _due(self) -> list[tuple[TopicPartition, bytes | int]]:
-        """Take what is due off the heap, of partitions that are read to their end."""
+        """Take due messages off the heap. Their partitions must be read up to `end`."""
         now = self._clock.now()
         due: list[tuple[TopicPartition, bytes | int]] = []
         later = []
@@ -352,7 +361,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
             if waiting is None or entry[3] not in waiting.messages:
                 continue
             if waiting.messages[entry[3]].offset != entry[1]:
-                continue  # Replaced by a later record with its key.
+                continue  # a later record with its key has replaced it
             if waiting.position < waiting.end:
                 later.append(entry)
             else:

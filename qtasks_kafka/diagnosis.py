@@ -1,4 +1,4 @@
-"""Why a cluster cannot be used: a wrong set-up looks like an outage to the driver, and is none."""
+"""Finds out why a cluster is unusable. The driver takes a wrong configuration for an outage."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from qtasks_core.errors import ConfigurationError
 
 LOOK = 2.0
-"""Seconds for each look at a server."""
+"""Seconds for each check of a server."""
 
 
 def wrong_tls(error: BaseException) -> str | None:
-    """Return what is wrong with the set-up of TLS if that is behind an error, else None."""
+    """Return what is wrong with the TLS settings, or None if TLS is not the cause of the error."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ssl.SSLError):
         cause = cause.__cause__ or cause.__context__
@@ -30,15 +30,15 @@ def wrong_tls(error: BaseException) -> str | None:
             f"it does not accept this client's certificate ({reason}): "
             "set ssl_certfile= and ssl_keyfile="
         )
-    # Anything else may be a connection that broke in the middle.
+    # Any other error may come from a broken connection.
     return None
 
 
 async def diagnose(settings: dict[str, Any], shown: str) -> None:
-    """Raise `ConfigurationError` when a server is there and speaks another protocol.
+    """Raise `ConfigurationError` if a server answers but speaks another protocol.
 
-    Raises what the driver raises when it is refused: it only logs that while it tries the servers.
-    Returns when nothing was found out.
+    If a server refuses us, raise the driver's error, because the driver only logs it while it tries
+    the servers. Return if nothing was found out.
     """
     from aiokafka.conn import collect_hosts
 
@@ -91,7 +91,7 @@ async def _look(host: str, port: int, settings: dict[str, Any]) -> None:
 
 
 async def _speaks_plainly(host: str, port: int) -> str | None:
-    """Say so when a server answers without TLS."""
+    """Return advice if a server answers without TLS, else None."""
     from aiokafka.conn import create_conn
     from aiokafka.errors import KafkaError
 
@@ -105,8 +105,8 @@ async def _speaks_plainly(host: str, port: int) -> str | None:
 
 
 async def _speaks_tls(host: str, port: int) -> str | None:
-    """Say so when a server answers to TLS."""
-    # Nothing is sent over it, so nobody needs to be trusted.
+    """Return advice if a server answers with TLS, else None."""
+    # No data is sent over it, so the certificate does not matter.
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -1,8 +1,8 @@
-"""The beginning of a queue's topic follows what is done, so that nothing done is ever read again.
+"""Deletes finished records from the start of a queue's topic, so that they are never read again.
 
-The server forgets the offsets of a group that has had no member for offsets.retention.minutes (7
-days by default). Whoever comes then begins where the topic does. So records that are done are
-deleted, by the one member that owns their partition, up to what the group has confirmed.
+If a group has no member for offsets.retention.minutes (7 days by default), the server forgets its
+offsets. The next member then starts at the beginning of the topic. So finished records are deleted,
+up to the group's committed offset. Only the owner of a partition deletes them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from qtasks_kafka.settings import REQUEST
 logger = logging.getLogger("qtasks.kafka")
 
 PERIOD = 10.0
-"""Seconds between two deletions, each of which is a request a topic."""
+"""Seconds between two deletions. Each takes one request per topic."""
 
 
 class Floor:
-    """Deletes what is done in the partitions of one member, a while later, until `close`."""
+    """Deletes finished records in one member's partitions, a little later, until `close`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -37,18 +37,18 @@ class Floor:
         self._closed = False
 
     def note(self, done: Mapping[TopicPartition, int]) -> None:
-        """Take note of offsets up to which all is done, and the group knows it."""
+        """Note offsets that the group has committed. All records below them are finished."""
         self._done.update(done)
         if self._later is None and not self._closed and self._pending():
             self._later = asyncio.create_task(self._delete_later())
 
     def forget(self) -> None:
-        """Partitions come and go: who owns one notes what is done there with its takeover."""
+        """Forget all offsets: after an assignment, each owner notes them again at its takeover."""
         self._done.clear()
         self._deleted.clear()
 
     async def close(self, *, delete: bool) -> None:
-        """End, after deleting what is done if the server answers. Idempotent."""
+        """Stop. With `delete`, first delete finished records if the server answers. Idempotent."""
         self._closed = True
         later, self._later = self._later, None
         if later is not None:

@@ -1,8 +1,8 @@
-"""A member of a consumer group that knows at any time which partitions it still owns.
+"""A member of a consumer group that always knows which partitions it still owns.
 
-aiokafka revokes everything at each rebalance and forgets positions. Here a partition that comes
-back keeps what it has in flight. That nobody had it in between shows the name that each owner
-leaves in the metadata of its commits, from the takeover on.
+aiokafka revokes all partitions at each rebalance and forgets positions. Here a partition that comes
+back keeps its records in flight. Each owner writes its name into the metadata of its commits, from
+the takeover on. The name shows that nobody else had the partition in between.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qtasks.kafka")
 
 SILENCE = 4.0
-"""Seconds without an answer to a fetch, of which there are two a second, that mean: unreachable."""
+"""Seconds without an answer to a fetch (two per second) after which the server is unreachable."""
 
 
 class Membership:
-    """Holds partitions of `topics`. `lease` (seconds) is the session of the group."""
+    """Holds partitions of `topics`. `lease` (seconds) is the group's session timeout."""
 
     def __init__(
         self, connection: Connection, group: str, topics: Iterable[str], lease: float
@@ -59,7 +59,7 @@ class Membership:
         self._assigned = asyncio.Event()
         self._to_take: set[TopicPartition] = set()
         self.epoch = 0
-        """Raised by whatever makes records that are fetched and not delivered void."""
+        """Rises when records that are fetched but not delivered become invalid."""
         self._idle: Future[None] | None = None
         self._wanting = True
         self._closed = False
@@ -68,12 +68,12 @@ class Membership:
         self._retired: set[asyncio.Task[None]] = set()
         self._polled = self._polling_since = self._confirmed_at = 0.0
         self.changed: Future[None] = asyncio.get_running_loop().create_future()
-        """Done with the next assignment, and replaced: what waits in `poll` should start anew."""
+        """Done at the next assignment, then replaced. A waiting `poll` should then start again."""
 
     # --- joining and leaving -------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Join the group, if not yet (or not any more). Does not wait for the join to end."""
+        """Join the group if this is no member of it. Does not wait until the join has finished."""
         async with self._opening:
             if self._closed:
                 raise Closed("the subscription has left its group")
@@ -93,10 +93,11 @@ class Membership:
             rebalance_timeout_ms=session + int(self.patience * 1000) + 2000,
             # The answer to a join takes as long as the slowest member's patience.
             request_timeout_ms=session + int((self.patience + REQUEST) * 1000) + 2000,
-            # A worker whose slots are all taken does not poll, for hours if need be.
+            # A worker without a free slot does not poll, possibly for hours.
             max_poll_interval_ms=2**31 - 1,
             fetch_max_wait_ms=500,
-            # Offsets that are gone mean that the topic was cut or made anew: `_take_over` looks.
+            # If offsets are gone, the topic was truncated or created again. `_take_over` checks
+            # that.
             auto_offset_reset="none",
         )
         try:
@@ -110,11 +111,11 @@ class Membership:
 
     @property
     def patience(self) -> float:
-        """Seconds for which a rebalance waits for what is in flight here."""
+        """Seconds for which a rebalance waits for records in flight here."""
         return min(self._lease / 2, 5.0)
 
     def _retire(self) -> None:
-        """Give up a consumer; `open` joins with a new one. Its end is awaited by `close`."""
+        """Give up the consumer. `open` joins with a new one. `close` waits for the old one."""
         consumer, self._consumer = self._consumer, None
         self._assigned.clear()
         self.epoch += 1
@@ -124,14 +125,14 @@ class Membership:
             closing.add_done_callback(self._retired.discard)
 
     def want(self, wanting: bool) -> None:
-        """Say whether to get partitions, or to keep only those with something in flight."""
+        """Set whether this member wants partitions, or only those with records in flight."""
         if wanting != self._wanting:
             self._wanting = wanting
             if self._consumer is not None:
                 self._coordinator.request_rejoin()
 
     async def close(self) -> None:
-        """Commit what is done and leave the group. Idempotent."""
+        """Commit finished records and leave the group. Idempotent."""
         self._wanting = False
         self.notice_idle(force=True)
         confirmed = False
@@ -145,22 +146,22 @@ class Membership:
         self._closed = True
         self._lose_all()
         self._retire()
-        self._assigned.set()  # Who waits to commit learns that all is lost.
+        self._assigned.set()  # callers that wait to commit learn that all is lost
         if self._retired:
             await asyncio.wait(self._retired)
 
     def _holdings(self) -> Holdings:
-        """Say what this member has, for the one that assigns."""
+        """Return this member's partitions, for the member that assigns."""
         busy = [tuple(tp) for tp, p in self.partitions.items() if p.in_flight]
         idle = [tuple(tp) for tp, p in self.partitions.items() if not p.in_flight]
         return Holdings(busy, idle, self._wanting)
 
-    # --- what the driver calls -----------------------------------------------------------------
+    # --- called by the driver ------------------------------------------------------------------
 
     async def let_go(self) -> None:
-        """Wait a while for what is in flight, and commit, before others may get it.
+        """Before other members may get the partitions, wait for records in flight, and commit.
 
-        Heartbeats and commits go on meanwhile.
+        Heartbeats and commits continue meanwhile.
         """
         self.epoch += 1
         if not self._is_member:
@@ -171,11 +172,11 @@ class Membership:
                 await self.confirm([p for p in self.partitions.values() if p.unconfirmed])
             except QTasksError as error:
                 logger.warning("what was settled last may run again: %s", error)
-        async with self._lock:  # A commit with the old generation must not follow the join.
+        async with self._lock:  # a commit with the old generation must not follow the join
             self._assigned.clear()
 
     def note_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Note what is ours now; the next call takes it over."""
+        """Note the partitions that are ours now. The next call takes them over."""
         self._to_take = set(assigned)
         self._floor.forget()
         for tp in self.partitions.keys() - self._to_take:
@@ -194,13 +195,13 @@ class Membership:
         self._idle = None
 
     def notice_idle(self, *, force: bool = False) -> None:
-        """Let a waiting rebalance go on when nothing is in flight any more."""
+        """Let a waiting rebalance continue if no record is in flight any more."""
         if self._idle is not None and not self._idle.done() and (force or not self.in_flight):
             self._idle.set_result(None)
 
     @property
     def in_flight(self) -> int:
-        """How many deliveries are not settled."""
+        """The number of deliveries that are not settled."""
         return sum(partition.in_flight for partition in self.partitions.values())
 
     def others(self, topic: str) -> list[int]:
@@ -213,10 +214,10 @@ class Membership:
     async def poll(
         self, topics: Sequence[str], limit: int
     ) -> list[tuple[Partition, ConsumerRecord]]:
-        """Wait for records of some topics, up to `limit`, of the first one if it has any here.
+        """Wait for up to `limit` records of some topics. The first topic has priority.
 
-        Cancelling it skips nothing. May return none: after a rebalance. Raises `Unavailable` and
-        `ConfigurationError`.
+        Cancelling it skips no record. It may return no record after a rebalance. Raises
+        `Unavailable` and `ConfigurationError`.
         """
         await self.open()
         if self._to_take or not self._assigned.is_set():
@@ -228,30 +229,32 @@ class Membership:
             self._polling_since = time.monotonic()
         try:
             batches = {}
-            # The driver itself goes on with a partition until what it has of it is used up.
+            # The driver continues with a partition until all its fetched records are used.
             if len(topics) > 1 and (first := [tp for tp in places if tp.topic == topics[0]]):
                 batches = await consumer.getmany(*first, max_records=limit)
-            # Without a place it would take any; this one returns when things change.
+            # Without a partition, the driver would take records of any partition. This call returns
+            # when things change.
             batches = batches or await consumer.getmany(
                 *(places or [TopicPartition("", 0)]), timeout_ms=1000, max_records=limit
             )
         except asyncio.CancelledError:
-            raise  # The driver had taken nothing yet.
+            raise  # the driver has taken no record yet
         except BaseException as error:
-            # It may have taken records of one partition before it failed with another's.
+            # It may have taken records of one partition before another one failed.
             self._retire()
             if isinstance(error, KafkaError):
                 raise self._connection.translated(error) from error
             raise
         finally:
             self._polled = time.monotonic()
-        # From here to the end nothing is awaited and nothing raises but what rewinds first: the
-        # driver's positions are behind these records already.
+        # From here on, nothing is awaited, and nothing raises without a rewind first: the driver's
+        # positions are already after these records.
         if batches and epoch != self.epoch:
             self._rewind()
             return []
         if not batches and epoch == self.epoch:
-            # While a full buffer is drained the last fetch is rightly old; an empty one is not.
+            # While a full buffer is used up, an old last fetch is normal. With an empty buffer it
+            # is not.
             self._check_answers(consumer, places)
         return [
             (self.partitions[tp], record)
@@ -261,7 +264,7 @@ class Membership:
         ]
 
     async def _await_assignment(self) -> None:
-        """Wait for the group's word, as long as its coordinator answers, and take over."""
+        """Wait for the assignment, while the coordinator answers, and take over the partitions."""
         waiting_since = time.monotonic()
         while not self._assigned.is_set():
             try:
@@ -269,7 +272,7 @@ class Membership:
                     await self._assigned.wait()
             except TimeoutError:
                 try:
-                    # Raises what went wrong in joining.
+                    # Raises the error of the join.
                     self._coordinator.check_errors()
                 except KafkaError as error:
                     self._retire()
@@ -281,7 +284,7 @@ class Membership:
         await self.confirm([])
 
     def _check_answers(self, consumer: AIOKafkaConsumer, places: list[TopicPartition]) -> None:
-        """Raise `Unavailable` when the server has not answered a fetch for some seconds."""
+        """Raise `Unavailable` if the server has not answered a fetch for some seconds."""
         polled = [consumer.last_poll_timestamp(tp) for tp in places if self._mine(consumer, tp)]
         age = time.time() - max((ms for ms in polled if ms), default=0) / 1000
         if places and min(age, time.monotonic() - self._polling_since) > SILENCE:
@@ -292,13 +295,13 @@ class Membership:
         return tp in consumer.assignment()
 
     def void(self) -> None:
-        """Have everything fetched again that is not delivered."""
+        """Make all undelivered records be fetched again."""
         self.epoch += 1
         if self._consumer is not None:
             self._rewind()
 
     def _rewind(self) -> None:
-        """Fetch again from what was not delivered."""
+        """Fetch again from the first record that was not delivered."""
         consumer = self._running()
         for tp, partition in self.partitions.items():
             if tp in consumer.assignment():
@@ -306,7 +309,7 @@ class Membership:
                 partition.fetch_from(partition.next_fetch)
 
     def look_again(self, partition: Partition, came: int) -> None:
-        """Fetch once more what should have come in front of the offset that came."""
+        """Fetch the missing records before the received offset once more."""
         consumer = self._running()
         for tp, own in self.partitions.items():
             if own is partition and tp in consumer.assignment():
@@ -320,9 +323,9 @@ class Membership:
     # --- asking the group ----------------------------------------------------------------------
 
     async def confirm(self, partitions: Iterable[Partition]) -> None:
-        """Commit what is done in these partitions: then each is either confirmed or `lost`.
+        """Commit finished records of these partitions. Then each is either confirmed or `lost`.
 
-        One wait for the server. Raises `Unavailable` when the group does not answer.
+        It waits for the server once. Raises `Unavailable` if the group does not answer.
         """
         wanted = set(partitions)
         with self._connection.reaching():
@@ -334,9 +337,9 @@ class Membership:
                     confirmed = await self._try_confirm(wanted)
 
     async def recheck(self) -> None:
-        """Ask whether all is still ours, unless the group said so within the lease.
+        """Check that all partitions are still ours, unless the group confirmed it within the lease.
 
-        Who was stopped for longer must not deliver what it had fetched before.
+        A process that was stopped for longer must not deliver the records that it fetched before.
         """
         if time.monotonic() - self._confirmed_at > self._lease:
             await self.confirm(self.partitions.values())
@@ -368,7 +371,7 @@ class Membership:
             return not self._to_take
 
     async def _take_over(self) -> None:
-        """Learn what is done in newly assigned partitions and leave our name in them."""
+        """Read which records are finished in new partitions, and write our name into them."""
         consumer, epoch = self._running(), self.epoch
         taking = sorted(self._to_take)
         committed = await self._coordinator.fetch_committed_offsets(taking)
@@ -406,9 +409,9 @@ class Membership:
     async def _commit(self, places: dict[TopicPartition, Partition]) -> None:
         """Send one commit, with the generation in which these partitions are ours.
 
-        The driver's public `commit` repeats without end, and once the group has forgotten the
-        member it sends no generation at all, which an empty group obeys: a receiver that lost its
-        lease would put the offsets of its successor back.
+        The driver's public `commit` retries without end. Once the group has forgotten the member,
+        that method sends no generation at all, and an empty group accepts that. So a receiver that
+        lost its lease would reset the offsets of its successor.
         """
         if not self._is_member:
             raise UnknownMemberIdError(self._group)
@@ -423,7 +426,7 @@ class Membership:
             partition.unconfirmed -= offsets_done
 
     def _lose_all(self) -> None:
-        """The group has given our partitions away: whatever is in flight is not ours any more."""
+        """The group has assigned our partitions to others: records in flight are no longer ours."""
         for partition in self.partitions.values():
             partition.lost = True
         self.partitions = {}
@@ -436,10 +439,10 @@ class Membership:
         return self._consumer
 
     def uses(self, consumer: AIOKafkaConsumer) -> bool:
-        """Say whether this is the consumer of now."""
+        """Return whether this is the current consumer."""
         return self._consumer is consumer
 
-    # What aiokafka keeps to itself, and all that is used of it.
+    # This class uses aiokafka's private attributes only through these properties.
 
     @property
     def _coordinator(self) -> Any:
@@ -451,18 +454,18 @@ class Membership:
 
 
 class Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Tells a member of rebalances, unless it has given up this consumer meanwhile."""
+    """Tells a member of rebalances, unless the member has given up this consumer."""
 
     def __init__(self, member: Membership, consumer: AIOKafkaConsumer) -> None:
         self._member = member
         self._consumer = consumer
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """All partitions go back, before the group deals them anew."""
+        """Release all partitions before the group assigns them again."""
         if self._member.uses(self._consumer):
             await self._member.let_go()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """These partitions are ours until the next rebalance."""
+        """Note the partitions that are ours until the next rebalance."""
         if self._member.uses(self._consumer):
             self._member.note_assigned(assigned)

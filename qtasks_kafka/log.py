@@ -1,4 +1,4 @@
-"""A log in one topic: appended by an idempotent producer, read from its start without a group."""
+"""A log on one Kafka topic: an idempotent producer appends, readers start at the beginning."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qtasks.kafka")
 
 QUIET = 0.5
-"""Seconds after which a read without entries looks whether the log's end moved all the same."""
+"""Seconds after which a read without entries checks whether the log's end has moved."""
 
 
 BESIDE = 1024
-"""Bytes of a batch beside the record in it: its key, and what surrounds both."""
+"""Bytes in a batch besides the record's value: its key, and the overhead of both."""
 LAYOUT_KEY = b"\nlayout"
 
 
 class Layout(Struct, frozen=True):
-    """How the entries of a log are dealt out, fixed by the first record of this kind in it.
+    """How entries are distributed over partitions. The first such record in a log fixes it.
 
-    An entry's partition follows from its uuid and a number of partitions. Were that the topic's,
-    which may grow, writers would send entries of one uuid to different partitions, and readers
-    would not agree on their order.
+    An entry's partition follows from its uuid and a number of partitions. The topic's own number
+    may grow. If writers used that, they would send entries of one uuid to different partitions.
+    Readers would then disagree on their order.
     """
 
     partitions: int
     id: str
-    """Of this log: a topic that was deleted and made anew has another."""
+    """Identifies this log. If the topic was deleted and created again, the id differs."""
 
 
 class KafkaLog(Log):
@@ -56,9 +56,9 @@ class KafkaLog(Log):
         self._layout: Layout | None = None
         self._consumer: AIOKafkaConsumer | None = None
         self._asker: AIOKafkaConsumer | None = None
-        """Asks for the log's end: on the reader's connection it would wait behind a long poll."""
+        """Asks for the log's end. On the reader's connection, it would wait behind a long poll."""
         self._opening: asyncio.Task[AIOKafkaConsumer] | None = None
-        """One attempt for all who wait: in turn, each would wait for the others' timeouts too."""
+        """One attempt for all callers. Separate attempts would add up their timeouts."""
         self._positions: dict[TopicPartition, int] = {}
         self._retired: set[asyncio.Task[None]] = set()
 
@@ -92,7 +92,7 @@ class KafkaLog(Log):
             raise
 
     async def _open(self) -> AIOKafkaConsumer:
-        """Return the consumer; a new one goes on behind what was read."""
+        """Return the consumer. A new one continues after the last read record."""
         if not self._running:
             raise Closed("KafkaLog is not started")
         if self._consumer is not None:
@@ -101,7 +101,7 @@ class KafkaLog(Log):
             self._opening = asyncio.create_task(self._begin())
             self._opening.add_done_callback(self._opened)
         opening = self._opening
-        # Not awaited itself: others share it when this call is cancelled.
+        # Do not await the task itself: a cancellation of this call would cancel it for others.
         await asyncio.wait({opening})
         if opening.cancelled() and not self._running:
             raise Closed("KafkaLog was stopped")
@@ -112,12 +112,12 @@ class KafkaLog(Log):
     def _opened(self, opening: asyncio.Task[AIOKafkaConsumer]) -> None:
         self._opening = None
         if not opening.cancelled():
-            # Looked at even when every caller was cancelled meanwhile.
+            # Mark the error as retrieved, even if every caller was cancelled meanwhile.
             opening.exception()
 
     async def _begin(self) -> AIOKafkaConsumer:
-        """Open the log where it was left, or another one that is there in its place."""
-        # Offsets that are gone mean that the topic was made anew, or cut: that is looked at here.
+        """Open the log at its last position, or a new log that has replaced it."""
+        # If offsets are gone, the topic was created again or truncated. This method checks that.
         consumer = self._connection.consumer(
             group_id=None, fetch_max_wait_ms=500, auto_offset_reset="none"
         )
@@ -142,9 +142,10 @@ class KafkaLog(Log):
         return consumer
 
     async def _find_layout(self, consumer: AIOKafkaConsumer, deadline: asyncio.Timeout) -> Layout:
-        """Return the log's first layout, after writing it where there is none.
+        """Return the log's first layout. Write one if none exists.
 
-        It is the first record, unless the topic is older than layouts; then the scan may take long.
+        It is the first record, unless the topic is older than layouts. In that case the scan may
+        take long.
         """
         clock = asyncio.get_running_loop().time
         from aiokafka.structs import TopicPartition
@@ -171,7 +172,7 @@ class KafkaLog(Log):
             await writer.write([Record(self._topic, value, LAYOUT_KEY, partition=0)])
 
     async def _seek(self, consumer: AIOKafkaConsumer, layout: Layout) -> None:
-        """Read on behind what was read, as far as that is there."""
+        """Continue after the last read records, as far as they still exist."""
         from aiokafka.structs import TopicPartition
 
         places = [TopicPartition(self._topic, number) for number in range(layout.partitions)]
@@ -194,12 +195,12 @@ class KafkaLog(Log):
         await self._connection.stop()
 
     def _retire(self) -> None:
-        """Give up the consumers; the next call opens the log anew. `stop` awaits their end."""
+        """Give up the consumers. The next call opens the log again. `stop` waits for them."""
         consumers, self._consumer, self._asker = (self._consumer, self._asker), None, None
         self._close(*consumers)
 
     def _close(self, *consumers: AIOKafkaConsumer | None) -> None:
-        """Close consumers beside all else: with a server that does not answer it takes seconds."""
+        """Close consumers in the background: if the server does not answer, it takes seconds."""
         for consumer in consumers:
             if consumer is not None:
                 closing = asyncio.create_task(close_consumer(consumer))
@@ -244,7 +245,8 @@ class KafkaLog(Log):
             except asyncio.CancelledError:
                 raise
             except BaseException:
-                # What the driver took is in front of its position now; the next one takes it again.
+                # The driver's position is already after the records it took. The next consumer
+                # reads them again.
                 if self._consumer is consumer:
                     self._retire()
                 raise
@@ -261,13 +263,13 @@ class KafkaLog(Log):
                 if record.key == LAYOUT_KEY:  # type: ignore[attr-defined]
                     continue
                 name = (record.key or b"").decode(errors="replace")  # type: ignore[attr-defined]
-                # From the end: a uuid may have line feeds.
+                # Split at the last line feed: a uuid may contain line feeds.
                 partition_key, _, key = name.rpartition("\n")
                 entries.append(Entry(partition_key, key, record.value))  # type: ignore[attr-defined]
         return entries
 
     async def _moved(self, consumer: AIOKafkaConsumer) -> bool:
-        """Follow the driver over offsets that hold no record, and say whether there were any."""
+        """Follow the driver over offsets without a record. Return whether there were any."""
         moved = False
         for tp in consumer.assignment():
             position = await consumer.position(tp)
@@ -280,7 +282,7 @@ class KafkaLog(Log):
         asker = self._asker
         if asker is None:
             raise Unavailable("the log is being opened anew")
-        read = dict(self._positions)  # Reading goes on while the answer is on its way.
+        read = dict(self._positions)  # `read` continues meanwhile
         try:
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST):
@@ -300,7 +302,7 @@ class KafkaLog(Log):
 
 
 def _layout_of(record: Any) -> Layout | None:
-    """Return the layout that a record holds, None where it is another or of no use."""
+    """Return the layout in a record, or None if the record has no valid layout."""
     if record.key != LAYOUT_KEY:
         return None
     try:

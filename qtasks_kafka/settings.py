@@ -1,4 +1,4 @@
-"""What a `kafka://` URL says, as the driver's arguments."""
+"""The options of a kafka:// URL, as arguments of the driver."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qtasks_core.urls import redact, refuse_options, split, take_options
 REQUEST = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
 LEASE_TIME = seconds(0.001, 2**31 // 1000)
-"""The protocol has 31 bits for the milliseconds of a session."""
+"""The protocol has 31 bits for a session's milliseconds."""
 AT_LEAST_ONE = integer(1)
 OURS = {"lease": LEASE_TIME, "partitions": AT_LEAST_ONE, "replicas": AT_LEAST_ONE}
-"""What `KafkaBackend` takes off a URL, for the constructors."""
+"""Options that `KafkaBackend` takes from a URL for the constructors."""
 _TLS = {
     "ssl_cafile": ANY, "ssl_certfile": ANY, "ssl_keyfile": ANY, "ssl_password": ANY,
     "ssl_check_hostname": SWITCH,
@@ -41,7 +41,7 @@ def settings_of(url: str) -> dict[str, Any]:
 
 
 class _Wrong(Exception):
-    """What is wrong with a URL, which it does not show."""
+    """A mistake in a URL. The message does not show the URL."""
 
 
 def _settings_of(netloc: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _settings_of(netloc: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tls_context(options: Mapping[str, Any]) -> ssl.SSLContext:
-    """Return a context with the URL's files. Raises `_Wrong` for one of no use."""
+    """Return a TLS context with the URL's files. Raises `_Wrong` if a file cannot be used."""
     authority, certificate, key = (
         options.get(option) for option in ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
     )
@@ -84,7 +84,7 @@ def _tls_context(options: Mapping[str, Any]) -> ssl.SSLContext:
         raise _Wrong("ssl_keyfile needs ssl_certfile, the certificate of that key")
     if certificate is not None:
         try:
-            # Without a password the library would ask for one at the terminal.
+            # Without a password, OpenSSL would ask for one at the terminal.
             context.load_cert_chain(certificate, key, options.get("ssl_password", ""))
         except OSError as error:
             raise _Wrong(

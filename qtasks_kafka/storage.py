@@ -1,4 +1,4 @@
-"""A storage on Kafka: the records are proposals in one topic that every process reads."""
+"""A storage on Kafka: the log storage on one topic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from qtasks_log.storage import LogStorage
 
 
 class KafkaStorage(LogStorage):
-    """Remembers tasks in the topic `NAMESPACE.records`."""
+    """Keeps records in the topic `NAMESPACE.records`, and reads the whole topic at the start.
+
+    Raises `ConfigurationError` if the URL or an option is wrong.
+    """
 
     driver_loggers = ("aiokafka",)
 

@@ -1,4 +1,4 @@
-"""A subscription on Kafka: what the partitions bring that the group gives to this member."""
+"""A subscription on Kafka: receives from the partitions that the group assigns to this member."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ logger = logging.getLogger("qtasks.kafka")
 
 
 class Publisher(Protocol):
-    """What a subscription asks of its broker."""
+    """The methods of the broker that a subscription uses."""
 
     def topic(self, queue: str) -> str:
         """Return the topic of a queue."""
 
     def record(self, message: TaskMessage) -> Record:
-        """Return the record that carries a message, at once or after its delay."""
+        """Return the record that carries a message to its queue, now or after its delay."""
 
     async def append(self, records: Sequence[Record]) -> list[Outcome]:
-        """Append records, durable when it returns."""
+        """Append records. They are durable when the call returns."""
 
 
 class Fence(NamedTuple):
-    """A record of a partition, as held since one takeover of it."""
+    """A record of a partition, held since one takeover of the partition."""
 
     partition: Partition
     offset: int
@@ -53,7 +53,7 @@ class Fence(NamedTuple):
 
 
 class KafkaSubscription(Subscription):
-    """Receives from the partitions that the group gives to this member."""
+    """Receives from the partitions that the group assigns to this member."""
 
     def __init__(
         self,
@@ -65,14 +65,14 @@ class KafkaSubscription(Subscription):
         self._broker = broker
         self._member = member
         self._left = left
-        """Called once nothing is held any more, or may be."""
+        """Called once the subscription holds nothing any more, and cannot get anything."""
         self._queues = dict(topics)
         self._fetched: dict[str, deque[tuple[Partition, Any]]] = {
             queue: deque() for queue in topics.values()
         }
         self._epoch = member.epoch
         self._obeyed = Recent()
-        """How deliveries were settled, whether the group knows it yet or not."""
+        """How deliveries were settled, even if the group does not know it yet."""
         self._receiving = False
         self._resting: asyncio.TimerHandle | None = None
         self._passing: asyncio.Task[None] | None = None
@@ -99,7 +99,7 @@ class KafkaSubscription(Subscription):
         raise Closed("the subscription is closed")
 
     def _stay_awake(self) -> None:
-        """Want partitions (again)."""
+        """Ask for partitions (again)."""
         if self._resting is not None:
             self._resting.cancel()
             self._resting = None
@@ -107,7 +107,7 @@ class KafkaSubscription(Subscription):
             self._member.want(True)
 
     async def _idle(self) -> None:
-        """Free what is not needed any more: nothing is in flight.
+        """Release unneeded partitions, because no record is in flight.
 
         Messages must not wait in the partitions of a receiver that does not receive.
         """
@@ -118,7 +118,7 @@ class KafkaSubscription(Subscription):
             self._resting = loop.call_later(self._member.patience, self._member.want, False)
 
     def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Deliver what was fetched, unless a rebalance has come in between."""
+        """Deliver fetched records, unless a rebalance has come in between."""
         deliveries: list[Delivery] = []
         if self._epoch != self._member.epoch:
             return deliveries
@@ -140,16 +140,16 @@ class KafkaSubscription(Subscription):
         return deliveries
 
     def _look_again(self, queue: str) -> None:
-        """Drop what was fetched of the first partition here: it is fetched again, from a gap on."""
+        """Drop the fetched records of the first partition, and fetch again from a gap on."""
         fetched = self._fetched[queue]
         partition, record = fetched[0]
         self._fetched[queue] = deque(item for item in fetched if item[0] is not partition)
         self._member.look_again(partition, record.offset)
 
     async def _announce(self, deliveries: list[Delivery]) -> None:
-        """Have the group count what is delivered first after a takeover, before it is run.
+        """After a takeover, let the group count the first deliveries before they run.
 
-        What was in flight when a predecessor died is there again.
+        Records that were in flight when the previous owner died are delivered again.
         """
         new = {d.fence.partition for d in deliveries if not d.fence.partition.announced}
         if not new:
@@ -165,7 +165,7 @@ class KafkaSubscription(Subscription):
             partition.announced = True
 
     async def _fetch(self, queues: list[str], limit: int) -> None:
-        """Wait for records, a change of partitions or the end; whatever is fetched is kept."""
+        """Wait for records, a change of partitions or the close. All fetched records are kept."""
         filling = asyncio.create_task(self._fill(queues, limit))
         try:
             await asyncio.wait(
@@ -222,9 +222,9 @@ class KafkaSubscription(Subscription):
         return call.outcomes()
 
     async def _replace(self, settlements: Mapping[int, Settlement]) -> dict[int, Outcome]:
-        """Append what takes the place of retried or released records; return which are refused.
+        """Append the replacements of retried or released records. Return the refused ones.
 
-        The group is asked first: who has lost the lease must not append anything.
+        The group is asked first, because a receiver without the lease must not append anything.
         """
         await self._member.confirm({s.delivery.fence.partition for s in settlements.values()})
         mine = {place: s for place, s in settlements.items() if _mine(s.delivery)}
@@ -233,7 +233,7 @@ class KafkaSubscription(Subscription):
         return {place: outcome for place, outcome in answers if outcome.status != "done"}
 
     def _replacement(self, settlement: Settlement) -> Record:
-        """Return what a retry or a release appends; what is released stays in its partition."""
+        """Return the record that a retry or a release appends. A release stays in its partition."""
         from qtasks_kafka.writer import Record
 
         if isinstance(settlement, Retry):
@@ -242,7 +242,7 @@ class KafkaSubscription(Subscription):
         return Record(fence.topic, fence.value, partition=fence.number)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        """Ask the group by a commit: heartbeats go on by themselves, but they tell us nothing."""
+        """Ask the group with a commit: heartbeats run by themselves, but they tell us nothing."""
         if held := {d.fence.partition for d in deliveries if _mine(d)}:
             await self._member.confirm(held)
         return [delivery if _mine(delivery) else None for delivery in deliveries]
@@ -264,7 +264,7 @@ class KafkaSubscription(Subscription):
             self._closed.set_result(None)
 
     async def _pass_on(self) -> None:
-        """Give others what comes in the partitions that are kept for what is in flight: copies."""
+        """Copy new messages to other partitions: ours are only kept for records in flight."""
         await asyncio.wait({self._member.changed})
         passing: list[tuple[Partition, Any]] = []
         while self._member.in_flight:
@@ -307,7 +307,7 @@ class KafkaSubscription(Subscription):
         await self._member.confirm({partition for partition, _ in records})
 
     async def leave(self) -> None:
-        """Leave the group: what is still in flight is lost. Idempotent."""
+        """Leave the group. Records in flight are lost. Idempotent."""
         self._end()
         if self._leaving is None:
             self._leaving = asyncio.create_task(self._leave())
@@ -322,6 +322,6 @@ class KafkaSubscription(Subscription):
 
 
 def _mine(delivery: Delivery) -> bool:
-    """Say whether a delivery is still to be settled here."""
+    """Return whether a delivery is still to be settled here."""
     partition, offset, *_ = delivery.fence
     return bool(partition.holds(offset))

@@ -1,8 +1,8 @@
-"""Which records of one partition are done, though they end out of order.
+"""Tracks which records of one partition are finished, although they finish out of order.
 
-Kafka commits one offset a partition. What is done above it travels beside it in the commit's
-metadata: the position behind the newest delivered record, and the open ones in front of that
-with the number of times each was delivered. A successor delivers those again and no others.
+Kafka commits one offset per partition. The commit's metadata tells what is finished above it. It
+contains the position after the newest delivered record. It also contains the open records before
+that position, and how often each was delivered. A successor delivers only those again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 
 METADATA_LIMIT = 4000
-"""Characters; a server takes 4096 (offset.metadata.max.bytes)."""
+"""Characters. A server accepts 4096 (offset.metadata.max.bytes)."""
 _VERSION = "1"
 
 
@@ -21,67 +21,70 @@ class Partition:
 
     def __init__(self, position: int, open_: dict[int, int] | None = None) -> None:
         self.position = position
-        """The offset behind the newest record that was delivered."""
+        """The offset after the newest delivered record."""
         self.open = dict(open_ or {})
-        """Offsets that are not done, ascending, and how often each was delivered."""
+        """Unfinished offsets, ascending, and how often each was delivered."""
         self.returning = deque(self.open)
-        """Those of them that wait to be fetched (again)."""
+        """The unfinished offsets that wait to be fetched (again)."""
         self.expected = self.next_fetch
-        """The offset of the next record, as far as fetching has come."""
+        """The next offset that fetching should bring."""
         self._looked_at: int | None = None
-        """The offset from which it was fetched again, since what is there had not come."""
+        """The offset from which records were fetched again, because they had not come."""
         self.unconfirmed: set[int] = set()
-        """Done, but the group has not taken a commit that says so."""
+        """Finished offsets that no accepted commit contains yet."""
         self.lost = False
         self.announced = False
-        """The group knows of the first that was delivered here. From then on commits come with the
-        ends of tasks; a message that kills its receiver at once would never be counted."""
+        """Whether the group knows of the first delivery here.
+
+        From then on, each finished task leads to a commit. Without this first commit, a message
+        that crashes its receiver at once would never be counted.
+        """
 
     @property
     def watermark(self) -> int:
-        """The offset below which everything is done."""
+        """The offset below which all records are finished."""
         return next(iter(self.open), self.position)
 
     @property
     def next_fetch(self) -> int:
-        """The offset from which to fetch what is to be delivered next."""
+        """The offset from which to fetch the next records to deliver."""
         return self.returning[0] if self.returning else self.position
 
     @property
     def in_flight(self) -> int:
-        """How many records are delivered and not settled."""
+        """The number of records that are delivered and not settled."""
         return 0 if self.lost else len(self.open) - len(self.returning)
 
     def begin(self, first: int) -> None:
-        """Take note of the first offset of the log: what is in front of it cannot be fetched."""
+        """Note the first offset of the log. Records before it cannot be fetched."""
         while self.returning and self.returning[0] < first:
             del self.open[self.returning.popleft()]
         self.position = max(self.position, first)
 
     def fetch_from(self, offset: int, *, again: bool = False) -> None:
-        """Take note that fetching goes on here; `again`, to see what is in a gap."""
+        """Note that fetching continues at `offset`. With `again`, it checks a gap."""
         self.expected = offset
         self._looked_at = offset if again else None
 
     def skips(self, offset: int) -> bool:
-        """Say whether offsets in front of a fetched record must be fetched once more.
+        """Return whether offsets before a fetched record must be fetched once more.
 
-        A log may have gaps. But a record that was taken from the driver and lost on its way here
-        leaves one too, and what is delivered behind it would count it as done.
+        A log may have gaps. But a record that the driver returned may also be lost on its way here.
+        This looks like a gap too. A delivery after it would count the lost record as finished.
         """
         return offset > self.expected and self._looked_at != self.expected
 
     def deliver(self, offset: int) -> int | None:
-        """Take note that a fetched record is delivered; return how often, as far as known.
+        """Note that a fetched record is delivered. Return the known number of its deliveries.
 
-        None: it must not be delivered, since it is done or in flight. Raises `ValueError` when
+        None: it must not be delivered, because it is finished or in flight. Raises `ValueError` if
         that would pass offsets that may hold a record.
         """
         if self.skips(offset):
             raise ValueError(f"offset {offset} comes, and {self.expected} has not")
         self.expected = max(self.expected, offset + 1)
         while self.returning and self.returning[0] < offset:
-            # Fetching went past it, so it is not in the log any more.
+            # Fetching passed this offset, so the log no longer has it.
             del self.open[self.returning.popleft()]
         if self.returning and self.returning[0] == offset:
             self.returning.popleft()
@@ -94,27 +97,27 @@ class Partition:
         return 1
 
     def take_back(self, offset: int) -> None:
-        """Take note that what `deliver` allowed last has not been delivered after all."""
+        """Note that the last record that `deliver` allowed was not delivered after all."""
         self.open[offset] -= 1
         self.returning.appendleft(offset)
 
     def holds(self, offset: int) -> bool:
-        """Say whether a delivered record is still to be settled here."""
+        """Return whether a delivered record is still to be settled here."""
         return not self.lost and offset in self.open
 
     def finish(self, offset: int) -> bool:
-        """Mark a record done, unless it is; the group hears of it with the next commit."""
+        """Mark a record as finished; the next commit tells the group. False: it already was."""
         if self.open.pop(offset, None) is None:
             return False
         self.unconfirmed.add(offset)
         return True
 
     def settled(self, offset: int) -> bool:
-        """Say whether a delivered record is done and the group knows it."""
+        """Return whether a delivered record is finished and the group knows it."""
         return offset not in self.open and offset not in self.unconfirmed
 
     def metadata(self, owner: str) -> str:
-        """Return what a commit of `watermark` carries: who commits and what is done above it."""
+        """Return the metadata for a commit: the owner, and what is finished above `watermark`."""
         start = previous = self.watermark
         data = bytearray()
         position = self.position
@@ -122,7 +125,7 @@ class Partition:
         for offset, count in self.open.items():
             piece = _varint(offset - previous) + _varint(count)
             if len(data) + len(piece) > room:
-                position = offset  # After a crash the rest runs again.
+                position = offset  # after a crash, the rest runs again
                 break
             data += piece
             previous = offset
@@ -130,13 +133,13 @@ class Partition:
 
 
 def owner_of(metadata: str) -> str:
-    """Return who made a commit; empty when it does not say."""
+    """Return the owner who made a commit; empty if it does not say."""
     fields = metadata.split(" ")
     return fields[1] if fields[0] == _VERSION and len(fields) == 4 else ""
 
 
 def restored(watermark: int, metadata: str) -> Partition:
-    """Return the hold that goes on where a commit ended."""
+    """Return the hold that continues from a commit."""
     if not owner_of(metadata):
         return Partition(watermark)
     _, _, ahead, encoded = metadata.split(" ")

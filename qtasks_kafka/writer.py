@@ -1,4 +1,4 @@
-"""Durable appends: one idempotent producer that writes whole batches, replaced when it is stuck."""
+"""Durable appends: one idempotent producer writes whole batches, and is replaced if it is stuck."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qtasks.kafka")
 
 BATCH_OVERHEAD = 128
-"""Bytes of a batch and a record beside key, value and headers, rounded up."""
+"""Bytes of a batch and a record besides key, value and headers, rounded up."""
 _TOO_LARGE = {"MessageSizeTooLargeError", "RecordTooLargeError", "RecordListTooLargeError"}
 
 
 class Record(NamedTuple):
-    """One record to append. Without a partition the records of a call are dealt out evenly."""
+    """One record to append. Without a partition, the records of a call are distributed evenly."""
 
     topic: str
     value: bytes | None
@@ -34,45 +34,44 @@ class Record(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes that a batch of this record alone has, rounded up."""
+        """The bytes of a batch with only this record, rounded up."""
         headers = sum(len(name) + len(value) + 10 for name, value in self.headers)
         return BATCH_OVERHEAD + len(self.key or b"") + len(self.value or b"") + headers
 
 
 class Written(NamedTuple):
-    """What became of one record."""
+    """The outcome of one record."""
 
     refused: QTasksError | None
-    """Why the server does not take it: `PayloadTooLarge` or `ConfigurationError`. None when it is
-    durable."""
+    """Why the server refuses it: `PayloadTooLarge` or `ConfigurationError`. None: it is durable."""
     timestamp: int
     """Milliseconds of the server's clock, on a topic with LogAppendTime; else -1."""
 
 
 class Cluster(Protocol):
-    """What a writer asks of its connection."""
+    """The methods of the connection that a writer uses."""
 
     def started(self) -> object:
         """Raise `Closed` before the start and after the stop."""
 
     def producer(self) -> Any:
-        """Build a producer, not started."""
+        """Return a new producer that is not started."""
 
     def reaching(self) -> AbstractContextManager[None]:
-        """Turn what the driver raises into the errors of the contracts."""
+        """Translate the driver's errors into those of the contracts. Others pass unchanged."""
 
     def translated(self, error: BaseException) -> QTasksError:
-        """Return the error of the contracts for one of the driver's."""
+        """Return the error of the contracts for an error of the driver."""
 
     def largest(self, topic: str) -> int | None:
-        """Return the bytes that a batch of this topic may have; None while that is unknown."""
+        """Return the largest batch of this topic in bytes; None while it is unknown."""
 
     def forget_topics(self, *topics: str) -> None:
-        """Look again at these topics, or at all, before their next use."""
+        """Check these topics again before their next use; without arguments, check all topics."""
 
 
 class Writer:
-    """Appends records. Calls may run concurrently; each is one wait for the server."""
+    """Appends records. Calls may run concurrently. Each waits for the server once."""
 
     def __init__(self, connection: Cluster) -> None:
         self._connection = connection
@@ -80,17 +79,17 @@ class Writer:
         self._starting = asyncio.Lock()
         self._turn = count()
         self._single: set[str] = set()
-        """Topics whose limit is unknown and lower than a full batch: each record goes alone."""
+        """Topics whose limit is unknown and lower than a full batch. Each record is sent alone."""
         self._dropping: set[asyncio.Task[None]] = set()
 
     async def stop(self) -> None:
-        """Close the producer; what is not written yet stays unwritten."""
+        """Close the producer. Records that are not written yet stay unwritten."""
         self._drop(self._producer)
         if self._dropping:
             await asyncio.wait(self._dropping)
 
     def _drop(self, producer: AIOKafkaProducer | None) -> None:
-        """Give up this producer; the next call has a new one. `stop` awaits the end of the old."""
+        """Give up this producer. The next call makes a new one. `stop` waits for the old one."""
         if producer is not None and self._producer is producer:
             self._producer = None
             closing = asyncio.create_task(_close(producer))
@@ -105,10 +104,10 @@ class Writer:
                 return len(await producer.partitions_for(topic))
 
     async def write(self, records: Sequence[Record]) -> list[Written]:
-        """Append records and say what became of each, durable when it returns.
+        """Append records and return their outcomes. They are durable when the call returns.
 
         Records of one partition keep their order, unless the server refuses some of them. Raises
-        `Unavailable`: some may be written.
+        `Unavailable`; some records may be written.
         """
         written: list[Written | None] = [None] * len(records)
         producer: AIOKafkaProducer | None = None
@@ -119,8 +118,8 @@ class Writer:
                         producer = await self._started()
                         await self._write(producer, records, written)
         except Unavailable:
-            # An idempotent producer repeats a batch for ever. Were it kept, each repeat of this
-            # call would add one more.
+            # An idempotent producer retries a batch for ever. If it were kept, each retry of this
+            # call would add another batch.
             self._connection.forget_topics()
             self._drop(producer)
             raise
@@ -145,7 +144,7 @@ class Writer:
         records: Sequence[Record],
         written: list[Written | None],
     ) -> None:
-        """Send what has no outcome yet and note the outcomes; some may be left for another call."""
+        """Send records without an outcome, and note outcomes. Some may need another call."""
         batches = await self._batches(producer, records, written)
         futures: list[tuple[Future[Any], list[int]]] = []
         for (topic, partition), batch in batches:
@@ -159,15 +158,15 @@ class Writer:
             if error is None:
                 outcome: Written | None = Written(None, future.result().timestamp)
             else:
-                # The server counts batches, and has not counted this one: what this producer sends
-                # to that partition from now on would be out of order.
+                # The server counts batches, and it has not counted this one. This producer's next
+                # batches to that partition would be out of order.
                 self._drop(producer)
                 outcome = self._refusal(error, [records[at] for at in members])
             for at in members:
                 written[at] = outcome
 
     def _refusal(self, error: BaseException, records: Sequence[Record]) -> Written | None:
-        """Return why records are refused, None when they must be sent again."""
+        """Return why records are refused, or None if they must be sent again."""
         name = type(error).__name__
         if name == "OutOfOrderSequenceNumber":
             return None
@@ -175,7 +174,7 @@ class Writer:
             self._connection.forget_topics()
             if len(records) == 1:
                 return Written(_too_large(records[0], None), -1)
-            # The limit is not known, or was lowered: each of them may fit by itself.
+            # The limit is unknown or was lowered. Each record may fit alone.
             self._single.update(record.topic for record in records)
             return None
         if isinstance(translated := self._connection.translated(error), ConfigurationError):
@@ -185,9 +184,9 @@ class Writer:
     async def _batches(
         self, producer: AIOKafkaProducer, records: Sequence[Record], written: list[Written | None]
     ) -> list[tuple[tuple[str, int], Batch]]:
-        """Pack records by partition; first batches come first, so that they share a request.
+        """Pack records by partition. The first batches come first, so that they share a request.
 
-        What is larger than its topic takes is left out, and noted in `written`.
+        Records larger than their topic's limit are left out, and noted in `written`.
         """
         sizes: dict[str, int] = {}
         packed: dict[tuple[str, int], list[Batch]] = {}
@@ -217,14 +216,14 @@ class Writer:
                 batches.append(Batch(producer.create_batch()))
                 batches[-1].append(record, at, size, None)
         if too_large:
-            # Somebody may raise the limit.
+            # Somebody may raise the limit, so check it again.
             self._connection.forget_topics(*too_large)
         rounds = zip_longest(*([(place, b) for b in some] for place, some in packed.items()))
         return [batch for some in rounds for batch in some if batch is not None]
 
 
 class Batch:
-    """Records that are sent together, and their places in the call."""
+    """Records that are sent together, and their positions in the call."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
@@ -254,13 +253,13 @@ def _too_large(record: Record, largest: int | None) -> PayloadTooLarge:
 
 
 def _seen(future: Future[Any]) -> None:
-    """Look at the error of a batch whose writer was cancelled, so that it is not called unseen."""
+    """Mark the error of a batch as retrieved, in case its writer was cancelled."""
     if not future.cancelled() and future.exception() is not None:
         logger.debug("a batch was not written: %r", future.exception())
 
 
 async def _close(producer: AIOKafkaProducer) -> None:
-    """Close a producer at once: its own `stop` first waits until everything is written."""
+    """Close a producer at once. Its own `stop` would wait until everything is written."""
     producer._closed = True
-    await producer._sender.close()  # Waits for the answers under way, or until they are overdue.
+    await producer._sender.close()  # waits until pending answers arrive or time out
     await producer.client.close()

@@ -1,4 +1,4 @@
-"""Postgres as broker and storage: two tables, leases, LISTEN and NOTIFY."""
+"""The backend for Postgres: messages and records in tables, leases, LISTEN and NOTIFY."""
 
 from qtasks_core import Backend
 from qtasks_core.options import ANY, LEASE_TIME
@@ -10,20 +10,21 @@ _OPTIONS = {"lease": LEASE_TIME, "listen_url": ANY}
 
 
 class PostgresBackend(Backend):
-    """Answers for `postgresql://USER:PASSWORD@HOST:PORT/DATABASE?lease=SECONDS`.
+    """Makes the broker and the storage of `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`.
 
-    `listen_url=URL` leads around a connection pooler; its special characters are written `%3A` ….
+    Its options are `lease=SECONDS` and `listen_url=URL`. The latter is the database's URL without
+    the connection pooler. Write its special characters as `%3A` ….
     """
 
     contract = 1
 
     def broker(self, url: str) -> PostgresBroker:
-        """Return the broker of `url`."""
+        """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, _OPTIONS)
         return PostgresBroker(rest, **options)
 
     def storage(self, url: str) -> PostgresStorage:
-        """Return the storage of `url`."""
+        """Return the storage of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, _OPTIONS)
         options.pop("lease", None)
         return PostgresStorage(rest, **options)

@@ -1,4 +1,4 @@
-"""A broker in one table: rows taken with SKIP LOCKED, held by a lease, told of by NOTIFY."""
+"""A broker on Postgres: SKIP LOCKED takes rows, leases hold them, NOTIFY wakes receivers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ PUBLISH = """
 class PostgresBroker(Broker):
     """Moves messages through a table. `lease` is in seconds, by the server's clock.
 
-    `listen_url` leads to the same database without a connection pooler, where `url` leads through
-    one in transaction mode, which has no notifications.
+    Set `listen_url` if `url` goes through a connection pooler in transaction mode, which has no
+    notifications. It is the URL of the same database without the pooler. Raises
+    `ConfigurationError` if the URL or the lease is wrong.
     """
 
     driver_loggers = ("asyncpg",)

@@ -1,4 +1,4 @@
-"""What Postgres parts connect by: a small pool for statements, and one connection that listens."""
+"""The connections to Postgres: a small pool for statements, and one connection that listens."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ MIGRATION = 3600.0
 """Seconds for `migrate`, which may have to build an index of a large table."""
 
 SLOWEST = 2 * 1024 * 1024
-"""Bytes a second that any server writes; what is sent adds its time to the timeout."""
+"""Bytes a second that every server can write. Large statements get a longer timeout accordingly."""
 
 OLDEST = 12
-"""The oldest major version of the server. Older ones have had no fixes for years."""
+"""The oldest supported major version. Older versions have had no fixes for years."""
 
 CONNECTIONS = 4
 """The most connections of one pool. Calls come in batches, so a few serve many tasks."""
 
-# Statements find their rows by indexes, and none is worth compiling. They are set once connected:
-# connection poolers refuse a client that sets them as it connects.
+# All statements find their rows by an index, and none is worth compiling (JIT). These settings are
+# sent after connecting. Connection poolers refuse a client that sends them while it connects.
 SETTINGS = {
     "default_transaction_isolation": "read committed",
     "enable_seqscan": "off",
@@ -74,7 +74,7 @@ ELSEWHERE = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_onl
 
 
 class Durability(NamedTuple):
-    """What the server's settings say of a commit."""
+    """The durability of a commit, according to the server's settings."""
 
     survives: Literal["client crash", "server crash", "machine crash"] = "client crash"
     settings: str = "known once started"
@@ -82,17 +82,17 @@ class Durability(NamedTuple):
 
 
 class Calls:
-    """Runs calls to their end, also when whoever waits for one is cancelled.
+    """Lets every call finish, even if its caller is cancelled.
 
-    A statement that is broken off costs its connection, and whether it took effect is open either
-    way; so it is left to run, for no longer than its timeout.
+    Cancelling a statement costs its connection, and its outcome stays unknown anyway. So the
+    statement keeps running, but not longer than its timeout.
     """
 
     def __init__(self) -> None:
         self._running: dict[asyncio.Task[Any], Set[Hashable]] = {}
 
     async def run(self, call: Coroutine[Any, Any, T], keys: Set[Hashable] = frozenset()) -> T:
-        """Return what `call` returns; `keys` are for `others`."""
+        """Return the result of `call`. `keys` identify the call for `others`."""
         running = asyncio.create_task(call)
         self._running[running] = keys
         running.add_done_callback(self._end)
@@ -101,10 +101,10 @@ class Calls:
     def _end(self, running: asyncio.Task[Any]) -> None:
         del self._running[running]
         if not running.cancelled():
-            running.exception()  # asked for here, since whoever waited may have left
+            running.exception()  # mark it as retrieved: the caller may have left
 
     async def others(self, keys: Set[Hashable]) -> None:
-        """Wait until no call is running that has one of these keys."""
+        """Wait until no call with one of these keys is running."""
         while others := [call for call, its in self._running.items() if not keys.isdisjoint(its)]:
             await asyncio.wait(others)
 
@@ -115,14 +115,14 @@ class Calls:
 
 
 class Database:
-    """Runs single statements, each as its own transaction, on a few pooled connections.
+    """Runs single statements, each in its own transaction, on a few pooled connections.
 
-    The driver's own pool waits for a connection whose statement timed out; here such a connection
-    is dropped, and all idle ones with it, so that a dead server costs one timeout and not one a
+    The driver's own pool waits for a connection whose statement timed out. This pool drops such a
+    connection together with all idle ones. So a dead server costs one timeout, not one per
     connection.
 
-    Behind a connection pooler (PgBouncer) each transaction may run on another of the server's
-    connections. There nothing is kept on one: no prepared statements, no settings.
+    Behind a connection pooler (PgBouncer), each transaction may run on another server connection.
+    So in that case nothing is kept on a connection: no prepared statements, no settings.
     """
 
     def __init__(self, url: str, listen_url: str | None = None) -> None:
@@ -132,17 +132,17 @@ class Database:
         self.durability = Durability()
         self.calls = Calls()
         self.pooled = False
-        """A connection pooler stands between here and the server; known once started."""
+        """Whether a connection pooler is between us and the server. Known after `start`."""
         self.left: set[Callable[[], None]] = set()
-        """Called when the server is to be left, by those who keep connections of their own."""
+        """Callbacks that drop the other connections to a server that must not be used any more."""
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(CONNECTIONS)
         self._open = False
 
     async def start(self, needs: Mapping[str, Collection[str]]) -> None:
-        """Connect, create what is missing and read the server's durability.
+        """Connect, create or update the tables, and read the server's durability.
 
-        `needs` are the rights on tables. Raises `Unavailable`, `ConfigurationError`,
+        `needs` are the required rights on tables. Raises `Unavailable`, `ConfigurationError`,
         `MissingDriver`, `ServerTooOld`.
         """
         self._open = True
@@ -153,9 +153,9 @@ class Database:
             raise
 
     async def migrate(self) -> list[str]:
-        """Create what is missing, by a connection of its own; return what that changed.
+        """Create or update the tables on a separate connection. Return the changes.
 
-        Raises as `start`.
+        Raises the same errors as `start`.
         """
         _, changed = await self.calls.run(self._prepare({}, MIGRATION))
         return changed
@@ -172,9 +172,9 @@ class Database:
     async def fetch(
         self, sql: str, *arguments: Any, transaction: object | None = None, size: int = 0
     ) -> list[Any]:
-        """Run a statement and return its rows; in the caller's transaction where there is one.
+        """Run a statement and return its rows. If `transaction` is given, run in that transaction.
 
-        `size` are the bytes that it sends, when they are many. Raises `Unavailable`.
+        `size` is the number of bytes it sends, if they are many. Raises `Unavailable`.
         """
         if transaction is not None:
             connection = callers_connection(transaction)
@@ -188,22 +188,22 @@ class Database:
         return float(row[0])
 
     async def connect(self) -> Connection:
-        """Open a connection to listen by, for the caller to keep. Raises `Unavailable`."""
+        """Open a connection that listens. The caller owns it. Raises `Unavailable`."""
         with self.translated():
             async with asyncio.timeout(TIMEOUT):
                 return await self._connect(self._listening)
 
     @property
     def told_directly(self) -> bool:
-        """Whether notifications come from the very server that statements go to."""
+        """Whether notifications come from the same server that runs the statements."""
         return not self.pooled and self._listening is self._options
 
     def translated(self) -> AbstractContextManager[None]:
-        """Turn the driver's errors into those of the contracts; let the others pass."""
+        """Translate the driver's errors into those of the contracts. Others pass unchanged."""
         return translated(self.shown, TIMEOUT)
 
     def leave(self) -> None:
-        """Drop all connections: the server is another one now, or serves no more."""
+        """Drop all connections: the server is the wrong one now, or it serves no more."""
         idle, self._idle = self._idle, []
         for connection in idle:
             connection.terminate()
@@ -211,7 +211,7 @@ class Database:
             leaving()
 
     async def _fetch(self, sql: str, arguments: Sequence[Any], within: float) -> list[Any]:
-        """Run a statement on a connection. One left in the middle of it is dropped."""
+        """Run a statement on a connection. Drop the connection if the statement is interrupted."""
         from asyncpg import PostgresError
 
         if not self._open:
@@ -250,17 +250,18 @@ class Database:
     async def _prepare(
         self, needs: Mapping[str, Collection[str]], within: float = TIMEOUT
     ) -> tuple[Durability, list[str]]:
-        """Do what a start does in one transaction on a connection that is closed again.
+        """Do all work of a start in one transaction, on a connection that is then closed.
 
-        Returns the server's durability, and what was changed in the schema.
+        Returns the server's durability, and the changes to the schema.
 
-        A pooler is known by the process ids it gives its clients: they are not the server's.
+        A pooler is recognised by the process ids that it gives its clients. They are not the
+        server's.
         """
         with importing_driver("postgresql://", ".[postgres]"):
             import asyncpg  # noqa: F401
         with translated(self.shown, within):
             async with asyncio.timeout(within):
-                async with asyncio.timeout(TIMEOUT):  # a migration may last, a server has to answer
+                async with asyncio.timeout(TIMEOUT):  # only connecting; a migration may last longer
                     connection = await self._open_connection(self._options, cache=False)
                 try:
                     async with connection.transaction(isolation="read_committed"):
@@ -314,7 +315,7 @@ class Database:
             connection.terminate()
 
     async def _connect(self, options: Options) -> Connection:
-        """Open a connection that is set up, to a server that can be written to."""
+        """Open a connection and set it up. Raises `Unavailable` if the server is read-only."""
         pooled = self.pooled and options is self._options
         connection = await self._open_connection(options, cache=not pooled)
         try:
@@ -344,10 +345,11 @@ class Database:
 
 
 class Listener:
-    """One connection that listens to channels for all who ask, and says when it was broken.
+    """One connection that listens to channels for all callers, and tells them when it broke.
 
-    A callback gets the payload, or None when notifications may have been missed: its owner must
-    look for itself. What is read after `ensure` returned is not older than what is heard.
+    A callback gets the payload. It gets None if notifications may have been missed; then its owner
+    must read the tables. Read after `ensure` has returned: from then on, every change brings a
+    notification.
     """
 
     def __init__(self, database: Database) -> None:
@@ -359,9 +361,9 @@ class Listener:
         self._open = False
 
     async def start(self) -> None:
-        """Allow connecting; the connection is made when somebody listens.
+        """Allow connecting. The first `listen` makes the connection.
 
-        Raises `ConfigurationError` where notifications do not come through a connection pooler.
+        Raises `ConfigurationError` if notifications do not come through a connection pooler.
         """
         self._open = True
         self._database.left.add(self._leave)
@@ -373,7 +375,7 @@ class Listener:
                 raise
 
     async def listen(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> None:
-        """Call `callback` with what is sent to `channels` from now on. Raises `Unavailable`."""
+        """Call `callback` with each new notification on `channels`. Raises `Unavailable`."""
         channels = list(channels)
         for channel in channels:
             self._callbacks.setdefault(channel, set()).add(callback)
@@ -386,14 +388,14 @@ class Listener:
     async def forget(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> None:
         """Stop calling `callback`."""
         if self._remove(channels, callback):
-            # A broken connection has forgotten its channels already.
+            # A broken connection listens to nothing any more.
             with suppress(Unavailable):
                 await self._database.calls.run(self._unlisten())
 
     async def ensure(self) -> None:
-        """Connect unless connected, and listen to every channel asked for.
+        """Connect if not connected, and listen to every requested channel.
 
-        Raises `Unavailable`, and `Closed` once stopped.
+        Raises `Unavailable`, and `Closed` after `stop`.
         """
         if not self._open:
             raise Closed("stopped")
@@ -401,7 +403,7 @@ class Listener:
             await self._database.calls.run(self._listen())
 
     async def ping(self) -> None:
-        """Find out whether the server still answers. Raises `Unavailable`."""
+        """Check that the server still answers. Raises `Unavailable`."""
         await self._database.calls.run(self._ping())
 
     async def stop(self) -> None:
@@ -415,7 +417,7 @@ class Listener:
             await close_gently(connection)
 
     async def _prove(self) -> None:
-        """Ask by the pool for one notification, and see that it arrives here."""
+        """Send one notification from the pool, and check that it arrives here."""
         channel, heard = f"qtasks:proof:{uuid4().hex}", asyncio.Event()
 
         def hear(payload: str | None) -> None:
@@ -461,7 +463,7 @@ class Listener:
 
     @asynccontextmanager
     async def _using(self) -> AsyncIterator[Connection | None]:
-        """Lend the connection to one caller at a time; one that fails is not used again."""
+        """Lend the connection to one caller at a time. Drop it if the caller fails."""
         with self._database.translated():
             async with asyncio.timeout(TIMEOUT), self._busy:
                 try:
@@ -476,7 +478,7 @@ class Listener:
         return self._connection
 
     def _leave(self) -> None:
-        """Have no more to do with this server; all look for themselves at the next."""
+        """Drop the connection, and tell all callbacks that they may have missed something."""
         if self._connection is not None:
             self._drop()
             self._tell_all()
@@ -487,7 +489,7 @@ class Listener:
             connection.terminate()
 
     def _remove(self, channels: Iterable[str], callback: Callable[[str | None], None]) -> bool:
-        """Take `callback` off `channels`; say whether one of them is left with none."""
+        """Remove `callback` from `channels`. Return whether a channel has no callback any more."""
         emptied = False
         for channel in channels:
             callbacks = self._callbacks.get(channel, set())
@@ -515,17 +517,17 @@ class Listener:
 
 
 def channel_of(namespace: str, queue: str) -> str:
-    """Return the channel a queue's doorbell is rung on; names are cut at 63 bytes, so a digest."""
+    """Return the channel of a queue's doorbell: a digest, because names are cut at 63 bytes."""
     return "qtasks:" + sha256(f"{namespace}\0{queue}".encode()).hexdigest()[:40]
 
 
 def storable(text: str) -> str:
-    """Return `text` without the one character Postgres cannot keep."""
+    """Return `text` with U+FFFD for NUL, the one character that Postgres cannot store."""
     return text.replace("\0", "\ufffd")
 
 
 def callers_connection(transaction: object) -> Connection:
-    """Return the caller's connection. Raises `ConfigurationError` when it is not asyncpg's."""
+    """Return the caller's connection. Raises `ConfigurationError` if it is not from asyncpg."""
     from asyncpg import Connection
     from asyncpg.pool import PoolConnectionProxy
 
@@ -557,7 +559,7 @@ async def read_durability(connection: Connection) -> Durability:
 
 
 async def close_gently(connection: Connection) -> None:
-    """Say good-bye to the server, but do not wait for one that is gone."""
+    """Close a connection, even if its server is frozen or gone. Waits for at most a second."""
     from asyncpg import InterfaceError, InternalClientError, PostgresError
 
     try:

@@ -1,4 +1,4 @@
-"""Waking receivers by NOTIFY, which publishers must not wait for."""
+"""Wakes receivers with NOTIFY, without making publishers wait."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ RING = "SELECT pg_notify(channel, '') FROM unnest($1::text[]) AS rung (channel)"
 
 
 class Doorbell:
-    """Tells sleeping receivers that there is something new, at most one NOTIFY at a time.
+    """Tells sleeping receivers that a message is new. It sends at most one NOTIFY at a time.
 
-    A transaction that notifies holds a lock on the whole database until its commit is on disk, so
-    publishers that notified in theirs would queue up for each other's disk writes. This one has
-    nothing to write, and all that is published while it is under way shares the next. A publisher
-    that dies before it has rung is made up for by the receivers, who look for themselves at times.
+    A transaction with NOTIFY locks the whole database until its commit is on disk. If publishers
+    notified in their own transactions, they would wait for each other's disk writes. The doorbell's
+    transaction writes nothing to disk. All messages published while it runs share the next NOTIFY.
+    If a publisher dies before it has rung, receivers still find the message, because they look
+    regularly.
     """
 
     def __init__(self, database: Database) -> None:
@@ -27,13 +28,13 @@ class Doorbell:
         self._ringing: asyncio.Task[None] | None = None
 
     def ring(self, channels: Iterable[str]) -> None:
-        """Wake those who listen to `channels`, soon. No I/O of the caller's."""
+        """Wake the listeners of `channels` soon. This call does no I/O."""
         self._channels.update(channels)
         if self._channels and (self._ringing is None or self._ringing.done()):
             self._ringing = asyncio.create_task(self._ring())
 
     async def stop(self) -> None:
-        """Wait until all is rung. Idempotent."""
+        """Wait until all bells have been rung. Idempotent."""
         if self._ringing is not None:
             await asyncio.wait({self._ringing})
             self._ringing = None
@@ -41,7 +42,7 @@ class Doorbell:
     async def _ring(self) -> None:
         while self._channels:
             channels, self._channels = self._channels, set()
-            # Whoever listens notices a lost server too, and looks for himself once it is back. What
-            # is wrong for longer is told to the next who publishes.
+            # Listeners notice a lost server too, and look for messages once it is back. A lasting
+            # error is raised to the next publisher.
             with suppress(Unavailable, ConfigurationError):
                 await self._database.fetch(RING, list(channels))

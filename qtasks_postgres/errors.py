@@ -1,6 +1,7 @@
-"""Which errors of the server and the driver are final, and what to do about them.
+"""Tells which errors of the server and the driver are final, and what to do about them.
 
-All that is not listed here is taken for an outage, which passes: the call may be made again.
+Every error that is not listed here counts as an outage. An outage passes, and the call may be
+retried.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ NO_OPTION = (
 )
 OPTION = "what the URL says behind the ? and the driver does not know is set at the server"
 
-# By SQLSTATE, else by its class, the first two characters.
+# Keys are SQLSTATEs, or their first two characters, which are the class.
 FINAL: Mapping[str, str] = {
-    "28": LOGIN,  # the login is refused
+    "28": LOGIN,  # login refused
     "3D000": "create the database, or name another in the URL",
     "42501": RIGHTS,
     "3F000": SCHEMA,  # no such schema
@@ -35,14 +36,14 @@ FINAL: Mapping[str, str] = {
     "42703": SCHEMA,  # no such column
 }
 
-# Only in the answer to a new connection.
+# These apply only while a connection is being made.
 FINAL_AT_START: Mapping[str, str] = {
     "42704": NO_OPTION,  # no such setting
-    "22023": OPTION,  # no such value of it
-    "55P02": OPTION,  # it can be set in the server's configuration only
+    "22023": OPTION,  # no such value of a setting
+    "55P02": OPTION,  # the setting belongs in the server's configuration only
 }
 
-# A connection pooler has one code for all that it has to say, so its words count.
+# A connection pooler uses one code for all its errors, so the text decides.
 FINAL_OF_A_POOLER: Mapping[str, str] = {
     "unsupported startup parameter": "leave it out of the URL, or name it in the pooler's"
     " ignore_startup_parameters",
@@ -53,23 +54,23 @@ FINAL_OF_A_POOLER: Mapping[str, str] = {
 }
 
 ELSEWHERE = ("25006", "08", "57P", "58", "XX")
-"""The server is read-only, going down or broken: other connections to it are no better."""
+"""The server is read-only, stopping or broken. Other connections to it are no better."""
 
 NO_TLS = "rejected SSL upgrade"
 
 
 def code_of(error: BaseException) -> str:
-    """Return the SQLSTATE of a server's error, "" for others."""
+    """Return the SQLSTATE of a server's error, "" for other errors."""
     return str(getattr(error, "sqlstate", None) or "")
 
 
 def leads_elsewhere(error: BaseException) -> bool:
-    """Tell whether the server that answered so should be left, with all connections to it."""
+    """Return whether this error means that all connections to the server should be dropped."""
     return code_of(error).startswith(ELSEWHERE)
 
 
 def text_of(error: BaseException) -> str:
-    """Return an error's words in one line, without details, which may quote what was stored."""
+    """Return an error's text in one line. Details are left out, as they may quote stored data."""
     if code_of(error) and error.args:
         return str(error.args[0])
     return " ".join(str(error).split())
@@ -77,9 +78,9 @@ def text_of(error: BaseException) -> str:
 
 @contextmanager
 def translated(shown: str, within: float) -> Iterator[None]:
-    """Turn what the driver raises into errors of the contracts; let all others pass.
+    """Translate the driver's errors into those of the contracts. Others pass unchanged.
 
-    `within` are the seconds after which a silent server counts as unreachable.
+    `within` is the number of seconds after which a silent server counts as unreachable.
     """
     from asyncpg import InterfaceError, InternalClientError, PostgresError
     from asyncpg.exceptions import ClientConfigurationError
@@ -104,7 +105,7 @@ def translated(shown: str, within: float) -> Iterator[None]:
 
 @contextmanager
 def translated_at_start(shown: str, within: float) -> Iterator[None]:
-    """The same for a connection that is being made, when what the URL says may be wrong."""
+    """Translate errors while a connection is being made, when the URL's options may be wrong."""
     from asyncpg import PostgresError
 
     with translated(shown, within):
@@ -131,7 +132,7 @@ def translated_at_start(shown: str, within: float) -> Iterator[None]:
 
 
 def advice(error: BaseException) -> str | None:
-    """Return what to do about an error that a retry does not cure; None: it may pass."""
+    """Return advice for an error that a retry cannot fix, or None if it may pass."""
     code = code_of(error)
     if code.startswith("08"):
         said = text_of(error)
@@ -140,7 +141,7 @@ def advice(error: BaseException) -> str | None:
 
 
 def tls_advice(error: ssl.SSLError) -> str:
-    """Return what to set so that TLS comes about."""
+    """Return the setting that makes TLS work."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return (
             "set sslrootcert=FILE to the certificate of the authority that signed the server's, and"

@@ -1,10 +1,13 @@
-"""Where receivers begin to look, so that they do not walk over the index entries of the dead.
+"""Floors: where receivers start to look, so that they skip the index entries of deleted rows.
 
-A deleted row's index entries go when no transaction can see the row any more. While one holds a
-snapshot for hours, none goes, and whoever begins at the start of an index passes millions of them.
-But what is new comes at the end: ids rise, and so do the moments at which leases and delays end. So
-each lane, the messages of one priority in one queue, has two floors below which nothing lives: an
-id for what may be received at once, a moment for what waits for one.
+The index entries of a deleted row stay until no transaction can see the row any more. While one
+transaction holds a snapshot for hours, no entry is removed. A scan from the start of the index then
+passes millions of dead entries. But new entries are always at the end: ids rise, and so do the
+times at which leases and delays finish.
+
+So each lane, the messages of one priority in one queue, has two floors. No receivable message is at
+or below a floor. One floor is an id, for messages that are receivable at once. The other is a time,
+for messages that wait for a time.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ STORED = """
     WHERE namespace = $1 AND queue = ANY($2::text[])
 """
 
-# A sequence is read as it is now, whatever the snapshot. Who may not read it gets NULL.
+# A sequence shows its current value, whatever the snapshot. A user who may not read it gets NULL.
 MARK = """
     SELECT statement_timestamp() AS now,
            CASE WHEN has_sequence_privilege('qtasks.messages_id_seq', 'SELECT')
@@ -39,7 +42,7 @@ WRITERS = """
       AND mode = 'RowExclusiveLock' AND granted AND pid IS DISTINCT FROM pg_backend_pid()
 """
 
-# What somebody has locked to take it is still alive.
+# A row that another receiver has locked still counts as alive.
 LIVING = """
     SELECT lane.queue, lane.priority, (
         SELECT id FROM qtasks.messages
@@ -60,9 +63,9 @@ LIVING = """
          AS lane (queue, priority, ready, due)
 """
 
-# For a walk over an index that would take too long: so many blocks of the table at a time, dead
-# rows and all. `|| ''` keeps the planner from the indexes. Rows that move meanwhile do not matter:
-# they move beyond the mark.
+# If an index scan takes too long, read the table instead, this many blocks at a time, including
+# dead rows. `|| ''` stops the planner from using an index. Rows that move meanwhile do not matter,
+# because they move beyond the mark.
 SIZE = """
     SELECT pg_relation_size('qtasks.messages') / current_setting('block_size')::int AS blocks,
            current_setting('server_version_num')::int AS version
@@ -77,7 +80,7 @@ SURVEY = """
 """
 BLOCKS = 4096
 RANGES_SINCE = 140_000
-"""The server's first version that reads a range of blocks and not the whole table for one."""
+"""The first server version that reads only a range of blocks. Older ones read the whole table."""
 
 STORE = """
     INSERT INTO qtasks.floors AS stored (namespace, queue, priority, ready, due)
@@ -98,14 +101,14 @@ class Lane(NamedTuple):
 
 
 class Floor(NamedTuple):
-    """Nothing that may be received lives at these or below."""
+    """No receivable message is at or below these values."""
 
     ready: int = 0
     due: datetime = START
 
 
 class Mark(NamedTuple):
-    """The end of both orders at one moment, and who might still commit something before it."""
+    """The end of both orders at one time, and the writers that may still commit below it."""
 
     id: int
     now: datetime
@@ -113,33 +116,33 @@ class Mark(NamedTuple):
 
 
 Living = tuple[int | None, datetime | None]
-"""The first id and the first moment at which something lives in a lane."""
+"""The first id and the first time in a lane at which a message is alive."""
 
 T = TypeVar("T", int, datetime)
 
 
 class Floors:
-    """The floors of a subscription's lanes, raised now and then, and stored for those who start.
+    """The floors of a subscription's lanes. They rise regularly; new subscriptions load them.
 
-    A floor may rise to where the end was at some moment, once every transaction is over that was
-    writing to the table then: it may have had its ids before. A transaction that only reads, or
-    writes elsewhere, holds up nothing.
+    A floor may rise to a mark, the end of the order at some time. First, every transaction that was
+    writing to the table at that time must finish. It may have taken its ids before. A transaction
+    that only reads, or that writes to other tables, delays nothing.
     """
 
     EVERY = 1.0
     """Seconds between two steps while messages are received."""
 
     IDLE = 10.0
-    """Seconds between two steps while none are: others may receive them."""
+    """Seconds between two steps while no messages are received here. Others may receive them."""
 
     STORE_AFTER = 10_000
-    """Ids by which a floor rises before it is stored: each time leaves a dead row of its own."""
+    """Ids by which a floor rises before it is stored. Each store leaves a dead row."""
 
     QUICKLY = 0.5
-    """Seconds after which a walk over an index is given up for a survey of the table."""
+    """Seconds after which an index scan is stopped and the table is surveyed instead."""
 
     SKEW = timedelta(seconds=60)
-    """By how much another server's clock may be behind the last one's."""
+    """How far another server's clock may be behind the previous server's clock."""
 
     def __init__(self, database: Database, namespace: str) -> None:
         self._database = database
@@ -154,17 +157,17 @@ class Floors:
         self._known = False
 
     def of(self, queues: Iterable[str]) -> tuple[list[int], list[datetime]]:
-        """Return both floors of the lanes of the queues, the highest priority of each first."""
+        """Return both floors of the queues' lanes, the highest priority of each queue first."""
         floors = [self._floors.get(lane, Floor()) for lane in lanes_of(queues)]
         return [floor.ready for floor in floors], [floor.due for floor in floors]
 
     def saw(self, id: int) -> None:
-        """Hear of a message that was received."""
+        """Note the id of a received message."""
         self._highest = max(self._highest, id)
         self._received = True
 
     def forget(self) -> None:
-        """Begin anew: it may be another server, which lacks the last messages and their ids."""
+        """Start again: this may be another server, without the last messages and their ids."""
         self._floors = {}
         self._stored = {}
         self._highest = 0
@@ -173,28 +176,29 @@ class Floors:
         self._next_at = 0.0
 
     async def raise_(self, queues: Sequence[str]) -> None:
-        """Take the next step for all lanes of the queues when it is time. Raises `Unavailable`."""
+        """Do the next step for all lanes of the queues, if it is due. Raises `Unavailable`."""
         if not self._floors:
             self._floors = await self._load(queues)
         if self._loop.time() < self._next_at:
             return
         self._next_at = self._loop.time() + (self.EVERY if self._received else self.IDLE)
         self._received = False
-        # Those of this step: whoever forgets meanwhile begins with others.
+        # Keep the values of this step: `forget` may replace them meanwhile.
         floors, mark = self._floors, self._mark
         if mark is None:
             mark = await self._marked(floors)
         elif mark.writers:
             mark.writers.intersection_update(await self._writers())
         if not self._known:
-            # Looking from the very start may take for ever. Most who write are done in no time.
+            # A scan from the very start may take very long. Most writers finish at once, so wait a
+            # little.
             for _ in range(20):
                 if not mark.writers:
                     break
                 await asyncio.sleep(0.02)
                 mark.writers.intersection_update(await self._writers())
         if mark.writers:
-            self._received = True  # so that it is tried again soon
+            self._received = True  # so that the next step comes soon
         else:
             await self._raise_to(mark, floors, queues)
         if floors is self._floors:
@@ -212,11 +216,11 @@ class Floors:
         return floors
 
     async def _marked(self, floors: dict[Lane, Floor]) -> Mark:
-        # The end first: who begins to write after that gets a later place.
+        # Read the end first: a transaction that starts to write later gets a higher id.
         ((now, id),) = await self._database.fetch(MARK)
         highest = max(self._highest, *(floor.ready for floor in floors.values()))
         if id is not None and id < highest:
-            # Somebody has emptied the tables and begun to count again.
+            # Somebody has truncated the tables and restarted the sequence.
             floors.update(dict.fromkeys(floors, Floor()))
             self._highest = 0
         return Mark(max(self._highest, id or 0), now, await self._writers())
@@ -226,7 +230,8 @@ class Floors:
 
     async def _raise_to(self, mark: Mark, floors: dict[Lane, Floor], queues: Sequence[str]) -> None:
         lanes = lanes_of(queues)
-        # A clock that was set back would else hide what is written until it has caught up.
+        # If the clock was set back, a floor above it would hide new messages until the clock
+        # catches up.
         old = [floors[lane]._replace(due=min(floors[lane].due, mark.now)) for lane in lanes]
         try:
             async with asyncio.timeout(self.QUICKLY):
@@ -274,12 +279,12 @@ class Floors:
 
 
 def least(one: T | None, other: T | None) -> T | None:
-    """Return the lesser of what there is."""
+    """Return the smaller value; None stands for no value."""
     return min((value for value in (one, other) if value is not None), default=None)
 
 
 def lanes_of(queues: Iterable[str]) -> list[Lane]:
-    """Return the lanes of the queues, the highest priority of each first."""
+    """Return the lanes of the queues, the highest priority of each queue first."""
     return [Lane(queue, priority) for queue in queues for priority in reversed(range(PRIORITIES))]
 
 

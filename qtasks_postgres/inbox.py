@@ -1,4 +1,4 @@
-"""An inbox on Postgres: a channel that the storage's notifications come by."""
+"""An inbox on Postgres: a channel on which the storage sends notifications."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from qtasks_postgres.batches import slices
 from qtasks_postgres.connection import Database, Listener, storable
 
 ADDRESS = "qtasks:"
-"""What the address of an inbox begins with; the whole is the name of its channel."""
+"""The start of every inbox's address. The address is also the name of its channel."""
 
-# Written into the very row that a save of the task must lock, so that either the save sees the
-# watcher or the read that follows sees the save. Before the first save it makes a row without a
-# record, which every save may replace.
+# This writes into the row that a save of the task must lock. So either the save sees the watcher,
+# or the read that follows sees the save. Before the first save, it creates a row without a record.
+# Every save may replace such a row.
 WATCH = f"""
     INSERT INTO qtasks.records AS stored (namespace, uuid, progress, created_at, watchers)
     SELECT $1, uuid, 0, extract(epoch FROM clock_timestamp()), ARRAY[$3::text]
@@ -32,7 +32,7 @@ WATCH = f"""
     WHERE stored.progress & {RANKS - 1} < {FIRST_FINAL}
         AND NOT $3 = ANY(coalesce(stored.watchers, '{{}}'))
 """
-# A task that never was, and that nobody waits for any more, leaves no row.
+# If a task was never saved and nobody waits for it any more, its row is deleted.
 UNWATCH = """
     UPDATE qtasks.records SET watchers = array_remove(watchers, $3)
     WHERE namespace = $1 AND uuid = ANY($2::text[]) AND record IS NULL
@@ -45,10 +45,10 @@ CLEAR = """
 
 
 class PostgresInbox(Inbox):
-    """A channel of its own on the storage's listening connection."""
+    """A channel of this inbox on the storage's listening connection."""
 
     HEARTBEAT = 3.0
-    """Seconds of silence after which a waiting inbox asks whether the server is still there."""
+    """Seconds of silence after which a waiting inbox checks that the server still answers."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class PostgresInbox(Inbox):
             self._bell.set()
 
     async def _register(self, uuids: Sequence[str]) -> None:
-        """Have saves of these tasks push their records here, then read once."""
+        """Make saves of these tasks push their records to this inbox, then read once."""
         keys = sorted({storable(uuid) for uuid in uuids})
         for some in slices(keys):
             await self._database.fetch(WATCH, self._namespace, some, self._address)
@@ -116,7 +116,7 @@ class PostgresInbox(Inbox):
         raise Closed("the inbox is closed")
 
     async def _catch_up(self) -> None:
-        """Be connected, and read what notifications did not bring."""
+        """Make sure to be connected, and read the records that no notification has brought."""
         told = self._bell.is_set()
         self._bell.clear()
         await self._listener.ensure()
@@ -144,18 +144,18 @@ class PostgresInbox(Inbox):
         self._bell.set()
         await self._catching_up.finish()
         self._awaited.forget(self._awaited.watched)
-        with suppress(Closed, Unavailable):  # the rows are few and small
+        with suppress(Closed, Unavailable):  # the remaining rows are few and small
             await self._unwatch()
         await self._listener.forget([self._address], self._heard)
 
     async def _unwatch(self) -> None:
-        """Take back what was written for tasks that are not waited for any more."""
+        """Remove what `watch` has written for tasks that nobody waits for any more."""
         left = sorted(self._awaited.to_unwatch)
         for some in slices(sorted({storable(uuid) for uuid in left})):
             await self._database.fetch(UNWATCH, self._namespace, some, self._address)
             await self._database.fetch(CLEAR, self._namespace, some)
         self._awaited.to_unwatch.difference_update(left)
-        # One that is watched again since then has lost its row, or not.
+        # A task that was watched again meanwhile may have lost its row.
         self._missed = self._missed or not self._awaited.watched.isdisjoint(left)
 
     def _heard(self, payload: str | None) -> None:
@@ -165,7 +165,7 @@ class PostgresInbox(Inbox):
             try:
                 self._awaited.arrive([decode_task(b64decode(payload[1:]))])
             except WireError:
-                self._missed = True  # whose it is cannot be read either: `get` knows what it asks
+                self._missed = True  # so that `get` reads all: the uuid is unreadable too
         else:
             self._large.append(payload[1:])
         self._bell.set()

@@ -1,4 +1,4 @@
-"""What a URL of Postgres may say: libpq's options, as far as the driver has them, and ours."""
+"""The options of a postgresql:// URL: ours, and those of libpq that the driver supports."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ OF_THE_DRIVER = (
     "sslkey", "sslpassword", "sslcrl", "ssl_min_protocol_version", "ssl_max_protocol_version",
     "target_session_attrs", "krbsrvname",
 )  # fmt: skip
-"""All others are settings of the server, which refuses those that it does not have."""
+"""All other options are settings of the server, which refuses unknown ones."""
 
 FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile", "servicefile")
 
-# libpq has them, the driver has not: it would hand them to the server, which knows none.
+# libpq has these options, but the driver does not. It would send them to the server as settings,
+# and the server knows none of them.
 UNKNOWN_TO_THE_DRIVER = frozenset(
     {
         "channel_binding", "client_encoding", "fallback_application_name", "gssdelegation",
@@ -46,9 +47,9 @@ READ_BY_THE_DRIVER = {
         "a number from 1 to 65535", lambda text: all(_is_port(port) for port in text.split(","))
     ),
 }
-"""Of the driver's options those whose values are known."""
+"""Options of the driver that have a known set of values."""
 
-# What other libraries call an option that the driver has.
+# Other libraries' names of options that the driver has.
 OTHER_NAMES = {
     "ssl": "sslmode=require, verify-ca or verify-full",
     "sslkeyfile": "sslkey",
@@ -62,18 +63,18 @@ OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Options:
-    """A checked URL: what the driver gets, and what is ours to see to."""
+    """A checked URL: the driver's URL, and the options that this package handles."""
 
     url: str
     shown: str
     connect_timeout: float | None = None
-    """Seconds; None: no bound beside that of every call."""
+    """Seconds; None: only the general timeout of calls applies."""
     application_name: str = "qtasks"
     several_hosts: bool = False
 
 
 def options_of(url: str) -> Options:
-    """Check a URL. Raises `ConfigurationError`, which names what is wrong."""
+    """Check a URL. Raises `ConfigurationError`, which names the mistake."""
     shown = redact(url)
     scheme = url.partition(":")[0]
     if scheme.partition("+")[0] in SCHEMES and "+" in scheme:
@@ -96,7 +97,7 @@ def options_of(url: str) -> Options:
     return Options(
         rest,
         shown,
-        timeout if timeout is not None and timeout > 0 else None,  # as libpq: without a bound
+        timeout if timeout is not None and timeout > 0 else None,  # as in libpq, 0 means no limit
         ours.get("application_name") or "qtasks",
         "," in hosts and "target_session_attrs" not in given,
     )

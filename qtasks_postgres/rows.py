@@ -1,4 +1,4 @@
-"""Messages as the columns of their table."""
+"""Converts messages to columns of their table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qtasks_postgres.connection import storable
 from qtasks_postgres.floors import PRIORITIES
 
 LONGEST_DELAY = 100 * 365 * 86400.0
-"""Seconds; a longer delay may be past what a timestamp can hold."""
+"""Seconds. A longer delay may exceed the range of a timestamp."""
 
 
 def columns_of(

@@ -1,9 +1,9 @@
-"""What the database must have, as numbered steps, and how they are brought about safely.
+"""The database schema as numbered steps, and how to apply them safely.
 
-All apps share one set of tables and are told apart by the column `namespace`, which leads every
-index. A schema a namespace would keep apps a little further apart, but each app would need the
-right to create schemas, each migration would run once an app, and every statement would exist once
-an app in the server's caches.
+All apps share one set of tables. The column `namespace` tells them apart, and it comes first in
+every index. With one schema per namespace, apps would be separated a little better. But each app
+would need the right to create schemas. Each migration would run once per app. The server would
+cache every statement once per app.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 LOCK = 0x7174_6173_6B73
 """The advisory lock that lets one client at a time change the schema ("qtasks" in ASCII)."""
 
-# `wake_at` says everything about a message's state: NULL, it was published to be received at once,
-# and never was; else the moment from which on it may be received, when its delay or its lease ends
-# or it was given back. The two partial indexes split on it, so that neither a backlog nor a mass of
-# delayed messages slows the other down, and what is new stands at the end of both: see `floors`.
-# `delivery` counts the deliveries and is half of the fence.
+# `wake_at` is a message's complete state. NULL means that it was published without a delay and was
+# never received. Otherwise it is the time from which the message may be received: when its delay or
+# its lease finishes, or when it was released. Each partial index covers one of the two cases. So a
+# backlog does not slow down delayed messages, and delayed messages do not slow down a backlog. New
+# entries are at the end of both indexes: see `floors`. `delivery` counts the deliveries and is half
+# of the fence.
 #
-# Every message dies young, and a receiver walks over the index entries of the dead until they are
-# vacuumed; so vacuum comes by a fixed number of dead rows, not by a share of the table, and does
-# not pause. Half-empty pages keep a leased row's new version beside the old one.
+# Every message is deleted soon, and a receiver scans the index entries of deleted rows until they
+# are vacuumed. So vacuum starts after a fixed number of dead rows, not after a share of the table.
+# It does not pause. Half-empty pages keep the new version of a leased row beside the old one.
 #
-# A record's new version changes no indexed column, so with room on its page it needs no new index
-# entry. `progress` is `qtasks_core.records.order_of`. The columns beside `record` repeat what
-# queries filter by. A row without a record only holds `watchers`, the inboxes that asked for a
-# task before its first save.
+# A new version of a record changes no indexed column. So if its page has room, it needs no new
+# index entry. `progress` is `qtasks_core.records.order_of`. The other columns repeat values of
+# `record` that queries filter by. A row without a record only holds `watchers`: the inboxes that
+# asked for a task before its first save.
 STEPS = (
     """
     CREATE TABLE qtasks.messages (
@@ -97,15 +98,15 @@ VERSION = len(STEPS)
 
 
 async def ensure_schema(connection: Connection) -> list[str]:
-    """Create or update the tables; return what that changed, in words.
+    """Create or update the tables. Return the changes, in words.
 
-    Does nothing, and needs no rights to, when they are there.
+    If the tables are up to date, this does nothing and needs no rights.
 
-    Raises `ConfigurationError` when a newer release has been at work here.
+    Raises `ConfigurationError` if a newer release has changed the schema.
     """
     if await _version(connection) == VERSION:
         return []
-    # Where a caller's transaction is open, this is a savepoint of it.
+    # Inside a caller's open transaction, this is a savepoint.
     async with connection.transaction():
         await connection.execute("SELECT pg_advisory_xact_lock($1)", LOCK)
         found = await _version(connection)
@@ -122,15 +123,15 @@ async def ensure_schema(connection: Connection) -> list[str]:
             await connection.execute(step)
         await connection.execute("UPDATE qtasks.version SET version = $1", VERSION)
     if found == VERSION:
-        return []  # by somebody else, while this one waited for the lock
+        return []  # another client did it while this one waited for the lock
     if found == 0:
         return [f"the schema qtasks created, now has version {VERSION}"]
     return [f"the schema qtasks updated from version {found} to {VERSION}"]
 
 
 async def _version(connection: Connection) -> int:
-    """Return the version of the schema in the database, 0 when there is none."""
-    # to_regclass would answer from the session's cache, which waiting for a lock does not renew.
+    """Return the version of the schema in the database, 0 if it does not exist."""
+    # to_regclass would use the session's cache, which waiting for a lock does not refresh.
     there = await connection.fetchval(
         "SELECT true FROM pg_tables WHERE schemaname = 'qtasks' AND tablename = 'version'"
     )

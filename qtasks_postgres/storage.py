@@ -1,4 +1,4 @@
-"""A storage in one table: saves judged by the server, finals pushed by NOTIFY as they commit."""
+"""A storage on Postgres: the server decides on saves, and NOTIFY pushes final records."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from qtasks_postgres.inbox import PostgresInbox
 
 RIGHTS = {"records": ("SELECT", "INSERT", "UPDATE", "DELETE")}
 
-# The WHERE is `judge`, decided under the lock of the row; a row that comes back was accepted. The
-# payload of a notification is limited to 8000 bytes: a larger record is told of by its uuid. Only
-# addresses of this storage's kind are notified: a name that is none of a channel would be an error.
+# The WHERE is `judge`, evaluated under the row's lock. Each returned row was accepted. The payload
+# of a notification is limited to 8000 bytes, so a larger record is announced by its uuid. Only
+# addresses of this kind of storage are notified, because an invalid channel name would be an error.
 SAVE = f"""
     WITH saved AS (
         INSERT INTO qtasks.records AS stored (
@@ -63,8 +63,8 @@ SAVE = f"""
     SELECT uuid FROM saved WHERE (SELECT count(*) FROM told) >= 0
 """
 
-# LIMIT has each uuid looked up by itself: a plan made while the table was empty would else read all
-# of the namespace once it is not.
+# LIMIT makes the server look up each uuid separately. Without it, a plan made for an empty table
+# would later read the whole namespace.
 GET = """
     SELECT found.uuid, found.record
     FROM unnest($2::text[]) AS asked (uuid)
@@ -76,7 +76,7 @@ GET = """
     WHERE found.record IS NOT NULL
 """
 
-# What is known of a record beside its bytes.
+# The columns that describe a record without its bytes.
 KNOWN = """
     SELECT uuid, progress AS "order", execution, task_name, queue, created_at,
         dead IS NOT NULL AS dead
@@ -85,7 +85,10 @@ KNOWN = """
 
 
 class PostgresStorage(Storage):
-    """Remembers tasks in a table. `listen_url` is as for `PostgresBroker`."""
+    """Keeps records in a table. `listen_url` is as for `PostgresBroker`.
+
+    Raises `ConfigurationError` if the URL is wrong.
+    """
 
     driver_loggers = ("asyncpg",)
 
@@ -132,7 +135,7 @@ class PostgresStorage(Storage):
         namespace = self._started()
         outcomes = [DONE] * len(tasks)
         for wave in waves(tasks):
-            # All savers lock rows in one order, or they could wait for each other.
+            # All saves lock rows in the same order. Otherwise they could deadlock.
             places = sorted(wave, key=lambda place: tasks[place].uuid)
             saved: set[str] = set()
             large: set[int] = set()
@@ -202,9 +205,9 @@ class PostgresStorage(Storage):
 
 
 def waves(tasks: Sequence[Task]) -> Iterator[list[int]]:
-    """Yield the places of the tasks so that no wave has a uuid twice, the first saves first.
+    """Yield the tasks' positions in waves, in which no uuid is repeated; earlier saves first.
 
-    One statement can touch a row only once.
+    One statement can change a row only once.
     """
     left = list(range(len(tasks)))
     while left:
@@ -220,13 +223,13 @@ def waves(tasks: Sequence[Task]) -> Iterator[list[int]]:
 
 
 def progress_of(task: Task) -> int:
-    """Return `order_of(task)` within what a column can hold, whatever the attempt."""
+    """Return `order_of(task)`, limited to the range of the column for any attempt."""
     order = order_of(task)
     return max(-(1 << 62), min(order, (1 << 62) + order % RANKS))
 
 
 def columns_of(batch: Sequence[tuple[Task, bytes]]) -> tuple[list[object], ...]:
-    """Return the columns of records, from uuid to record, as `SAVE` wants them."""
+    """Return the columns of records, from uuid to record, in the order of `SAVE`."""
     rows = (
         (
             storable(task.uuid),

@@ -1,4 +1,4 @@
-"""A subscription on Postgres: rows taken with SKIP LOCKED, and held by a lease."""
+"""A subscription on Postgres: SKIP LOCKED takes rows, and leases hold them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from qtasks_postgres.doorbell import Doorbell
 from qtasks_postgres.floors import Floors, Lane, lanes_of
 from qtasks_postgres.rows import columns_of
 
-# A statement is planned once a connection, maybe while its table is empty, and the plan must hold
-# when there are millions of rows. So rows are found in ways that leave the planner no choice: by an
-# array of ids, never by a join that it could begin at the table's end, and in an order that only
-# one index has (by the id alone it could walk the primary key, past all that is in other queues).
+# The server plans a statement once per connection, perhaps while the table is empty. The plan must
+# still be good with millions of rows, so the queries leave the planner no choice. They find rows by
+# an array of ids, never by a join that the planner could start from the table. They sort in an
+# order that only one index has. With `ORDER BY id` alone, the planner could scan the primary key
+# through all messages of other queues.
 
-# Messages never received before: what may be received at once, in the order of their ids.
+# Messages that were never received and have no delay, in the order of their ids.
 READY = """
     SELECT id FROM qtasks.messages
     WHERE namespace = $1 AND queue = want.queue AND wake_at IS NULL
@@ -43,8 +44,8 @@ READY = """
     FOR UPDATE SKIP LOCKED
 """
 
-# Messages that have waited for their moment: delayed, given back, or lost by their holders.
-# statement_timestamp() and not clock_timestamp(), which no index can be searched for.
+# Messages that waited for a time: delayed, released, or lost by their holders. An index can be
+# searched for statement_timestamp(), but not for clock_timestamp().
 DUE = """
     SELECT id FROM qtasks.messages
     WHERE namespace = $1 AND queue = want.queue AND priority = level.priority
@@ -59,8 +60,8 @@ DUE = """
 def taking(lane: str, *more: str) -> str:
     """Return a statement that takes messages of each queue.
 
-    Its priorities are gone through one after the other, the highest first, and no further than it
-    takes to have enough: LIMIT ends the loops, so only what is taken is locked.
+    It goes through the priorities from the highest down, and stops once it has enough. LIMIT stops
+    the loops, so only taken rows are locked.
     """
     returned = ", ".join(("id", "queue", "priority", "delivery", "body", *more))
     return f"""
@@ -83,13 +84,13 @@ def taking(lane: str, *more: str) -> str:
 
 TAKE = taking(READY)
 
-# The inner SELECT sees the row as it was before.
+# The inner SELECT sees the row as it was before the update.
 LOOK = taking(
     f"SELECT id FROM ({DUE}) AS due UNION ALL SELECT id FROM ({READY}) AS ready",
     "(SELECT wake_at FROM qtasks.messages AS old WHERE old.id = messages.id) IS NULL AS first",
 )
 
-# What SKIP LOCKED passes over is still there to be seen: then the wait is zero.
+# This also sees the rows that SKIP LOCKED skips. For those the wait is zero.
 NEXT = """
     SELECT min(coalesce(
         (
@@ -113,8 +114,8 @@ NEXT = """
     CROSS JOIN generate_series(9, 0, -1) AS level (priority)
 """
 
-# Whose lease has run out, or whose message was delivered again since, holds nothing. coalesce()
-# hides from the planner that the index of waiting messages would do as well, all of it.
+# A receiver no longer holds a message if its lease has run out or the message was delivered again.
+# coalesce() keeps the planner from scanning the whole index of waiting messages.
 MINE = """
     id = ANY($1::bigint[])
     AND delivery = ($2::int[])[array_position($1::bigint[], id)]
@@ -150,7 +151,7 @@ EXTEND = f"""
 
 
 class Fence(NamedTuple):
-    """Which message, and which of its deliveries."""
+    """A message, and the number of the delivery."""
 
     id: int
     delivery: int
@@ -160,18 +161,22 @@ class PostgresSubscription(Subscription):
     """Takes rows and holds them by their leases."""
 
     SWEEP = 3.0
-    """Seconds after which a sleeper looks without being told, so that he notices a frozen server,
-    and a message whose publisher died before he could ring."""
+    """Seconds after which a sleeping receiver looks without being told.
+
+    So it notices a frozen server, and a message whose publisher died before it rang the bell.
+    """
 
     PATIENCE = 0.05
-    """Seconds to wait for rows that another receiver has locked and may yet leave behind."""
+    """Seconds to wait for rows that another receiver has locked and may not take."""
 
     BETWEEN_LOOKS = 0.25
-    """Seconds after which it is looked for what has become due or came back."""
+    """Seconds between two looks for messages that became due or came back."""
 
     CHEAP_LOOK = 0.05
-    """Seconds; a look that takes longer is not repeated for ten times as long. Floors are stuck as
-    long as a transaction is open that has published or settled."""
+    """The longest cheap look, in seconds. After a slower one, wait ten times as long as it took.
+
+    Floors cannot rise while a transaction is open that has published or settled.
+    """
 
     def __init__(
         self,
@@ -201,7 +206,7 @@ class PostgresSubscription(Subscription):
         self._open = True
 
     async def open(self, queues: Iterable[str]) -> None:
-        """Listen to what is published to `queues`. Raises `Unavailable`."""
+        """Listen to new messages of `queues`. Raises `Unavailable`."""
         self._queues = list(queues)
         self._channels = [channel_of(self._namespace, queue) for queue in self._queues]
         await self._listener.listen(self._channels, self._rung)
@@ -219,21 +224,21 @@ class PostgresSubscription(Subscription):
         raise Closed("the subscription is closed")
 
     def _take_leftovers(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        """Return what this call may have of what was fetched; the next fetch gives back the rest.
+        """Return the fetched deliveries that this call may have. The next fetch releases the rest.
 
-        There is a rest when the call that fetched was cancelled: this one may want less, or come
-        so late that the leases are about to run out.
+        A rest remains if the call that fetched was cancelled. This call may want fewer deliveries,
+        or it may come so late that the leases are about to run out.
         """
         if self._loop.time() - self._fetched_at > self._lease / 3:
             return []
         return self._leftovers.take(wanted, limit)
 
     async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
-        """Fetch deliveries; where there are none, return the seconds that may be slept.
+        """Fetch deliveries. If none are found, return the seconds to sleep at most.
 
-        A take that finds nothing is enough for a short sleep: whoever answers task by task asks
-        the server one question a task, not four. It is looked closer when the bell rang and there
-        is nothing new, for then something came back, and when the short sleep is over.
+        A plain take that finds nothing is enough for a short sleep. So a receiver that handles one
+        task at a time sends one query per task, not four. The full look follows in two cases: the
+        bell rang but no message is new, so a message came back; or the short sleep is over.
         """
         rung = self._bell.is_set()
         self._bell.clear()
@@ -254,7 +259,7 @@ class PostgresSubscription(Subscription):
         return await self._pause(wanted) if looked else self._look_at - self._loop.time()
 
     async def _look(self, wanted: Mapping[str, int], limit: int) -> None:
-        """Take also what has become due or came back, and what was committed late."""
+        """Also take messages that became due, came back, or were committed late."""
         await self._floors.raise_(self._queues)
         begun = self._loop.time()
         ready, due = self._floors.of(wanted)
@@ -263,13 +268,14 @@ class PostgresSubscription(Subscription):
         self._look_again_at = now + 10 * (now - begun) if now - begun > self.CHEAP_LOOK else 0.0
         self._look_at = max(now + self.BETWEEN_LOOKS, self._look_again_at)
         if not all(row["first"] for row in rows):
-            self._look_at = 0.0  # there may be more of those
+            self._look_at = 0.0  # more of those may be waiting
 
     async def _take(self, wanted: Mapping[str, int], limit: int) -> None:
-        """Take what was published since, starting where the last take ended.
+        """Take newly published messages, starting where the last take finished.
 
-        Below lie the index entries of what was taken before, dead until they are vacuumed, and now
-        and then a message whose publisher committed late. `_look` sees to those.
+        Below that point are the index entries of taken messages, dead until vacuum removes them.
+        Sometimes a message is also below it, because its publisher committed late. `_look` finds
+        those.
         """
         floors = map(max, self._floors.of(wanted)[0], self._passed_in(wanted))
         await self._fetch_rows(TAKE, wanted, list(floors), limit)
@@ -308,7 +314,7 @@ class PostgresSubscription(Subscription):
         return rows
 
     async def _pause(self, wanted: Mapping[str, int]) -> float:
-        """Return the seconds until something may become receivable without a new message."""
+        """Return the seconds until a message may become receivable without a new publish."""
         rows = await self._database.fetch(
             NEXT, self._namespace, list(wanted), *self._floors.of(wanted)
         )
@@ -318,7 +324,7 @@ class PostgresSubscription(Subscription):
         return float(min(wait, self.SWEEP)) if wait > 0 else self.PATIENCE
 
     async def _sleep(self, pause: float) -> None:
-        """Wait for the bell. When it rang there is something new to take, else something due."""
+        """Wait for the bell. If it rings, a message is new; otherwise one may be due."""
         try:
             async with asyncio.timeout(pause):
                 await self._bell.wait()
@@ -329,7 +335,7 @@ class PostgresSubscription(Subscription):
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         calls, fences = self._database.calls, {s.delivery.fence for s in settlements}
-        # What a call has settled whose caller was cancelled is known at its end.
+        # A cancelled caller's settle call may still run. Its result is known once it has finished.
         await calls.others(fences)
         return await calls.run(self._settle(settlements), fences)
 
@@ -339,7 +345,7 @@ class PostgresSubscription(Subscription):
             places = [place for place, s in call.first.items() if isinstance(s, kind)]
             if not places:
                 continue
-            # Settle and extend lock rows by ascending id, or they could wait for each other.
+            # Settle and extend lock rows by ascending id. Otherwise they could deadlock.
             places.sort(key=lambda place: call.first[place].delivery.fence)
             done = await run([call.first[place] for place in places])
             for place in places:
@@ -379,13 +385,13 @@ class PostgresSubscription(Subscription):
         self._open = False
         self._bell.set()
         await self._fetching.finish()
-        # Where the server cannot be reached the leases run out by themselves.
+        # If the server is unreachable, the leases run out by themselves.
         with suppress(Unavailable):
             await self._give_back()
         await self._listener.forget(self._channels, self._rung)
 
     async def _give_back(self) -> None:
-        """Release what was fetched and no call has returned."""
+        """Release the fetched deliveries that no call has returned."""
         if leftovers := self._leftovers.take_all():
             try:
                 await self._release([Release(delivery) for delivery in leftovers])
@@ -402,6 +408,6 @@ class PostgresSubscription(Subscription):
 
 
 def fences_of(deliveries: Sequence[Delivery]) -> tuple[list[int], list[int]]:
-    """Return the ids and the numbers of the deliveries, column by column."""
+    """Return the ids and delivery numbers of the deliveries, column by column."""
     fences: list[Fence] = [delivery.fence for delivery in deliveries]
     return [fence.id for fence in fences], [fence.delivery for fence in fences]

@@ -1,4 +1,4 @@
-"""RabbitMQ: a broker on quorum queues, a storage on a stream."""
+"""The backend for RabbitMQ: a broker on quorum queues, a storage on a stream."""
 
 from qtasks_core import Backend
 from qtasks_core.urls import take_options
@@ -11,17 +11,20 @@ _OPTIONS = {"lease": LEASE_TIME}
 
 
 class RabbitMQBackend(Backend):
-    """Answers for `amqp://USER:PASSWORD@HOST:PORT/VHOST?lease=SECONDS`, and `amqps://`."""
+    """Makes the broker and the storage of `amqp://USER:PASSWORD@HOST:PORT/VHOST?lease=SECONDS`.
+
+    `amqps://` uses TLS.
+    """
 
     contract = 1
 
     def broker(self, url: str) -> RabbitMQBroker:
-        """Return the broker of `url`."""
+        """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, _OPTIONS)
         return RabbitMQBroker(rest, **options)
 
     def storage(self, url: str) -> RabbitMQStorage:
-        """Return the storage of `url`."""
+        """Return the storage of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, _ = take_options(url, _OPTIONS)
         return RabbitMQStorage(rest)
 

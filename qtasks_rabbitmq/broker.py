@@ -1,4 +1,4 @@
-"""A broker on RabbitMQ: quorum queues, confirmed publishes, push consumers with a local buffer."""
+"""A broker on RabbitMQ: quorum queues, confirmed publishes, consumers with a local buffer."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ if TYPE_CHECKING:
     from qtasks_rabbitmq.channel import Channel, Sending
 
 NOTICE = 1.0
-"""Seconds in which the server tells the consumers of a queue that it was deleted: some hundredths
-on a machine at rest."""
+"""Seconds within which the server tells a queue's consumers that the queue was deleted.
+
+On an idle machine it takes some hundredths of a second.
+"""
 
 
 class RabbitMQBroker(Broker):
-    """Moves messages through a RabbitMQ server.
+    """Moves messages through a RabbitMQ server. `lease` is in seconds, at least 3.
 
-    `lease` (seconds, at least 3) becomes the heartbeat by which the server notices a dead or
-    stopped receiver. Raises `ConfigurationError` when it is shorter.
+    The lease sets the heartbeat, by which the server notices a dead or stopped receiver. Raises
+    `ConfigurationError` if the URL or the lease is wrong.
     """
 
     driver_loggers = ("aio_pika", "aiormq")
@@ -42,7 +44,7 @@ class RabbitMQBroker(Broker):
         servers_of(url)
         self._url = url
         self.heartbeat = int(lease // SILENCE)
-        """Seconds between signs of life."""
+        """Seconds between heartbeats."""
         self._names: Names | None = None
         self._publishing: Connection | None = None
         self._version: tuple[int, ...] = ()
@@ -96,13 +98,13 @@ class RabbitMQBroker(Broker):
         )
 
     async def dispatch(self, parcels: Sequence[Parcel]) -> list[Outcome]:
-        """Publish encoded messages: each is durable with the server, or refused."""
+        """Publish encoded messages. Each is then durable on the server, or refused."""
         outcomes = [DONE] * len(parcels)
         sizes = (len(parcel.body) for parcel in parcels)
         for part in split(sizes, MOST_AT_ONCE, MOST_BYTES_AT_ONCE):
             refused = await self._dispatch(parcels, range(len(parcels))[part])
             if refused:
-                # A queue may have been deleted since it was declared: declare it and try again.
+                # A queue may have been deleted after its declaration, so declare it and try again.
                 gone = {parcels[at].queue for at in refused if parcels[at].delay <= 0}
                 if gone:
                     await self._let_go(gone)
@@ -114,7 +116,7 @@ class RabbitMQBroker(Broker):
         return outcomes
 
     async def _dispatch(self, parcels: Sequence[Parcel], which: Sequence[int]) -> dict[int, str]:
-        """Publish some of the parcels in one write; return why the server refused which."""
+        """Publish the parcels at these positions in one write. Return the refused ones and why."""
         names, publishing = self._started()
         channel = await publishing.channel()
         sendings: list[Sending] = []
@@ -134,7 +136,7 @@ class RabbitMQBroker(Broker):
         return {which[index]: reason for index, reason in refused.items()}
 
     async def _declare(self, channel: Channel, queues: Iterable[str], levels: int) -> None:
-        """Declare queues and levels of the ladder where this connection has not yet."""
+        """Declare queues and levels of the ladder that this connection has not declared yet."""
         names, _ = self._started()
         async with self._declaring:
             missing = [queue for queue in queues if queue not in self._declared]
@@ -147,11 +149,12 @@ class RabbitMQBroker(Broker):
                 self._levels = max(self._levels, levels)
 
     async def _let_go(self, queues: Collection[str]) -> None:
-        """Have nobody consume from queues that were deleted, before they are made anew.
+        """Make all consumers leave deleted queues before the queues are created again.
 
-        The server tells consumers of a deletion a little later. Those of a quorum queue that is
-        there again by then are not told: they stay, and what comes to them is dropped on its way
-        (seen on RabbitMQ 3.10). Ours leave at once; the sleep is for those of other processes.
+        The server tells consumers of a deletion a little later. If a quorum queue exists again by
+        then, its old consumers are not told. They stay, and the server drops messages on the way to
+        them (seen on RabbitMQ 3.10). Our consumers leave at once. The sleep is for consumers of
+        other processes.
         """
         await together([subscription.let_go(queues) for subscription in self._subscriptions])
         await asyncio.sleep(NOTICE)
@@ -166,7 +169,7 @@ class RabbitMQBroker(Broker):
         return subscription
 
     async def _set_up(self, channel: Channel, _purpose: str, version: tuple[int, ...]) -> None:
-        """Declare on a new connection what every queue relies on."""
+        """Declare on a new connection everything that all queues need."""
         self._version = version
         self._declared.clear()
         self._levels = 0
@@ -180,7 +183,7 @@ class RabbitMQBroker(Broker):
 
 
 def _address(names: Names, parcel: Parcel) -> tuple[Sending, int]:
-    """Return how to send a parcel, and the level of the ladder it enters (-1: none)."""
+    """Return how to send a parcel, and the level at which it enters the ladder (-1: none)."""
     from qtasks_rabbitmq.channel import Sending
 
     queue = names.queue(parcel.queue)

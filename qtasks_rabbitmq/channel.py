@@ -1,10 +1,11 @@
 """An AMQP channel made for batches, on a connection of aiormq.
 
-The driver's own channel spends a future, a lock and a task on every message. This one writes a
-batch of publishes in one piece and waits once, hands deliveries over without a task, matches
-replies to methods in order (so a cancelled call closes nothing), and counts the confirms itself.
+The driver's own channel uses a future, a lock and a task for every message. This channel writes a
+batch of publishes at once and waits once. It passes on deliveries without a task. It matches
+replies to methods by their order, so a cancelled call closes nothing. It counts the confirms
+itself.
 
-Imports the driver: only `connection.py` imports this module, and only to connect.
+This module imports the driver. Only `connection.py` imports this module, and only to connect.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ ACCESS_REFUSED = 403
 NOT_FOUND = 404
 PRECONDITION_FAILED = 406
 PUBLISH = (60, 40)
-"""Class and method of a publish, in the server's words on why it closed a channel."""
+"""Class and method of a publish, as the server names them when it closes a channel."""
 MAX_SIZE = re.compile(r"larger than configured max size (\d+)")
 REGISTRATION = 1.5
-"""Seconds after which the server remembers a new queue; see `Channel.registered`."""
+"""Seconds after which the server has saved a new queue's name: see `Channel.registered`."""
 
 
 class Arrival(Struct, frozen=True):
-    """A message as it came through a consumer."""
+    """A message that a consumer received."""
 
     consumer: str
     tag: int
@@ -56,26 +57,26 @@ class Arrival(Struct, frozen=True):
     headers: dict[str, Any]
     body: bytes
     error: str
-    """Why its properties cannot be read; empty if they can."""
+    """The reason why its properties are unreadable; empty if they are readable."""
 
 
 OnDelivery: TypeAlias = Callable[[Arrival], None]
-"""Called on the connection's reader."""
+"""The connection's reader calls it."""
 
 
 class Sending(Struct, frozen=True, gc=False):
-    """One message on its way to an exchange."""
+    """One message to publish to an exchange."""
 
     body: bytes
     routing_key: str
     exchange: str = ""
     message_id: str = ""
-    """By which a message that the server returns is recognised."""
+    """Identifies the message if the server returns it."""
     headers: dict[str, Any] | None = None
 
 
 class Batch:
-    """Messages that were written together and are confirmed one by one."""
+    """Messages that are written together and confirmed one by one."""
 
     __slots__ = ("confirmed", "first", "refusals", "sendings", "waiting")
 
@@ -87,7 +88,7 @@ class Batch:
         self.confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def confirm(self, tag: int, taken: bool) -> None:
-        """Note the server's word on one message; the last one ends the wait."""
+        """Note the server's confirm of one message. The last confirm finishes the wait."""
         if not taken:
             self.refusals.setdefault(tag - self.first, "the server did not take the message")
         self.waiting -= 1
@@ -95,7 +96,7 @@ class Batch:
             self.confirmed.set_result(None)
 
     def refuse(self, exchange: str, routing_key: str, message_id: str, reason: str) -> None:
-        """Note that the server returned a message: it has no queue to go to."""
+        """Note that the server returned a message, because no queue matches."""
         for index, sending in enumerate(self.sendings):
             if (sending.exchange, sending.routing_key, sending.message_id) == (
                 exchange,
@@ -106,7 +107,7 @@ class Batch:
 
 
 class Channel:
-    """A channel of a connection. Every wait ends with `Unavailable` when it is lost."""
+    """A channel of a connection. If the channel is lost, every wait raises `Unavailable`."""
 
     def __init__(self, connection: AbstractConnection, name: str) -> None:
         self._connection = connection
@@ -127,27 +128,27 @@ class Channel:
         self.on_delivery: OnDelivery | None = None
         self.on_lost: Callable[[], None] | None = None
         self.lost: str | None = None
-        """Why the channel is gone; None while it is there."""
+        """The reason why the channel is lost; None while it works."""
         self.close_code = 0
-        """The server's reply code when it closed the channel itself."""
+        """The server's reply code, if the server closed the channel."""
         self.largest: int | None = None
-        """The server's limit of a message in bytes, when it closed the channel because of it."""
+        """The server's limit for a message in bytes, if that limit closed the channel."""
         self.heard = self._loop.time()
-        """When the server was last heard of on this channel, on the loop's clock."""
+        """The loop's time of the last frame from the server on this channel."""
         self._registered_at = 0.0
-        # The connection hands the frames of a channel to `frames.put`.
+        # The connection passes a channel's frames to `frames.put`.
         self.frames = self
         connection.channels[number] = cast(AbstractChannel, self)
         connection.closing.add_done_callback(self._on_connection_closed)
 
     async def open(self) -> None:
-        """Open the channel and turn publisher confirms on."""
+        """Open the channel and enable publisher confirms."""
         await self.call(commands.Channel.Open(), commands.Confirm.Select())
 
     async def call(self, *methods: Frame) -> list[Frame]:
         """Send methods in one write and return the server's replies.
 
-        Raises `Unavailable`, and `ConfigurationError` if the user lacks the right.
+        Raises `Unavailable`, and `ConfigurationError` if the user lacks a right.
         """
         await self.send(*methods)
         replies: list[asyncio.Future[Frame]] = [self._loop.create_future() for _ in methods]
@@ -155,13 +156,13 @@ class Channel:
         return [await reply for reply in replies]
 
     async def send(self, *methods: Frame) -> None:
-        """Send methods that have no reply. Cancelled, it has sent all of them or none."""
+        """Send methods that have no reply. If cancelled, it has sent all of them or none."""
         await self._write(b"".join(frame.marshal(method, self._number) for method in methods))
 
     async def publish(self, sendings: Sequence[Sending]) -> dict[int, str]:
-        """Publish messages and wait once until the server has confirmed all.
+        """Publish messages, and wait once until the server has confirmed all of them.
 
-        Returns the refused ones, by index, with the reason. Raises `Unavailable`.
+        Returns the refused messages, by index, with the reason. Raises `Unavailable`.
         """
         await self._write(b"".join([self._marshal(sending) for sending in sendings]))
         batch = Batch(sendings, self._published + 1)
@@ -176,15 +177,15 @@ class Channel:
         return batch.refusals
 
     def note_creation(self) -> None:
-        """Note that queues were created just now."""
+        """Note that queues have just been created."""
         self._registered_at = self._loop.time() + REGISTRATION
 
     async def registered(self) -> None:
-        """Wait until what was created is safe from a crash.
+        """Wait until new queues survive a crash.
 
-        The server answers the declaration of a replicated queue before its Raft library has
-        written the queue's name to disk, which it does within 1.25 s. After a crash before that,
-        the queue has no leader and has lost even what it had confirmed.
+        The server answers the declaration of a replicated queue first. Its Raft library writes the
+        queue's name to disk up to 1.25 s later. After a crash in between, the queue has no leader,
+        and even its confirmed messages are lost.
         """
         young = self._registered_at - self._loop.time()
         if young > 0:
@@ -192,7 +193,7 @@ class Channel:
 
     @asynccontextmanager
     async def aside(self) -> AsyncIterator[Channel]:
-        """Open another channel of the connection, for methods that may cost theirs."""
+        """Open another channel of this connection, for methods whose failure closes the channel."""
         other = Channel(self._connection, self._name)
         await other.call(commands.Channel.Open())
         try:
@@ -226,7 +227,7 @@ class Channel:
                     reply.set_result(received)
 
     def fail(self, reason: str) -> None:
-        """End every wait with what the loss means; the channel is not used again."""
+        """Finish every wait with the error of the loss. The channel is not used again."""
         if self.lost is not None:
             return
         self.lost = reason
@@ -235,13 +236,13 @@ class Channel:
         for future in waiting:
             if not future.done():
                 future.set_exception(self._error())
-                # A cancelled caller does not collect it.
+                # Mark it as retrieved: a cancelled caller never reads it.
                 future.exception()
         if self.on_lost is not None:
             self.on_lost()
 
     async def _on_close(self, close: commands.Channel.Close) -> None:
-        """Note why the server closes the channel."""
+        """Note the server's reason for closing the channel."""
         self.close_code = close.reply_code or 0
         text = close.reply_text or ""
         if (close.class_id, close.method_id) == PUBLISH and (size := MAX_SIZE.search(text)):
@@ -251,10 +252,10 @@ class Channel:
         self.fail(f"{self._name} closed the channel: {text}")
 
     def _error(self) -> Exception:
-        """Return what the loss means.
+        """Return the error that the loss means.
 
-        Of all that a server says when it closes a channel this alone is final: any other may pass,
-        or is the fault of one caller and not of those who wait on the same channel.
+        ACCESS_REFUSED is the only final reason. Any other reason may pass, or only one of the
+        callers on this channel has caused it.
         """
         reason = self.lost or ""
         if self.close_code == ACCESS_REFUSED:
@@ -264,10 +265,10 @@ class Channel:
     async def _write(self, payload: bytes) -> None:
         if self.lost is not None:
             raise self._error()
-        # The future makes the driver's writer wait for the socket, which bounds the memory.
+        # With this future, the driver's writer waits for the socket. This limits the memory.
         drained = self._loop.create_future()
         await self._connection.write_queue.put(ChannelFrame(payload, False, drained))
-        # What follows runs in the same step, so replies are awaited in the order of the writes.
+        # The caller continues in the same step, so replies are awaited in the order of the writes.
         if self.lost is not None:
             raise self._error()
 
@@ -288,7 +289,7 @@ class Channel:
     def _header(self, sending: Sending) -> bytes:
         """Return the frame of a message's properties."""
         if sending.message_id and not sending.headers:
-            # Without the driver, which builds and checks several objects for it.
+            # Skip the driver, which builds and checks several objects for this.
             return properties_frame(self._number, len(sending.body), sending.message_id)
         properties = commands.Basic.Properties(
             delivery_mode=PERSISTENT,
@@ -299,7 +300,7 @@ class Channel:
         return frame.marshal(header, self._number)
 
     def _take(self, value: bytes) -> None:
-        """Take the next frame of a message: see `FrameReader` for what comes as a body."""
+        """Take the next frame of a message. `FrameReader` tells which frames come as a body."""
         if self._content is None:
             self._content = read_deliver(value)
             return
@@ -315,7 +316,7 @@ class Channel:
     def _end_content(
         self, content: Deliver | commands.Basic.Return, properties: Properties
     ) -> None:
-        """Hand over a delivery or a returned message that is complete."""
+        """Pass on a complete delivery or a complete returned message."""
         body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._content = self._properties = None
         self._parts = []

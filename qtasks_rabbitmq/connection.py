@@ -1,4 +1,4 @@
-"""One connection to RabbitMQ with a channel a purpose: opened on demand, again after it broke."""
+"""The connection to RabbitMQ: one channel per purpose, opened on demand, reopened if it breaks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from qtasks_rabbitmq.frames import FrameReader
 
 PATIENCE = 4.0
-"""Seconds in which the server must answer, or it counts as unreachable."""
+"""Seconds after which a server that does not answer counts as unreachable."""
 OLDEST = (3, 10)
-"""The first release with at-least-once dead-lettering on quorum queues."""
+"""The oldest supported version: the first with at-least-once dead-lettering on quorum queues."""
 MOST_AT_ONCE = 1000
 MOST_BYTES_AT_ONCE = 4 * 2**20
-"""What is written before the server's confirms are awaited."""
+"""The most messages and bytes that are written before the server's confirms are awaited."""
 NOT_ALLOWED = 530
 HARD_LIMIT = 512 * 2**20
-"""Bytes that no server's `max_message_size` can be set above."""
+"""The highest possible `max_message_size` of a server, in bytes."""
 TLS_REFUSALS = frozenset(
     {
         "CERTIFICATE_VERIFY_FAILED",
@@ -45,19 +45,20 @@ TLS_REFUSALS = frozenset(
         "WRONG_VERSION_NUMBER",
     }
 )
-"""What ends a handshake each time until somebody changes the set-up of one side."""
+"""Reasons for which a handshake fails every time, until the configuration of one side changes."""
 
 Setup = Callable[["Channel", str, tuple[int, ...]], Awaitable[None]]
-"""What to do on each new channel, given it, its purpose and the server's version."""
+"""Prepares a new channel. Its arguments are the channel, the purpose and the server's version."""
 
 logger = logging.getLogger("qtasks.rabbitmq")
 
 
 class Connection:
-    """Owns a connection of one purpose; `heartbeat` is in whole seconds.
+    """Owns a connection for one purpose. `heartbeat` is in whole seconds.
 
-    The server drops a connection, and hands its deliveries to others, two to three heartbeats
-    after it last heard of it. Of several servers in the URL it stays with one that answers.
+    If the server hears nothing for two to three heartbeats, it drops the connection and gives its
+    deliveries to others. If the URL names several servers, the connection stays with one that
+    answers.
     """
 
     def __init__(self, url: str, purpose: str, heartbeat: int, setup: Setup) -> None:
@@ -72,20 +73,20 @@ class Connection:
         self._retiring: set[asyncio.Task[None]] = set()
         self._version: tuple[int, ...] = ()
         self.server = ""
-        """Product and version, once it was connected."""
+        """Product and version, known after the first connect."""
         self.largest: int | None = None
-        """The server's limit of a message in bytes, once it has refused one for it."""
+        """The server's limit for a message in bytes, known once it has refused a larger one."""
 
     @property
     def open(self) -> bool:
-        """Whether there is a connection now."""
+        """Whether a connection is open now."""
         return self._connection is not None and self._connection.is_opened
 
     async def channel(self, purpose: str = "") -> Channel:
-        """Return the channel of a purpose, connecting where there is none.
+        """Return the channel for a purpose. Connect if needed.
 
-        That of no purpose is the first of a connection, and set up before all others. Raises
-        `Unavailable`, `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
+        The channel without a purpose is the first of a connection, and is set up before all others.
+        Raises `Unavailable`, `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
         """
         if (channel := self._living(purpose)) is not None:
             return channel
@@ -98,7 +99,7 @@ class Connection:
 
     @asynccontextmanager
     async def answering(self) -> AsyncIterator[None]:
-        """Bound what is inside by `PATIENCE`; past it raise `Unavailable`."""
+        """Raise `Unavailable` if the code inside takes longer than `PATIENCE` seconds."""
         try:
             async with asyncio.timeout(PATIENCE):
                 yield
@@ -106,10 +107,10 @@ class Connection:
             raise Unavailable(f"{redact(self._url)} does not answer") from None
 
     async def publish(self, sendings: Sequence[Sending]) -> dict[int, str]:
-        """Publish in one write and return the refused ones, by index, with the reason.
+        """Publish in one write. Return the refused messages, by index, with the reason.
 
-        The server closes the channel on a message that is too large for it. Then its limit is
-        known, and all others are published again. Raises `Unavailable`, `ConfigurationError`.
+        If a message is too large, the server closes the channel. Then its limit is known, and all
+        other messages are published again. Raises `Unavailable`, `ConfigurationError`.
         """
         while True:
             channel = await self.channel()
@@ -134,7 +135,7 @@ class Connection:
             return refused | {fitting[index]: reason for index, reason in answers.items()}
 
     def discard(self, reason: str, only: Channel | None = None) -> None:
-        """Give the connection up (if `only` is of it); `channel` will make another."""
+        """Drop the connection (if `only` belongs to it). `channel` opens a new one."""
         if only is not None and only not in self._channels.values():
             return
         connection, self._connection = self._connection, None
@@ -147,7 +148,7 @@ class Connection:
             closing.add_done_callback(self._retiring.discard)
 
     async def close(self) -> None:
-        """Close the connection; what it held goes back to the server. Idempotent."""
+        """Close the connection. The server gets back all unsettled deliveries. Idempotent."""
         self.discard("the connection was closed")
         if self._retiring:
             await asyncio.wait(self._retiring)
@@ -162,7 +163,8 @@ class Connection:
             self.discard("reconnecting")
             self._connection = connection = await self._connect()
             self.largest = None
-        # Only now: it needs the driver, whose absence `connect` tells in one line.
+        # Import it after `connect`: it needs the driver, and `connect` reports a missing driver
+        # clearly.
         from qtasks_rabbitmq.channel import Channel
 
         try:
@@ -172,13 +174,13 @@ class Connection:
                 await channel.open()
                 await self._setup(channel, purpose, self._version)
         except BaseException:
-            # Another server may do what this one does not.
+            # Another server may do what this one cannot.
             self.discard("the connection could not be set up")
             raise
         return channel
 
     async def _connect(self) -> AbstractConnection:
-        """Connect to the first server that answers, the one that did so last before the others."""
+        """Connect to the first server that answers. Try the last good server first."""
         error = Unavailable(f"{redact(self._url)} names no server")
         for server in list(self._servers):
             try:
@@ -204,10 +206,10 @@ class Connection:
 
 
 async def connect(server: Server, purpose: str, heartbeat: int) -> AbstractConnection:
-    """Open a connection of the driver, or raise what its failure means.
+    """Open a connection of the driver, or raise the matching error of the contracts.
 
-    This is the one place that tells a wrong set-up from an outage: what is not known to be final
-    is `Unavailable`.
+    Only this function tells a wrong configuration from an outage. Every error that is not known to
+    be final becomes `Unavailable`.
     """
     with importing_driver("amqp://", ".[rabbitmq]"):
         import aiormq
@@ -236,7 +238,7 @@ async def connect(server: Server, purpose: str, heartbeat: int) -> AbstractConne
 
 
 def _meaning(error: Exception, shown: str, reader: FrameReader | None) -> Exception:
-    """Return what it means that a connection could not be opened."""
+    """Return the error that a failed connect means."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
@@ -262,12 +264,12 @@ def _meaning(error: Exception, shown: str, reader: FrameReader | None) -> Except
 
 
 def _names_wrong_vhost(text: str) -> bool:
-    """Say whether the server means the virtual host itself; a limit of connections may pass."""
+    """Return whether the virtual host itself is wrong. A limit of connections may pass."""
     return "not found" in text or ("refused for user" in text and "limit" not in text)
 
 
 async def _close(connection: AbstractConnection) -> None:
-    """Close a connection, though its server may be frozen or gone."""
+    """Close a connection, even if its server is frozen or gone."""
     try:
         async with asyncio.timeout(PATIENCE):
             await connection.close()

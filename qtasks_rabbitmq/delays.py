@@ -1,11 +1,13 @@
 """Delays by a ladder of queues: level k holds every message for exactly 2^k units.
 
-A delay is a number of units, and its binary digits say in which levels a message waits. All
-messages of a level wait equally long, so first in, first out holds and none waits for another.
-From a level the server dead-letters to the exchange of the level below, at least once; that
-routes by the digit of its level: into its queue, or on to the exchange below. Below level 0 the
-exchange `due` leads to the queue. What finds no way is kept in `lost`, so that it cannot stall
-a level. The way in has no such net: there, a missing level is a refusal.
+A delay is a number of units. Its binary digits say in which levels a message waits. All messages of
+a level wait equally long. So first in, first out is right, and no message waits for another.
+
+When a message leaves a level, the server dead-letters it, at least once, to the exchange of the
+level below. That exchange routes by the digit of its level: into its queue, or on to the exchange
+below. Below level 0, the exchange `due` leads to the task queue. A message that matches no queue
+goes to `lost`, so that it cannot stall a level. The entry has no such fallback: if a level is
+missing, the server refuses the message.
 """
 
 from __future__ import annotations
@@ -20,22 +22,25 @@ if TYPE_CHECKING:
     from pamqp.base import Frame
 
 UNIT = 0.1
-"""Seconds of level 0: what rounding up may cost."""
+"""Seconds of level 0, which is also the most that rounding up can add."""
 LEVELS = 26
-"""The top level holds 38.8 days; the server takes no time to live above 49.7."""
+"""The top level holds for 38.8 days. The server refuses a time to live above 49.7 days."""
 FIRST_LEVELS = 14
-"""Declared with the first delay, for all up to 27 minutes; the others with the first longer one."""
+"""Levels for all delays up to 27 minutes. The first delay declares them.
+
+The first longer delay declares the others.
+"""
 MARGIN = 0.03
-"""Seconds added against the server's clock, which cuts off up to a millisecond a level."""
+"""Seconds added, because the server's clock cuts off up to a millisecond per level."""
 DIGITS = 20
-"""More digits than any number in a header has."""
+"""More digits than any number in our headers has."""
 ENTER = "qtasks-enter"
 REST = "qtasks-rest"
-"""Header: milliseconds that are left when a message leaves the ladder; it has to enter again."""
+"""Header: milliseconds that remain when a message leaves the ladder. It must enter again."""
 
 
 def route(delay: float) -> tuple[int, dict[str, Any]]:
-    """Return the level at which a message of this delay (seconds) enters, and its headers."""
+    """Return the level at which a message with this delay (seconds) enters, and its headers."""
     units = max(1, ceil((delay + MARGIN) / UNIT))
     rest = units - (2**LEVELS - 1)
     headers: dict[str, Any] = {}
@@ -57,9 +62,9 @@ def levels_for(top: int) -> int:
 
 
 def rest_of(headers: dict[str, Any]) -> float:
-    """Return the seconds that a message which left the ladder still has to wait.
+    """Return the seconds that a message still has to wait after it left the ladder.
 
-    Raises `ValueError` for a header that is none of ours.
+    Raises `ValueError` if QTasks did not write the header.
     """
     rest = number_of(headers, REST) / 1000
     if rest > LONGEST:
@@ -68,7 +73,7 @@ def rest_of(headers: dict[str, Any]) -> float:
 
 
 def left_of(names: Names, headers: dict[str, Any]) -> float:
-    """Return the seconds that a message still has to wait which found no way within the ladder."""
+    """Return the seconds that a message still has to wait, if the ladder could not route it."""
     deaths = headers.get("x-death")
     passed = {
         death.get("queue")
@@ -85,9 +90,9 @@ def left_of(names: Names, headers: dict[str, Any]) -> float:
 
 
 def number_of(headers: dict[str, Any], name: str) -> int:
-    """Return a number that stands in a header as text; 0 without the header.
+    """Return the number that a header contains as text; 0 without the header.
 
-    Raises `ValueError` for what QTasks would not have written.
+    Raises `ValueError` if QTasks did not write the header.
     """
     if name not in headers:
         return 0
@@ -98,7 +103,7 @@ def number_of(headers: dict[str, Any], name: str) -> int:
 
 
 def ladder_methods(names: Names, levels: range) -> list[Frame]:
-    """Return what declares some levels; those below them must be there."""
+    """Return the methods that declare some levels. The levels below them must exist."""
     from pamqp.commands import Exchange
 
     methods: list[Frame] = [

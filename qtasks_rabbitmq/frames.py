@@ -1,10 +1,12 @@
-"""Reading frames in such a way that what a stranger puts into a message harms that message only.
+"""Reads frames so that bad data in a foreign message harms only that message.
 
-The driver decodes every frame on the connection's reader, and one that it cannot decode (a text
-that is no UTF-8, a time that Python does not know) ends the connection for all who use it; the
-message comes again, and so does the end. `FrameReader` therefore hands the driver the two frames
-that carry others' words, a delivery and its properties, as bodies, which it does not decode.
-`channel.py` decodes them with the functions below.
+The driver decodes every frame on the connection's reader. For example, it cannot decode text that
+is not UTF-8, or a time that Python cannot represent. Then it closes the connection for all users.
+The server then delivers the message again, and the connection breaks again.
+
+Two frames contain data from other programs: a delivery and its properties. `FrameReader` passes
+them to the driver as bodies, which the driver does not decode. `channel.py` decodes them with the
+functions below.
 """
 
 from __future__ import annotations
@@ -21,35 +23,35 @@ HEAD = 7
 """Bytes of a frame before its payload: type, channel, size."""
 METHOD, HEADER, BODY = 1, 2, 3
 BASIC = 60
-"""The class of methods that messages belong to."""
+"""The AMQP class of methods for messages."""
 DELIVER = b"\x00\x3c\x00\x3c"
 CONNECTION_CLOSE = b"\x00\x0a\x00\x32"
 CHANNEL_CLOSE = b"\x00\x14\x00\x28"
 OURS = b"\x10\x80"
-"""The properties of a message that needs no headers: a delivery mode (a byte) and an id."""
+"""Flags of a message without headers: it has a delivery mode (a byte) and an id."""
 END = b"\xce"
 PERSISTENT = 2
-"""The delivery mode of a message that outlives a restart of the server."""
+"""The delivery mode of a message that survives a restart of the server."""
 TLS_ALERT = b"\x15\x03"
 OFFSET = b"\x0fx-stream-offsetl"
-"""How the server writes a record's offset among its headers: name, type, then eight bytes."""
+"""How the server encodes a record's offset among its headers: name, type, then eight bytes."""
 
 
 class FrameReader(asyncio.StreamReader):
-    """A stream of AMQP frames, of which the driver decodes those that the server made alone."""
+    """A stream of AMQP frames. The driver decodes only frames with the server's own data."""
 
     def __init__(self) -> None:
         super().__init__(loop=asyncio.get_running_loop())
         self._frame = b""
         self._at = 0
-        """How much of it the driver has had."""
+        """How many bytes of the frame the driver has read."""
         self.closed: tuple[int, str] | None = None
         """Code and text with which the server closed the connection."""
         self.tls = False
         """Whether the server answered in TLS."""
 
     async def readexactly(self, n: int) -> bytes:
-        """Return the next bytes of the current frame, reading it whole first."""
+        """Return the next bytes of the current frame. The whole frame is read first."""
         if self._at == len(self._frame):
             self._frame, self._at = await self._next(), 0
         at, self._at = self._at, self._at + n
@@ -58,7 +60,7 @@ class FrameReader(asyncio.StreamReader):
     async def _next(self) -> bytes:
         head = await super().readexactly(HEAD)
         if head.startswith(b"AMQP"):
-            return head  # another version of the protocol; the driver says so
+            return head  # another version of the protocol; the driver reports it
         if head.startswith(TLS_ALERT):
             self.tls = True
             raise asyncio.IncompleteReadError(head, HEAD + 1)
@@ -67,7 +69,7 @@ class FrameReader(asyncio.StreamReader):
         if kind == HEADER or (kind == METHOD and method == DELIVER):
             return bytes((BODY,)) + head[1:] + payload
         if kind == METHOD and method in (CONNECTION_CLOSE, CHANNEL_CLOSE):
-            # The text quotes names, cut off at 255 bytes, perhaps within a character.
+            # The text quotes names. It is cut at 255 bytes, perhaps inside a character.
             end = 7 + payload[6]
             text = bytes(byte if byte < 128 else ord("?") for byte in payload[7:end])
             payload = payload[:7] + text + payload[end:]
@@ -85,17 +87,23 @@ class Deliver(Struct, frozen=True, gc=False):
 
 
 class Properties(Struct, frozen=True):
-    """What stands between the announcement of a message and its body."""
+    """The data between the announcement of a message and its body."""
 
     size: int
     headers: dict[str, Any]
     message_id: str = ""
     error: str = ""
-    """Why the properties cannot be read; then only `size` and a stream's offset are known."""
+    """The reason why the properties are unreadable.
+
+    In that case only `size` and a stream's offset are known.
+    """
 
 
 def read_deliver(payload: bytes) -> Deliver:
-    """Return the announcement; the routing key is its sender's, so what is no UTF-8 is replaced."""
+    """Return the announcement of a delivery.
+
+    The sender chose the routing key, so invalid UTF-8 in it is replaced.
+    """
     consumer_end = 5 + payload[4]
     exchange_at = consumer_end + 9
     key_at = exchange_at + 1 + payload[exchange_at]
@@ -113,22 +121,22 @@ def framed(kind: int, channel: int, payload: bytes) -> bytes:
 
 
 def properties_frame(channel: int, size: int, message_id: str) -> bytes:
-    """Return the frame that precedes a persistent message's body of so many bytes."""
+    """Return the frame before the body of a persistent message. `size` is the body's, in bytes."""
     name = message_id.encode()
     payload = pack(">HHQ", BASIC, 0, size) + OURS + bytes((PERSISTENT, len(name))) + name
     return framed(HEADER, channel, payload)
 
 
 def read_properties(payload: bytes) -> Properties:
-    """Return what precedes a body, and in `error` why it cannot be read."""
+    """Return the properties of a message. If they are unreadable, `error` says why."""
     size = int.from_bytes(payload[4:12])
-    if payload[12:14] == OURS:  # without the driver, as most messages are
+    if payload[12:14] == OURS:  # most messages; skip the driver
         with suppress(UnicodeDecodeError):
             return Properties(size, {}, payload[16 : 16 + payload[15]].decode())
     header = ContentHeader()
     try:
         header.unmarshal(payload)
-    except Exception as error:  # noqa: BLE001  what a stranger's bytes make the driver raise is not known
+    except Exception as error:  # noqa: BLE001  foreign bytes can raise anything in the driver
         return Properties(size, _offset(payload), error=f"its properties: {error!r}")
     properties = header.properties
     headers = cast("dict[str, Any]", properties.headers or {})
@@ -136,7 +144,7 @@ def read_properties(payload: bytes) -> Properties:
 
 
 def _offset(payload: bytes) -> dict[str, Any]:
-    """Return the offset that the server has put among headers which cannot be read otherwise."""
+    """Return the offset that the server added to headers that are otherwise unreadable."""
     at = payload.rfind(OFFSET)
     if at < 0:
         return {}

@@ -1,4 +1,4 @@
-"""One queue of a subscription, on a channel of its own: what costs it costs no other queue."""
+"""One queue of a subscription, on its own channel: its errors do not affect other queues."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TWICE = Outcome("unknown", "the retry is published, but the lease of the old del
 
 logger = logging.getLogger("qtasks.rabbitmq")
 epochs = count(1)
-"""Numbers the channels of all lanes; a fence is (epoch, delivery tag)."""
+"""Numbers the channels of all lanes. A fence is (epoch, delivery tag)."""
 
 
 class Lane:
-    """Consumers of one queue; the life of their channel is the lease of all that it holds."""
+    """Consumers of one queue. Their channel is the lease of all deliveries that it holds."""
 
     def __init__(
         self,
@@ -50,39 +50,39 @@ class Lane:
         self._connection = connection
         self._broker = broker
         self._arrived = arrived
-        """Called when there is something to do or to take."""
+        """Called when the lane has work to do or deliveries to take."""
         self._channel: Channel | None = None
         self._epoch = 0
         self.held: dict[int, str] = {}
-        """Delivery tags of this epoch, in order, and the consumers they came by."""
+        """Delivery tags of this epoch, in order, and the consumer of each."""
         self._settling: set[int] = set()
-        """Those that a call is settling now."""
+        """Delivery tags that a call is settling now."""
         self.ready: deque[tuple[Delivery, bytes]] = deque()
-        """What `receive` has not returned yet, with its bytes."""
+        """Deliveries that `receive` has not returned yet, with their bodies."""
         self._early: dict[int, Parcel] = {}
-        """What is to be sent on: it came out of the ladder, and not where or when it was due."""
+        """Messages to send on: they left the ladder at the wrong place or too early."""
         self._settled = Recent()
         self._tags = count(1)
         self._active: dict[str, int] = {}
-        """Consumer tag -> how many more deliveries the server may push through it."""
+        """Consumer tag -> how many more deliveries the server may push to this consumer."""
 
     async def open(self) -> None:
-        """Have a channel. Raises `Unavailable`, `ConfigurationError`."""
+        """Open the channel. Raises `Unavailable`, `ConfigurationError`."""
         self._channel = await self._connection.channel(self._source)
 
     def begin(self, channel: Channel) -> None:
-        """Begin a new epoch on a new channel."""
+        """Start a new epoch on a new channel."""
         self._epoch = epoch = next(epochs)
         self._drop(epoch)
         channel.on_delivery = partial(self._arrive, epoch)
         channel.on_lost = partial(self._drop, epoch)
 
     def needs(self, wanted: int) -> bool:
-        """Say whether `prepare` has something to do."""
+        """Return whether `prepare` has something to do."""
         return self.lost or bool(self._early) or self._lack(wanted) > 0
 
     async def prepare(self, wanted: int) -> None:
-        """Reconnect where needed, send on what came too early, and consume what is wanted."""
+        """Reconnect if needed, send on messages that came too early, and start consumers."""
         from pamqp.commands import Basic
 
         await self.open()
@@ -99,17 +99,17 @@ class Lane:
                         Basic.Consume(queue=self._source, consumer_tag=tag),
                     )
             except BaseException:
-                # Nothing may be waited for through a consumer that is perhaps not there.
+                # The consumer may not exist, so expect no deliveries from it.
                 self._active.pop(tag, None)
                 raise
 
     def _lack(self, wanted: int) -> int:
-        """Return how many are wanted beyond what is here or may be pushed."""
+        """Return how many deliveries are wanted beyond those that are here or may be pushed."""
         coming = sum(self._active.values()) + len(self.ready)
         return min(wanted, self._capacity) - coming
 
     async def _send_on(self) -> None:
-        """Publish what waits to be sent on, then acknowledge it; what fails is still here."""
+        """Publish the messages to send on, then acknowledge them. Failed ones stay held."""
         early, epoch = dict(self._early), self._epoch
         outcomes = await self._broker.dispatch(list(early.values()))
         if epoch != self._epoch:
@@ -119,7 +119,7 @@ class Lane:
             if outcome.status == "done":
                 sent.append(tag)
             else:
-                # Held until this channel ends: given back it would come again at once.
+                # Keep it until this channel closes: if released, it would come back at once.
                 logger.error("a task for %s cannot be sent on: %s", parcel.queue, outcome.reason)
                 del self._early[tag]
         await self._acknowledge(sent, [])
@@ -128,9 +128,9 @@ class Lane:
                 self._early.pop(tag, None)
 
     async def rest(self, busy: Callable[[], bool]) -> None:
-        """Stop consuming and hand what is here on as copies, whose count has not been raised.
+        """Stop consuming, and pass on the ready deliveries as copies. Their count is not raised.
 
-        Unless `busy` says meanwhile that somebody receives again.
+        It stops if `busy` reports that somebody receives again.
         """
         handed = False
         await self.cancel_consumers()
@@ -144,7 +144,7 @@ class Lane:
             handed = True
         finally:
             if not handed and epoch == self._epoch:
-                # They are still here, if the channel is: another time.
+                # They are still held if the channel still lives. Try again later.
                 self.ready.extendleft(reversed(leaving))
         if epoch == self._epoch:
             tags: dict[bool, list[int]] = {True: [], False: []}
@@ -153,7 +153,7 @@ class Lane:
             await self._acknowledge(tags[True], tags[False])
 
     async def let_go(self) -> None:
-        """Give up the channel: the queue was deleted, and with it all that is held here."""
+        """Give up the channel: the queue was deleted, together with all held messages."""
         from pamqp.commands import Channel as Methods
 
         channel = self._channel
@@ -162,11 +162,11 @@ class Lane:
                 async with self._connection.answering():
                     await channel.send(Methods.Close(200, "its queue was deleted", 0, 0))
             except Unavailable as error:
-                logger.debug("%s: %s", self._source, error)  # then it is lost anyway
+                logger.debug("%s: %s", self._source, error)  # the channel is lost anyway
             channel.fail(f"the queue {self._source} was deleted")
 
     async def cancel_consumers(self) -> None:
-        """Have the server push nothing more."""
+        """Make the server stop pushing deliveries."""
         from pamqp.commands import Basic
 
         tags = list(self._active)
@@ -193,8 +193,9 @@ class Lane:
         if again:
             await self._retry(again, call)
         if taken:
-            # Acknowledgements have no reply, but a channel is served in order: with the answer to
-            # this the server has seen them, and the death of this process cannot undo them.
+            # Acknowledgements have no reply, but the server handles a channel's methods in order.
+            # Once it has answered this probe, it has seen the acknowledgements. From then on, a
+            # crash of this process cannot undo them.
             await self.probe()
         return call.outcomes()
 
@@ -222,7 +223,7 @@ class Lane:
             self._settled.add(call.done(place))
 
     async def _acknowledge(self, done: Sequence[int], back: Sequence[int]) -> None:
-        """Acknowledge and give back deliveries of this epoch, in one write."""
+        """Acknowledge and release deliveries of this epoch, in one write."""
         channel, epoch = self._channel, self._epoch
         if channel is None or not (done or back):
             return
@@ -232,8 +233,8 @@ class Lane:
             async with self._connection.answering():
                 await channel.send(*methods)
         except Unavailable:
-            # Lost in the middle, the outcome is unknown; otherwise nothing was sent, and the
-            # call may be repeated.
+            # If the channel was lost meanwhile, the outcome is unknown. Otherwise nothing was sent,
+            # and the call may be retried.
             if channel.lost is None:
                 raise
         finally:
@@ -245,7 +246,7 @@ class Lane:
                 self._active[consumer] += 1
 
     def _methods(self, done: Iterable[int], back: Iterable[int]) -> Iterator[Frame]:
-        """Yield acknowledgements: one for all up to the first delivery that is not finished."""
+        """Yield the acknowledgements. One covers all deliveries before the first unfinished one."""
         from pamqp.commands import Basic
 
         finished = set(done)
@@ -263,7 +264,7 @@ class Lane:
             yield Basic.Nack(delivery_tag=tag, requeue=True)
 
     async def give_back(self) -> None:
-        """Stop consuming, and return to the server what `receive` has not returned."""
+        """Stop consuming, and release the fetched deliveries that no call has returned."""
         await self.cancel_consumers()
         unreturned = [delivery.fence[1] for delivery, _ in self.ready]
         unreturned += self._early
@@ -281,7 +282,7 @@ class Lane:
         self._arrived()
 
     def sort(self, epoch: int, arrival: Arrival) -> None:
-        """Put an arrival where it belongs: to be received, or to be sent on."""
+        """Sort an arrival: it is to be received, or to be sent on."""
         message = None
         times = None
         try:
@@ -292,7 +293,7 @@ class Lane:
                 self.send_on_later(arrival.tag, Parcel(self.queue, rest, "", arrival.body))
                 return
         except ValueError as error:
-            # From outside: no release of QTasks writes such properties.
+            # Another program wrote it: no release of QTasks writes such properties.
             message = Raw(arrival.body, str(error))
         delivery = Delivery(
             message or decode_message(arrival.body), self.queue, (epoch, arrival.tag), times
@@ -300,11 +301,11 @@ class Lane:
         self.ready.append((delivery, arrival.body))
 
     def send_on_later(self, tag: int, parcel: Parcel) -> None:
-        """Note that a delivery of this epoch is to be published anew."""
+        """Note that a delivery of this epoch must be published again."""
         self._early[tag] = parcel
 
     def _drop(self, epoch: int) -> None:
-        """Forget what a lost channel held: the server gives it to others."""
+        """Forget the deliveries of a lost channel: the server gives them to other receivers."""
         if epoch == self._epoch:
             self.held.clear()
             self._early.clear()
@@ -314,9 +315,10 @@ class Lane:
             self._arrived()
 
     async def probe(self) -> None:
-        """Ask the server for a sign of this channel: what it lost is no longer held after this.
+        """Ask the server whether this channel is alive. After that, no lost delivery is held.
 
-        A server that is silent without having closed it raises `Unavailable` and loses nothing.
+        If the server is silent but has not closed the channel, it raises `Unavailable` and loses
+        nothing.
         """
         from pamqp.commands import Basic
 
@@ -325,25 +327,25 @@ class Lane:
             return
         try:
             async with self._connection.answering():
-                # Concerns only consumers that are yet to come, of which there are none.
+                # This affects only later consumers, and none follow.
                 await channel.call(Basic.Qos(prefetch_count=1))
         except Unavailable:
             if channel.lost is None:
                 raise
 
     def _doubtful(self) -> bool:
-        """Say whether this process was silent for so long that the server may have let go."""
+        """Return whether this process was silent so long that the server may have dropped it."""
         if self._channel is None:
             return False
         silence = asyncio.get_running_loop().time() - self._channel.heard
         return silence >= self._broker.heartbeat
 
     def mine(self, delivery: Delivery) -> bool:
-        """Say whether a delivery is held now, and no call is settling it."""
+        """Return whether a delivery is held now and no call is settling it."""
         epoch, tag = delivery.fence
         return epoch == self._epoch and tag in self.held and tag not in self._settling
 
     @property
     def lost(self) -> bool:
-        """Whether there is no channel."""
+        """Whether the channel is missing or lost."""
         return self._channel is None or self._channel.lost is not None

@@ -1,4 +1,4 @@
-"""A log on a RabbitMQ stream: append with confirms, read on from an offset, catch up by a mark."""
+"""A log on a RabbitMQ stream: confirmed appends, reads from an offset, marks to catch up."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from qtasks_rabbitmq.channel import Arrival, Channel
 
 HEARTBEAT = 10
-"""Seconds."""
+"""Seconds between heartbeats."""
 PREFETCH = 2000
 VERSION = b"\x01"
-"""The first byte of every record; a record that an older release cannot read raises it."""
+"""The first byte of every record. A release raises it if older ones cannot read its records."""
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
-    """What stands in the stream: an entry, or a mark if `mark` is set."""
+    """A record of the stream: an entry, or a mark if `mark` is set."""
 
     partition_key: str
     key: str
@@ -41,7 +41,7 @@ class Record(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, g
 
 
 class Mark:
-    """A position in the log: reached when the reader has come past its record."""
+    """A position in the log. It is reached once the reader has passed its record."""
 
     __slots__ = ("id", "reached")
 
@@ -56,7 +56,7 @@ _decoder = msgspec.msgpack.Decoder(Record)
 
 
 class RabbitMQLog(Log):
-    """One stream a namespace, without a limit of size or age."""
+    """One stream per namespace, without a limit of size or age."""
 
     def __init__(self, url: str = "amqp://localhost") -> None:
         servers_of(url)
@@ -67,9 +67,9 @@ class RabbitMQLog(Log):
         self._reading: Connection | None = None
         self._reader: Channel | None = None
         self._next = 0
-        """The offset behind the last record that was returned."""
+        """The offset after the last returned record."""
         self._first: tuple[int, bytes] | None = None
-        """Offset and body of the first record, by which a stream that was made anew is told."""
+        """Offset and body of the first record. They differ if the stream was created again."""
         self._arrived: deque[tuple[int, int, bytes]] = deque()
         self._bell = asyncio.Event()
         self._opening: Shielded[Channel] = Shielded()
@@ -134,7 +134,7 @@ class RabbitMQLog(Log):
                 await self._bell.wait()
 
     async def mark(self) -> object:
-        """Write a record of its own and return it: streams cannot be asked for their end."""
+        """Write a mark record and return the mark, because a stream's end cannot be queried."""
         mark = Mark()
         self._marks[mark.id] = mark
         try:
@@ -148,7 +148,7 @@ class RabbitMQLog(Log):
         return isinstance(mark, Mark) and mark.reached
 
     async def _append(self, bodies: Sequence[bytes]) -> list[str | None]:
-        """Publish records; for each, None or why it is too large to be ever taken."""
+        """Publish records. Return for each None, or why it is too large for the server."""
         from qtasks_rabbitmq.channel import Sending
 
         if self._writing is None:
@@ -158,7 +158,7 @@ class RabbitMQLog(Log):
         most = self._writing.largest or HARD_LIMIT
         gone = [at for at in refused if len(bodies[at]) <= most]
         if gone:
-            # Connecting anew declares the stream, which has been deleted.
+            # The stream was deleted. Reconnecting declares it again.
             self._writing.discard("the stream is gone")
             again = await self._writing.publish([sendings[at] for at in gone])
             if again:
@@ -170,7 +170,8 @@ class RabbitMQLog(Log):
         """Return whether a mark of this log was reached, and the entries that have arrived."""
         from pamqp.commands import Basic
 
-        # It asks for more, and comes before anything is taken: being cancelled here skips nothing.
+        # This asks for more. It comes before anything is taken, so a cancellation here skips
+        # nothing.
         async with reading.answering():
             await reader.send(Basic.Ack(delivery_tag=self._arrived[-1][1], multiple=True))
         reached = False
@@ -197,13 +198,13 @@ class RabbitMQLog(Log):
         await declare(channel, self._names, [stream])
 
     async def _consume(self, channel: Channel, purpose: str, version: tuple[int, ...]) -> None:
-        """Read on from behind what was returned, on a new connection."""
+        """Continue to read after the last returned record, on a new connection."""
         from pamqp.commands import Basic
 
         await self._create(channel, purpose, version)
         self._arrived.clear()
         if self._next and await self._read_first(channel) != self._first:
-            # The old offsets mean nothing in it, and may never be reached.
+            # Old offsets mean nothing in a new stream, which may never reach them.
             logger.warning("the stream %s was made anew; it is read from its start", self._stream)
             self._next, self._first = 0, None
         channel.on_delivery = partial(self._arrive, channel)
@@ -232,7 +233,7 @@ class RabbitMQLog(Log):
 
         async with channel.aside() as aside:
             aside.on_delivery, aside.on_lost = arrive, lose
-            # An empty stream would have no answer.
+            # An empty stream would send nothing.
             mark = VERSION + _encoder.encode(Record("", "", None, Mark().id))
             await aside.call(Confirm.Select(), Basic.Qos(prefetch_count=1))
             await aside.publish([Sending(mark, self._stream)])
@@ -242,8 +243,8 @@ class RabbitMQLog(Log):
             return await found
 
     def _arrive(self, channel: Channel, arrival: Arrival) -> None:
-        # Offsets follow one another; the server's own note is missing only if a record's
-        # properties could not be read at all.
+        # Offsets are consecutive. The server's offset is missing only if a record's properties are
+        # completely unreadable.
         following = self._arrived[-1][0] + 1 if self._arrived else self._next
         offset = arrival.headers.get("x-stream-offset", following)
         if channel.lost is None and offset >= self._next:
@@ -252,7 +253,7 @@ class RabbitMQLog(Log):
 
 
 def _decode(offset: int, body: bytes) -> Record | None:
-    """Return the record, or None for what another program or a later release wrote."""
+    """Return the record, or None if another program or a later release wrote it."""
     if body[:1] == VERSION:
         try:
             return _decoder.decode(memoryview(body)[1:])

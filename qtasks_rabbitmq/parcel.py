@@ -1,4 +1,4 @@
-"""Messages on their way to the server, encoded, and what their headers say."""
+"""Encoded messages on their way to the server, and the meaning of their headers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from qtasks_core import Delivery, Outcome, TaskMessage
 from qtasks_rabbitmq.delays import number_of
 
 LONGEST_MESSAGE_ID = 255
-"""Bytes: a short string of AMQP."""
+"""In bytes: AMQP's limit of a short string."""
 COUNT = "qtasks-count"
-"""Header: deliveries of earlier copies of a message."""
+"""Header: the number of deliveries of earlier copies of a message."""
 
 
 class Parcel(Struct, frozen=True, gc=False):
-    """An encoded message, the queue it is for, and how long it has to wait (seconds)."""
+    """An encoded message, its queue, and its delay in seconds."""
 
     queue: str
     delay: float
     message_id: str
     body: bytes
     count: int = 0
-    """How often it was delivered before, where the server cannot know."""
+    """The number of earlier deliveries that the server cannot know."""
 
 
 class Dispatcher(Protocol):
-    """What a lane asks of its broker."""
+    """The methods of the broker that a lane uses."""
 
     heartbeat: int
 
@@ -41,25 +41,25 @@ class Dispatcher(Protocol):
 
 
 def message_id_of(uuid: str) -> str:
-    """Return what the server knows a message by: the uuid, or its digest where that is too long.
+    """Return the server's id of a message: the uuid, or its digest if the uuid is too long.
 
-    Nothing reads the uuid back from it; the body has that.
+    Nothing reads the uuid from this id, because the body contains it.
     """
     encoded = uuid.encode()
     return uuid if len(encoded) <= LONGEST_MESSAGE_ID else sha256(encoded).hexdigest()
 
 
 def copy_of(delivery: Delivery, body: bytes) -> Parcel:
-    """Return a message as it came, for another receiver."""
+    """Return an unchanged message as a parcel, for another receiver."""
     message = delivery.message
     name = message_id_of(message.uuid) if isinstance(message, TaskMessage) else ""
     return Parcel(delivery.queue, 0.0, name, body, (delivery.count or 1) - 1)
 
 
 def count_of(headers: dict[str, Any]) -> int:
-    """Return how often a message was delivered, this time and earlier copies included.
+    """Return how often a message was delivered, including this time and earlier copies.
 
-    Raises `ValueError` for a header that is none of ours.
+    Raises `ValueError` if QTasks did not write the header.
     """
     returned = headers.get("x-delivery-count", 0)
     count = 1 + returned if isinstance(returned, int) else 1

@@ -1,4 +1,4 @@
-"""What a URL says: the servers to try, and the options of their connections."""
+"""The options of an amqp:// URL: the servers to try, and the settings of their connections."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from qtasks_core.options import ANY, Kind, seconds
 from qtasks_core.urls import redact, refuse_options, split, take_options
 
 MOST_HEARTBEAT = 65535
-"""Seconds: the protocol has two bytes for it."""
+"""Seconds. The protocol has two bytes for it."""
 SILENCE = 3
-"""Heartbeats after which the server has surely let go of a receiver that fell silent."""
+"""Heartbeats after which the server has certainly dropped a silent receiver."""
 LEASE_TIME = seconds(SILENCE, MOST_HEARTBEAT * SILENCE)
-"""A heartbeat is a whole number of seconds."""
+"""The limits follow from the heartbeat, which is a whole number of seconds."""
 MECHANISMS = ("plain", "external")
 OPTIONS = {
     "auth": Kind(f"one of {', '.join(MECHANISMS)}", lambda text: text.lower() in MECHANISMS),
     "cadata": ANY, "cafile": ANY, "capath": ANY, "certfile": ANY, "keyfile": ANY,
     "no_verify_ssl": ANY,
 }  # fmt: skip
-"""What a connection takes from the query of a URL."""
+"""Options of a connection in the query of a URL."""
 
 
 class Server:
@@ -36,12 +36,12 @@ class Server:
         self._context: ssl.SSLContext | None = None
 
     async def context(self) -> ssl.SSLContext | None:
-        """Return how to speak TLS, or None for a URL without it.
+        """Return the TLS context, or None for a URL without TLS.
 
-        Raises `ConfigurationError` if a file that it names cannot be used.
+        Raises `ConfigurationError` if a file in the URL cannot be used.
         """
         if self._context is None and self.url.startswith("amqps:"):
-            # Reads files.
+            # It reads files, so it runs in a thread.
             self._context = await asyncio.to_thread(self._make_context)
         return self._context
 
@@ -69,7 +69,7 @@ class Server:
 def servers_of(url: str) -> list[Server]:
     """Return the servers of `amqp://USER:PASSWORD@HOST:PORT,HOST:PORT/VHOST?OPTIONS`.
 
-    Raises `ConfigurationError` for an option that does not exist.
+    Raises `ConfigurationError` for an unknown option.
     """
     parts = split(url)
     rest, options = take_options(url, OPTIONS)

@@ -7,7 +7,10 @@ from qtasks_rabbitmq.log import RabbitMQLog
 
 
 class RabbitMQStorage(LogStorage):
-    """Remembers tasks in a stream, and reads all of it at the start."""
+    """Keeps records in a stream, and reads the whole stream at the start.
+
+    Raises `ConfigurationError` if the URL is wrong.
+    """
 
     driver_loggers = ("aio_pika", "aiormq")
 

@@ -1,4 +1,4 @@
-"""A subscription: a lane a queue, and one for delayed tasks whose queue had gone."""
+"""A subscription on RabbitMQ: a lane per queue, and a lane for delayed tasks without a queue."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from qtasks_rabbitmq.channel import Arrival, Channel
 
 LINGER = 0.5
-"""Seconds that a delivery waits for a call of `receive` before another receiver gets it."""
+"""Seconds that a delivery waits for `receive` before another receiver gets it."""
 STRAYS_AT_ONCE = 100
 
 logger = logging.getLogger("qtasks.rabbitmq")
 
 
 class RabbitMQSubscription(Subscription):
-    """Consumers on a connection of their own, a channel a queue."""
+    """Consumers on their own connection, with one channel per queue."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class RabbitMQSubscription(Subscription):
         left: Callable[[RabbitMQSubscription], None],
     ) -> None:
         self._left = left
-        """Called once nothing is held any more, or may be."""
+        """Called once the subscription holds nothing any more, and cannot get anything."""
         self._names = names
         self._connection = Connection(url, "receiver", broker.heartbeat, self._set_up)
         self._bell = asyncio.Event()
@@ -56,7 +56,7 @@ class RabbitMQSubscription(Subscription):
             names.lost: self._strays,
         }
         self._fresh: set[str] = set()
-        """What was declared on this connection and has no channel yet."""
+        """Queues that were declared on this connection and have no channel yet."""
         self._preparing: Shielded[Exception | None] = Shielded()
         self._receiving = False
         self._idle: asyncio.TimerHandle | None = None
@@ -76,7 +76,8 @@ class RabbitMQSubscription(Subscription):
                 failed = None
                 if self._needing(wanted):
                     failed = await self._preparing.run(partial(self._prepare, dict(wanted)))
-                # What one queue has is handed over though another's channel could not be opened.
+                # Return the deliveries of one queue even if another queue's channel cannot be
+                # opened.
                 if deliveries := self._take(wanted, limit):
                     return deliveries
                 if failed is not None:
@@ -97,13 +98,13 @@ class RabbitMQSubscription(Subscription):
         return deliveries
 
     def _needing(self, wanted: Mapping[str, int]) -> list[tuple[Lane, int]]:
-        """Return the lanes that have something to do, and how much is wanted of each."""
+        """Return the lanes that have work to do, and how many deliveries are wanted of each."""
         all_wanted = [(self._lanes[queue], most) for queue, most in wanted.items()]
         all_wanted.append((self._strays, STRAYS_AT_ONCE))
         return [(lane, most) for lane, most in all_wanted if lane.needs(most)]
 
     async def _prepare(self, wanted: Mapping[str, int]) -> Exception | None:
-        """Prepare the lanes, and return the first error: one that fails stops no other."""
+        """Prepare the lanes and return the first error. A failed lane does not stop the others."""
         failed: Exception | None = None
         for lane, most in self._needing(wanted):
             try:
@@ -111,7 +112,7 @@ class RabbitMQSubscription(Subscription):
             except (Unavailable, ConfigurationError) as error:
                 failed = failed or error
                 if not self._connection.open:
-                    break  # all the others would wait for the same server
+                    break  # all other lanes would wait for the same server
         return failed
 
     def _on_arrival(self) -> None:
@@ -120,7 +121,7 @@ class RabbitMQSubscription(Subscription):
             self._rest_later()
 
     def _rest_later(self) -> None:
-        """See to it that what nobody takes does not wait here while others are idle."""
+        """Make sure that unclaimed deliveries do not wait here while other receivers are idle."""
         if self._idle is None and self._open and self._has_ready():
             loop = asyncio.get_running_loop()
             self._idle = loop.call_later(LINGER, self._rest_unless_busy)
@@ -174,7 +175,7 @@ class RabbitMQSubscription(Subscription):
         return any(lane.held for lane in self._lanes.values())
 
     async def let_go(self, queues: Collection[str]) -> None:
-        """Give up the channels of queues that were deleted; `receive` opens others."""
+        """Give up the channels of deleted queues. `receive` opens new ones."""
         await together([lane.let_go() for queue, lane in self._lanes.items() if queue in queues])
 
     async def close(self) -> None:
@@ -195,13 +196,13 @@ class RabbitMQSubscription(Subscription):
             await self._leave()
 
     async def leave(self) -> None:
-        """Close, and give back to the server what is still held. Idempotent."""
+        """Close, and return all held deliveries to the server. Idempotent."""
         await self.close()
         await self._leave()
 
     async def _leave(self) -> None:
         try:
-            # Its answer says that the acknowledgements before it have arrived.
+            # The answer proves that the earlier acknowledgements have arrived.
             await together([lane.probe() for lane in self._lanes.values()])
         except Unavailable as error:
             self._connection.discard(str(error))
@@ -209,7 +210,7 @@ class RabbitMQSubscription(Subscription):
         self._left(self)
 
     async def _set_up(self, channel: Channel, source: str, version: tuple[int, ...]) -> None:
-        """Declare what is needed, and let the lane of a new channel begin."""
+        """Declare the needed queues, and start the lane of a new channel."""
         if not source:
             methods = namespace_methods(self._names)
             for queue in self._lanes:
@@ -228,7 +229,7 @@ class RabbitMQSubscription(Subscription):
 
 
 class Strays(Lane):
-    """Takes delayed tasks that found their queue deleted, and sees that they come to a queue."""
+    """Takes delayed tasks whose queue was deleted, and sends them to a queue."""
 
     def __init__(
         self,
@@ -242,7 +243,7 @@ class Strays(Lane):
         self._names = names
 
     def sort(self, epoch: int, arrival: Arrival) -> None:
-        """Send it to the queue it was for, which is declared anew where it is missing."""
+        """Send a task on to its queue. The queue is declared again if it is missing."""
         queue = self._names.of(arrival.routing_key)
         try:
             rest = left_of(self._names, arrival.headers)
@@ -250,7 +251,7 @@ class Strays(Lane):
             logger.warning("a delayed task with properties from outside: %s", error)
             rest = 0.0
         if queue is None:
-            # Not of QTasks: there it becomes a dead letter.
+            # QTasks did not write it, so it becomes a dead letter in this queue.
             queue = self.queue
         logger.warning("a delayed task found the queue %s deleted; it is sent there again", queue)
         self.send_on_later(arrival.tag, Parcel(queue, rest, "", arrival.body))

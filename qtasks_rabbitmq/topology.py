@@ -1,4 +1,4 @@
-"""What a namespace has on the server: the names, and the declarations."""
+"""The queues and exchanges of a namespace: their names and declarations."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ ACCESS_REFUSED = 403
 NOT_FOUND = 404
 PRECONDITION_FAILED = 406
 ESSENTIAL = re.compile("inequivalent arg '(x-queue-type|durable|type|exclusive|auto_delete)'")
-"""What a queue or exchange must have as declared; all else serves as it is."""
+"""The arguments of a queue or exchange that must match. If others differ, it is used as it is."""
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
 UNLIMITED = (4, 0)
-"""From this release on the server drops what was delivered 20 times, unless told not to."""
+"""From this release on, the server drops a message after 20 deliveries by default."""
 
 logger = logging.getLogger("qtasks.rabbitmq")
 
 
 class Names:
-    """The names of one namespace. It has no colon, so no two namespaces share a name."""
+    """The names of one namespace. A namespace has no colon, so two of them never share a name."""
 
     def __init__(self, namespace: str) -> None:
         self._prefix = f"qtasks:{namespace}"
         self._told: set[str] = set()
         self.due = f"{self._prefix}:due"
-        """Direct exchange: what has waited long enough goes to the queue it names."""
+        """Direct exchange: a message whose delay is over goes to the queue that it names."""
         self.lost = f"{self._prefix}:lost"
-        """Exchange and queue: what has waited and finds no queue is kept here."""
+        """Exchange and queue: they keep delayed messages that find no queue."""
         self.delay = f"{self._prefix}:delay"
-        """Headers exchange: the way into the ladder."""
+        """Headers exchange: the entry of the ladder."""
         self.log = f"{self._prefix}:log"
         """The stream of a storage."""
 
@@ -48,16 +48,16 @@ class Names:
         return f"{self._prefix}:queue:{name}"
 
     def of(self, queue: str) -> str | None:
-        """Return the name of the task queue that the server calls `queue`; None: none of ours."""
+        """Return the task queue that the server calls `queue`, or None if it is not one of ours."""
         name = queue.removeprefix(f"{self._prefix}:queue:")
         return name if name != queue and is_name(name) else None
 
     def level(self, level: int) -> str:
-        """Return the name of a level of the ladder, its queue's and its exchange's."""
+        """Return the name of a level of the ladder, which its queue and its exchange share."""
         return f"{self._prefix}:level:{level}"
 
     def tell(self, difference: str, *, serves: bool) -> None:
-        """Log once that something is there and not as declared, or raise if it does not serve."""
+        """Log once that an object differs from its declaration. Raise if it cannot be used."""
         if not serves:
             raise ConfigurationError(f"{difference}. Delete it, so that it is made anew")
         if difference not in self._told:
@@ -71,19 +71,20 @@ class Names:
 
 
 async def declare(channel: Channel, names: Names, methods: Sequence[Frame]) -> None:
-    """Declare on channels of its own, so that what fails here costs `channel` nothing.
+    """Declare on separate channels, so that a failure does not close `channel`.
 
-    What is there already is used as it is, whoever made it: an operator, for a user without the
-    right to, or a release or server that made it otherwise. Raises `ConfigurationError` when
-    something is missing and may not be made, or is there and does not serve.
+    Existing queues and exchanges are used as they are. An operator may have created them, for a
+    user without the right to. Or another release or server created them differently. Raises
+    `ConfigurationError` if an object is missing and may not be created, or if an existing one
+    cannot be used.
     """
     from pamqp.commands import Queue
 
     queues = [m for m in methods if isinstance(m, Queue.Declare)]
     known = await _there(channel, queues)
     differs = False
-    # Opened outside of each `try` here: a channel that cannot be opened has no code, and is an
-    # outage whatever else was to be found out.
+    # Open each channel outside the `try`. If a channel cannot be opened, it has no close code, and
+    # the error is an outage.
     async with channel.aside() as aside:
         try:
             await aside.call(*methods)
@@ -98,7 +99,7 @@ async def declare(channel: Channel, names: Names, methods: Sequence[Frame]) -> N
 
 
 async def _there(channel: Channel, methods: Sequence[Queue.Declare]) -> bool:
-    """Say whether the server has all that is declared; the answer no costs a channel."""
+    """Return whether all these queues exist. If not, the question costs a channel."""
     if not methods:
         return True
     async with channel.aside() as aside:
@@ -109,13 +110,14 @@ async def _there(channel: Channel, methods: Sequence[Queue.Declare]) -> bool:
                 raise
             return False
         except ConfigurationError:
-            # May not be asked: then it was not made here either, and what lacks comes to light.
+            # The user may not ask. Then this user did not create the queues either, and missing
+            # ones are found later.
             return True
     return True
 
 
 async def _one_by_one(channel: Channel, names: Names, methods: Sequence[Frame]) -> None:
-    """Declare what is missing; let what differs from its declaration be, and tell of it once."""
+    """Declare missing objects. Leave different ones as they are, and log each once."""
     from pamqp.commands import Exchange, Queue
 
     may_create = True
@@ -140,7 +142,7 @@ async def _one_by_one(channel: Channel, names: Names, methods: Sequence[Frame]) 
 
 
 async def _need(channel: Channel, method: Queue.Declare | Exchange.Declare) -> None:
-    """Raise `ConfigurationError` if something is missing which the user may not create."""
+    """Raise `ConfigurationError` if an object is missing that the user may not create."""
     async with channel.aside() as aside:
         try:
             await aside.call(_passive(method))
@@ -154,7 +156,7 @@ async def _need(channel: Channel, method: Queue.Declare | Exchange.Declare) -> N
 
 
 def _passive(method: Queue.Declare | Exchange.Declare) -> Queue.Declare | Exchange.Declare:
-    """Return what asks whether the queue or exchange of a declaration is there."""
+    """Return the method that asks whether a queue or exchange exists."""
     from pamqp.commands import Exchange, Queue
 
     if isinstance(method, Queue.Declare):
@@ -163,7 +165,7 @@ def _passive(method: Queue.Declare | Exchange.Declare) -> Queue.Declare | Exchan
 
 
 def namespace_methods(names: Names) -> list[Frame]:
-    """Return what declares what every queue of a namespace relies on."""
+    """Return the methods that declare what all queues of a namespace need."""
     from pamqp.commands import Exchange, Queue
 
     return [
@@ -180,9 +182,10 @@ def namespace_methods(names: Names) -> list[Frame]:
 
 
 def queue_methods(names: Names, queue: str, version: tuple[int, ...]) -> list[Frame]:
-    """Return what declares a task queue and binds it for the delayed messages.
+    """Return the methods that declare a task queue and bind it for delayed messages.
 
-    The engine counts deliveries, so the server's own limit is off where it has one by default.
+    The engine counts deliveries. So if the server has a delivery limit by default, it is turned
+    off.
     """
     from pamqp.commands import Queue
 

@@ -1,4 +1,4 @@
-"""The socket below the driver, with a reader of ours. Imports the driver; see `connection.py`."""
+"""The socket below the driver, with our own reader. Imports the driver; see `connection.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Transport(TransportFactory):
     async def create(
         self, url: URL, **kwargs: Any
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect. Raises what the socket raises, and `ValueError` for a URL without a host."""
+        """Connect. Raises the socket's errors, and `ValueError` for a URL without a host."""
         if url.host is None or url.port is None:
             raise ValueError("host and port was not specified")
         loop = asyncio.get_running_loop()

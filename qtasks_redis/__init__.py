@@ -1,4 +1,4 @@
-"""The backend for Redis and Valkey: streams of messages, leases and records judged in Lua."""
+"""The backend for Redis and Valkey: streams of messages; Lua scripts handle leases and records."""
 
 from qtasks_core import Backend
 from qtasks_core.options import RETENTION_TIME
@@ -11,22 +11,22 @@ _OPTIONS = {"lease": LEASE_TIME, "retention": RETENTION_TIME}
 
 
 class RedisBackend(Backend):
-    """Answers for `redis://HOST:PORT/DB?lease=SECONDS&retention=SECONDS`.
+    """Makes the broker and the storage of `redis://HOST:PORT/DB?lease=SECONDS&retention=SECONDS`.
 
-    `rediss://` is TLS, `valkey://` is Redis by another name. Other options are the driver's
-    (`ssl_ca_certs`, `socket_connect_timeout`, …).
+    `rediss://` uses TLS. `valkey://` means the same as `redis://`. The driver gets all other
+    options (`ssl_ca_certs`, `socket_connect_timeout`, …).
     """
 
     contract = 1
 
     def broker(self, url: str) -> RedisBroker:
-        """Return the broker of `url`. Raises `ConfigurationError` when the URL is wrong."""
+        """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, _OPTIONS)
         options.pop("retention", None)
         return RedisBroker(rest, **options)
 
     def storage(self, url: str) -> RedisStorage:
-        """Return the storage of `url`. Raises `ConfigurationError` when the URL is wrong."""
+        """Return the storage of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, _OPTIONS)
         options.pop("lease", None)
         return RedisStorage(rest, **options)

@@ -1,4 +1,4 @@
-"""A broker on Redis: a stream a queue, leases in a sorted set, a bell for those who wait."""
+"""A broker on Redis: one stream per queue, leases in a sorted set, a bell that wakes receivers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from qtasks_redis.queues import Queues, milliseconds
 from qtasks_redis.scripts import PUBLISH
 from qtasks_redis.subscription import RedisSubscription
 
-# All that the scripts and the blocking read call. The key holds text, so that most of it fails.
+# All commands of the scripts and of the blocking read. The key holds text, so most of them fail.
 _TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("SET", "", "PX", 1000), ("GET",), ("EXISTS",), ("LPUSH", "1"), ("BLPOP", 0.01),
     ("ZADD", "XX", 0, "m"), ("ZREM", "m"), ("ZSCORE", "m"), ("ZRANGE", 0, 0),
@@ -43,7 +43,7 @@ _TRIALS: Final[Sequence[tuple[Any, ...]]] = (
 class RedisBroker(Broker):
     """Moves messages through Redis. `lease` is in seconds.
 
-    Raises `ConfigurationError` for a wrong URL or lease.
+    Raises `ConfigurationError` if the URL or the lease is wrong.
     """
 
     driver_loggers = ("redis", "push_response")

@@ -1,4 +1,4 @@
-"""What Redis parts connect through: a pool, scripts by digest, and the driver's errors as ours."""
+"""The connection to Redis: a pool, scripts run by their digest, and translated driver errors."""
 
 from __future__ import annotations
 
@@ -24,36 +24,39 @@ if TYPE_CHECKING:
 ANSWER_WITHIN: Final = 5.0
 """Seconds after which a server that does not answer counts as unreachable."""
 CONNECT_WITHIN: Final = 3.0
-"""Seconds to wait for a new connection; the handshake comes on top."""
+"""Seconds to wait for a new connection. The handshake takes additional time."""
 _NEEDS: Final = (6, 2)
 _MOST_CALLS: Final = 32
-"""Calls on the way at once, each on a connection of its own; the others wait their turn."""
+"""Concurrent calls. Each uses one connection; further calls wait for a slot."""
 MOST_ITEMS: Final = 1000
 MOST_BYTES: Final = 4 * 1024 * 1024
-"""What one script call carries, so that it does not block the server for long."""
+"""The most items and bytes of one script call, so that it does not block the server for long."""
 _TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("TIME",), ("PING",), ("EVAL", "return 1", 0), ("EVALSHA", "none", 0),
 )  # fmt: skip
-"""What every part calls beside the commands on its keys."""
+"""Commands that the broker and the storage both call, besides the commands on their keys."""
 
 
 class Server(NamedTuple):
-    """What the server said of itself, in the words of the guarantees."""
+    """The server's name, durability and limits, in the words of `Guarantees`."""
 
     name: str
     survives: Literal["client crash", "server crash", "machine crash"]
     durability: str
     notes: tuple[str, ...]
     largest: int = 64 * 2**20
-    """Bytes that an item may have. Redis takes 512 MiB unless it is told otherwise
-    (`proto-max-bulk-len`), but not within the seconds in which it has to answer."""
+    """The largest item, in bytes.
+
+    Redis accepts 512 MiB by default (`proto-max-bulk-len`), but it cannot handle that within the
+    seconds in which it must answer.
+    """
 
 
 UNKNOWN: Final = Server("Redis", "client crash", "known after start", ())
 
 
 class Connection:
-    """A pool to one server, and the names of what one namespace keeps there."""
+    """A pool of connections to one server, and the names of one namespace's keys."""
 
     def __init__(
         self,
@@ -66,22 +69,22 @@ class Connection:
         self._make = make
         self._client = make()
         self._busy: dict[Redis, int] = {}
-        """How many calls each client has on the way; more than one client while one is given up."""
+        """The running calls per client. A replaced client stays until its calls finish."""
         self._lines: WeakSet[AbstractConnection] = WeakSet()
         self._where = redact(url)
         self.server = UNKNOWN
         self._most = most
-        """Connections that the pool may have; it refuses the next one."""
+        """The most connections of the pool. It refuses any further connection."""
         self._slots = asyncio.Semaphore(int(min(_MOST_CALLS, most)))
         self._spare = most - min(_MOST_CALLS, most)
-        """Blocking reads that need no slot of the calls."""
+        """The number of blocking reads that need no slot of the calls."""
         self._reads = 0
         self.answer_within = within
-        # The braces are the hash tag of a cluster.
+        # The braces mark the hash tag, which puts all keys into one slot of a cluster.
         self._prefix = f"qtasks:{{{namespace}}}:"
 
     def key(self, kind: str, name: str) -> str:
-        """Return the key of something of this namespace."""
+        """Return the key of `name` in this namespace."""
         return f"{self._prefix}{kind}:{name}"
 
     def name_in(self, key: bytes) -> str:
@@ -91,8 +94,8 @@ class Connection:
     async def call(self, *command: str | bytes | int) -> Any:
         """Send a command and return its answer.
 
-        The driver's own timeout is off: it waits with `asyncio.wait_for`, which before Python 3.12
-        can swallow a cancellation.
+        The driver's timeout is off because it uses `asyncio.wait_for`. Before Python 3.12 that
+        function can swallow a cancellation.
         """
         async with self._slots:
             return await self._execute(*command)
@@ -103,7 +106,7 @@ class Connection:
         return int(seconds) + int(microseconds) / 1e6
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
-        """Run a script, and load it first if the server has forgotten it."""
+        """Run a script. Send its source if the server does not have it."""
         from redis.exceptions import NoScriptError
 
         try:
@@ -112,14 +115,14 @@ class Connection:
             return await self.call("EVAL", script.source, len(keys), *keys, *args)
 
     async def read(self, keys: Sequence[str]) -> list[bytes | None]:
-        """Return the values of keys in one round trip, None where there is none."""
+        """Return the values of the keys in one round trip, None for a missing key."""
         values: list[bytes | None] = await self.call("MGET", *keys)
         return values
 
     async def listen(self, bells: Sequence[str]) -> str | None:
-        """Block until a token is in one of these lists; return which, None after a while.
+        """Block until one of these lists has a token. Return its key, or None after a while.
 
-        Less than the time in which the server must answer, so that a dead one is noticed.
+        It waits for less time than the server has to answer, so that a dead server is noticed.
         """
         if self._reads + 1 >= self._most:
             raise Unavailable(
@@ -136,7 +139,7 @@ class Connection:
         return None if heard is None else heard[0].decode()
 
     async def line(self) -> AbstractConnection:
-        """Open a connection outside the pool; the caller disconnects it."""
+        """Open a connection outside the pool. The caller disconnects it."""
         make: Callable[[], AbstractConnection] = self._client.connection_pool.make_connection
         line = make()
         with self.reachable():
@@ -148,11 +151,11 @@ class Connection:
     async def check_rights(
         self, trials: Sequence[tuple[str | float, ...]], channels: Sequence[str] = ()
     ) -> None:
-        """Try what the part will do, and name each right that is missing.
+        """Try each command that will be needed, and name each missing right.
 
-        Raises `ConfigurationError`. A user that may ask the server for its rights is a powerful
-        one, so none is asked for; the trials are on a key and on channels that nobody uses, and
-        what they do or answer does not matter: rights are looked at before all else.
+        Raises `ConfigurationError`. Only a powerful user may ask the server for its rights, so this
+        method tries the commands instead. The trials use a key and channels that nobody else uses.
+        Their answers do not matter, because the server checks rights first.
         """
         from redis.exceptions import NoPermissionError, ResponseError
 
@@ -188,7 +191,7 @@ class Connection:
             )
 
     async def close(self) -> None:
-        """Close the pool, whoever still waits in it."""
+        """Close the pool, even if calls still wait in it."""
         await _close(self._client)
 
     async def _execute(self, *command: str | bytes | int) -> Any:
@@ -210,30 +213,29 @@ class Connection:
                 await _close(client)
 
     async def _move(self, client: Redis) -> None:
-        """Let no call and no line go on with connections to a server that is not the one to talk
-        to any more, or whose state is unknown."""
+        """Replace all connections: the server is the wrong one now, or their state is unknown."""
         if client is not self._client:
             return
-        # Calls that are on the way end as they end; the last of them closes the pool they are in.
+        # Running calls finish in their old pool. The last of them closes it.
         self._client = self._make()
         for line in list(self._lines):
             await line.disconnect(nowait=True)
 
     @contextmanager
     def reachable(self) -> Iterator[None]:
-        """Raise the driver's errors as ours. Only calls of the driver belong into it."""
+        """Translate the driver's errors into those of the contracts. Only for driver calls."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001  # raised as ours
+        except Exception as error:  # noqa: BLE001  # translated
             self.raise_ours(error)
 
     def raise_ours(self, error: Exception) -> NoReturn:
-        """Raise an error of the driver as ours."""
+        """Raise the error of the contracts for an error of the driver."""
         raise_ours(error, self._where)
 
 
 async def _close(client: Redis) -> None:
-    """Close a pool. That a server does not answer the end of TLS in time is nobody's error."""
+    """Close a pool. It is no error if the server does not answer the TLS shutdown in time."""
     with suppress(Exception):
         await client.aclose()
 
@@ -244,7 +246,7 @@ async def _subscribed(line: AbstractConnection, channel: str) -> None:
 
 
 async def connect(url: str, namespace: str) -> Connection:
-    """Return an open connection, or raise what `start` raises."""
+    """Return an open connection. Raises the errors of `start`."""
     with importing_driver("redis://", ".[redis]"):
         from redis.asyncio import Redis
         from redis.asyncio.retry import Retry
@@ -257,7 +259,7 @@ async def connect(url: str, namespace: str) -> Connection:
             rest,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
-            # Without a limit of its own, of which the driver has one.
+            # The driver has a limit by default; this removes it.
             max_connections=most or 2**31,
             socket_timeout=None,
             socket_connect_timeout=CONNECT_WITHIN,
@@ -283,7 +285,7 @@ async def connect(url: str, namespace: str) -> Connection:
 
 
 async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
-    """Return what to set so that TLS works, or None if it is not the reason for the error."""
+    """Return the setting that makes TLS work, or None if TLS is not the cause of the error."""
     parts = split(url)
     where = parts.hostname or "localhost", parts.port or 6379
     chain: list[BaseException] = []
@@ -292,7 +294,7 @@ async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     if parts.scheme != "rediss":
-        # One that speaks TLS closes the connection at once; one that says nothing is away.
+        # A server that expects TLS closes the connection at once. A silent server is unreachable.
         silent = any(isinstance(one, TimeoutError) for one in chain)
         if not silent and await _speaks_tls(*where):
             return "the server speaks TLS there; write rediss:// and its port"
@@ -316,21 +318,21 @@ async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
 
 
 async def _speaks_tls(host: str, port: int) -> bool:
-    """Tell whether a server begins a handshake of TLS. Nothing is sent to it over that."""
+    """Return whether the server starts a TLS handshake. No data is sent after the handshake."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     try:
         async with asyncio.timeout(CONNECT_WITHIN):
             _, writer = await asyncio.open_connection(host, port, ssl=context)
-    except OSError:  # TimeoutError and SSLError are ones
+    except OSError:  # TimeoutError and SSLError are subclasses
         return False
     writer.close()
     return True
 
 
 async def _speaks_plainly(host: str, port: int) -> bool:
-    """Tell whether a server answers a PING without TLS, with or without a login."""
+    """Return whether the server answers a PING without TLS, with or without a login."""
     try:
         async with asyncio.timeout(CONNECT_WITHIN):
             reader, writer = await asyncio.open_connection(host, port)
@@ -339,12 +341,12 @@ async def _speaks_plainly(host: str, port: int) -> bool:
                 return (await reader.read(1)) in (b"+", b"-")
             finally:
                 writer.close()
-    except OSError:  # TimeoutError is one
+    except OSError:  # TimeoutError is a subclass
         return False
 
 
 async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
-    """Read what product this is and what it survives, as far as the user's rights go."""
+    """Read the product, version and durability, as far as the user's rights allow."""
     reply = await call("HELLO")
     try:
         hello = _pairs(reply)
@@ -365,7 +367,7 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
     server = await _durability(call, name, info)
     try:
         told = _pairs(await call("CONFIG GET", "proto-max-bulk-len"))
-        # The head of a record comes on top of it.
+        # A stored record also has a head, so leave room for it.
         return server._replace(largest=min(server.largest, int(told["proto-max-bulk-len"]) - 1024))
     except (ConfigurationError, KeyError):
         return server
@@ -374,7 +376,7 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
 async def _durability(
     call: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
 ) -> Server:
-    """Derive what the server survives from INFO and, where it may be asked, CONFIG."""
+    """Derive the durability from INFO and, if the user may call it, CONFIG."""
     notes: list[str] = []
     policy = str(info.get("maxmemory_policy", "unknown"))
     if policy not in ("noeviction", "unknown") and info.get("maxmemory", 0):
@@ -382,7 +384,7 @@ async def _durability(
     if not info.get("aof_enabled"):
         return Server(name, "client crash", "appendonly no: at most snapshots", tuple(notes))
     try:
-        # With a pattern: servers before Redis 7 answer one name a call.
+        # Servers before Redis 7 accept only one name per call, so use a pattern.
         told = _pairs(await call("CONFIG GET", "*appendfsync*"))
         fsync = told["appendfsync"]
     except (ConfigurationError, KeyError):
@@ -391,7 +393,8 @@ async def _durability(
     durability = f"appendonly yes, appendfsync {fsync}"
     if fsync == "everysec":
         # https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/ and
-        # flushAppendOnlyFile in its aof.c: it answers, and writes when the sync has ended.
+        # flushAppendOnlyFile in its aof.c: the server answers first, and writes when the sync has
+        # finished.
         durability += (
             ": while the disk syncs, the server holds back for up to 2 s what it has answered, and "
             "a crash loses it (appendfsync no survives the server's, always the machine's as well)"
@@ -405,7 +408,7 @@ async def _durability(
 
 
 def _pairs(reply: Any) -> dict[str, str]:
-    """Return a flat reply, or one that the driver has paired already, as text by text."""
+    """Return a reply as a dict of text. The reply is flat, or the driver has already paired it."""
     if isinstance(reply, dict):
         flat = [part for pair in reply.items() for part in pair]
     else:
@@ -415,14 +418,14 @@ def _pairs(reply: Any) -> dict[str, str]:
 
 
 async def ended(task: asyncio.Task[Any]) -> None:
-    """Wait for a task that was cancelled or has no reader; its error was its reader's to see."""
+    """Wait for a task that was cancelled or has no reader, and ignore its error."""
     await asyncio.wait({task})
     if not task.cancelled():
         task.exception()
 
 
 def fitting(encoded: Sequence[bytes], largest: int) -> tuple[list[Outcome], Sequence[int]]:
-    """Return an outcome for each item, and which of them are no larger than the server takes."""
+    """Return an outcome for each item, and the positions of the items that the server accepts."""
     if max(map(len, encoded), default=0) <= largest:
         return [DONE] * len(encoded), range(len(encoded))
     outcomes = [

@@ -1,4 +1,4 @@
-"""The driver's errors as ours: what passes, what does not, and what calls for new connections."""
+"""Translates the driver's errors: temporary, lasting, or a reason for new connections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final, Literal, NoReturn
 from qtasks_core.errors import ConfigurationError, Unavailable
 
 Meaning = Literal["wrong", "elsewhere", "outage"]
-"""Time does not mend it; look the name up anew; it passes."""
+"""`wrong`: a retry does not help. `elsewhere`: resolve the host name again. `outage`: it passes."""
 
 MEANINGS: Final[dict[str, Meaning]] = {
     "CROSSSLOT": "wrong",
@@ -32,7 +32,7 @@ MEANINGS: Final[dict[str, Meaning]] = {
     "OOM": "outage",
     "TRYAGAIN": "outage",
 }
-"""By the code word with which the server begins an error. One that is not here passes.
+"""Meanings by the error code with which the server starts an error. All other codes pass.
 
 NOSCRIPT is not an error: the script is sent again.
 """
@@ -41,7 +41,7 @@ _WRONG_TEXTS: Final = (
     "the user executing the script can't", "this redis command is not allowed from",
     "unknown command", "unknown redis command", "unknown subcommand", "wrong number of arg",
 )  # fmt: skip
-"""Begins of errors whose code word is ERR, in small letters, that time does not mend."""
+"""Starts of lasting errors whose code is ERR, in lower case."""
 _CODES_CUT: Final = {
     "AskError": "ASK",
     "AuthenticationError": "WRONGPASS",
@@ -57,23 +57,23 @@ _CODES_CUT: Final = {
     "ReadOnlyError": "READONLY",
     "TryAgainError": "TRYAGAIN",
 }
-"""The driver's classes from whose text it has cut the code word."""
+"""Classes of the driver that cut the error code from the text, and that code."""
 _BEFORE_THE_CODE: Final = re.compile(
     r"(?:ERR )?(?:Error running script \(call to \S+\): )?(?:@?user_script: ?\d+: )*-?"
 )
-"""Before Redis 7 an error within a script is quoted by another one."""
+"""The prefix of an error from a script. Servers before Redis 7 wrap it in another error."""
 
 
 class Elsewhere(Unavailable):
-    """The server is there, and is not the one to talk to any more."""
+    """The server is alive, but we must now use another one."""
 
 
 class Broken(Unavailable):
-    """The driver failed in a way that leaves the state of its connections open."""
+    """The driver failed and left its connections in an unknown state."""
 
 
 def meaning_of(error: Exception) -> Meaning:
-    """Return what an error of the driver means. By its text only if a server has written that."""
+    """Return the meaning of a driver error. The text counts only if the server wrote it."""
     from redis.exceptions import ResponseError
 
     for kind in type(error).__mro__:
@@ -91,8 +91,9 @@ def meaning_of(error: Exception) -> Meaning:
 def raise_ours(error: Exception, where: str) -> NoReturn:
     """Raise `Unavailable` or `ConfigurationError` for an error that a call of the driver raised.
 
-    As they are go `NoScriptError`, for which the script is sent, and what only a wrong argument
-    brings about: a retry would not help, and to hide it would hide a fault of this package.
+    Two kinds of errors are raised unchanged. After `NoScriptError` the caller sends the script.
+    Errors that only a wrong argument can cause show a bug of this package: a retry would not help,
+    and a translation would hide the bug.
     """
     from redis import exceptions
 

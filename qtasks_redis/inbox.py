@@ -1,4 +1,4 @@
-"""An inbox on Redis: a connection that is subscribed to what is waited for."""
+"""An inbox on Redis: a connection that subscribes to the awaited records."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 
 INBOX: Final = "inbox"
 WATCH: Final = "final"
-"""Kinds of keys that name channels: of an address, and of a watched task."""
+"""Kinds of keys that name channels: of an inbox's address, and of a watched task."""
 _PING_AFTER: Final = 2.0
-"""Seconds of silence after which a server that owes results is asked whether it is there."""
+"""Seconds of silence after which the inbox sends a PING, while it waits for results."""
 _PONG_WITHIN: Final = 2.5
 _MOST_TO_UNWATCH: Final = 64
 _NAMED: Final = b"="
-"""What a push begins with that names a record by its key instead of holding it."""
+"""The start of a push that names a record by its key instead of containing it."""
 
 
 class RedisInbox(Inbox):
     """One connection that is subscribed to an address and to each watched task.
 
-    Its reader keeps what is waited for, asks a silent server for a sign of life while anything
-    is, and ends with the connection; the next `receive` tells, the one after opens a new one.
+    Its reader keeps the awaited records. While any record is awaited, the reader sends a PING to a
+    silent server. The reader finishes when the connection breaks. The next `receive` raises the
+    error, and the one after it opens a new connection.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class RedisInbox(Inbox):
         self._open = True
         self._awaited = Awaited()
         self._confirming: dict[str, asyncio.Future[bool]] = {}
-        """For each channel whether the server has confirmed it, False when the line broke first."""
+        """Per channel: True once the server confirms it, False if the connection breaks first."""
         self._bell = asyncio.Event()
         self._line: AbstractConnection | None = None
         self._reader: asyncio.Task[None] | None = None
         self._silence: asyncio.Timeout | None = None
-        """The reader's timer, set only while something is waited for."""
+        """The reader's timer. It is set only while a record is awaited."""
 
     async def open(self) -> None:
-        """Connect, subscribe, and read what is waited for. Raises `Unavailable`."""
+        """Connect, subscribe, and read the awaited records. Raises `Unavailable`."""
         connection = self._connection
         line = await connection.line()
         self._line = line
@@ -77,7 +78,7 @@ class RedisInbox(Inbox):
             raise
 
     async def _subscribe(self, channels: Sequence[str]) -> None:
-        """Subscribe and wait until the server has confirmed each channel."""
+        """Subscribe, and wait until the server has confirmed each channel."""
         line = self._line
         if line is None:
             raise Unavailable("the inbox has lost its connection")
@@ -116,7 +117,7 @@ class RedisInbox(Inbox):
             await self._subscribe([self._connection.key(WATCH, uuid) for uuid in new])
             self._take(await self._get(list(uuids)))
         except BaseException:
-            # What has not been read yet is read after the next reconnect, so bring that about.
+            # Unread records are read after the next reconnect, so force one.
             if line is not None:
                 await line.disconnect(nowait=True)
             raise
@@ -150,7 +151,7 @@ class RedisInbox(Inbox):
             await ended(reader)
 
     async def _read(self, line: AbstractConnection) -> None:
-        """Read until the connection breaks; the error is for `receive` to raise."""
+        """Read until the connection breaks. `receive` raises the error."""
         try:
             await self._follow(line)
         finally:
@@ -177,7 +178,7 @@ class RedisInbox(Inbox):
                         await line.send_command("PING")
                     asked = True
                 continue
-            except Exception as error:  # noqa: BLE001  # raised as ours
+            except Exception as error:  # noqa: BLE001  # translated
                 self._connection.raise_ours(error)
             finally:
                 self._silence = None
@@ -196,7 +197,7 @@ class RedisInbox(Inbox):
             try:
                 self._take([decode_task(body) for body in bodies if body[:1] != _NAMED])
             except WireError:
-                # Whose it is cannot be read either; `get` knows what it asks for.
+                # The uuid of the record is unreadable too, so read all awaited records with `get`.
                 self._take(await self._get(list(self._awaited.uuids)))
             named = [self._connection.name_in(body[1:]) for body in bodies if body[:1] == _NAMED]
             wanted = [uuid for uuid in named if uuid in self._awaited.uuids]
@@ -208,18 +209,18 @@ class RedisInbox(Inbox):
                 future.set_result(True)
 
     def _take(self, tasks: Sequence[Task | None]) -> None:
-        """Keep what is waited for; a channel is of no use once its record has arrived."""
+        """Keep the awaited records. A channel is useless once its record has arrived."""
         self._awaited.to_unwatch.update(self._awaited.arrive(tasks))
         self._bell.set()
 
     def _mind_silence(self) -> None:
-        """Have the reader look at the clock now that something is waited for."""
+        """Start the reader's timer, now that a record is awaited."""
         if self._awaited.uuids and self._silence is not None and self._silence.when() is None:
             self._silence.reschedule(asyncio.get_running_loop().time() + _PING_AFTER)
 
 
 def _bodies(data: bytes) -> Iterable[bytes]:
-    """Split what was pushed at once into its records."""
+    """Split one push into its records."""
     at = 0
     while at < len(data):
         size = int.from_bytes(data[at : at + 4], "big")

@@ -1,4 +1,4 @@
-"""The options of a redis:// URL: which exist, and which values each of them may have."""
+"""The options of a redis:// URL, and the values that each of them may have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OURS: Final = {
     "lease": "RedisBroker(url, lease=SECONDS)",
     "retention": "RedisStorage(url, retention=SECONDS)",
 }
-"""What the app reads from a URL before it makes the broker or the storage, and how to pass it."""
+"""Options that the app takes from a URL first, and how to pass them to the constructor."""
 LEASE_TIME: Final = seconds(0.1)
 
 
@@ -32,7 +32,7 @@ _WORD: Final = Kind(
     lambda text: bool(text) and all("!" <= character <= "~" for character in text),
 )
 
-# Without those that change what the driver returns.
+# Options that change what the driver returns are left out.
 _KINDS: Final[Mapping[str, Kind]] = {
     "client_name": _WORD,
     "db": integer(0),
@@ -41,13 +41,13 @@ _KINDS: Final[Mapping[str, Kind]] = {
     "lib_version": _WORD,
     "max_connections": integer(1),
     "password": TEXT,
-    # Replies are read in one version of the protocol, the leaner one.
+    # This package reads replies in one protocol version only, the smaller one.
     "protocol": Kind("2", lambda text: text == "2"),
     "retry_on_timeout": SWITCH,
     "socket_connect_timeout": seconds(),
     "socket_keepalive": SWITCH,
     "socket_read_size": integer(1),
-    # A blocking read ends up to 0.1 s late, and it has a fifth of this.
+    # A blocking read waits for four fifths of this and finishes up to 0.1 s late.
     "socket_timeout": seconds(0.5),
     "username": TEXT,
 }
@@ -67,10 +67,10 @@ _KINDS_OF_TLS: Final[Mapping[str, Kind]] = {
 
 
 def checked(url: str, *, connections: int = 1) -> str:
-    """Return `url` as the driver wants it, without the options that are read here.
+    """Return `url` for the driver, without the options that are read here.
 
-    `connections` is the least number that works. Raises `ConfigurationError` for a wrong URL, and
-    for a wrong value of an option.
+    `connections` is the smallest `max_connections` that works. Raises `ConfigurationError` for a
+    wrong URL and for a wrong value of an option.
     """
     parts = split(url)
     scheme, database = parts.scheme, parts.path.strip("/")

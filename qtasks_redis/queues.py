@@ -1,4 +1,4 @@
-"""What a script is told of queues: their keys, and times in milliseconds."""
+"""Arguments of the scripts: the keys of queues, and times in milliseconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qtasks_redis.connection import Connection
 
 
 class Queues:
-    """The keys of the queues that one script call touches."""
+    """The keys of the queues that one script call uses."""
 
     def __init__(self, connection: Connection, names: Iterable[str] = ()) -> None:
         self._connection = connection
@@ -19,7 +19,7 @@ class Queues:
             self.position(name)
 
     def position(self, name: str) -> str:
-        """Return where in KEYS this queue begins, adding it if it is new."""
+        """Return the position of this queue in KEYS. Adds the queue if it is new."""
         position = self._positions.get(name)
         if position is None:
             position = self._positions[name] = str(len(self.keys) + 1)
@@ -29,5 +29,5 @@ class Queues:
 
 
 def milliseconds(seconds: float) -> str:
-    """Return a duration as whole milliseconds, never shorter than it was."""
+    """Return a duration in whole milliseconds, rounded up."""
     return str(math.ceil(seconds * 1000)) if seconds > 0 else "0"

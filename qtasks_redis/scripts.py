@@ -1,16 +1,16 @@
-"""The Lua scripts: each step that must not be seen half done, decided by the server's clock.
+"""The Lua scripts. Each is one atomic step, and uses the server's clock.
 
-A queue is five keys, passed in a row:
+A queue has five keys, which are passed one after the other:
 
     stream   the messages that are receivable or in flight, in order
-    cursor   the id of the last message that was handed over for the first time
-    leases   a sorted set: who holds what, `id:count:holder` -> when it may be taken over
+    cursor   the id of the last message that was delivered for the first time
+    leases   a sorted set of the holders: `id:count:holder` -> the time when its lease runs out
     delayed  a sorted set: message -> the time at which it is due
-    bell     a list of at most one token, on which idle receivers block; a token wakes one of them
+    bell     a list with at most one token; idle receivers block on it, a token wakes one of them
 
-`id:count:holder`, the token, proves ownership: a takeover makes a new one, the old finds nothing.
-A released message is a lease that has run out. Times are milliseconds. All keys of a namespace
-have one hash tag, so in a cluster it lives in one slot.
+`id:count:holder` is the token that proves ownership. A takeover makes a new token, and the old one
+is no longer found. A released message is a lease that has run out. Times are in milliseconds. All
+keys of a namespace have one hash tag, so they are in one slot of a cluster.
 """
 
 from __future__ import annotations

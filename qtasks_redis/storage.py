@@ -1,4 +1,4 @@
-"""A storage on Redis: a key a record, judged in Lua; final records are pushed from the script."""
+"""A storage on Redis: one key per record; a script decides on saves and pushes final records."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _MOST_READ: Final = 500
 _TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("SET", "", "PX", 1000), ("GET",), ("MGET",), ("GETRANGE", 0, 0), ("PTTL",), ("PERSIST",),
 )  # fmt: skip
-"""All that the script and `get` call on keys."""
+"""All commands that the script and `get` call on keys."""
 
 
 class RedisStorage(Storage):
-    """Remembers tasks in Redis.
+    """Keeps records in Redis.
 
-    `retention` is how long, in seconds, a final record without a time of its own is kept; None:
-    for ever. Records that are not final stay. Raises `ConfigurationError` for a wrong URL.
+    `retention` is in seconds. It applies to final records without their own retention; None keeps
+    them for ever. Records that are not final stay. Raises `ConfigurationError` if the URL is wrong.
     """
 
     driver_loggers = ("redis", "push_response")
@@ -108,7 +108,7 @@ class RedisStorage(Storage):
         return outcomes
 
     def _record(self, connection: Connection, task: Task, data: bytes) -> tuple[str | bytes, ...]:
-        """Return what the script takes for one record."""
+        """Return the arguments of the script for one record."""
         head = _head(task)
         if task.status not in FINAL:
             return (str(len(head)), head + data, "", "", "")
@@ -145,13 +145,13 @@ class RedisStorage(Storage):
 
 
 def _head(task: Task) -> bytes:
-    """Return what the script compares: the order, and the execution with its length."""
+    """Return the head that the script compares: the order, and the execution with its length."""
     execution = task.execution.encode()
     return b"%010d%03d%b" % (order_of(task), len(execution), execution)
 
 
 def _decode(uuid: str, value: bytes) -> Task:
-    """Return the record behind its head, or what the head tells of one that cannot be read."""
+    """Return the record after its head. If it is unreadable, return what the head tells."""
     behind = 13 + int(value[10:13])
     try:
         return decode_task(value[behind:])

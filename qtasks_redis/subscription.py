@@ -1,4 +1,4 @@
-"""A subscription on Redis: leases taken by a script, a bell for when there is nothing to take."""
+"""A subscription on Redis: a script takes leases, and a bell wakes idle receivers."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ _MOST_TAKEN = 1000
 
 
 class Fence:
-    """Proof that a delivery is ours, and what became of it."""
+    """Proof that this receiver holds a delivery, and the state of its settlement."""
 
     __slots__ = ("settled", "token", "unsure", "until")
 
     def __init__(self, token: bytes, until: float) -> None:
         self.token = token
         self.until = until
-        """Before this time of the loop's clock nobody else can have taken it over."""
+        """Nobody else can take over the delivery before this time of the loop's clock."""
         self.settled: Hashable = None
-        """What it was settled with; None: it was not."""
+        """The effect of its settlement; None: not settled."""
         self.unsure: Hashable = None
-        """What a settle was sent with whose answer never came."""
+        """The effect of a settle call whose answer did not arrive."""
 
 
 class RedisSubscription(Subscription):
-    """Takes what is there in one round trip, else sleeps in a blocking read until a bell rings.
+    """Takes the receivable messages in one round trip, or blocks in a read until a bell rings.
 
-    The blocking read gets a token, never a message, so that ending it strands nothing: a token
-    that nobody waits for any more is rung again.
+    The blocking read gets a token, never a message, so a cancelled read loses no message. If nobody
+    waits for a token any more, the bell is rung again.
     """
 
     def __init__(self, connection: Callable[[], Connection], lease: float) -> None:
@@ -60,10 +60,10 @@ class RedisSubscription(Subscription):
         self._fetching: Shielded[float] = Shielded()
         self._leftovers = Leftovers()
         self._known: dict[str, int] = {}
-        """Of each queue the earliest due time, in the server's milliseconds, as last heard."""
+        """The last known earliest due time of each queue, in the server's milliseconds."""
         self._listening: asyncio.Task[None] | None = None
         self._bells: frozenset[str] = frozenset()
-        """The queues whose bells it listens to."""
+        """The queues on whose bells the blocking read waits."""
         self._asleep = False
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
@@ -77,7 +77,7 @@ class RedisSubscription(Subscription):
             pause = await self._fetching.run(lambda: self._fetch(queues, limit))
             if self._open and (deliveries := self._take_leftovers(queues, limit)):
                 return deliveries
-            # What a cancelled call had asked for may have been another queue.
+            # A cancelled call may have asked for another queue, so do not sleep after its fetch.
             if self._open and pause > 0 and not collecting:
                 await self._sleep(frozenset(queues), pause)
         raise Closed("the subscription is closed")
@@ -86,7 +86,7 @@ class RedisSubscription(Subscription):
         return self._leftovers.take(wanted, limit, self._loop.time())
 
     async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
-        """Fetch what is receivable; return the seconds until that may change by itself."""
+        """Fetch receivable messages. Return the seconds until a delay or a lease may finish."""
         connection = self._connection()
         names = list(wanted)
         args = [self._holder, milliseconds(self._lease), str(min(limit, _MOST_TAKEN))]
@@ -106,8 +106,8 @@ class RedisSubscription(Subscription):
     async def _sleep(self, queues: frozenset[str], seconds: float) -> None:
         """Wait until a bell rings or `seconds` have passed.
 
-        The time is measured here, since the server ends blocking reads up to 0.1 s late; the
-        read itself goes on, for the next call to listen to.
+        The timeout is measured here, because the server finishes blocking reads up to 0.1 s late.
+        The read itself continues, and the next call waits for it.
         """
         if self._listening is not None and (self._listening.done() or self._bells != queues):
             await self._stop_listening()
@@ -116,7 +116,7 @@ class RedisSubscription(Subscription):
             self._listening = asyncio.create_task(self._listen(queues))
         self._asleep = True
         try:
-            # A lease that begins meanwhile must not run out unnoticed.
+            # A lease that starts during this sleep must not run out unnoticed.
             bounded = min(seconds, self._lease)
             done, _ = await asyncio.wait({self._listening}, timeout=bounded)
         finally:
@@ -133,7 +133,7 @@ class RedisSubscription(Subscription):
             await self._ring([bells[heard]])
 
     async def _stop_listening(self) -> None:
-        """End the blocking read, and ring for the others in case it had just got a token."""
+        """Stop the blocking read. Ring for other receivers: it may have just got a token."""
         listening, self._listening = self._listening, None
         if listening is not None:
             listening.cancel()
@@ -160,7 +160,7 @@ class RedisSubscription(Subscription):
     async def _settle(
         self, settlements: Sequence[Settlement], encoded: Sequence[bytes]
     ) -> list[Settlement]:
-        """Return those that the server has obeyed."""
+        """Return the settlements that the server has accepted."""
         connection = self._connection()
         queues = Queues(connection)
         args: list[str | bytes] = []
@@ -189,7 +189,8 @@ class RedisSubscription(Subscription):
                 fence.settled = effect
                 done.append(settlement)
             elif fence.settled is None and now < fence.until:
-                # What is gone before anyone else could have it went by the settle without answer.
+                # The lease was still valid, so only our settle call without an answer can have
+                # removed it.
                 fence.settled = fence.unsure
         return done
 
@@ -213,13 +214,13 @@ class RedisSubscription(Subscription):
             return
         self._open = False
         await self._fetching.finish()
-        # Where the server cannot be reached the leases run out by themselves.
+        # If the server is unreachable, the leases run out by themselves.
         with suppress(Unavailable):
             await self._stop_listening()
             await self._give_back()
 
     async def _give_back(self) -> None:
-        """Release what was fetched and no call has returned."""
+        """Release the fetched deliveries that no call has returned."""
         await self.settle([Release(delivery) for delivery in self._leftovers.take_all()])
 
     async def _ring(self, queues: Iterable[str]) -> None:
