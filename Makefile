@@ -11,7 +11,7 @@ ENVIRONMENT := .venv/.made-from-pyproject
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-full verify lint format format-check types imports bench peers clean
 
-help: ## what there is
+help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 # Tests start hundreds of processes, and each would compile all modules where none are kept.
@@ -23,28 +23,28 @@ test test-full: export QTASKS_CONFORMANCE_PATIENCE = 90
 demo: $(ENVIRONMENT) ## a worker and an API on the embedded default, asked over HTTP
 	$(RUN) -m examples.demo
 
-test: $(ENVIRONMENT) ## all tests but the long ones; gets the servers it needs, and says how
+test: $(ENVIRONMENT) ## all tests except the long ones; starts the servers, installs them if needed
 	$(RUN) -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
-test-full: $(ENVIRONMENT) ## the long ones too
+test-full: $(ENVIRONMENT) ## all tests, also the long ones
 	$(RUN) -m pytest --full $(PARALLEL) $(PYTEST_ARGS)
 
 verify: $(ENVIRONMENT) ## tests of the kit and of the test servers, if those have changed
 	$(RUN) -m tests.unchanged
 
-lint: $(ENVIRONMENT) ## what ruff has to say
+lint: $(ENVIRONMENT) ## run ruff
 	$(RUN) -m ruff check .
 
-format: $(ENVIRONMENT) ## put every file into shape
+format: $(ENVIRONMENT) ## format every file
 	$(RUN) -m ruff format .
 
-format-check: $(ENVIRONMENT) ## is every file in shape
+format-check: $(ENVIRONMENT) ## check the format
 	$(RUN) -m ruff format --check .
 
-types: $(ENVIRONMENT) ## mypy, strict
+types: $(ENVIRONMENT) ## run mypy in strict mode
 	$(RUN) -m mypy
 
-imports: $(ENVIRONMENT) ## who may import whom
+imports: $(ENVIRONMENT) ## check the import contracts
 	.venv/bin/lint-imports
 
 bench: $(ENVIRONMENT) ## throughput of BACKEND (sqlite), beside its bare driver
@@ -55,7 +55,7 @@ peers: ## rates beside other task queues on BACKEND, redis or postgres
 	.venv/peers/bin/pip install --quiet --requirement benchmarks/peers/requirements.txt '.[all]'
 	.venv/peers/bin/python -m benchmarks.peers --backend $(BACKEND)
 
-clean: ## forget the environment
+clean: ## remove the environment
 	rm -rf .venv
 
 $(ENVIRONMENT): pyproject.toml
