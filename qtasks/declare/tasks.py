@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from operator import itemgetter
@@ -174,7 +175,7 @@ class FixedApp:
         return self._app
 
 
-class BaseTask(Generic[P, R, C, A]):
+class BaseTask(ABC, Generic[P, R, C, A]):
     """A registered function. A direct call runs it in the caller, as without the decorator."""
 
     def __init__(self, function: Callable[P, C], definition: TaskDefinition, owner: Owner) -> None:
@@ -229,6 +230,7 @@ class BaseTask(Generic[P, R, C, A]):
         )
         return self._add(args, kwargs, timeout, options)
 
+    @abstractmethod
     def _add(
         self,
         args: Sequence[Any],
@@ -236,7 +238,7 @@ class BaseTask(Generic[P, R, C, A]):
         timeout: float | None,
         options: CallOptions,
     ) -> A:
-        raise NotImplementedError
+        """Enqueue a call with these arguments."""
 
     def _messages(self, app: App, arguments: Iterable[Sequence[Any]]) -> list[TaskMessage]:
         return [message_of(app, self.definition, args, {}) for args in arguments]

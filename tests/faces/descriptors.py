@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="only Linux lists descriptors in /proc"
+)
 
 
 def sockets() -> int:

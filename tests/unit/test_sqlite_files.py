@@ -183,7 +183,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no permissions here")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no file modes")
 @pytest.mark.parametrize(
     ("mode", "of_directory", "said"),
     [(0o444, 0o777, "cannot be written: check its permissions"), (0o666, 0o555, "permissions")],
@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_written(mode: int, of_directory: int, said: str) 
         assert said in ran.stdout
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no permissions here")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no file modes")
 def test_a_directory_that_may_not_be_entered() -> None:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "closed" / "inner").mkdir(parents=True)
@@ -440,7 +440,7 @@ def test_where_nothing_is_known_of_mounts(tmp_path: Path) -> None:
     assert filesystem.kind_of(tmp_path, str(tmp_path / "none")) is None
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 async def test_a_child_does_not_touch_what_it_inherited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
