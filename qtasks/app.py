@@ -220,7 +220,7 @@ class App(Lifecycle):
         after. An async function is cancelled, and a function in a process is killed. A function in
         a thread keeps running; its result is discarded.
 
-        Fails with `UnknownTask` or `Unavailable`.
+        Fails with `UnknownTask`, `Unavailable` or `Refused`.
         """
         return self.control(control.cancel, _possible(str(uuid)))
 
@@ -255,7 +255,8 @@ class App(Lifecycle):
         `start_timeout`: seconds in which the broker and the storage have to answer.
 
         At the end of the block the worker stops receiving, waits for running tasks, and releases
-        the rest. If the worker fails, another one replaces it, except after a configuration error.
+        the rest. If the worker fails, another one replaces it, except
+        after `ConfigurationError`, `NotSupported` and `Closed`.
         """
         options = WorkerOptions(
             queues=_checked(queues), concurrency=concurrency, grace=grace, balancer=balancer

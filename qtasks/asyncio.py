@@ -115,6 +115,7 @@ class QueueTasks(App):
 
         Raises `UnknownTask` if it has no record, and `Unavailable` if the servers do not answer
         for 10 seconds.
+        Raises `Refused` if the storage does not accept the record.
         """
         return await self.cancel_task(uuid)
 

@@ -113,6 +113,7 @@ class QueueTasks(App):
 
         Raises `UnknownTask` if it has no record, and `Unavailable` if the servers do not answer
         for 10 seconds.
+        Raises `Refused` if the storage does not accept the record.
         """
         return block_on(self.cancel_task, uuid)
 

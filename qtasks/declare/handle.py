@@ -135,6 +135,7 @@ class Task(Handle[R]):
 
         Returns False if it has already finished by itself. Raises `UnknownTask` if its record is
         gone, and `Unavailable` if the servers do not answer for 10 seconds.
+        Raises `Refused` if the storage does not accept the record.
         """
         return await self._app.cancel_task(self.uuid)
 
@@ -161,5 +162,6 @@ class BlockingTask(Handle[R]):
 
         Returns False if it has already finished by itself. Raises `UnknownTask` if its record is
         gone, and `Unavailable` if the servers do not answer for 10 seconds.
+        Raises `Refused` if the storage does not accept the record.
         """
         return block_on(self._app.cancel_task, self.uuid)
