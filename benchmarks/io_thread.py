@@ -25,8 +25,7 @@ from benchmarks.served import BACKENDS, served
 from benchmarks.tasks import nothing, router
 from qtasks.asyncio import QueueTasks
 from qtasks.balancers import Greedy
-from qtasks.bridge.io_thread import io_thread
-from qtasks.bridge.reply import Reply
+from qtasks.bridge.crossing import Reply, io_thread
 from qtasks.client.client import Client, Waiter
 from qtasks.declare.tasks import message_of
 from qtasks.worker.limits import Limits

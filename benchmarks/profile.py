@@ -44,7 +44,7 @@ LAYERS = (
         "arguments, results",
         r"qtasks/(codec/\w+|execution/definition|declare/\w+|app)\.py",
     ),
-    ("crossing", r"qtasks/bridge/(reply|io_thread)\.py"),
+    ("crossing", r"qtasks/bridge/crossing\.py"),
     ("engine", r"qtasks/"),
     ("backend", r"qtasks_\w+/"),
     ("the benchmark", r"benchmarks/"),

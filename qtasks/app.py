@@ -16,8 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from uuid import UUID, uuid5
 
 from qtasks import control
-from qtasks.bridge.io_thread import IOThread, io_thread
-from qtasks.bridge.reply import Reply, refuse_running_loop
+from qtasks.bridge.crossing import IOThread, Reply, io_thread, refuse_running_loop
 from qtasks.client.client import Client, Waiter
 from qtasks.client.late import LOOK
 from qtasks.client.lifecycle import START_TIMEOUT, Life, Lifecycle

@@ -12,7 +12,7 @@ from qtasks.declare.handle import Task
 from qtasks.declare.routers import AsyncRouter, Router
 from qtasks.declare.tasks import AsyncCall
 from qtasks_core import Broker, Plugin, Storage
-from qtasks_core.separate import record_of
+from qtasks_core.records import record_of
 
 __all__ = ["AsyncResult", "QueueTasks"]
 

@@ -7,13 +7,13 @@ from typing import Any
 from uuid import UUID
 
 from qtasks.app import MAX_PAYLOAD, App, default_app
-from qtasks.bridge.reply import block_on
+from qtasks.bridge.crossing import block_on
 from qtasks.client.lifecycle import START_TIMEOUT
 from qtasks.declare.handle import BlockingTask
 from qtasks.declare.routers import Router, SyncRouter
 from qtasks.declare.tasks import SyncCall
 from qtasks_core import Broker, Plugin, Storage
-from qtasks_core.separate import record_of
+from qtasks_core.records import record_of
 
 
 class QueueTasks(App):

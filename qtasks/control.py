@@ -40,8 +40,7 @@ from qtasks_core import (
 )
 from qtasks_core.errors import NotSupported, Refused, Unavailable, UnknownTask
 from qtasks_core.names import checked_id, checked_name
-from qtasks_core.records import FINAL, not_taken, within
-from qtasks_core.separate import record_of, say_not_taken, smaller_of
+from qtasks_core.records import FINAL, not_taken, record_of, say_not_taken, smaller_of, within
 
 logger = logging.getLogger("qtasks")
 

@@ -35,7 +35,8 @@ from qtasks_core import (
     Verdict,
 )
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.separate import compose, record_of
+from qtasks_core.records import record_of
+from qtasks_core.separate import compose
 
 How = Literal["ack", "retry", "release"]
 Halt = Literal["before", "after"]

@@ -1,4 +1,6 @@
-"""The order of records: which saves a storage accepts and which it refuses.
+"""Records: their order, and what they say about a message.
+
+The order decides which saves a storage accepts and which it refuses.
 
 A storage that compares integers stores `order_of(task)`, `task.execution` and the record itself:
 
@@ -12,14 +14,27 @@ uses the constants `RANKS`, `FIRST_BEGUN` and `FIRST_FINAL` of this module.
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Literal
 
 from msgspec.structs import replace
 
 from qtasks_core.errors import WireError
-from qtasks_core.schemas import Outcome, Status, Task
+from qtasks_core.schemas import (
+    DONE,
+    Delivery,
+    Outcome,
+    Raw,
+    Status,
+    Task,
+    TaskMessage,
+    Verdict,
+)
+
+logger = logging.getLogger("qtasks")
 
 RANK: dict[Status, int] = {
     "new": 0,
@@ -77,6 +92,68 @@ def refused_by(stored: Task | None) -> Outcome:
     return Outcome("refused", "a newer record is there", stored)
 
 
+def record_of(message: TaskMessage) -> Task:
+    """Return the first record of a message: `new`, or `scheduled` if it has a delay.
+
+    Its execution is the submission, so that the record of one submission is no repeat of another's.
+    """
+    record = Task(
+        uuid=message.uuid,
+        task_name=message.task_name,
+        status="scheduled" if message.delay > 0 else "new",
+        queue=message.queue,
+        args=message.args,
+        kwargs=message.kwargs,
+        encoding=message.encoding,
+        priority=message.priority,
+        attempt=message.attempt,
+        reply_to=message.reply_to,
+        created_at=message.created_at,
+        due_at=message.created_at + message.delay if message.delay > 0 else None,
+        retention=message.retention,
+        headers=message.headers,
+    )
+    if not message.submission:
+        # Python builds a dict for calls with more than 15 keywords, which takes three times as
+        # long.
+        return record
+    return replace(record, execution=message.submission, submission=message.submission)
+
+
+def taken(record: Task) -> Outcome:
+    """Return the outcome of a submission whose key this record already has."""
+    return Outcome("taken", "a task with that key exists", record)
+
+
+def verdict_of(message: TaskMessage, record: Task | None) -> Verdict:
+    """Say whether a delivered message still has to run, given the existing record."""
+    if record is None:
+        return "run"
+    if record.status == "cancel":
+        return "cancelled"
+    if record.status in FINAL:
+        return "final"
+    if message.submission and record.submission and message.submission != record.submission:
+        return "stale"
+    # A `retry` record says that this attempt is over and that the next message is on its way.
+    ended = record.attempt if record.status == "retry" else record.attempt - 1
+    return "stale" if message.attempt <= ended else "run"
+
+
+def verdicts_of(
+    deliveries: Sequence[Delivery], found: Mapping[str, Task]
+) -> list[tuple[Verdict, Task | None]]:
+    """Say which deliveries still have to run. `found` are the existing records, by uuid."""
+    verdicts: list[tuple[Verdict, Task | None]] = []
+    for delivery in deliveries:
+        if isinstance(delivery.message, Raw):
+            verdicts.append(("dead", None))
+        else:
+            record = found.get(delivery.message.uuid)
+            verdicts.append((verdict_of(delivery.message, record), record))
+    return verdicts
+
+
 def not_taken(outcome: Outcome) -> bool:
     """Whether a storage refused the record itself, not because of a newer record."""
     return outcome.status == "refused" and outcome.current is None
@@ -95,6 +172,40 @@ def within(task: Task, reason: str) -> Task:
         task = replace(task, error=f"{task.error[:_SAID]} ({said})" if task.error else said)
     headers = task.headers if sum(map(len, task.headers.values())) < _SAID else {}
     return replace(task, args=b"", kwargs=b"", returning=None, traceback=None, headers=headers)
+
+
+def smaller_of(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> dict[int, Task]:
+    """Return, by place, the records to save instead of those that the storage refuses."""
+    if outcomes.count(DONE) == len(outcomes):
+        return {}
+    return {
+        at: within(tasks[at], outcome.reason)
+        for at, outcome in enumerate(outcomes)
+        if not_taken(outcome)
+    }
+
+
+def instead(smaller: Outcome) -> Outcome:
+    """Return the outcome of a record after its smaller version was saved or refused."""
+    return Outcome("unknown", smaller.reason) if not_taken(smaller) else smaller
+
+
+def say_not_taken(
+    tasks: Sequence[Task], outcomes: Sequence[Outcome], smaller: Mapping[int, Outcome]
+) -> None:
+    """Log what happened to the records that the storage refused.
+
+    `outcomes` are those of the first save, `smaller` those of the smaller records.
+    """
+    for at, outcome in smaller.items():
+        name, uuid, reason = tasks[at].task_name, tasks[at].uuid, outcomes[at].reason
+        if not_taken(outcome):
+            logger.error("task %s %s: its record is not taken: %s", name, uuid, reason)
+        else:
+            logger.error(
+                "task %s %s: its record is not taken (%s); it is kept without arguments and result",
+                name, uuid, reason,
+            )  # fmt: skip
 
 
 def unreadable(

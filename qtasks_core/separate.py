@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from asyncio import gather
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 from msgspec.structs import replace
 
@@ -13,21 +12,25 @@ from qtasks_core.contracts.broker import Broker
 from qtasks_core.contracts.composition import Composition
 from qtasks_core.contracts.storage import Storage
 from qtasks_core.contracts.subscription import Subscription
-from qtasks_core.records import FINAL, not_taken, within
+from qtasks_core.receivers import Recent
+from qtasks_core.records import (
+    instead,
+    record_of,
+    say_not_taken,
+    smaller_of,
+    taken,
+    verdicts_of,
+)
 from qtasks_core.schemas import (
     DONE,
     Completion,
     Delivery,
     Outcome,
-    Raw,
     Retry,
     Task,
     TaskMessage,
     Verdict,
 )
-from qtasks_core.settling import Recent
-
-logger = logging.getLogger("qtasks")
 
 
 def compose(broker: Broker, storage: Storage) -> Composition:
@@ -135,33 +138,22 @@ class SeparateComposition(Composition):
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
         """Read the records of all deliveries at once, and compare."""
         messages = [d.message for d in deliveries if isinstance(d.message, TaskMessage)]
-        found = iter(await self._records(messages) if messages else ())
-        verdicts: list[tuple[Verdict, Task | None]] = []
-        for delivery in deliveries:
-            if isinstance(delivery.message, Raw):
-                verdicts.append(("dead", None))
-            else:
-                record = next(found)
-                verdicts.append((verdict_of(delivery.message, record), record))
-        return verdicts
+        return verdicts_of(deliveries, await self._records(messages) if messages else {})
 
-    async def _records(self, messages: Sequence[TaskMessage]) -> list[Task | None]:
+    async def _records(self, messages: Sequence[TaskMessage]) -> dict[str, Task]:
         """Return the records of messages. First save the missing records of messages with a key.
 
         Their publisher has not saved them yet, or never will. The first to save gets the key.
         """
         records = await self._storage.get([message.uuid for message in messages])
-        missing = [
-            at
-            for at, (message, record) in enumerate(zip(messages, records, strict=True))
-            if record is None and message.submission
-        ]
-        if missing:
-            first = [record_of(messages[at]) for at in missing]
-            saved = await self._save_within(first)
-            for at, record, outcome in zip(missing, first, saved, strict=True):
-                records[at] = outcome.current if outcome.status == "refused" else record
-        return records
+        found = {record.uuid: record for record in records if record is not None}
+        first = [record_of(m) for m in messages if m.submission and m.uuid not in found]
+        if first:
+            for record, outcome in zip(first, await self._save_within(first), strict=True):
+                current = outcome.current if outcome.status == "refused" else record
+                if current is not None:
+                    found[record.uuid] = current
+        return found
 
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]
@@ -217,73 +209,6 @@ class SeparateComposition(Composition):
         return outcomes
 
 
-def smaller_of(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> dict[int, Task]:
-    """Return, by place, the records to save instead of those that the storage refuses."""
-    if outcomes.count(DONE) == len(outcomes):
-        return {}
-    return {
-        at: within(tasks[at], outcome.reason)
-        for at, outcome in enumerate(outcomes)
-        if not_taken(outcome)
-    }
-
-
-def instead(smaller: Outcome) -> Outcome:
-    """Return the outcome of a record after its smaller version was saved or refused."""
-    return Outcome("unknown", smaller.reason) if not_taken(smaller) else smaller
-
-
-def say_not_taken(
-    tasks: Sequence[Task], outcomes: Sequence[Outcome], smaller: Mapping[int, Outcome]
-) -> None:
-    """Log what happened to the records that the storage refused.
-
-    `outcomes` are those of the first save, `smaller` those of the smaller records.
-    """
-    for at, outcome in smaller.items():
-        name, uuid, reason = tasks[at].task_name, tasks[at].uuid, outcomes[at].reason
-        if not_taken(outcome):
-            logger.error("task %s %s: its record is not taken: %s", name, uuid, reason)
-        else:
-            logger.error(
-                "task %s %s: its record is not taken (%s); it is kept without arguments and result",
-                name, uuid, reason,
-            )  # fmt: skip
-
-
-def record_of(message: TaskMessage) -> Task:
-    """Return the first record of a message: `new`, or `scheduled` if it has a delay.
-
-    Its execution is the submission, so that the record of one submission is no repeat of another's.
-    """
-    record = Task(
-        uuid=message.uuid,
-        task_name=message.task_name,
-        status="scheduled" if message.delay > 0 else "new",
-        queue=message.queue,
-        args=message.args,
-        kwargs=message.kwargs,
-        encoding=message.encoding,
-        priority=message.priority,
-        attempt=message.attempt,
-        reply_to=message.reply_to,
-        created_at=message.created_at,
-        due_at=message.created_at + message.delay if message.delay > 0 else None,
-        retention=message.retention,
-        headers=message.headers,
-    )
-    if not message.submission:
-        # Python builds a dict for calls with more than 15 keywords, which takes three times as
-        # long.
-        return record
-    return replace(record, execution=message.submission, submission=message.submission)
-
-
-def taken(record: Task) -> Outcome:
-    """Return the outcome of a submission whose key this record already has."""
-    return Outcome("taken", "a task with that key exists", record)
-
-
 def _dead(message: TaskMessage, reason: str) -> Task:
     return replace(
         record_of(message),
@@ -300,18 +225,3 @@ def _sending(message: TaskMessage) -> Hashable:
     `reply_to` belongs to it, because it says where the result goes.
     """
     return message.uuid, message.submission, message.reply_to
-
-
-def verdict_of(message: TaskMessage, record: Task | None) -> Verdict:
-    """Say whether a delivered message still has to run, given the existing record."""
-    if record is None:
-        return "run"
-    if record.status == "cancel":
-        return "cancelled"
-    if record.status in FINAL:
-        return "final"
-    if message.submission and record.submission and message.submission != record.submission:
-        return "stale"
-    # A `retry` record says that this attempt is over and that the next message is on its way.
-    ended = record.attempt if record.status == "retry" else record.attempt - 1
-    return "stale" if message.attempt <= ended else "run"

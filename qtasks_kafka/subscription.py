@@ -18,7 +18,7 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.settling import Recent, SettleCall
+from qtasks_core.receivers import Recent, SettleCall
 from qtasks_core.wire import decode_message
 from qtasks_kafka.watermark import Partition
 

@@ -16,7 +16,7 @@ from qtasks_core import (
     Subscription,
 )
 from qtasks_core.errors import Closed
-from qtasks_core.settling import Recent, repeat_key
+from qtasks_core.receivers import Recent, repeat_key
 from qtasks_memory.connection import Entry, Memory
 
 

@@ -10,9 +10,8 @@ from contextlib import suppress
 from uuid_utils import uuid7
 
 from qtasks_core import Inbox, Task
-from qtasks_core.awaited import Awaited
 from qtasks_core.errors import Closed, Unavailable, WireError
-from qtasks_core.leftovers import Shielded
+from qtasks_core.receivers import Awaited, Shielded
 from qtasks_core.records import FIRST_FINAL, RANKS
 from qtasks_core.wire import decode_task
 from qtasks_postgres.batches import slices

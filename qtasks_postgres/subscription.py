@@ -17,8 +17,7 @@ from qtasks_core import (
     Subscription,
 )
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.leftovers import Leftovers, Shielded
-from qtasks_core.settling import Recent, SettleCall
+from qtasks_core.receivers import Leftovers, Recent, SettleCall, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres.batches import size_of
 from qtasks_postgres.connection import Database, Listener, channel_of

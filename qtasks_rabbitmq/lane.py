@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from qtasks_core import Ack, Delivery, Outcome, Raw, Release, Retry, Settlement
 from qtasks_core.errors import Unavailable
-from qtasks_core.settling import Recent, SettleCall
+from qtasks_core.receivers import Recent, SettleCall
 from qtasks_core.wire import decode_message
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import rest_of

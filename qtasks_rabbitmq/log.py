@@ -15,7 +15,7 @@ from uuid_utils import uuid7
 from qtasks_core import Guarantees
 from qtasks_core.batches import split
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.leftovers import Shielded
+from qtasks_core.receivers import Shielded
 from qtasks_log import Entry, Log
 from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
 from qtasks_rabbitmq.servers import servers_of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qtasks_core import LOST, Delivery, Outcome, Settlement, Subscription
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
-from qtasks_core.leftovers import Shielded
+from qtasks_core.receivers import Shielded
 from qtasks_core.together import together
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import left_of

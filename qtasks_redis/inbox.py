@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 from uuid_utils import uuid7
 
 from qtasks_core import Inbox, Task
-from qtasks_core.awaited import Awaited
 from qtasks_core.errors import Closed, Unavailable, WireError
+from qtasks_core.receivers import Awaited
 from qtasks_core.wire import decode_task
 from qtasks_redis.connection import Connection, ended
 

@@ -19,8 +19,7 @@ from qtasks_core import (
 )
 from qtasks_core.batches import split
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_core.leftovers import Leftovers, Shielded
-from qtasks_core.settling import effect_of
+from qtasks_core.receivers import Leftovers, Shielded, effect_of
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import MOST_BYTES, MOST_ITEMS, Connection, ended, fitting
 from qtasks_redis.queues import Queues, milliseconds

@@ -3,7 +3,7 @@
 from qtasks_core import Backend
 from qtasks_core.urls import take_options
 from qtasks_sqlite.broker import SqliteBroker
-from qtasks_sqlite.connection import OPTIONS
+from qtasks_sqlite.options import OPTIONS
 from qtasks_sqlite.storage import SqliteStorage
 
 

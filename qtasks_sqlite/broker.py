@@ -21,21 +21,18 @@ from qtasks_core.options import LEASE_TIME
 from qtasks_core.together import together
 from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message
-from qtasks_sqlite import batches
 from qtasks_sqlite.composition import SqliteComposition
 from qtasks_sqlite.connection import (
     Database,
-    Synchronous,
     Transaction,
     connect,
     disconnect,
-    durability,
     migrated,
-    path_of,
     with_server,
 )
 from qtasks_sqlite.control import Heard, counting, purging, sending
 from qtasks_sqlite.listening import Listeners
+from qtasks_sqlite.options import Synchronous, durability, path_of
 from qtasks_sqlite.storage import SqliteStorage
 from qtasks_sqlite.subscription import SqliteSubscription
 
@@ -118,7 +115,7 @@ class SqliteBroker(Broker):
                 turn.rung_queues.add(queue)
                 due = now + message.delay if message.delay > 0 else None
                 rows.append((queue, message.priority, due, 0, 0, data))
-            batches.insert(turn.execute, _INTO, rows)
+            turn.insert(_INTO, rows)
 
         return publish
 

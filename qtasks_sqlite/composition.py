@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qtasks_core import DONE, Broker, Completion, Outcome, Retry, Subscription, Task, TaskMessage
-from qtasks_core.separate import (
-    SeparateComposition,
+from qtasks_core import (
+    DONE,
+    Broker,
+    Completion,
+    Delivery,
+    Outcome,
+    Retry,
+    Subscription,
+    Task,
+    TaskMessage,
+    Verdict,
+)
+from qtasks_core.records import (
     instead,
     record_of,
     say_not_taken,
     smaller_of,
     taken,
+    verdicts_of,
 )
+from qtasks_core.separate import SeparateComposition
 from qtasks_core.transactions import refuse_transaction
 from qtasks_sqlite.connection import Database, Transaction
 from qtasks_sqlite.storage import SqliteStorage
@@ -80,6 +92,33 @@ class SqliteComposition(SeparateComposition):
             return outcomes
 
         return submit
+
+    async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
+        messages = [d.message for d in deliveries if isinstance(d.message, TaskMessage)]
+        found = await self._database().read(self._storage.getting([m.uuid for m in messages]))
+        if any(message.submission and message.uuid not in found for message in messages):
+            found = await self._database().write(self._adopting(messages))
+        return verdicts_of(deliveries, found)
+
+    def _adopting(
+        self, messages: Sequence[TaskMessage]
+    ) -> Callable[[Transaction], dict[str, Task]]:
+        """Return the work that reads the records, and saves the missing ones of keyed messages.
+
+        Their publisher is another composition and has not saved them yet, or never will.
+        """
+        look = self._storage.getting([message.uuid for message in messages])
+
+        def adopt(turn: Transaction) -> dict[str, Task]:
+            found = look(turn)
+            first: dict[str, Task] = {}
+            for message in messages:
+                if message.submission and message.uuid not in found:
+                    first.setdefault(message.uuid, record_of(message))
+            self._saving(list(first.values()))(turn)
+            return found | first
+
+        return adopt
 
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]

@@ -8,51 +8,59 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from qtasks_core.errors import (
-    Closed,
-    ConfigurationError,
-    QTasksError,
-    ServerTooOld,
-    Unavailable,
-)
-from qtasks_core.options import LEASE_TIME, RETENTION_TIME, one_of
-from qtasks_core.urls import redact, refuse_options
+import msgspec
+from msgspec.structs import replace
+
+from qtasks_core.errors import Closed, ConfigurationError, ServerTooOld, Unavailable
 from qtasks_sqlite.doorbell import Doorbell
+from qtasks_sqlite.errors import PATIENCE, translate
 from qtasks_sqlite.filesystem import warn_of_network
+from qtasks_sqlite.options import Synchronous
 from qtasks_sqlite.schema import migrate
 
 if TYPE_CHECKING:
-    import sqlite3
+    from sqlite3 import Connection, Cursor
 
     from qtasks_core import Guarantees
 
 T = TypeVar("T")
-Synchronous: TypeAlias = Literal["normal", "full"]
 
 _Work: TypeAlias = tuple[Callable[[], Any], "asyncio.Future[Any]"]
 
-PATIENCE = 5.0
-"""Seconds to wait for a lock that another process holds."""
-SYNCHRONOUS = one_of("normal", "full")
-OPTIONS = {"lease": LEASE_TIME, "synchronous": SYNCHRONOUS, "retention": RETENTION_TIME}
 _TRUSTED = 0.05
 """Seconds until the next check of the file. Each check releases the interpreter lock."""
 _OLDEST = (3, 38)
+# Only a few sizes, so that all their statements stay prepared.
+_SIZES = (256, 64, 16, 4, 1)
+INLINE = 4096
+"""Blobs of up to this many bytes are aggregated. For larger ones, one step each is cheaper."""
+
+
+def array(values: Iterable[Any]) -> str:
+    """Return values as a JSON array, for `IN (SELECT value FROM json_each(?))`."""
+    return msgspec.json.encode(list(values)).decode()
 
 
 class Transaction:
-    """One turn in the database's thread, as its jobs see it."""
+    """One turn in the database's thread, as its jobs see it.
 
-    def __init__(self, connection: sqlite3.Connection, ids: dict[tuple[int, str], int]) -> None:
-        self.execute = connection.execute
+    Its methods read and write many rows in few steps. The driver releases the interpreter lock for
+    each step. In a busy process it then waits for the lock up to the switch interval. So 500 rows
+    one by one take half a second, but some milliseconds in few steps. Therefore multi-row VALUES
+    insert rows, and queries aggregate their rows into one.
+    """
+
+    def __init__(self, connection: Connection, ids: dict[tuple[int, str], int]) -> None:
+        self.execute: Callable[..., Cursor] = connection.execute
         self.rung_queues: set[int] = set()
         """Queues in which a message became receivable, or will be earlier than before."""
         self.letters: dict[str, list[str]] = {}
@@ -99,6 +107,46 @@ class Transaction:
             ).fetchall()
             found = self._found[key] = int(rows[0][0])
         return found
+
+    def insert(self, into: str, rows: Sequence[tuple[Any, ...]], then: str = "") -> None:
+        """Run `INSERT into VALUES rows then` for all rows, in few steps."""
+        done = 0
+        for size in _SIZES:
+            while len(rows) - done >= size:
+                marks = "(" + ",".join("?" * len(rows[0])) + ")"
+                statement = f"INSERT {into} VALUES {','.join([marks] * size)} {then}"
+                self.execute(statement, list(chain.from_iterable(rows[done : done + size])))
+                done += size
+
+    def select(self, columns: str, rest: str, parameters: Sequence[Any]) -> list[list[Any]]:
+        """Return the rows of `SELECT columns rest`, which must not contain blobs, in one step."""
+        (rows,) = self.execute(
+            f"SELECT json_group_array(json_array({columns})) {rest}", parameters
+        ).fetchone()
+        return msgspec.json.decode(rows, type=list[list[Any]])
+
+    def select_blobs(
+        self, table: str, key: str, columns: str, where: str, parameters: Sequence[Any]
+    ) -> Iterator[tuple[list[Any], bytes]]:
+        """Yield `[key, *columns]` and `data` of the rows of a table, all small blobs in one step.
+
+        `key` must be unique among the rows that `where` selects.
+        """
+        rows, blobs = self.execute(
+            f"SELECT json_group_array(json_array({key}, {columns})), "
+            f"group_concat(CASE WHEN length(data) <= {INLINE} THEN hex(data) ELSE '' END) "
+            f"FROM {table} WHERE {where}",
+            parameters,
+        ).fetchone()
+        if blobs is None:
+            return
+        decoded = msgspec.json.decode(rows, type=list[list[Any]])
+        for row, blob in zip(decoded, blobs.split(","), strict=True):
+            if blob:
+                yield row, bytes.fromhex(blob)
+            else:
+                one = f"SELECT data FROM {table} WHERE ({where}) AND {key} = ?"
+                yield row, self.execute(one, [*parameters, row[0]]).fetchone()[0]
 
     def after_commit(self, action: Callable[[], None]) -> None:
         """Run an action in this thread once this transaction is durable."""
@@ -151,7 +199,7 @@ class Database:
         Thread(target=self._serve, name=f"qtasks {path.name}", daemon=True).start()
         self.in_turn = Lock()
         """The thread holds it while it works: see `_close_before_fork`."""
-        self._connection: sqlite3.Connection | None = None
+        self._connection: Connection | None = None
         self._inodes: list[tuple[int, int] | None] | None = None
         """Those of the file and of the directory of bells, as they were first opened."""
         self._looked = 0.0
@@ -257,7 +305,7 @@ class Database:
             try:
                 return self._attempt(jobs, writes)
             except sqlite3.Error as error:
-                translated = _translate(error, self.path)
+                translated = translate(error, self.path)
                 if translated is None:
                     raise
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
@@ -319,16 +367,16 @@ class Database:
         except OSError as error:
             raise Unavailable(f"cannot ring the bells of {self.path}: {error.strerror}") from error
 
-    def _connect(self) -> sqlite3.Connection:
-        driver = _driver()
-        if driver.sqlite_version_info < _OLDEST:
-            raise ServerTooOld(f"SQLite {driver.sqlite_version} is too old, 3.38 is needed")
+    def _connect(self) -> Connection:
+        sqlite3 = _driver()
+        if sqlite3.sqlite_version_info < _OLDEST:
+            raise ServerTooOld(f"SQLite {sqlite3.sqlite_version} is too old, 3.38 is needed")
         # If this check is not permitted, SQLite reports it when it opens the file.
         with suppress(PermissionError):
             if not self.path.parent.is_dir():
                 raise ConfigurationError(f"{self.path.parent} is not a directory: create it first")
         warn_of_network(self.path)
-        connection: sqlite3.Connection = driver.connect(
+        connection: Connection = sqlite3.connect(
             self.path,
             timeout=0,
             isolation_level=None,
@@ -451,41 +499,8 @@ async def disconnect(database: Database) -> None:
         await database.close()
 
 
-def path_of(url: str) -> Path:
-    """Return the absolute path that a URL without options names.
-
-    Raises `ConfigurationError` if the URL has a host, no path, or options.
-    """
-    refuse_options(url, OPTIONS)
-    scheme, _, location = url.partition("?")[0].partition("://")
-    if scheme != "sqlite" or not location.startswith("/") or location == "/":
-        raise ConfigurationError(
-            f"{redact(url)} names no file: write sqlite:///relative.db or sqlite:////absolute.db"
-        )
-    if location == "/:memory:":
-        raise ConfigurationError("sqlite keeps tasks in a file; use memory:// for memory")
-    # Resolve links, so that all processes find the same doorbells by any path.
-    return Path(location[1:]).resolve()
-
-
-def durability(synchronous: Synchronous) -> tuple[Literal["server crash", "machine crash"], str]:
-    """Return the worst event that a level survives, and why.
-
-    Raises `ConfigurationError` for an unknown level.
-    """
-    if SYNCHRONOUS.checked("synchronous", synchronous) == "full":
-        return "machine crash", "WAL, synchronous=FULL: a commit is synced to the disk"
-    return (
-        "server crash",
-        "WAL, synchronous=NORMAL: any process may be killed; a crash of the machine may lose the "
-        "last commits, and never corrupts the file (?synchronous=full syncs each)",
-    )
-
-
 def with_server(guarantees: Guarantees) -> Guarantees:
     """Return guarantees with the version of SQLite added."""
-    from msgspec.structs import replace
-
     return replace(guarantees, server=f"SQLite {_driver().sqlite_version}")
 
 
@@ -496,24 +511,3 @@ def _driver() -> Any:
     except ImportError as error:
         raise ConfigurationError("sqlite:// needs a Python built with SQLite") from error
     return sqlite3
-
-
-def _translate(error: sqlite3.Error, path: Path) -> QTasksError | None:
-    """Return the QTasks error for an error of the file. None for an error of the statement."""
-    name = getattr(error, "sqlite_errorname", None) or ""
-    for prefix, kind, advice in (
-        ("SQLITE_BUSY", Unavailable, f"another process has held its lock for {PATIENCE:g} s"),
-        ("SQLITE_LOCKED", Unavailable, "it is locked within this process"),
-        ("SQLITE_FULL", Unavailable, "the disk is full: free some space"),
-        ("SQLITE_IOERR", Unavailable, f"the disk failed ({name})"),
-        ("SQLITE_PROTOCOL", Unavailable, "its lock could not be had"),
-        ("SQLITE_READONLY", ConfigurationError, "it cannot be written: check its permissions"),
-        ("SQLITE_PERM", ConfigurationError, "access is denied: check its permissions"),
-        ("SQLITE_CANTOPEN", ConfigurationError, "it cannot be opened: check path and permissions"),
-        ("SQLITE_NOTADB", ConfigurationError, "it is no SQLite database: name another file"),
-        ("SQLITE_CORRUPT", ConfigurationError, "it is corrupt: restore it or name another file"),
-        ("SQLITE_SCHEMA", Unavailable, "its schema changed meanwhile"),
-    ):
-        if name.startswith(prefix):
-            return kind(f"{path}: {advice}")
-    return None

@@ -7,10 +7,9 @@ from contextlib import suppress
 from typing import Protocol
 
 from qtasks_core import Inbox, Task
-from qtasks_core.awaited import Awaited
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_sqlite import batches
-from qtasks_sqlite.connection import Database, Transaction
+from qtasks_core.receivers import Awaited
+from qtasks_sqlite.connection import Database, Transaction, array
 from qtasks_sqlite.doorbell import Bell
 
 _UNWATCH = """
@@ -81,11 +80,11 @@ class SqliteInbox(Inbox):
 
         def watch(turn: Transaction) -> dict[str, Task]:
             into = "OR IGNORE INTO qtasks_watchers (namespace, uuid, address)"
-            batches.insert(turn.execute, into, rows)
+            turn.insert(into, rows)
             found = finals(turn)
             over = [*found, *forgotten]
             if over:
-                turn.execute(_UNWATCH, (namespace, batches.array(over), address))
+                turn.execute(_UNWATCH, (namespace, array(over), address))
             return found
 
         return watch

@@ -11,8 +11,7 @@ from qtasks_core.errors import WireError
 from qtasks_core.queries import Place
 from qtasks_core.records import RANK, RANKS, unreadable
 from qtasks_core.wire import decode_task
-from qtasks_sqlite import batches
-from qtasks_sqlite.connection import Transaction
+from qtasks_sqlite.connection import Transaction, array
 from qtasks_sqlite.schema import REMARKABLE
 
 _LOOKED_AT = 5000
@@ -108,7 +107,7 @@ def deleting(namespace: int, uuids: Sequence[str]) -> Callable[[Transaction], in
     these = "namespace = ? AND uuid IN (SELECT value FROM json_each(?))"
 
     def delete(turn: Transaction) -> int:
-        which = namespace, batches.array(uuids)
+        which = namespace, array(uuids)
         turn.execute(f"DELETE FROM qtasks_streams WHERE {these}", which)
         return turn.execute(f"DELETE FROM qtasks_records WHERE {these}", which).rowcount
 
@@ -122,8 +121,7 @@ def expiring(namespace: int) -> Callable[[Transaction], tuple[int, bool]]:
     """
 
     def expire(turn: Transaction) -> tuple[int, bool]:
-        rows = batches.select(
-            turn.execute,
+        rows = turn.select(
             "uuid",
             "FROM (SELECT uuid FROM qtasks_records INDEXED BY qtasks_expiring "
             f"WHERE namespace = ? AND expires_at <= ? LIMIT {_DELETED})",

@@ -10,7 +10,6 @@ from msgspec import UNSET, UnsetType
 from qtasks_core import Claim
 from qtasks_core.names import checked_id
 from qtasks_core.schemas import LONGEST_ID
-from qtasks_sqlite import batches
 from qtasks_sqlite.connection import Transaction
 from qtasks_sqlite.listening import channel
 
@@ -139,8 +138,7 @@ def appending(namespace: int, uuid: str, items: Sequence[bytes]) -> Callable[[Tr
             (namespace, uuid),
         ).fetchone()
         now = time.time()
-        batches.insert(
-            turn.execute,
+        turn.insert(
             "INTO qtasks_streams (namespace, uuid, position, appended_at, data)",
             [(namespace, uuid, at, now, item) for at, item in enumerate(items, last + 1)],
         )
@@ -155,8 +153,8 @@ def reading(
     where = "namespace = ? AND uuid = ? AND position > ?"
 
     def read(turn: Transaction) -> list[tuple[int, bytes]]:
-        rows = batches.select_blobs(
-            turn.execute, "qtasks_streams", "position", "uuid", where, (namespace, uuid, after)
+        rows = turn.select_blobs(
+            "qtasks_streams", "position", "uuid", where, (namespace, uuid, after)
         )
         return sorted((position, data) for (position, _), data in rows)
 

@@ -39,20 +39,19 @@ from qtasks_core.records import (
 from qtasks_core.together import together
 from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import decode_task, encode_task
-from qtasks_sqlite import batches, listing, shared
+from qtasks_sqlite import listing, shared
 from qtasks_sqlite.connection import (
     Database,
-    Synchronous,
     Transaction,
+    array,
     connect,
     disconnect,
-    durability,
     migrated,
-    path_of,
     with_server,
 )
 from qtasks_sqlite.inbox import SqliteInbox
 from qtasks_sqlite.listening import Listeners
+from qtasks_sqlite.options import Synchronous, durability, path_of
 
 # A record keeps its first `created_at`, its place in lists. So an update does not touch the index.
 _INTO = (
@@ -106,7 +105,7 @@ class SqliteStorage(Storage):
 
         def enter(turn: Transaction) -> int:
             # List the addresses under the lock: an inbox listens before it writes a row here.
-            alive = batches.array(database.doorbell.addresses())
+            alive = array(database.doorbell.addresses())
             turn.execute(
                 "DELETE FROM qtasks_watchers WHERE address NOT IN (SELECT value FROM json_each(?))",
                 (alive,),
@@ -148,9 +147,7 @@ class SqliteStorage(Storage):
                 else:
                     there[task.uuid] = order
                     accepted[task.uuid] = task
-            batches.insert(
-                turn.execute, _INTO, [rows[id(task)] for task in accepted.values()], _REPLACE
-            )
+            turn.insert(_INTO, [rows[id(task)] for task in accepted.values()], _REPLACE)
             self._tell(turn, [task for task in accepted.values() if task.status in FINAL])
             return self._outcomes(turn, tasks, refused)
 
@@ -171,11 +168,10 @@ class SqliteStorage(Storage):
         )
 
     def _there(self, turn: Transaction, uuids: set[str]) -> dict[str, tuple[int, str]]:
-        rows = batches.select(
-            turn.execute,
+        rows = turn.select(
             "uuid, ord, execution",
             f"FROM qtasks_records WHERE {_KEPT}",
-            (self.namespace, batches.array(uuids), time.time()),
+            (self.namespace, array(uuids), time.time()),
         )
         return {uuid: (order, execution) for uuid, order, execution in rows}
 
@@ -188,9 +184,9 @@ class SqliteStorage(Storage):
                 turn.letters.setdefault(task.reply_to, []).append(task.uuid)
         if turn.execute("SELECT 1 FROM qtasks_watchers LIMIT 1").fetchone() is None:
             return
-        these = self.namespace, batches.array(task.uuid for task in finals)
+        these = self.namespace, array(task.uuid for task in finals)
         watchers = f"FROM qtasks_watchers WHERE {_THESE}"
-        for uuid, address in batches.select(turn.execute, "uuid, address", watchers, these):
+        for uuid, address in turn.select("uuid, address", watchers, these):
             turn.letters.setdefault(address, []).append(uuid)
         turn.execute(f"DELETE {watchers}", these)
 
@@ -212,12 +208,12 @@ class SqliteStorage(Storage):
         self, uuids: Iterable[str], *, final: bool = False
     ) -> Callable[[Transaction], dict[str, Task]]:
         """Return the work that reads these records, or only the final ones among them."""
-        wanted = batches.array(uuids)
+        wanted = array(uuids)
         where = f"{_KEPT} AND ord % {RANKS} >= {FIRST_FINAL}" if final else _KEPT
 
         def get(turn: Transaction) -> dict[str, Task]:
             these = self.namespace, wanted, time.time()
-            rows = batches.select_blobs(turn.execute, "qtasks_records", "uuid", "ord", where, these)
+            rows = turn.select_blobs("qtasks_records", "uuid", "ord", where, these)
             found: dict[str, Task] = {}
             for (uuid, _), data in rows:
                 try:

@@ -17,11 +17,9 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Closed
-from qtasks_core.leftovers import Leftovers, Shielded
-from qtasks_core.settling import Recent, SettleCall
+from qtasks_core.receivers import Leftovers, Recent, SettleCall, Shielded
 from qtasks_core.wire import decode_message
-from qtasks_sqlite import batches
-from qtasks_sqlite.connection import Database, Transaction
+from qtasks_sqlite.connection import Database, Transaction, array
 from qtasks_sqlite.doorbell import Bell
 
 Fence: TypeAlias = tuple[int, int]
@@ -155,8 +153,7 @@ class SqliteSubscription(Subscription):
         if not turn.execute(_TAKE, take).rowcount:
             return
         until, holder, queue, _ = take
-        rows = batches.select_blobs(
-            turn.execute, "qtasks_messages", "id", "count, priority", _TAKEN,
+        rows = turn.select_blobs("qtasks_messages", "id", "count, priority", _TAKEN,
             (queue, until, holder),
         )  # fmt: skip
         for (row, count, _), data in sorted(rows, key=lambda row: (-row[0][2], row[0][0])):
@@ -202,8 +199,8 @@ class SqliteSubscription(Subscription):
 
     def _mine(self, turn: Transaction, deliveries: Sequence[Delivery]) -> set[Fence]:
         """Return the fences of those deliveries whose lease holds."""
-        ids = batches.array(delivery.fence[0] for delivery in deliveries)
-        rows = batches.select(turn.execute, "id, holder", _HELD, (ids, time.time()))
+        ids = array(delivery.fence[0] for delivery in deliveries)
+        rows = turn.select("id, holder", _HELD, (ids, time.time()))
         return {(row, holder) for row, holder in rows}
 
     def _change(
@@ -214,11 +211,11 @@ class SqliteSubscription(Subscription):
         retried: list[TaskMessage],
     ) -> None:
         if ended:
-            turn.execute(f"DELETE FROM qtasks_messages {_THESE}", (batches.array(ended),))
+            turn.execute(f"DELETE FROM qtasks_messages {_THESE}", (array(ended),))
         if released:
             turn.execute(
                 f"UPDATE qtasks_messages SET wake_at = NULL, holder = 0 {_THESE}",
-                (batches.array(released),),
+                (array(released),),
             )
         if retried:
             self._broker.publishing(retried)(turn)
@@ -230,7 +227,7 @@ class SqliteSubscription(Subscription):
             if held:
                 turn.execute(
                     f"UPDATE qtasks_messages SET wake_at = ? {_THESE}",
-                    (time.time() + self._broker.lease, batches.array(held)),
+                    (time.time() + self._broker.lease, array(held)),
                 )
             return mine
 

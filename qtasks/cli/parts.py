@@ -9,8 +9,7 @@ import click
 from msgspec.structs import asdict
 
 from qtasks import control
-from qtasks.bridge.io_thread import io_thread
-from qtasks.bridge.reply import block_on
+from qtasks.bridge.crossing import block_on, io_thread
 from qtasks.cli.output import json_option, print_fields, print_json
 from qtasks.cli.session import CONNECT_TIMEOUT, Session, pass_session
 from qtasks.client.retrying import retry

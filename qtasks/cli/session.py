@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import click
 
 from qtasks.app import App, default_app, import_app, import_named
-from qtasks.bridge.reply import block_on
+from qtasks.bridge.crossing import block_on
 from qtasks.cli.output import JsonLog
 from qtasks.declare.routers import Router
 from qtasks_core.errors import ConfigurationError

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from qtasks import control
 from qtasks.app import App
-from qtasks.bridge.reply import block_on
+from qtasks.bridge.crossing import block_on
 from qtasks.cli.arguments import read_arguments
 from qtasks.cli.batches import apply
 from qtasks.cli.output import (

@@ -15,8 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
-from qtasks.bridge.io_thread import IOThread
-from qtasks.bridge.reply import Reply, anew
+from qtasks.bridge.crossing import IOThread, Reply, anew
 from qtasks.client import retrying
 from qtasks.client.batcher import Batcher
 from qtasks.client.late import look_once, unconfirmed
@@ -24,8 +23,8 @@ from qtasks.client.retrying import Backoff, Outage, retry
 from qtasks.client.times import Clock
 from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
 from qtasks_core.errors import Closed, PayloadTooLarge, Refused, TaskTimeout, Unavailable
-from qtasks_core.records import ENVELOPE, FINAL
-from qtasks_core.separate import compose, record_of
+from qtasks_core.records import ENVELOPE, FINAL, record_of
+from qtasks_core.separate import compose
 
 logger = logging.getLogger("qtasks")
 

@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-from qtasks.bridge.io_thread import IOThread, io_thread, running_io_thread
-from qtasks.bridge.reply import Reply, anew
+from qtasks.bridge.crossing import IOThread, Reply, anew, io_thread, running_io_thread
 from qtasks.client.client import Client
 from qtasks.client.parts import built_parts
 from qtasks.client.retrying import retry

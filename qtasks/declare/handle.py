@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from qtasks.bridge.reply import block_on
+from qtasks.bridge.crossing import block_on
 from qtasks.codec.serializers import MsgpackSerializer
 from qtasks_core import Status, schemas
 from qtasks_core.errors import TaskCancelled, TaskFailed, TaskNotFinished

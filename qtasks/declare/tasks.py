@@ -14,15 +14,15 @@ from weakref import ref
 from uuid_utils import uuid7
 
 from qtasks.app import App, default_app
-from qtasks.bridge.reply import block_on
+from qtasks.bridge.crossing import block_on
 from qtasks.client.lifecycle import not_started
 from qtasks.declare.handle import BlockingTask, Task
 from qtasks.execution.definition import TaskDefinition
 from qtasks_core import TaskMessage
 from qtasks_core.errors import AmbiguousApp, ConfigurationError, PayloadTooLarge
 from qtasks_core.names import checked_name, is_text
+from qtasks_core.records import record_of
 from qtasks_core.schemas import LONGEST
-from qtasks_core.separate import record_of
 
 P = ParamSpec("P")
 R = TypeVar("R")

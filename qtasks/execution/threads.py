@@ -13,7 +13,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-from qtasks.bridge.reply import Reply
+from qtasks.bridge.crossing import Reply
 
 R = TypeVar("R")
 

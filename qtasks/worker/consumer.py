@@ -16,9 +16,9 @@ from qtasks.client.client import Client
 from qtasks.client.retrying import Retrying
 from qtasks.client.times import LEASES, kept_for
 from qtasks.worker.completer import Completer
-from qtasks.worker.job import Job, Jobs, count_in
+from qtasks.worker.job import Job, Jobs, count_in, is_candidate
 from qtasks.worker.life import Life
-from qtasks.worker.poison import PoisonCandidates, is_candidate, poisoned
+from qtasks.worker.poison import PoisonCandidates, poisoned
 from qtasks.worker.states import DISCARDED
 from qtasks_core import (
     Ack,
@@ -122,7 +122,7 @@ class Consumer:
     async def receive(self, subscription: Subscription) -> None:
         """Receive and start jobs until the worker stops."""
         while not self._life.stopping.is_set():
-            if self._candidates.is_due:
+            if self._candidates.waiting and self._candidates.is_due:
                 await self._candidates.run_next()
                 continue
             free = self._free()
@@ -177,9 +177,8 @@ class Consumer:
 
     def _look_again(self) -> None:
         """Interrupt a call that waits for deliveries if other work is due."""
-        if self._receiving is not None and (
-            self._life.stopping.is_set() or self._candidates.is_due
-        ):
+        other_work = self._candidates.waiting and self._candidates.is_due
+        if self._receiving is not None and (other_work or self._life.stopping.is_set()):
             self._interrupt()
 
     def _interrupt(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from qtasks.balancers import Greedy
-from qtasks.bridge.io_thread import IOThread, io_thread
+from qtasks.bridge.crossing import IOThread, io_thread
 from qtasks.client.client import Client
 from qtasks.client.lifecycle import START_TIMEOUT
 from qtasks.execution.definition import TaskDefinition

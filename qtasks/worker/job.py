@@ -9,7 +9,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from qtasks.bridge.reply import EntryQueue
+from qtasks.bridge.crossing import EntryQueue
 from qtasks.worker.states import (
     ADMITTING,
     CANCEL,
@@ -35,10 +35,12 @@ from qtasks_core import (
     Task,
     TaskMessage,
 )
+from qtasks_core.records import record_of
 from qtasks_core.schemas import LONGEST
-from qtasks_core.separate import record_of
 
 _WITH_THE_RUNNER = (RUNNING, CANCELLING)
+_CANDIDATE_FROM = 3
+"""From this delivery on a message is a poison candidate."""
 ISOLATED_RUNS = "qtasks-lone-runs"
 """The header of a record that counts isolated runs. Workers of other releases read it too."""
 
@@ -207,6 +209,16 @@ class Job:
 def counted(record: Task, runs: int) -> Task:
     """Return the record with this number of isolated runs."""
     return replace(record, headers={**record.headers, ISOLATED_RUNS: str(runs)})
+
+
+def is_candidate(delivery: Delivery, record: Task | None) -> bool:
+    """Return whether a delivery has to run in isolation, if it runs at all."""
+    return (delivery.count or 1) >= _CANDIDATE_FROM or isolated_runs(record) > 0
+
+
+def isolated_runs(record: Task | None) -> int:
+    """Return how many isolated runs of a message have started, by its record."""
+    return count_in(record.headers, ISOLATED_RUNS) if record is not None else 0
 
 
 def count_in(headers: Mapping[str, str], name: str) -> int:

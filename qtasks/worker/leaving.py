@@ -15,7 +15,7 @@ from contextlib import suppress
 from threading import Event, Thread
 from types import CodeType, FrameType
 
-from qtasks.bridge.io_thread import end_at_exit
+from qtasks.bridge.crossing import end_at_exit
 
 logger = logging.getLogger("qtasks")
 

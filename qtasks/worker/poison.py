@@ -17,30 +17,18 @@ from functools import partial
 
 from qtasks.client.retrying import Retrying
 from qtasks.worker.completer import Completer
-from qtasks.worker.job import ISOLATED_RUNS, Job, Jobs, count_in, counted
+from qtasks.worker.job import Job, Jobs, counted, isolated_runs
 from qtasks.worker.states import DISCARDED
-from qtasks_core import Delivery, Outcome, Storage, Task
+from qtasks_core import Outcome, Storage, Task
 from qtasks_core.records import not_taken, within
 
 logger = logging.getLogger("qtasks")
 
-_CANDIDATE_FROM = 3
-"""From this delivery on a message is a candidate."""
 _MOST_ISOLATED_RUNS = 3
 """A candidate that has not finished after so many isolated runs is poison."""
 ISOLATION = 10.0
 """Seconds after which others run beside a candidate that is still running. If it crashes the worker
 then, they become candidates too, and each of them has an isolated run that it survives."""
-
-
-def isolated_runs(record: Task | None) -> int:
-    """Return how many isolated runs of a message have started, by its record."""
-    return count_in(record.headers, ISOLATED_RUNS) if record is not None else 0
-
-
-def is_candidate(delivery: Delivery, record: Task | None) -> bool:
-    """Return whether a delivery has to run in isolation, if it runs at all."""
-    return (delivery.count or 1) >= _CANDIDATE_FROM or isolated_runs(record) > 0
 
 
 def poisoned(record: Task | None) -> str | None:
@@ -67,28 +55,29 @@ class PoisonCandidates:
         self._completer = completer
         self._retrying = retrying
         self._stopping = stopping
-        self._waiting: deque[tuple[Job, int]] = deque()
+        self.waiting: deque[tuple[Job, int]] = deque()
+        """Those that have not run yet, with the number of their isolated runs so far."""
         self._isolated: Job | None = None
         """The last that ran in isolation; it may still run, with others beside it."""
 
     @property
     def is_due(self) -> bool:
         """Whether a candidate waits, and the last one is completed."""
-        return bool(self._waiting) and (self._isolated is None or self._isolated not in self._jobs)
+        return bool(self.waiting) and (self._isolated is None or self._isolated not in self._jobs)
 
     def add(self, job: Job, record: Task | None) -> None:
         """Take a candidate that waits for its isolated run."""
         job.set_aside()
-        self._waiting.append((job, isolated_runs(record)))
+        self.waiting.append((job, isolated_runs(record)))
 
     async def run_next(self) -> None:
         """Run one candidate once nothing else runs; return when others may run again."""
         await self._jobs.until(lambda: self._jobs.idle or self._stopping.is_set())
         if self._stopping.is_set():
             return
-        job, runs = self._waiting[0]
+        job, runs = self.waiting[0]
         if job.is_lost or job.state is DISCARDED:
-            self._waiting.popleft()
+            self.waiting.popleft()
             self._completer.release([job])
             return
         logger.warning(
@@ -104,7 +93,7 @@ class PoisonCandidates:
             outcome = await self._save(record)
         if outcome is None:
             return  # the worker stops, and releases it
-        self._waiting.popleft()
+        self.waiting.popleft()
         if outcome.status == "refused":
             self._drop(job, record, outcome)
         else:
@@ -142,5 +131,5 @@ class PoisonCandidates:
 
     def release(self) -> None:
         """Release those that have not run."""
-        self._completer.release([job for job, _ in self._waiting])
-        self._waiting.clear()
+        self._completer.release([job for job, _ in self.waiting])
+        self.waiting.clear()

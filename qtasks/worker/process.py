@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from qtasks.bridge.io_thread import io_thread
+from qtasks.bridge.crossing import io_thread
 from qtasks.bridge.stop_signals import StopSignals
 from qtasks.execution.child import is_child
 from qtasks.execution.threads import busy_threads

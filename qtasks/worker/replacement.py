@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 
-from qtasks.bridge.io_thread import io_thread
+from qtasks.bridge.crossing import io_thread
 from qtasks.client.retrying import Backoff
 from qtasks.worker.hosted import App, HostedWorker, RunningWorker, WorkerOptions
 from qtasks_core.errors import Closed, ConfigurationError, NotSupported

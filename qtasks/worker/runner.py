@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qtasks.bridge.reply import EntryQueue
+from qtasks.bridge.crossing import EntryQueue
 from qtasks.execution.chain import Call, decided, in_middleware
 from qtasks.execution.definition import TaskDefinition
 from qtasks.execution.failures import line_of, logged, reason_of, storable, trace_of

@@ -16,7 +16,7 @@ from typing import Any
 
 from uuid_utils import uuid7
 
-from qtasks.bridge.reply import EntryQueue
+from qtasks.bridge.crossing import EntryQueue
 from qtasks.client.client import Client
 from qtasks.client.retrying import Retrying
 from qtasks.worker.cancelling import Cancelling

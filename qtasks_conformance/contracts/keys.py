@@ -29,7 +29,8 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Unavailable
-from qtasks_core.separate import compose, record_of
+from qtasks_core.records import record_of
+from qtasks_core.separate import compose
 
 QUIET = 1.0
 """Seconds without a delivery after which the queue counts as empty. A message that comes later

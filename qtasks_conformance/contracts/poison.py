@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from qtasks.worker.job import counted
-from qtasks.worker.poison import is_candidate, isolated_runs, poisoned
+from qtasks.worker.job import counted, is_candidate, isolated_runs
+from qtasks.worker.poison import poisoned
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delays import assert_on_time, clock
@@ -15,8 +15,8 @@ from qtasks_conformance.elsewhere import Elsewhere
 from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
 from qtasks_conformance.waiting import assert_silent, collect
 from qtasks_core import Completion, Delivery, Retry, Storage
-from qtasks_core.records import FINAL
-from qtasks_core.separate import compose, record_of
+from qtasks_core.records import FINAL, record_of
+from qtasks_core.separate import compose
 
 LIVES = 10
 """How many workers one message may kill, including those that the broker does not count."""

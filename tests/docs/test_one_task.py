@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST = 32
+MOST = 25
 """More would be too many to read in one sitting."""
 
 

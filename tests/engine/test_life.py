@@ -17,8 +17,7 @@ import pytest
 from qtasks import AsyncRouter, Closed, ConfigurationError, TaskTimeout
 from qtasks import app as app_module
 from qtasks.asyncio import QueueTasks
-from qtasks.bridge.io_thread import io_thread
-from qtasks.bridge.reply import _entry_queues
+from qtasks.bridge.crossing import _entry_queues, io_thread
 from qtasks_core import Task
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage

@@ -10,6 +10,7 @@ from msgspec.structs import replace
 
 from qtasks.asyncio import QueueTasks
 from qtasks.worker import poison
+from qtasks.worker.job import isolated_runs
 from qtasks_core import Delivery
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -58,7 +59,7 @@ async def test_a_candidate_runs_alone_with_its_count_made_durable(app: QueueTask
     @app.task(name="candidate")
     async def candidate(number: int) -> None:
         record = (await app.client.storage.get([uuids[number]]))[0]
-        counts.append(poison.isolated_runs(record))
+        counts.append(isolated_runs(record))
         await run(f"candidate {number}")
 
     async with app:
@@ -114,7 +115,7 @@ async def test_one_that_is_given_back_is_not_counted(app: QueueTasks) -> None:
             await begun.wait()
         for handle in (task, waiting):
             record = await app.get(handle.uuid)
-            assert poison.isolated_runs(record) == 0
+            assert isolated_runs(record) == 0
         async with app.worker():
             # Both were released; neither waits for its lease of 1 s.
             assert (await task.wait_result(0.8)).returning == "fine"
@@ -234,7 +235,7 @@ async def test_a_candidate_whose_turn_comes_with_the_stop_is_given_back_uncounte
 
     class Slow(MemoryStorage):
         async def save(self, tasks, transaction=None):  # type: ignore[no-untyped-def]
-            if poison.isolated_runs(tasks[0]) == 1:
+            if isolated_runs(tasks[0]) == 1:
                 saving.set()
                 while not let.is_set():  # noqa: ASYNC110  # set by another loop's thread
                     await asyncio.sleep(0.01)
@@ -253,6 +254,6 @@ async def test_a_candidate_whose_turn_comes_with_the_stop_is_given_back_uncounte
             assert await asyncio.to_thread(saving.wait, 5)
             asyncio.get_running_loop().call_later(0.1, let.set)
         assert runs == []
-        assert poison.isolated_runs(await app.get(task.uuid)) == 0
+        assert isolated_runs(await app.get(task.uuid)) == 0
         depth = await app.client.broker.depth("default")
         assert (depth.ready, depth.in_flight) == (1, 0)

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from qtasks import PayloadTooLarge
 from qtasks.asyncio import QueueTasks
-from qtasks.worker import poison
+from qtasks.worker.job import isolated_runs
 from qtasks_core import Guarantees, Outcome, Status, Task
 from qtasks_core.wire import encode_task
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -142,7 +142,7 @@ async def test_a_poison_candidate_over_the_limit_ends_as_an_error(
     @app.task(name="candidate")
     async def echo(text: str) -> str:
         (record,) = await app.client.storage.get([uuid])
-        counts.append(poison.isolated_runs(record))
+        counts.append(isolated_runs(record))
         return text
 
     async with app:

@@ -99,7 +99,7 @@ def test_an_interrupted_wait_is_taken_back(tmp_path: Path, monkeypatch: pytest.M
 
     with app:
         task = never.add_task()
-        monkeypatch.setattr("qtasks.bridge.reply.Event.wait", interrupted)
+        monkeypatch.setattr("qtasks.bridge.crossing.Event.wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             task.wait_result()
         monkeypatch.undo()

@@ -21,7 +21,7 @@ from httpx import ASGITransport, AsyncClient
 import qtasks.app
 from qtasks import Reject, TaskFailed, TaskTimeout, Unavailable, control
 from qtasks.asyncio import QueueTasks
-from qtasks.bridge.io_thread import io_thread
+from qtasks.bridge.crossing import io_thread
 from qtasks.integrations.fastapi import install_error_handlers, lifespan
 from qtasks_core import Storage, TaskPage, TaskQuery, schemas
 from qtasks_core.errors import Closed, MissingDriver, QTasksError, TaskCancelled

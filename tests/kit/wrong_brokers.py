@@ -27,8 +27,9 @@ from qtasks_core import (
     Verdict,
 )
 from qtasks_core.errors import ConfigurationError
-from qtasks_core.separate import SeparateComposition, record_of
-from qtasks_core.settling import Recent
+from qtasks_core.receivers import Recent
+from qtasks_core.records import record_of
+from qtasks_core.separate import SeparateComposition
 from qtasks_memory.connection import Entry, Memory, connect
 from qtasks_memory.subscription import MemorySubscription
 from tests.kit.served import Broker
@@ -545,15 +546,16 @@ class AdmitsWithoutRecording(Composes):
     """What has a key and no record runs, and leaves the key to others meanwhile."""
 
     class composition(SeparateComposition):
-        async def _records(self, messages: Sequence[TaskMessage]) -> list[Task | None]:
-            return await self._storage.get([message.uuid for message in messages])
+        async def _records(self, messages: Sequence[TaskMessage]) -> dict[str, Task]:
+            records = await self._storage.get([message.uuid for message in messages])
+            return {record.uuid: record for record in records if record is not None}
 
 
 class RecordsForItself(Composes):
     """The first record that a worker saves is not that of the message."""
 
     class composition(SeparateComposition):
-        async def _records(self, messages: Sequence[TaskMessage]) -> list[Task | None]:
+        async def _records(self, messages: Sequence[TaskMessage]) -> dict[str, Task]:
             first = [replace(record_of(message), execution="worker") for message in messages]
             await self._storage.save(first)
             return await super()._records(messages)

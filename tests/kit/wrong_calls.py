@@ -25,8 +25,9 @@ from qtasks_core import (
     Verdict,
 )
 from qtasks_core.errors import Unavailable
-from qtasks_core.separate import SeparateComposition, record_of
-from qtasks_core.settling import repeat_key
+from qtasks_core.receivers import repeat_key
+from qtasks_core.records import record_of
+from qtasks_core.separate import SeparateComposition
 from qtasks_memory.connection import Entry, Memory
 from qtasks_memory.inbox import MemoryInbox
 from qtasks_memory.subscription import MemorySubscription

@@ -34,8 +34,8 @@ from qtasks_core import (
     TaskMessage,
 )
 from qtasks_core.errors import Unavailable
-from qtasks_core.records import FINAL, RANK, judge
-from qtasks_core.separate import SeparateComposition, record_of, taken, verdict_of
+from qtasks_core.records import FINAL, RANK, judge, record_of, taken, verdict_of
+from qtasks_core.separate import SeparateComposition
 
 
 class Crash(BaseException):

@@ -29,7 +29,7 @@ from qtasks_sqlite import (
     filesystem,
     listing,
 )
-from qtasks_sqlite.connection import PATIENCE
+from qtasks_sqlite.errors import PATIENCE
 from qtasks_sqlite.subscription import SqliteSubscription
 
 MESSAGE = TaskMessage(uuid="u", task_name="t")

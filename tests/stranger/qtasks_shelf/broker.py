@@ -21,7 +21,7 @@ from qtasks_core import (
 )
 from qtasks_core.errors import Closed
 from qtasks_core.options import LEASE_TIME
-from qtasks_core.settling import Recent, repeat_key
+from qtasks_core.receivers import Recent, repeat_key
 from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_shelf.shelf import Row, Shelf, connect

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from qtasks_core import Delivery, Raw
-from qtasks_core.leftovers import Leftovers
+from qtasks_core.receivers import Leftovers
 
 
 def delivery(queue: str) -> Delivery:

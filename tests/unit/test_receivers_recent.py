@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtasks_core import Ack, Delivery, Release, Retry, TaskMessage
-from qtasks_core.settling import Recent, repeat_key
+from qtasks_core.receivers import Recent, repeat_key
 
 
 @given(st.lists(st.integers(0, 30), max_size=100), st.integers(1, 10))

@@ -1,7 +1,7 @@
 """What an inbox waits for, and what has arrived."""
 
 from qtasks_core import Task
-from qtasks_core.awaited import Awaited
+from qtasks_core.receivers import Awaited
 
 
 def final(uuid: str) -> Task:

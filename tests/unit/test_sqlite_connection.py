@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from qtasks_core.records import RANK, judge
 from qtasks_core.schemas import Status, Task
-from qtasks_sqlite import SqliteStorage, batches
+from qtasks_sqlite import SqliteStorage
+from qtasks_sqlite.connection import INLINE, Transaction
 
 STATUSES: list[Status] = list(RANK)
 
@@ -20,12 +21,13 @@ STATUSES: list[Status] = list(RANK)
 def test_rows_come_back_as_they_went(count: int) -> None:
     connection = sqlite3.connect(":memory:")
     connection.execute("CREATE TABLE t (id INTEGER PRIMARY KEY, name TEXT, data BLOB)")
-    sizes = (0, 1, 100, batches.INLINE, batches.INLINE + 1)
+    sizes = (0, 1, 100, INLINE, INLINE + 1)
+    turn = Transaction(connection, {})
     rows = [(n, f'"name", {n}', bytes([n % 256]) * sizes[n % 5]) for n in range(count)]
-    batches.insert(connection.execute, "INTO t (id, name, data)", rows)
-    found = batches.select_blobs(connection.execute, "t", "id", "name", "id >= ?", (0,))
+    turn.insert("INTO t (id, name, data)", rows)
+    found = turn.select_blobs("t", "id", "name", "id >= ?", (0,))
     assert sorted((row, name, data) for (row, name), data in found) == rows
-    names = batches.select(connection.execute, "id, name", "FROM t WHERE id >= ?", (0,))
+    names = turn.select("id, name", "FROM t WHERE id >= ?", (0,))
     assert sorted(names) == [[row, name] for row, name, _ in rows]
     connection.close()
 

@@ -9,8 +9,7 @@ import weakref
 
 import pytest
 
-from qtasks.bridge.io_thread import io_thread
-from qtasks.bridge.reply import Reply, block_on
+from qtasks.bridge.crossing import Reply, block_on, io_thread
 
 
 class Left(Reply[int]):
@@ -86,7 +85,7 @@ def test_a_wait_that_is_too_long_or_interrupted_is_taken_back(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qtasks.bridge.reply.Event.wait", interrupted)
+    monkeypatch.setattr("qtasks.bridge.crossing.Event.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reply.result()
     assert reply.times == 2

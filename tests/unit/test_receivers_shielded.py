@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
-from qtasks_core.leftovers import Shielded
+from qtasks_core.receivers import Shielded
 
 
 class Source:

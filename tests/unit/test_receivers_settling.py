@@ -1,7 +1,7 @@
 """Of two settlements of one delivery one is obeyed."""
 
 from qtasks_core import DONE, LOST, Ack, Delivery, Outcome, Release, Retry, TaskMessage
-from qtasks_core.settling import Recent, SettleCall
+from qtasks_core.receivers import Recent, SettleCall
 
 MESSAGE = TaskMessage(uuid="u", task_name="t")
 
