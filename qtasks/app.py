@@ -18,10 +18,10 @@ from uuid import UUID, uuid5
 from qtasks import control
 from qtasks.bridge.crossing import IOThread, Reply, io_thread, refuse_running_loop
 from qtasks.client.client import Client, Waiter
-from qtasks.client.late import LOOK
 from qtasks.client.lifecycle import START_TIMEOUT, Life, Lifecycle
+from qtasks.client.overdue import LOOK
 from qtasks.client.parts import given_parts
-from qtasks.client.unmet import USUAL, Unmet
+from qtasks.client.unsupported import USUAL, Unsupported
 from qtasks.codec.serializers import MsgpackSerializer
 from qtasks.execution.definition import TaskDefinition, checked_plugins
 from qtasks.worker.hosted import RunningWorker, WorkerOptions, working
@@ -76,7 +76,7 @@ class App(Lifecycle):
         name = checked_name(name or os.environ.get("QTASKS_NAME") or "qtasks", of)
         super().__init__(name, *given_parts(broker, storage))
         self.max_payload = max_payload
-        self.unmet = Unmet()
+        self.unsupported = Unsupported()
         """Logs, once each, the options that this broker or storage does not support."""
         self.definitions: dict[str, TaskDefinition] = {}
         self.plugins = checked_plugins(plugins)
@@ -103,7 +103,7 @@ class App(Lifecycle):
         priority = {name for name, asked in options.items() if asked.priority != USUAL}
         retention = {name for name, asked in options.items() if asked.retention is not None}
         if priority or retention:
-            self.unmet.declared(priority, retention, self.broker, self.storage)
+            self.unsupported.declared(priority, retention, self.broker, self.storage)
 
     def definition(self, name: str) -> TaskDefinition:
         """Return a registered task. Raises `UnknownTask`."""
@@ -146,7 +146,7 @@ class App(Lifecycle):
         client: Client,
     ) -> Reply[schemas.Task]:
         if message.priority != USUAL or message.retention is not None:
-            self.unmet.submitted((message,), self.broker, self.storage)
+            self.unsupported.submitted((message,), self.broker, self.storage)
         if timeout is None:
             reply: Reply[schemas.Task] = Reply()
             thread.post(client.submit, message, began + PUBLISH_TIMEOUT, reply)
@@ -181,7 +181,7 @@ class App(Lifecycle):
 
     async def _submit_all(self, messages: Sequence[TaskMessage]) -> None:
         client = await self.started_client()
-        self.unmet.submitted(messages, self.broker, self.storage)
+        self.unsupported.submitted(messages, self.broker, self.storage)
         for at in range(0, len(messages), _CHUNK):
             deadline = time.monotonic() + PUBLISH_TIMEOUT
             await client.submit_all(messages[at : at + _CHUNK], deadline)

@@ -113,9 +113,8 @@ class QueueTasks(App):
 
             await app.cancel(task.uuid)
 
-        Raises `UnknownTask` if it has no record, and `Unavailable` if the servers do not answer
-        for 10 seconds.
-        Raises `Refused` if the storage does not accept the record.
+        Raises `UnknownTask` if it has no record, `Unavailable` if the servers do not answer for 10
+        seconds, and `Refused` if the storage does not accept the record.
         """
         return await self.cancel_task(uuid)
 

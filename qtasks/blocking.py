@@ -111,9 +111,8 @@ class QueueTasks(App):
 
             app.cancel(task.uuid)
 
-        Raises `UnknownTask` if it has no record, and `Unavailable` if the servers do not answer
-        for 10 seconds.
-        Raises `Refused` if the storage does not accept the record.
+        Raises `UnknownTask` if it has no record, `Unavailable` if the servers do not answer for 10
+        seconds, and `Refused` if the storage does not accept the record.
         """
         return block_on(self.cancel_task, uuid)
 

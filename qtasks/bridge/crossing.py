@@ -187,7 +187,7 @@ def refuse_running_loop() -> None:
     )
 
 
-def anew(error: E) -> E:
+def copy_of(error: E) -> E:
     """Return a copy of an error, so that each caller raises a different object.
 
     If several callers raised one object, its traceback would contain the frames of all of them.

@@ -20,7 +20,7 @@ A larger batch would keep a server busy for longer than callers wait.
 class Batcher(Generic[T]):
     """Collects items and flushes them in batches of at most `size` items.
 
-    At most `flights` batches are in flight at a time. Meanwhile further items wait for the next
+    At most `in_flight` batches are in flight at a time. Meanwhile further items wait for the next
     batch, so batches grow with the load. `weigh` returns the bytes of an item; a batch of several
     items has at most 8 MiB.
 
@@ -32,16 +32,16 @@ class Batcher(Generic[T]):
         self,
         flush: Callable[[list[T]], Coroutine[Any, Any, None]],
         size: int,
-        flights: int,
+        in_flight: int,
         weigh: Callable[[T], int],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]] | None = None,
     ) -> None:
         self._flush = flush
         self._size = size
-        self._flights = flights
+        self._most_in_flight = in_flight
         self._weigh = weigh
         self._items: list[T] = []
-        self._under_way: dict[asyncio.Task[None], tuple[Coroutine[Any, Any, None], list[T]]] = {}
+        self._in_flight: dict[asyncio.Task[None], tuple[Coroutine[Any, Any, None], list[T]]] = {}
         self._scheduled = False
         self._loop = asyncio.get_running_loop()
         self._spawn = spawn or self._loop.create_task
@@ -57,18 +57,18 @@ class Batcher(Generic[T]):
         self._schedule()
 
     def _schedule(self) -> None:
-        if self._items and not self._scheduled and len(self._under_way) < self._flights:
+        if self._items and not self._scheduled and len(self._in_flight) < self._most_in_flight:
             self._scheduled = True
             self._loop.call_soon(self._launch)
 
     def _launch(self) -> None:
         self._scheduled = False
-        while self._items and len(self._under_way) < self._flights:
+        while self._items and len(self._in_flight) < self._most_in_flight:
             batch = self._take()
-            flight = self._flush(batch)
-            task = self._spawn(flight)
-            self._under_way[task] = flight, batch
-            task.add_done_callback(self._landed)
+            call = self._flush(batch)
+            task = self._spawn(call)
+            self._in_flight[task] = call, batch
+            task.add_done_callback(self._finished)
 
     def _take(self) -> list[T]:
         """Remove the items of the next batch, at least one, and return them."""
@@ -79,23 +79,23 @@ class Batcher(Generic[T]):
         self._items = self._items[len(batch) :]
         return batch
 
-    def _landed(self, task: asyncio.Task[None]) -> None:
-        del self._under_way[task]
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        del self._in_flight[task]
         self._schedule()
 
     async def drain(self) -> None:
         """Wait until all added items are flushed."""
-        while self._items or self._under_way:
-            await (asyncio.wait(self._under_way) if self._under_way else asyncio.sleep(0))
+        while self._items or self._in_flight:
+            await (asyncio.wait(self._in_flight) if self._in_flight else asyncio.sleep(0))
 
     async def close(self) -> list[T]:
         """Cancel the batches in flight; return the items that were never flushed."""
         left: list[T] = []
-        for task, (flight, batch) in self._under_way.items():
-            if getcoroutinestate(flight) == CORO_CREATED:
+        for task, (call, batch) in self._in_flight.items():
+            if getcoroutinestate(call) == CORO_CREATED:
                 left += batch  # cancelled now, it never starts
             task.cancel()
         left, self._items = left + self._items, []
-        if self._under_way:
-            await asyncio.wait(self._under_way)
+        if self._in_flight:
+            await asyncio.wait(self._in_flight)
         return left

@@ -15,10 +15,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
-from qtasks.bridge.crossing import IOThread, Reply, anew
+from qtasks.bridge.crossing import IOThread, Reply, copy_of
 from qtasks.client import retrying
 from qtasks.client.batcher import Batcher
-from qtasks.client.late import look_once, unconfirmed
+from qtasks.client.overdue import look_once, unconfirmed
 from qtasks.client.retrying import Backoff, Outage, retry
 from qtasks.client.times import Clock
 from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
@@ -151,7 +151,7 @@ class Client:
         """Fail all waits with `Closed`, and disconnect."""
         closed = Closed(f"the app {self.name!r} was stopped")
         for submission in await self._submissions.close():
-            submission.reply.fail(anew(closed))
+            submission.reply.fail(copy_of(closed))
         await self._watches.close()
         if self._listening is not None:
             self._listening.cancel()
@@ -291,7 +291,7 @@ class Client:
                     self._fail(late, unconfirmed(late.message, trouble))
                 if batch:
                     await asyncio.sleep(pause)
-                    batch = [_anew(submission) for submission in batch]
+                    batch = [_resubmitted(submission) for submission in batch]
             except asyncio.CancelledError:
                 self._fail_all(batch, Closed(f"the app {self.name!r} was stopped"))
                 raise
@@ -366,12 +366,12 @@ class Client:
 
     def _fail_all(self, batch: list[Submission], error: BaseException) -> None:
         for submission in batch:
-            self._fail(submission, anew(error))
+            self._fail(submission, copy_of(error))
 
     def _fail_waits(self, uuids: Sequence[str], error: BaseException) -> None:
         for uuid in uuids:
             for waiter in self._waiters.pop(uuid, ()):
-                waiter.fail(anew(error))
+                waiter.fail(copy_of(error))
 
     async def _watch(self, uuids: list[str]) -> None:
         """Have the inbox deliver results that are not sent to this client's address."""
@@ -457,7 +457,7 @@ class _Countdown(Reply[Task | None]):
             super().fail(self._first)
 
 
-def _anew(submission: Submission) -> Submission:
+def _resubmitted(submission: Submission) -> Submission:
     """Return the submission to retry; the first try may have published its message.
 
     A message with a key gets a new `submission` id, so that only one of the two runs. A message

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-from qtasks.bridge.crossing import IOThread, Reply, anew, io_thread, running_io_thread
+from qtasks.bridge.crossing import IOThread, Reply, copy_of, io_thread, running_io_thread
 from qtasks.client.client import Client
 from qtasks.client.parts import built_parts
 from qtasks.client.retrying import retry
@@ -122,9 +122,9 @@ class Lifecycle:
             return
         if life.failed is not None and asyncio.get_running_loop().time() > deadline:
             # A start before this one has failed, and this one has no time left for an attempt.
-            raise anew(life.failed)
+            raise copy_of(life.failed)
         if self._started_in not in (None, os.getpid()):
-            self._build_anew()
+            self._rebuild()
         client = Client(self.name, self.broker, self.storage, self._written_to)
         self._started_in = os.getpid()
         try:
@@ -137,7 +137,7 @@ class Lifecycle:
         self._was_stopped = False
         io_thread().held.add(client)
 
-    def _build_anew(self) -> None:
+    def _rebuild(self) -> None:
         """Replace the broker and the storage that a parent process has started.
 
         Raises `Closed` if they were given as objects.

@@ -148,7 +148,7 @@ class Retrying:
         self._outage = Outage("worker")
 
     @property
-    def fine(self) -> bool:
+    def healthy(self) -> bool:
         """Whether the last call succeeded, or failed more than 10 seconds ago."""
         failed_at = self._outage.failed_at
         return failed_at is None or time.monotonic() - failed_at > _FRESH

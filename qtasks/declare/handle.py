@@ -134,8 +134,8 @@ class Task(Handle[R]):
         """Cancel the task if it is queued or running.
 
         Returns False if it has already finished by itself. Raises `UnknownTask` if its record is
-        gone, and `Unavailable` if the servers do not answer for 10 seconds.
-        Raises `Refused` if the storage does not accept the record.
+        gone, `Unavailable` if the servers do not answer for 10 seconds, and `Refused` if the
+        storage does not accept the record.
         """
         return await self._app.cancel_task(self.uuid)
 
@@ -161,7 +161,7 @@ class BlockingTask(Handle[R]):
         """Cancel the task if it is queued or running.
 
         Returns False if it has already finished by itself. Raises `UnknownTask` if its record is
-        gone, and `Unavailable` if the servers do not answer for 10 seconds.
-        Raises `Refused` if the storage does not accept the record.
+        gone, `Unavailable` if the servers do not answer for 10 seconds, and `Refused` if the
+        storage does not accept the record.
         """
         return block_on(self._app.cancel_task, self.uuid)

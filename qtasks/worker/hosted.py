@@ -109,7 +109,7 @@ class HostedWorker:
             self._stop = asyncio.create_task(self._thread.run(self.worker.stop, grace))
         return {self._run, self._stop}
 
-    def close(self) -> Exception | None:
+    def result(self) -> Exception | None:
         """Free its resources after it has ended. Return the error with which it failed, or None."""
         self._runner.stop()
         if self._stop is not None and (error := self._stop.exception()) is not None:
@@ -185,7 +185,7 @@ async def working(
                     await _until_done({replacing}, running)
             finally:
                 await _until_done(running.hosted.stop(options.grace), running)
-                if (error := running.hosted.close()) is not None:
+                if (error := running.hosted.result()) is not None:
                     raise error
     finally:
         await app.stop_async()

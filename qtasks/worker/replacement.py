@@ -43,7 +43,7 @@ async def replace_failed(app: App, options: WorkerOptions, running: RunningWorke
         logger.warning("another worker follows %s in %.1f s", running.id, pause)
         await asyncio.sleep(pause)
         await asyncio.wait(running.hosted.stop(options.grace))
-        running.hosted.close()
+        running.hosted.result()
         try:
             running.hosted = await HostedWorker.start(app, options)
         except Exception as error:  # logged, and the next attempt follows

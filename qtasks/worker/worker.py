@@ -103,7 +103,7 @@ class Worker:
     @property
     def ready(self) -> bool:
         """Whether it receives, and its servers answer."""
-        return self._life.state is WorkerState.RECEIVING and self._retrying.fine
+        return self._life.state is WorkerState.RECEIVING and self._retrying.healthy
 
     @property
     def failure(self) -> Exception | None:

@@ -47,7 +47,7 @@ def test_every_command_has_it_also_for_its_errors(command: tuple[str, ...]) -> N
         (("nothing",), 2, "No such command 'nothing'."),
         (("call", "nope"), 2, "the app 'qtasks' knows no task 'nope'; it knows add"),
         (("call", "add", "1"), 2, "missing a required argument: 'y'"),
-        (("call", "add", "1", "2", "--wait", "0.2"), 5, "no end within 0.2 s"),
+        (("call", "add", "1", "2", "--wait", "0.2"), 5, "not finished within 0.2 s"),
         (("status", NOBODY), 1, f"there is no record of a task {NOBODY}"),
         (("status", "soon"), 2, "'soon' is not a valid UUID"),
         (("purge", "default"), 2, "with --json no question is asked: confirm with --yes"),

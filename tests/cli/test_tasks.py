@@ -87,7 +87,7 @@ def test_calls_with_one_key_are_one_task(qtasks: Command) -> None:
 def test_nobody_works_and_the_wait_is_over(qtasks: Command) -> None:
     said = qtasks("call", "add", "1", "2", "--wait", "0.2")
     assert said.code == 5
-    assert "no end within 0.2 s; no worker has begun it" in said.error
+    assert "not finished within 0.2 s; no worker has begun it" in said.error
 
 
 @pytest.mark.parametrize(

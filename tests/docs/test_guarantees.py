@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from qtasks.cli.parts import missing_in
+from qtasks.cli.backends import missing_in
 from qtasks_core import Broker, Guarantees, Storage
 from qtasks_core.lookup import installed_parts, resolve_broker, resolve_storage
 from tests.pairs import url_of

@@ -15,7 +15,7 @@ USUAL = TaskMessage(uuid="-", task_name="-", queue="-").priority
 """The default priority of a task."""
 
 
-class Unmet:
+class Unsupported:
     """Compares the options of tasks with the guarantees of broker and storage."""
 
     def __init__(self) -> None:

@@ -8,7 +8,7 @@ from types import FunctionType
 
 import pytest
 
-from qtasks.cli.parts import NEEDED_BY
+from qtasks.cli.backends import NEEDED_BY
 from qtasks_core import Broker, Storage
 from tests.cli.command import Command
 from tests.services import Service

@@ -34,7 +34,7 @@ class Keeping(MemoryStorage):
 
 @pytest.fixture
 def app() -> QueueTasks:
-    name = f"unmet-{uuid4().hex[:8]}"
+    name = f"unsupported-{uuid4().hex[:8]}"
     app = QueueTasks(name, Plain(name), Keeping(name))
 
     @app.task(name="urgent", priority=9)
