@@ -37,7 +37,7 @@ def checked_name(text: str, of: str) -> str:
     if not is_name(text):
         raise ConfigurationError(
             f"{text[:120]!r} cannot be the name of {of}: "
-            "1 to 100 of A-Z a-z 0-9 _ . - that begin with none of the last two"
+            "write 1 to 100 of A-Z a-z 0-9 _ . -, and do not start with . or -"
         )
     return text
 

@@ -308,7 +308,7 @@ class Connection:
     def started(self) -> AIOKafkaAdminClient:
         """Return the admin client. Raises `Closed` before `start` and after `stop`."""
         if self._admin is None:
-            raise Closed("this part of Kafka is not started")
+            raise Closed("this broker or storage is not started")
         return self._admin
 
 

@@ -132,7 +132,7 @@ class KafkaLog(Log):
                     layout = await self._find_layout(consumer, deadline)
                     if layout != self._layout:
                         if self._layout is not None:
-                            logger.warning("the topic %s was made anew", self._topic)
+                            logger.warning("the topic %s was recreated", self._topic)
                         self._layout, self._positions = layout, {}
                     await self._seek(consumer, layout)
         except BaseException:
@@ -251,7 +251,7 @@ class KafkaLog(Log):
                     self._retire()
                 raise
             if self._consumer is not consumer:
-                raise Unavailable("the log was opened anew while it was read")
+                raise Unavailable("the log was reopened while it was read")
             if batches:
                 return self._entries(batches)
 
@@ -281,7 +281,7 @@ class KafkaLog(Log):
         consumer = await self._open()
         asker = self._asker
         if asker is None:
-            raise Unavailable("the log is being opened anew")
+            raise Unavailable("the log is being reopened")
         read = dict(self._positions)  # `read` continues meanwhile
         try:
             with self._connection.reaching():
@@ -293,7 +293,7 @@ class KafkaLog(Log):
             raise
         if any(end < read.get(place, 0) for place, end in ends.items()):
             self._retire()
-            raise Unavailable("the log is shorter than it was; it is being opened anew")
+            raise Unavailable("the log is shorter than it was; it is being reopened")
         return ends
 
     def reached(self, mark: object) -> bool:

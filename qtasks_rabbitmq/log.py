@@ -205,7 +205,7 @@ class RabbitMQLog(Log):
         self._arrived.clear()
         if self._next and await self._read_first(channel) != self._first:
             # Old offsets mean nothing in a new stream, which may never reach them.
-            logger.warning("the stream %s was made anew; it is read from its start", self._stream)
+            logger.warning("the stream %s was recreated; it is read from its start", self._stream)
             self._next, self._first = 0, None
         channel.on_delivery = partial(self._arrive, channel)
         channel.on_lost = self._bell.set

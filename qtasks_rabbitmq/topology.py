@@ -59,7 +59,7 @@ class Names:
     def tell(self, difference: str, *, serves: bool) -> None:
         """Log once that an object differs from its declaration. Raise if it cannot be used."""
         if not serves:
-            raise ConfigurationError(f"{difference}. Delete it, so that it is made anew")
+            raise ConfigurationError(f"{difference}. Delete it: it is then created correctly")
         if difference not in self._told:
             self._told.add(difference)
             logger.warning("used as it is: %s", difference)

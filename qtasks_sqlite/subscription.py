@@ -240,13 +240,13 @@ class SqliteSubscription(Subscription):
             self._bell.wake()
         try:
             await self._fetching.finish()
-            await self._give_back()
+            await self._release_leftovers()
         finally:
             self._closed(self)
             if self._bell is not None:
                 self._bell.close()
 
-    async def _give_back(self) -> None:
+    async def _release_leftovers(self) -> None:
         """Release the deliveries that were fetched and that no call has returned."""
         if leftovers := self._leftovers.take_all():
             await self.settle([Release(delivery) for delivery in leftovers])

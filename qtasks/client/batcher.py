@@ -74,8 +74,8 @@ class Batcher(Generic[T]):
         """Remove the items of the next batch, at least one, and return them."""
         batch = self._items[: self._size]
         if sum(map(self._weigh, batch)) > _BYTES:
-            heaps = accumulate(map(self._weigh, batch))
-            batch = batch[: max(1, sum(1 for heap in heaps if heap <= _BYTES))]
+            totals = accumulate(map(self._weigh, batch))
+            batch = batch[: max(1, sum(1 for total in totals if total <= _BYTES))]
         self._items = self._items[len(batch) :]
         return batch
 

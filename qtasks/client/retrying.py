@@ -173,7 +173,9 @@ def no_stray_cancel() -> Iterator[None]:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
-        raise RuntimeError("a driver raised CancelledError, and nobody had cancelled it") from error
+        raise RuntimeError(
+            "a driver raised CancelledError although this call was not cancelled"
+        ) from error
 
 
 _filters: dict[str, _Quiet] = {}

@@ -93,11 +93,11 @@ def _answer(call: Callable[[], Any], reply: Reply[Any]) -> Callable[[], None]:
 _threads = _Threads()
 
 
-def _begin_anew_in_child() -> None:
+def _renew_in_child() -> None:
     # The child has none of the threads, and one of them may have held the lock at the fork.
     global _threads
     _threads = _Threads()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew_in_child)
+    os.register_at_fork(after_in_child=_renew_in_child)

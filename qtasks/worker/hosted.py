@@ -147,9 +147,9 @@ class RunningWorker:
         """Whether it receives, and its servers answer."""
         return self.engine.ready
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Cancel running functions and release their messages at once, also while it stops."""
-        self._thread.post(self.engine.give_back)
+        self._thread.post(self.engine.release)
 
 
 Replace = Callable[[App, WorkerOptions, RunningWorker], Coroutine[Any, Any, None]]
@@ -199,7 +199,7 @@ async def _until_done(tasks: set[asyncio.Task[None]], running: RunningWorker) ->
             await asyncio.wait(tasks)
         except asyncio.CancelledError as error:
             cancelled = error
-            running.give_back()
+            running.release()
     if cancelled is not None:
         raise cancelled
 

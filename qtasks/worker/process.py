@@ -149,12 +149,12 @@ class Service:
             self._reason = reason
             self._told.set()
         elif self._line is None:  # otherwise the supervisor counts the signals
-            self._give_back()
+            self._release()
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         if self._worker is not None:
-            logger.info("worker %s gives back what runs", self._worker.id)
-            self._worker.give_back()
+            logger.info("worker %s releases its running tasks", self._worker.id)
+            self._worker.release()
 
     def _ready(self) -> bool:
         return self._worker is not None and self._worker.ready
@@ -191,7 +191,7 @@ class Service:
             self._thread.post(self._line.close)
 
     async def _answer(self, line: supervised.Line) -> None:
-        await line.answer(self._ready, self._give_back)
+        await line.answer(self._ready, self._release)
         if not self._told.is_set():
             self._tell("its supervisor is gone")
 

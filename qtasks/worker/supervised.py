@@ -36,14 +36,14 @@ class Line:
         """Send one of the messages."""
         self._writer.write(word)
 
-    async def answer(self, ready: Callable[[], bool], give_back: Callable[[], None]) -> None:
+    async def answer(self, ready: Callable[[], bool], release: Callable[[], None]) -> None:
         """Answer the supervisor and carry out its messages until it is gone."""
         with suppress(ConnectionError):
             while word := await self._reader.read(1):
                 if word == ASK:
                     self.say(READY if ready() else NOT_READY)
                 elif word == GIVE_BACK:
-                    give_back()
+                    release()
 
     def close(self) -> None:
         """Close the connection."""

@@ -97,7 +97,7 @@ class Supervisor:
             slot.signal(signal.SIGTERM)
         await asyncio.wait({everyone, again}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         for slot in self._slots:
-            slot.give_back()
+            slot.release()
         await asyncio.wait({everyone}, timeout=_EXIT_WITHIN)
         again.cancel()
         for slot in self._slots:
@@ -227,7 +227,7 @@ class Slot:
         except TimeoutError:
             return False
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Have the worker release its running tasks, if there is a worker."""
         if self._line is not None:
             self._line[1].write(GIVE_BACK)

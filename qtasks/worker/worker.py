@@ -206,7 +206,7 @@ class Worker:
                 self._life.drain()
         await self._life.ended.wait()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Cancel running functions and release their messages now, without a grace period."""
         self._most_grace = 0.0
         self._cancel_functions()
@@ -238,7 +238,7 @@ class Worker:
         abandoned = self._jobs.with_the_runner()
         for job in abandoned:
             logger.error(
-                "task %s %s does not end though it was cancelled; it is given back",
+                "task %s %s still runs although it was cancelled; its message is released",
                 job.message.task_name, job.message.uuid,
             )  # fmt: skip
         self._completer.release(abandoned)
