@@ -135,9 +135,7 @@ class RabbitMQSubscription(Subscription):
         try:
             await together([lane.rest(lambda: self._receiving) for lane in self._lanes.values()])
         except (Unavailable, ConfigurationError) as error:
-            logger.warning(
-                "unclaimed deliveries could not be passed on to others: %s", error
-            )
+            logger.warning("unclaimed deliveries could not be passed on to others: %s", error)
         finally:
             self._resting = None
             self._rest_later()
