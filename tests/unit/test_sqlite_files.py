@@ -158,7 +158,7 @@ async def test_a_stop_that_fails_lets_go_of_the_file(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="removed or replaced"):
             await part.stop()
     async with asyncio.timeout(60):
-        while [thread for thread in threading.enumerate() if "moved.db" in thread.name]:
+        while [thread for thread in threading.enumerate() if "moved.db" in thread.name]:  # noqa: ASYNC110  # nothing tells of it
             await asyncio.sleep(0.01)
     await broker.start("n")
     assert (await broker.depth("default")).ready == 0
