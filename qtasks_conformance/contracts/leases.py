@@ -60,7 +60,8 @@ class LeaseContract(Contract):
     async def test_what_was_published_outlives_its_process(self, rig: Rig) -> None:
         """When `publish` returns, the message is on the server; delayed messages and retries too.
 
-        The publishing process is killed then, and all messages are still delivered.
+        The publishing process is killed then, and all messages are still delivered. If
+        `atomic_retries` is not declared, the retry may have left the old message too.
         """
         victim = await rig.elsewhere()
         messages = rig.messages(3)
@@ -76,8 +77,12 @@ class LeaseContract(Contract):
         deliveries: list[Delivery] = []
         async with heartbeat(subscription, deliveries, rig.subject.lease / 4):
             await collect(subscription, 3, rig.within, into=deliveries)
-        assert uuids(deliveries) == sorted(message.uuid for message in messages)
-        assert sorted(message_of(d).attempt for d in deliveries) == [1, 1, 2]
+            if len(set(uuids(deliveries))) < 3 and not guarantees.atomic_retries:
+                await collect(subscription, 4, rig.within, into=deliveries)
+        came = sorted((message_of(d).uuid, message_of(d).attempt) for d in deliveries)
+        expected = sorted(zip((m.uuid for m in messages), (2, 1, 1), strict=True))
+        old = (messages[0].uuid, 1)
+        assert came in (expected, sorted([*expected, old]))
         (delivery,) = await collect(subscription, 1, rig.within, "later")
         assert delivery.message == later
         assert clock() - before <= rig.within

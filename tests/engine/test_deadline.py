@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -77,7 +77,7 @@ async def test_a_write_that_is_not_confirmed(pause: float) -> None:
 
 
 async def test_a_write_that_is_confirmed() -> None:
-    """Always `TaskTimeout`, also when the deadline is a moment after the confirmation."""
+    """`TaskTimeout`, also when the deadline is a moment after the confirmation."""
     name = uuid4().hex
     app, router = app_on(MemoryBroker(name), name)
 
@@ -89,10 +89,22 @@ async def test_a_write_that_is_confirmed() -> None:
 
     async with app:
         for time in TIMES[1:]:
-            with pytest.raises(TaskTimeout, match="no worker has begun it"):
-                await waiting.add_task(timeout=time)
-            with pytest.raises(TaskTimeout, match="no worker has begun it"):
-                await asyncio.to_thread(blocking.add_task, timeout=time)
+            late = await error_of(lambda: waiting.add_task(timeout=time))  # noqa: B023
+            assert "no worker has begun it" in str(late)
+            late = await error_of(lambda: asyncio.to_thread(blocking.add_task, timeout=time))  # noqa: B023
+            assert "no worker has begun it" in str(late)
+
+
+async def error_of(add: Callable[[], Awaitable[object]]) -> TaskTimeout:
+    """Return the error of a call whose write is confirmed; a busy machine may need several."""
+    for _ in range(30):
+        try:
+            await add()
+        except Unavailable:
+            continue
+        except TaskTimeout as late:
+            return late
+    raise AssertionError("no write was confirmed in time")
 
 
 async def test_a_caller_who_left_before_the_write_leaves_no_wait_behind() -> None:
