@@ -55,6 +55,8 @@ class Ledger:
         self._waiting: dict[str, tuple[float, TaskMessage]] = {}
         """By uuid, in order of enqueuing: when a message that is not settled is due."""
         self._held: set[str] = set()
+        self.undecided: list[TaskMessage] = []
+        """Messages in transactions of the caller, which may be rolled back."""
         self.round: Round | None = None
         """The round that a tester's worker is at. None: workers receive freely."""
 
@@ -74,26 +76,37 @@ class Ledger:
     ) -> list[Outcome]:
         """Enqueue messages by `call`, and note those that are enqueued."""
         # Noted before the call: a worker may settle a message before the call returns.
-        early = [message for message in messages if message.uuid not in self._waiting]
-        for message in early:
-            self._put(message)
+        early: dict[str, TaskMessage] = {}
+        for message in messages:
+            if message.uuid not in self._waiting:
+                early[message.uuid] = message
+                self._put(message)
         done: list[TaskMessage] = []
         try:
             outcomes = await call()
             # Others were refused, or their key was taken.
             done = [m for m, o in zip(messages, outcomes, strict=True) if o.status == "done"]
         finally:
-            enqueued = {id(message) for message in done}
-            for message in early:
-                if id(message) not in enqueued:
-                    self._waiting.pop(message.uuid, None)
-            noted = {id(message) for message in early}
+            for uuid in early.keys() - {message.uuid for message in done}:
+                self._waiting.pop(uuid, None)
             for message in done:
                 self.enqueued.append(message)
-                if id(message) not in noted:
+                waits = message.uuid in self._waiting
+                if message.uuid not in early or (waits and early[message.uuid] is not message):
                     self._put(message)
             self.changed()
         return outcomes
+
+    async def look_at_transactions(self, storage: Storage) -> None:
+        """Note the messages whose transactions have been committed: they have a record now."""
+        looked, self.undecided = self.undecided, []
+        records = await storage.get([message.uuid for message in looked]) if looked else []
+        for message, record in zip(looked, records, strict=True):
+            if record is None:
+                self.undecided.append(message)
+            else:
+                self.enqueued.append(message)
+                self._put(message)
 
     def _put(self, message: TaskMessage) -> None:
         self._waiting.pop(message.uuid, None)
@@ -125,11 +138,6 @@ class Ledger:
             if message.queue == queue and uuid not in self._held:
                 del self._waiting[uuid]
         self.changed()
-
-    @property
-    def holds_nothing(self) -> bool:
-        """Whether no worker has a delivery that is not settled."""
-        return not self._held
 
     @property
     def held(self) -> int:
@@ -182,8 +190,6 @@ class Round:
     def _next(self) -> str | None:
         if self._left == 0 or self._ledger.held >= self._concurrency:
             return None
-        if self._left is not None and not self._ledger.holds_nothing:
-            return None  # the message that is held may be the last that may run
         due = (message.queue for message in self._ledger.due())
         return next((queue for queue in due if queue in self.queues), None)
 
@@ -195,7 +201,7 @@ class Round:
 
     def look(self) -> None:
         """Look whether the round is over, or goes on."""
-        if self._ledger.holds_nothing and self._next() is None:
+        if self._ledger.held == 0 and self._next() is None:
             self.over.set()
         self._changed.set()
 
@@ -222,6 +228,8 @@ class ObservedBroker(Broker):
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
         publish = partial(self._broker.publish, messages, transaction)
+        if transaction is not None:
+            return await publish()  # the storage does not tell whether that is committed
         return await self._ledger.note(messages, publish)
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
@@ -296,7 +304,12 @@ class ObservedComposition(Composition):
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
         submit = partial(self._composition.submit, messages, transaction)
-        return await self._ledger.note(messages, submit)
+        if transaction is None:
+            return await self._ledger.note(messages, submit)
+        outcomes = await submit()
+        done = [m for m, o in zip(messages, outcomes, strict=True) if o.status == "done"]
+        self._ledger.undecided += done
+        return outcomes
 
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
         return await self._composition.admit(deliveries)

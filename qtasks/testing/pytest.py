@@ -29,11 +29,13 @@ _LOCAL = ("memory", "sqlite")
 
 @pytest.fixture
 def qtasks_app() -> App:
-    """The app under test. Override this fixture, or set `QTASKS_APP=module:app`.
+    """The app under test.
 
-    @pytest.fixture
-    def qtasks_app():
-        return app
+        @pytest.fixture
+        def qtasks_app():
+            return app
+
+    Override this fixture, or set `QTASKS_APP=module:app`.
     """
     if not os.environ.get("QTASKS_APP"):
         pytest.fail(
@@ -47,12 +49,14 @@ def qtasks_app() -> App:
 def qtasks_tester(
     qtasks_app: App, qtasks_url: str, qtasks_storage_url: str
 ) -> Iterator[AsyncTester]:
-    """An `AsyncTester` of `qtasks_app`, for async tests. In memory, unless `qtasks_url` says else.
+    """An `AsyncTester` of `qtasks_app`, for async tests.
 
-    async def test_order(qtasks_tester):
-        await place_order("tea")
-        assert qtasks_tester.enqueued(send_mail)
-        await qtasks_tester.drain()
+        async def test_order(qtasks_tester):
+            await place_order("tea")
+            assert qtasks_tester.enqueued(send_mail)
+            await qtasks_tester.drain()
+
+    The broker and the storage are in memory, unless `qtasks_url` has a parameter.
     """
     with AsyncTester(qtasks_app, qtasks_url, qtasks_storage_url) as tester:
         yield tester
@@ -62,12 +66,14 @@ def qtasks_tester(
 def qtasks_sync_tester(
     qtasks_app: App, qtasks_url: str, qtasks_storage_url: str
 ) -> Iterator[SyncTester]:
-    """A `SyncTester` of `qtasks_app`, for blocking tests. In memory, unless `qtasks_url` says else.
+    """A `SyncTester` of `qtasks_app`, for blocking tests.
 
-    def test_order(qtasks_sync_tester):
-        place_order("tea")
-        assert qtasks_sync_tester.enqueued(send_mail)
-        qtasks_sync_tester.drain()
+        def test_order(qtasks_sync_tester):
+            place_order("tea")
+            assert qtasks_sync_tester.enqueued(send_mail)
+            qtasks_sync_tester.drain()
+
+    The broker and the storage are in memory, unless `qtasks_url` has a parameter.
     """
     with SyncTester(qtasks_app, qtasks_url, qtasks_storage_url) as tester:
         yield tester
@@ -77,7 +83,7 @@ def qtasks_sync_tester(
 def qtasks_url(request: pytest.FixtureRequest) -> str:
     """The URL of the broker; without a parameter, that of a broker in memory.
 
-    @pytest.mark.parametrize("qtasks_url", ["memory", "redis", "postgres"], indirect=True)
+        @pytest.mark.parametrize("qtasks_url", ["memory", "redis", "postgres"], indirect=True)
 
     A parameter is `memory`, `sqlite` (a file that is removed), `redis`, `postgres`, `rabbitmq`,
     `kafka`, or a URL. The server is started for the session: in a container, or else its installed

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -21,38 +21,31 @@ from qtasks_core.urls import redact
 if TYPE_CHECKING:
     from testcontainers.core.container import DockerContainer
 
+logger = logging.getLogger("qtasks.testing")
+
 START_WITHIN = 60.0
 """Seconds in which a started server has to answer."""
 _PROBE = 1.0
 """Seconds that a client tries to connect before the server itself is looked at."""
 
 
-class Started(ABC):
-    """A server that was started here."""
-
-    @abstractmethod
-    def ended(self) -> str | None:
-        """Return why the server no longer runs, or None while it does."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """End the server and remove its data. Idempotent."""
-
-
 class Servers:
-    """The servers of one test session. Each is started when a test first asks for it.
+    """The servers of one test session.
 
-    servers = Servers()
-    try:
-        url = servers.url("redis")
-    finally:
-        servers.stop()
+        servers = Servers()
+        try:
+            url = servers.url("redis")
+        finally:
+            servers.stop()
+
+    Each is started when a test first asks for it.
     """
 
     def __init__(self) -> None:
         self._urls: dict[str, str] = {}
-        self._refused: dict[str, Unobtainable] = {}
-        self._started: list[Started | GuardedProcess] = []
+        self._failed: dict[str, Unobtainable | NotReady] = {}
+        self.started: list[Container | GuardedProcess] = []
+        """The servers that `stop` ends."""
 
     def url(self, name: str) -> str:
         """Return the URL of a server that answers: `redis`, `postgres`, `rabbitmq` or `kafka`.
@@ -64,21 +57,21 @@ class Servers:
         driver is missing. Raises `NotReady` if the server was started and does not answer within 60
         seconds.
         """
-        if name in self._refused:
-            raise self._refused[name]
+        if name in self._failed:
+            raise self._failed[name]
         if name not in self._urls:
             try:
                 self._urls[name] = self._obtained(RECIPES[name])
-            except Unobtainable as error:
-                self._refused[name] = error
+            except (Unobtainable, NotReady) as error:
+                self._failed[name] = error
                 raise
         return self._urls[name]
 
     def stop(self) -> None:
         """End the servers that were started, and remove their data. Idempotent."""
         self._urls.clear()
-        while self._started:
-            self._started.pop().stop()
+        while self.started:
+            self.started.pop().stop()
 
     def _obtained(self, recipe: Recipe) -> str:
         variable = f"QTASKS_TEST_{recipe.name.upper()}_URL"
@@ -90,9 +83,10 @@ class Servers:
             try:
                 server, url = start(recipe)
             except Unobtainable as error:
+                logger.info("%s: not as %s: %s", recipe.name, how, error)
                 reasons.append(f"{how}: {error}")
                 continue
-            self._started.append(server)
+            self.started.append(server)
             _wait_until_ready(url, server.ended)
             return url
         raise Unobtainable(f"there is no {recipe.name} for tests: {'; '.join(reasons)}")
@@ -102,13 +96,15 @@ def _start_native(recipe: Recipe) -> tuple[GuardedProcess, str]:
     return recipe.start_native()
 
 
-class Container(Started):
+class Container:
     """A server in a container."""
 
     def __init__(self, container: DockerContainer) -> None:
         self._container = container
+        self.id = container.get_wrapped_container().id
 
     def ended(self) -> str | None:
+        """Return why the server no longer runs, or None while it does."""
         inner = self._container.get_wrapped_container()
         inner.reload()
         if inner.status == "running":
@@ -117,6 +113,7 @@ class Container(Started):
         return f"its container is {inner.status}: {printed or 'it printed nothing'}"
 
     def stop(self) -> None:
+        """Remove the container with its data."""
         self._container.stop()
 
 

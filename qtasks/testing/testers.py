@@ -124,6 +124,8 @@ class Tester:
             delay=delay,
             uuid=None if key is None or name is None else self.app.uuid_of(name, key),
         )
+        if self._ledger.undecided:
+            io_thread().ask(self._ledger.look_at_transactions, self._storage).result()
         calls = [call_of(message, self.app) for message in list(self._ledger.enqueued)]
         return Enqueued([call for call in calls if question.fits(call)], calls)
 
@@ -178,6 +180,7 @@ class Tester:
         return records
 
     async def _open_round(self, runs: int | None, concurrency: int) -> Round | None:
+        await self._ledger.look_at_transactions(self._storage)
         due = {message.queue for message in self._ledger.due()}
         if not due:
             return None
@@ -201,14 +204,19 @@ class AsyncTester(Tester):
                 assert tester.enqueued(send_mail, args=["ann@example.com"])
                 await tester.drain()
 
-    The app may be async or blocking. `app`, `url`, `storage_url`: see `Tester`.
+    `app`: async or blocking; it must not be started yet. In the block it has a new broker, a new
+    storage and another name, and is started.
+    `url`: the broker's URL, by default in memory. `storage_url`: by default the same.
+
+    Raises `ConfigurationError` if the app is started, and `Unavailable` if a server does not answer
+    within 10 seconds.
     """
 
     async def run_one(self, *, check: bool = True) -> Task[Any] | None:
         """Run the next due task once, and return it. Return None if none is due.
 
-        It is the oldest due task of the queue that has one for the longest time; a higher
-        priority goes first. Raises the errors of `drain`.
+        It takes the queue of the due task that was enqueued first. In a queue, a higher priority
+        goes first. Raises the errors of `drain`.
         """
         records = await self._run(self.app, 1, 1)
         _check(records, check)
@@ -253,15 +261,19 @@ class SyncTester(Tester):
                 assert tester.enqueued(send_mail, args=["ann@example.com"])
                 tester.drain()
 
-    The app may be blocking or async: a blocking test of an async API works too. `app`, `url`,
-    `storage_url`: see `Tester`.
+    `app`: blocking or async, for example that of an async API; it must not be started yet. In the
+    block it has a new broker, a new storage and another name, and is started.
+    `url`: the broker's URL, by default in memory. `storage_url`: by default the same.
+
+    Raises `ConfigurationError` if the app is started, and `Unavailable` if a server does not answer
+    within 10 seconds.
     """
 
     def run_one(self, *, check: bool = True) -> BlockingTask[Any] | None:
         """Run the next due task once, and return it. Return None if none is due.
 
-        It is the oldest due task of the queue that has one for the longest time; a higher
-        priority goes first. Raises the errors of `drain`.
+        It takes the queue of the due task that was enqueued first. In a queue, a higher priority
+        goes first. Raises the errors of `drain`.
         """
         records = self._serve(1, 1)
         _check(records, check)

@@ -107,6 +107,14 @@ async def test_many_at_once_and_a_key(tester: AsyncTester) -> None:
     assert [task.returning for task in await tester.drain()] == [2, 3, 4, 5]
 
 
+async def test_a_key_twice_in_one_batch(tester: AsyncTester) -> None:
+    both = await asyncio.gather(*(child.add_task(at, key="once") for at in (1, 2)))
+    assert both[0].uuid == both[1].uuid
+    (call,) = tester.enqueued(child)
+    (done,) = await tester.drain()
+    assert done.returning == call.args[0] + 1
+
+
 async def test_run_one_runs_one_the_higher_priority_first(tester: AsyncTester) -> None:
     low = await child.add_task(1, priority=0)
     high = await child.add_task(2, priority=9)
