@@ -20,7 +20,7 @@ from qtasks_core.errors import Closed
 from qtasks_core.options import LEASE_TIME
 from qtasks_core.together import together
 from qtasks_core.transactions import refuse_transaction
-from qtasks_memory.connection import Entry, Memory, connect
+from qtasks_memory.connection import Entry, Memory, connect, forget
 from qtasks_memory.subscription import MemorySubscription
 
 
@@ -31,6 +31,7 @@ class MemoryBroker(Broker):
         self._name = name
         self._lease = LEASE_TIME.checked("lease", lease)
         self._memory: Memory | None = None
+        self._namespace = ""
         self._subscriptions: WeakSet[MemorySubscription] = WeakSet()
         self._listeners: set[asyncio.Queue[Command | None]] = set()
 
@@ -49,6 +50,7 @@ class MemoryBroker(Broker):
 
     async def start(self, namespace: str) -> None:
         self._memory = connect(self._name, namespace)
+        self._namespace = namespace
 
     async def stop(self) -> None:
         await together([subscription.close() for subscription in self._subscriptions])
@@ -62,7 +64,7 @@ class MemoryBroker(Broker):
         if transaction is not None:
             refuse_transaction(self)
         memory = self._started()
-        now = asyncio.get_running_loop().time()
+        now = memory.clock.now()
         for message in messages:
             due = now + message.delay if message.delay > 0 else 0.0
             memory.queues[message.queue].put(Entry(message), due)
@@ -75,10 +77,12 @@ class MemoryBroker(Broker):
         return subscription
 
     async def depth(self, queue: str) -> QueueDepth:
-        return self._started().queues[queue].depth(asyncio.get_running_loop().time())
+        memory = self._started()
+        return memory.queues[queue].depth(memory.clock.now())
 
     async def purge(self, queue: str) -> int:
-        return self._started().queues[queue].purge(asyncio.get_running_loop().time())
+        memory = self._started()
+        return memory.queues[queue].purge(memory.clock.now())
 
     async def broadcast(self, command: Command) -> None:
         for listener in self._started().listeners:
@@ -99,6 +103,25 @@ class MemoryBroker(Broker):
 
     async def migrate(self, namespace: str) -> list[str]:
         return []  # there is no server
+
+    async def clock(self) -> float | None:
+        return self._started().clock.unix_time()
+
+    def travel(self, seconds: float) -> float:
+        """For tests: stop the clock of this memory, and move it `seconds` ahead.
+
+        It is the clock of delays, leases, claims, `expires=` and retention. After the first call it
+        moves only by further calls. Returns the time at which it stands, in seconds.
+        """
+        memory = self._started()
+        now = memory.clock.travel(seconds)
+        memory.ring()
+        return now
+
+    def forget(self) -> None:
+        """For tests: drop everything that brokers and storages of this name have stored."""
+        self._started()
+        forget(self._name, self._namespace)
 
     def _started(self) -> Memory:
         if self._memory is None:

@@ -35,7 +35,7 @@ class Queue:
         self.in_flight: dict[int, Entry] = {}
 
     def put(self, entry: Entry, due: float = 0.0) -> None:
-        """Add an entry. It is receivable when the loop's clock shows `due`."""
+        """Add an entry. It is receivable when the clock shows `due`."""
         entry.holder = 0
         if due:
             heappush(self._delayed, (due, next(self._sequence), entry))
@@ -81,21 +81,58 @@ class Queue:
         return min(moments, default=None)
 
 
+class Clock:
+    """The clock of one memory. A test may stop it, and move it ahead."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        """Seconds by which it was moved ahead of real time."""
+        self._stands_at: float | None = None
+        """None: it runs."""
+        self._stopped_at = 0.0
+        """The Unix time at which it was stopped."""
+
+    def now(self) -> float:
+        """Return the loop's time, or the time at which this clock stands."""
+        return asyncio.get_running_loop().time() if self._stands_at is None else self._stands_at
+
+    def travel(self, seconds: float) -> float:
+        """Stop the clock if it runs, and move it ahead. Return the time at which it stands."""
+        if self._stands_at is None:
+            self._stopped_at = time.time()
+        self.ahead += seconds
+        # The microsecond absorbs rounding: two steps of 0.1 and 0.2 must reach a delay of 0.3.
+        self._stands_at = self.now() + seconds + 1e-6
+        return self._stands_at
+
+    def when(self, moment: float | None) -> float | None:
+        """Return the loop's time at `moment`. None: a stopped clock does not get there itself."""
+        return moment if self._stands_at is None else None
+
+    def unix_time(self) -> float | None:
+        """Return the Unix time at which it stands. None: it runs."""
+        return None if self._stands_at is None else self._stopped_at + self.ahead
+
+
 class Memory:
     """All data of one namespace."""
 
     def __init__(self) -> None:
+        self.clock = Clock()
         self.queues: defaultdict[str, Queue] = defaultdict(Queue)
         self.deliveries = count(1)
         self.receivers: set[asyncio.Event] = set()
         self.listeners: set[asyncio.Queue[Command | None]] = set()
         self.records: dict[str, Task] = {}
         self.expiries: dict[str, float | None] = {}
-        """The Unix time from which each final record counts as deleted. None: never."""
+        """The Unix time from which each final record counts as deleted, moved like `clock`.
+
+        None: never.
+        """
         self.values: dict[str, bytes] = {}
         self.value_watchers: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self.claims: dict[str, tuple[str, float]] = {}
-        """By key: the owner, and until when it holds the key by the loop's clock."""
+        """By key: the owner, and until when it holds the key by `clock`."""
         self.streams: defaultdict[str, list[bytes]] = defaultdict(list)
         self.inboxes: dict[str, asyncio.Queue[Task | None]] = {}
         """The records that arrived at each address. None closes the inbox."""
@@ -107,7 +144,8 @@ class Memory:
         if record is None or record.status not in FINAL:
             return record
         expiry = self.expiries.get(uuid)
-        return None if expiry is not None and expiry <= time.time() else record
+        now = time.time() + self.clock.ahead
+        return None if expiry is not None and expiry <= now else record
 
     def ring(self) -> None:
         """Wake every receiver: an entry became receivable, or may have."""
@@ -121,3 +159,8 @@ _memories: defaultdict[tuple[str, str], Memory] = defaultdict(Memory)
 def connect(name: str, namespace: str) -> Memory:
     """Return the memory that all brokers and storages of this name and namespace share."""
     return _memories[name, namespace]
+
+
+def forget(name: str, namespace: str) -> None:
+    """Drop a memory. Brokers and storages that start from now on get a new one."""
+    _memories.pop((name, namespace), None)

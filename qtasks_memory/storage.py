@@ -64,7 +64,9 @@ class MemoryStorage(Storage):
         if verdict == "accept":
             memory.records[task.uuid] = task
             if task.status in FINAL:
-                memory.expiries[task.uuid] = expiry_of(task, self._retention)
+                expiry = expiry_of(task, self._retention)
+                moved = memory.clock.ahead
+                memory.expiries[task.uuid] = None if expiry is None else expiry + moved
                 addresses = memory.watchers.pop(task.uuid, set())
                 if task.reply_to is not None:
                     addresses = addresses | {task.reply_to}
@@ -85,7 +87,8 @@ class MemoryStorage(Storage):
         return page_of(self._started().records.values(), query)
 
     async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
-        claims, now = self._started().claims, asyncio.get_running_loop().time()
+        memory = self._started()
+        claims, now = memory.claims, memory.clock.now()
         checked_id(key, "the key of a claim")
         checked_id(owner, "the owner of a claim")
         holder, until = claims.get(key, (owner, 0.0))

@@ -26,7 +26,7 @@ class MemorySubscription(Subscription):
     def __init__(self, memory: Memory, lease: float) -> None:
         self._memory = memory
         self._lease = lease
-        self._loop = asyncio.get_running_loop()
+        self._clock = memory.clock
         self._bell = asyncio.Event()
         memory.receivers.add(self._bell)
         self._settled = Recent()
@@ -41,14 +41,14 @@ class MemorySubscription(Subscription):
             changes = (self._memory.queues[queue].next_change() for queue in wanted)
             next_change = min((c for c in changes if c is not None), default=None)
             try:
-                async with asyncio.timeout_at(next_change):
+                async with asyncio.timeout_at(self._clock.when(next_change)):
                     await self._bell.wait()
             except TimeoutError:
                 continue
         raise Closed("the subscription is closed")
 
     def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        now = self._loop.time()
+        now = self._clock.now()
         deliveries: list[Delivery] = []
         for name, most in wanted.items():
             queue = self._memory.queues[name]
@@ -83,7 +83,7 @@ class MemorySubscription(Subscription):
             return DONE
         if isinstance(settlement, Retry):
             message = settlement.message
-            due = self._loop.time() + message.delay if message.delay > 0 else 0.0
+            due = self._clock.now() + message.delay if message.delay > 0 else 0.0
             self._memory.queues[message.queue].put(Entry(message), due)
         else:
             queue.put(entry)
@@ -94,14 +94,14 @@ class MemorySubscription(Subscription):
         for delivery in deliveries:
             entry = self._mine(delivery)
             if entry is not None:
-                entry.held_until = self._loop.time() + self._lease
+                entry.held_until = self._clock.now() + self._lease
             extended.append(delivery if entry is not None else None)
         return extended
 
     def _mine(self, delivery: Delivery) -> Entry | None:
         """Return the entry while its lease holds."""
         entry = self._memory.queues[delivery.queue].in_flight.get(delivery.fence)
-        return entry if entry is not None and entry.held_until > self._loop.time() else None
+        return entry if entry is not None and entry.held_until > self._clock.now() else None
 
     async def close(self) -> None:
         self._open = False

@@ -7,7 +7,8 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
@@ -17,7 +18,7 @@ from qtasks.client.client import Client
 from qtasks.client.parts import built_parts
 from qtasks.client.retrying import retry
 from qtasks_core import Broker, Guarantees, Storage
-from qtasks_core.errors import Closed, QTasksError, Unavailable
+from qtasks_core.errors import Closed, ConfigurationError, QTasksError, Unavailable
 from qtasks_core.urls import redact
 
 logger = logging.getLogger("qtasks")
@@ -85,6 +86,33 @@ class Lifecycle:
     def disconnect(self) -> Reply[None]:
         """Disconnect, once it was called as often as `connect`."""
         return io_thread().ask(self._stop)
+
+    @contextmanager
+    def replaced(self, broker: Broker, storage: Storage, name: str) -> Iterator[None]:
+        """Use another broker, another storage and another name while the block runs.
+
+        The end of the block stops the app, however often it was started. Raises
+        `ConfigurationError` if the app is started.
+        """
+        thread = io_thread()
+        life = self._lives.get(thread)
+        if life is not None and life.client is not None:
+            raise ConfigurationError(
+                f"the app {self.name!r} is started: its broker cannot be replaced now; "
+                "stop it before the test, or start it inside"
+            )
+        before = self.name, self.broker, self.storage, self._given, self._was_stopped
+        self.name, self.broker, self.storage, self._given = name, broker, storage, (broker, storage)
+        try:
+            yield
+        finally:
+            thread.ask(self._stop_for_good).result()
+            self.name, self.broker, self.storage, self._given, self._was_stopped = before
+
+    async def _stop_for_good(self) -> None:
+        life = self._life()
+        life.entered, life.failed = 1, None
+        await self._stop()
 
     async def start_async(self, timeout: float = START_TIMEOUT) -> None:
         """Do the same as `connect`, as a coroutine, which can be wrapped in a task."""

@@ -34,10 +34,11 @@ class Clock:
         self._asked_at: float | None = None
         self.shared = False
         """Whether all processes of the app use this clock: it is a server's."""
+        self.fresh = _FRESH
 
     async def ask(self) -> None:
-        """Ask for the server's time, at most once in 60 seconds. Raises `Unavailable`."""
-        if self._asked_at is not None and time.monotonic() - self._asked_at < _FRESH:
+        """Ask for the server's time, unless it is known. Raises `Unavailable`."""
+        if self._asked_at is not None and time.monotonic() - self._asked_at < self.fresh:
             return
         for server in self._servers:
             began = time.time()

@@ -20,6 +20,10 @@ class ThreadExecutor(Executor):
     running in its thread and its result is discarded.
     """
 
+    async def elsewhere(self, call: Callable[[], Any]) -> Any:
+        """Make a call in a thread, and return its result."""
+        return await in_thread(call)
+
     def accept(self, task: Runnable) -> None:
         """Refuse coroutine functions."""
         if task.is_async:
@@ -33,7 +37,7 @@ class ThreadExecutor(Executor):
         call = partial(_call, task.invoke)
 
         async def run(message: TaskMessage) -> Any:
-            return await in_thread(partial(copy_context().run, call, message))
+            return await self.elsewhere(partial(copy_context().run, call, message))
 
         return limited(run, task.max_time)
 

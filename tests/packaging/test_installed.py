@@ -81,7 +81,9 @@ def test_each_extra_alone_runs_a_task_on_its_server(
 
 def test_no_extra_is_left_out() -> None:
     """`dev` is for this checkout; the others are installed here one by one."""
-    assert {*DRIVERS, "all", "conformance", "dev"} == {*PROJECT["project"]["optional-dependencies"]}
+    assert {*DRIVERS, "all", "conformance", "dev", "testing"} == {
+        *PROJECT["project"]["optional-dependencies"]
+    }
 
 
 def test_all_of_them_in_one_environment(
@@ -92,6 +94,14 @@ def test_all_of_them_in_one_environment(
     check_one_task(installation, kafka_server.url, postgres_server.url)
 
 
+def test_with_its_extra_a_test_of_an_app_runs(wheel: Path, tmp_path: Path) -> None:
+    installation = Installation(tmp_path / "environment", wheel, "testing")
+    (installation.directory / "conftest.py").write_text(FIXTURES)
+    (installation.directory / "test_app.py").write_text(TEST)
+    said = installation.output("-m", "pytest", "-q", "test_app.py")
+    assert "1 passed" in said
+
+
 def test_with_its_extra_the_kit_imports_and_runs(wheel: Path, tmp_path: Path) -> None:
     installation = Installation(tmp_path / "environment", wheel, "conformance")
     (installation.directory / "test_memory.py").write_text(KIT)
@@ -99,6 +109,26 @@ def test_with_its_extra_the_kit_imports_and_runs(wheel: Path, tmp_path: Path) ->
     assert "1 passed" in said
 
 
+FIXTURES = """
+import pytest
+from qtasks import QueueTasks
+
+pytest_plugins = ["qtasks.testing.pytest"]
+
+@pytest.fixture(scope="session")
+def qtasks_app():
+    return QueueTasks("installed", "redis://127.0.0.1:1")
+"""
+TEST = """
+def test_it(qtasks_app, qtasks_sync_tester):
+    @qtasks_app.task()
+    def add(x, y):
+        return x + y
+
+    add.add_task(1, 2)
+    [done] = qtasks_sync_tester.drain()
+    assert done.returning == 3
+"""
 KIT = """
 import pytest
 from qtasks_conformance import BrokerContract, Part, Subject

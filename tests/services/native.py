@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from tests.services.service import NotReady, Unobtainable, Way
 
-GUARD = Path(__file__).with_name("guard.py")
+GUARD = Path(__file__).parents[2] / "qtasks" / "testing" / "guard.py"
 PREPARE_WITHIN = 60.0  # seconds
 PASSWORD = "qtasks-test"  # so that a test can get it wrong, and see that it is shown nowhere
 

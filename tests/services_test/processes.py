@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tests.services.guard import descendants
+from qtasks.testing.guard import descendants
 
 
 def alive(pid: int) -> bool:

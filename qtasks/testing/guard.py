@@ -1,6 +1,6 @@
 """The guard: owns a server's processes and directory; neither outlives who asked for them.
 
-A program of its own, run as `python -I -S guard.py DIRECTORY STOP_SIGNAL` by native.py and on the
+A program of its own, run as `python -I -S guard.py DIRECTORY STOP_SIGNAL` and on the
 standard library alone. It starts the server, is the reaper of whatever the server forks off, and
 when its standard input closes or its parent dies, by whatever death, it ends all of them and
 removes the directory. Commands and answers are one JSON object a line:
