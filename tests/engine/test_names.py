@@ -23,9 +23,7 @@ def test_right_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_names(name: str) -> None:
-    with pytest.raises(
-        ConfigurationError, match="the name of a queue: write 1 to 100 of"
-    ):
+    with pytest.raises(ConfigurationError, match="the name of a queue: write 1 to 100 of"):
         checked_name(name, "a queue")
 
 
