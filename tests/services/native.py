@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.services.service import NotReady, Unobtainable, Way
+from tests.services.service import NotInContainers, NotReady, Unobtainable, Way, in_containers
 
 GUARD = Path(__file__).with_name("guard.py")
 PREPARE_WITHIN = 60.0  # seconds
@@ -74,10 +74,12 @@ class Native(Way):
         return {}
 
     def start(self) -> str:
+        name = type(self).__name__.removeprefix("Native").lower()
+        if in_containers():
+            raise NotInContainers(f"{name} is run natively: `make test` has the tests that need it")
         if not hasattr(os, "pidfd_open") or not Path("/proc/self/stat").exists():
             raise Unobtainable("native servers are run on Linux only")
         self.find()
-        name = type(self).__name__.removeprefix("Native").lower()
         self.directory = Path(tempfile.mkdtemp(prefix=f"qtasks-{name}-"))
         if self.user:
             shutil.chown(self.directory, self.user)
