@@ -129,3 +129,17 @@ class TaskCancelled(QTasksError):
 
     def __str__(self) -> str:
         return f"task {self.record.task_name} {self.record.uuid} was cancelled"
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """Return an error, its cause, the cause of that, and so on; each error once.
+
+    The chain may be a circle. `raise a from b` makes one if `b` was raised while `a` was handled,
+    and drivers do that with errors that they keep.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        if any(cause is known for known in chain):
+            break
+        chain.append(cause)
+    return chain

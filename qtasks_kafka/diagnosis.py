@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from typing import Any
 
-from qtasks_core.errors import ConfigurationError
+from qtasks_core.errors import ConfigurationError, chain_of
 
 LOOK = 2.0
 """Seconds for each check of a server."""
@@ -14,9 +14,7 @@ LOOK = 2.0
 
 def wrong_tls(error: BaseException) -> str | None:
     """Return what is wrong with the TLS settings, or None if TLS is not the cause of the error."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLError):
-        cause = cause.__cause__ or cause.__context__
+    cause = next((each for each in chain_of(error) if isinstance(each, ssl.SSLError)), None)
     if cause is None:
         return None
     reason = cause.reason or ""

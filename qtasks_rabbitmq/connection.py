@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from qtasks_core.drivers import importing_driver
-from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable
+from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable, chain_of
 from qtasks_core.urls import redact
 from qtasks_rabbitmq.servers import Server, servers_of
 
@@ -239,10 +239,7 @@ async def connect(server: Server, purpose: str, heartbeat: int) -> AbstractConne
 
 def _meaning(error: Exception, shown: str, reader: FrameReader | None) -> Exception:
     """Return the error that a failed connect means."""
-    causes: list[BaseException] = [error]
-    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(cause)
-    for each in causes:
+    for each in chain_of(error):
         if isinstance(each, ssl.SSLError) and (each.reason or "") in TLS_REFUSALS:
             detail = getattr(each, "verify_message", "") or each.reason
             return ConfigurationError(

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 from qtasks_core import DONE, Outcome
 from qtasks_core.drivers import importing_driver
-from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable
+from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable, chain_of
 from qtasks_core.urls import redact, split, take_options
 from qtasks_redis.errors import Broken, Elsewhere, raise_ours
 from qtasks_redis.scripts import Script
@@ -288,11 +288,7 @@ async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
     """Return the setting that makes TLS work, or None if TLS is not the cause of the error."""
     parts = split(url)
     where = parts.hostname or "localhost", parts.port or 6379
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
+    chain = chain_of(error)
     if parts.scheme != "rediss":
         # A server that expects TLS closes the connection at once. A silent server is unreachable.
         silent = any(isinstance(one, TimeoutError) for one in chain)

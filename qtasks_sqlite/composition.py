@@ -95,8 +95,12 @@ class SqliteComposition(SeparateComposition):
 
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
         messages = [d.message for d in deliveries if isinstance(d.message, TaskMessage)]
-        found = await self._database().read(self._storage.getting([m.uuid for m in messages]))
-        if any(message.submission and message.uuid not in found for message in messages):
+        keyed = [message.uuid for message in messages if message.submission]
+        look = self._storage.getting([message.uuid for message in messages], "begun")
+        if keyed:
+            look = self._storage.getting([message.uuid for message in messages])
+        found = await self._database().read(look)
+        if any(uuid not in found for uuid in keyed):
             found = await self._database().write(self._adopting(messages))
         return verdicts_of(deliveries, found)
 

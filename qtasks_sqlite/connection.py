@@ -108,15 +108,22 @@ class Transaction:
             found = self._found[key] = int(rows[0][0])
         return found
 
-    def insert(self, into: str, rows: Sequence[tuple[Any, ...]], then: str = "") -> None:
-        """Run `INSERT into VALUES rows then` for all rows, in few steps."""
-        done = 0
+    def insert(
+        self, into: str, rows: Sequence[tuple[Any, ...]], then: str = "", *parameters: Any
+    ) -> int:
+        """Run `INSERT into VALUES rows then` for all rows, in few steps.
+
+        `parameters` are those of `then`. Returns how many rows were inserted or updated.
+        """
+        done = count = 0
         for size in _SIZES:
             while len(rows) - done >= size:
                 marks = "(" + ",".join("?" * len(rows[0])) + ")"
                 statement = f"INSERT {into} VALUES {','.join([marks] * size)} {then}"
-                self.execute(statement, list(chain.from_iterable(rows[done : done + size])))
+                values = [*chain.from_iterable(rows[done : done + size]), *parameters]
+                count += self.execute(statement, values).rowcount
                 done += size
+        return count
 
     def select(self, columns: str, rest: str, parameters: Sequence[Any]) -> list[list[Any]]:
         """Return the rows of `SELECT columns rest`, which must not contain blobs, in one step."""

@@ -14,7 +14,7 @@ from qtasks_sqlite.listening import channel
 
 logger = logging.getLogger("qtasks.sqlite")
 
-_PURGED = 5000
+PURGED = 5000
 """Messages that one transaction deletes."""
 _KEPT = 600.0
 """Seconds that a command is kept for slow listeners."""
@@ -51,7 +51,7 @@ def purging(namespace: int, queue: str) -> Callable[[Transaction], tuple[int, bo
         dropped = sum(
             turn.execute(
                 "DELETE FROM qtasks_messages WHERE id IN (SELECT id FROM qtasks_messages "
-                f"WHERE queue = ? AND {which} LIMIT {_PURGED})",
+                f"WHERE queue = ? AND {which} LIMIT {PURGED})",
                 (number, *values),
             ).rowcount
             for which, values in (
@@ -59,7 +59,7 @@ def purging(namespace: int, queue: str) -> Callable[[Transaction], tuple[int, bo
                 ("wake_at IS NOT NULL AND (holder = 0 OR wake_at <= ?)", (time.time(),)),
             )
         )
-        return dropped, dropped < _PURGED
+        return dropped, dropped < PURGED
 
     return purge
 

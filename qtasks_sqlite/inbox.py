@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from qtasks_core import Inbox, Task
 from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.receivers import Awaited
 from qtasks_sqlite.connection import Database, Transaction, array
 from qtasks_sqlite.doorbell import Bell
+
+Which: TypeAlias = Literal["all", "begun", "final"]
 
 _UNWATCH = """
 DELETE FROM qtasks_watchers
@@ -24,9 +26,9 @@ class Records(Protocol):
     namespace: int
 
     def getting(
-        self, uuids: Iterable[str], *, final: bool = False
+        self, uuids: Iterable[str], only: Which = "all"
     ) -> Callable[[Transaction], dict[str, Task]]:
-        """Return the work that reads these records, or only the final ones among them."""
+        """Return the work that reads these records, or only some kind of them."""
 
 
 class SqliteInbox(Inbox):
@@ -66,7 +68,7 @@ class SqliteInbox(Inbox):
         """Watch `watched`, and read them and `others`, in one transaction."""
         forgotten = list(self._awaited.to_unwatch)
         watch = self._watching(list(watched), forgotten)
-        finals = self._storage.getting(others, final=True)
+        finals = self._storage.getting(others, "final")
         found = await self._database.write(lambda turn: watch(turn) | finals(turn))
         self._awaited.to_unwatch.difference_update(forgotten)
         self._awaited.arrive(found.values())
@@ -76,7 +78,7 @@ class SqliteInbox(Inbox):
     ) -> Callable[[Transaction], dict[str, Task]]:
         namespace, address = self._storage.namespace, self.address
         rows = [(namespace, uuid, address) for uuid in watched]
-        finals = self._storage.getting(watched, final=True)
+        finals = self._storage.getting(watched, "final")
 
         def watch(turn: Transaction) -> dict[str, Task]:
             into = "OR IGNORE INTO qtasks_watchers (namespace, uuid, address)"
@@ -122,7 +124,7 @@ class SqliteInbox(Inbox):
         for attempt in (self._database.read, self._database.write):
             missing = named & self._awaited.uuids
             if missing:
-                found = await attempt(self._storage.getting(missing, final=True))
+                found = await attempt(self._storage.getting(missing, "final"))
                 self._awaited.arrive(found.values())
         # If a record is still missing, the transaction that rang for it did not finish.
         self._bell.letters -= named

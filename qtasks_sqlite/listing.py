@@ -14,9 +14,9 @@ from qtasks_core.wire import decode_task
 from qtasks_sqlite.connection import Transaction, array
 from qtasks_sqlite.schema import REMARKABLE
 
-_LOOKED_AT = 5000
+LOOKED_AT = 5000
 """Records that one transaction looks at if few of them match."""
-_DELETED = 2000
+DELETED = 2000
 """Records that one transaction deletes."""
 _COLUMNS = "uuid, created_at, ord, execution, task_name, queue, dead, data"
 _ORDER = "ORDER BY created_at DESC, uuid DESC"
@@ -38,7 +38,7 @@ def looking(
 
     def look(turn: Transaction) -> Look:
         border = turn.execute(
-            f"SELECT created_at, uuid {records} {_ORDER} LIMIT 1 OFFSET {_LOOKED_AT - 1}", values
+            f"SELECT created_at, uuid {records} {_ORDER} LIMIT 1 OFFSET {LOOKED_AT - 1}", values
         ).fetchone()
         within = "" if border is None else " AND (created_at, uuid) >= (?, ?)"
         rows = turn.execute(
@@ -124,10 +124,10 @@ def expiring(namespace: int) -> Callable[[Transaction], tuple[int, bool]]:
         rows = turn.select(
             "uuid",
             "FROM (SELECT uuid FROM qtasks_records INDEXED BY qtasks_expiring "
-            f"WHERE namespace = ? AND expires_at <= ? LIMIT {_DELETED})",
+            f"WHERE namespace = ? AND expires_at <= ? LIMIT {DELETED})",
             (namespace, time.time()),
         )
         deleting(namespace, [uuid for (uuid,) in rows])(turn)
-        return len(rows), len(rows) < _DELETED
+        return len(rows), len(rows) < DELETED
 
     return expire

@@ -27,11 +27,11 @@ from qtasks_core.options import checked_retention
 from qtasks_core.queries import cursor_at, place_of
 from qtasks_core.records import (
     FINAL,
+    FIRST_BEGUN,
     FIRST_FINAL,
     RANKS,
     RETENTION,
     expiry_of,
-    may_replace,
     order_of,
     refused_by,
     retention_note,
@@ -49,7 +49,7 @@ from qtasks_sqlite.connection import (
     migrated,
     with_server,
 )
-from qtasks_sqlite.inbox import SqliteInbox
+from qtasks_sqlite.inbox import SqliteInbox, Which
 from qtasks_sqlite.listening import Listeners
 from qtasks_sqlite.options import Synchronous, durability, path_of
 
@@ -58,14 +58,24 @@ _INTO = (
     "INTO qtasks_records "
     "(namespace, uuid, ord, execution, task_name, queue, created_at, dead, expires_at, data)"
 )
-_REPLACE = """
+_REPLACE = f"""
 ON CONFLICT DO UPDATE SET ord = excluded.ord, execution = excluded.execution,
     task_name = excluded.task_name, queue = excluded.queue, dead = excluded.dead,
     expires_at = excluded.expires_at, data = excluded.data
+WHERE (qtasks_records.ord % {RANKS} < {FIRST_FINAL} AND excluded.ord >= qtasks_records.ord
+       AND excluded.ord % {RANKS} >= {FIRST_BEGUN}
+       AND (excluded.ord, excluded.execution) != (qtasks_records.ord, qtasks_records.execution))
+   OR qtasks_records.expires_at <= ?
 """
 _THESE = "namespace = ? AND uuid IN (SELECT value FROM json_each(?))"
 _KEPT = f"{_THESE} AND (expires_at IS NULL OR expires_at > ?)"
 """An expired record counts as deleted, even if `expire` has not deleted it yet."""
+_ONLY: dict[Which, str] = {
+    "all": "",
+    # Others are the first record of a first attempt.
+    "begun": f" AND ord NOT IN ({RANKS}, {RANKS + 1})",
+    "final": f" AND ord % {RANKS} >= {FIRST_FINAL}",
+}
 
 
 class SqliteStorage(Storage):
@@ -131,27 +141,30 @@ class SqliteStorage(Storage):
 
     def saving(self, tasks: Sequence[Task]) -> Callable[[Transaction], list[Outcome]]:
         """Return the work that saves those of these records that their order allows."""
-        rows = {id(task): self._row(task) for task in tasks}
+        parts = [(part, [self._row(task) for task in part]) for part in _distinct(tasks)]
 
         def save(turn: Transaction) -> list[Outcome]:
-            there = self._there(turn, {task.uuid for task in tasks})
-            accepted: dict[str, Task] = {}
-            refused: list[int] = []
-            for at, task in enumerate(tasks):
-                order = order_of(task), task.execution
-                stored = there.get(task.uuid)
-                if stored == order:
-                    continue
-                if stored and not may_replace(order[0], stored[0]):
-                    refused.append(at)
-                else:
-                    there[task.uuid] = order
-                    accepted[task.uuid] = task
-            turn.insert(_INTO, [rows[id(task)] for task in accepted.values()], _REPLACE)
-            self._tell(turn, [task for task in accepted.values() if task.status in FINAL])
-            return self._outcomes(turn, tasks, refused)
+            return [outcome for part, rows in parts for outcome in self._save(turn, part, rows)]
 
         return save
+
+    def _save(
+        self, turn: Transaction, tasks: Sequence[Task], rows: Sequence[tuple[Any, ...]]
+    ) -> list[Outcome]:
+        """Save records of different tasks. Usually all are accepted: then nothing is read."""
+        if turn.insert(_INTO, rows, _REPLACE, time.time()) == len(tasks):
+            self._tell(turn, [task for task in tasks if task.status in FINAL])
+            return [DONE] * len(tasks)
+        stored = self._stored(turn, [task.uuid for task in tasks])
+        saved = [stored[task.uuid] == (order_of(task), task.execution) for task in tasks]
+        done = [task for task, ok in zip(tasks, saved, strict=True) if ok]
+        self._tell(turn, [task for task in done if task.status in FINAL])
+        refused = [task.uuid for task, ok in zip(tasks, saved, strict=True) if not ok]
+        there = self.getting(refused)(turn)
+        return [
+            DONE if ok else refused_by(there.get(task.uuid))
+            for task, ok in zip(tasks, saved, strict=True)
+        ]
 
     def _row(self, task: Task) -> tuple[Any, ...]:
         return (
@@ -167,11 +180,12 @@ class SqliteStorage(Storage):
             encode_task(task),
         )
 
-    def _there(self, turn: Transaction, uuids: set[str]) -> dict[str, tuple[int, str]]:
+    def _stored(self, turn: Transaction, uuids: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Return the order and the execution of records, also of expired ones."""
         rows = turn.select(
             "uuid, ord, execution",
-            f"FROM qtasks_records WHERE {_KEPT}",
-            (self.namespace, array(uuids), time.time()),
+            f"FROM qtasks_records WHERE {_THESE}",
+            (self.namespace, array(uuids)),
         )
         return {uuid: (order, execution) for uuid, order, execution in rows}
 
@@ -190,26 +204,20 @@ class SqliteStorage(Storage):
             turn.letters.setdefault(address, []).append(uuid)
         turn.execute(f"DELETE {watchers}", these)
 
-    def _outcomes(
-        self, turn: Transaction, tasks: Sequence[Task], refused: Sequence[int]
-    ) -> list[Outcome]:
-        outcomes = [DONE] * len(tasks)
-        if refused:
-            there = self.getting([tasks[at].uuid for at in refused])(turn)
-            for at in refused:
-                outcomes[at] = refused_by(there.get(tasks[at].uuid))
-        return outcomes
-
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         found = await self.started().read(self.getting(uuids))
         return [found.get(uuid) for uuid in uuids]
 
     def getting(
-        self, uuids: Iterable[str], *, final: bool = False
+        self, uuids: Iterable[str], only: Which = "all"
     ) -> Callable[[Transaction], dict[str, Task]]:
-        """Return the work that reads these records, or only the final ones among them."""
+        """Return the work that reads these records, or only some kind of them.
+
+        `begun` are all but the first records of a first attempt, which say no more than their
+        messages.
+        """
         wanted = array(uuids)
-        where = f"{_KEPT} AND ord % {RANKS} >= {FIRST_FINAL}" if final else _KEPT
+        where = _KEPT + _ONLY[only]
 
         def get(turn: Transaction) -> dict[str, Task]:
             these = self.namespace, wanted, time.time()
@@ -287,3 +295,15 @@ class SqliteStorage(Storage):
         if self._database is None:
             raise Closed("SqliteStorage is not started")
         return self._database
+
+
+def _distinct(tasks: Sequence[Task]) -> list[Sequence[Task]]:
+    """Split records into parts in which no uuid occurs twice. Usually that is one."""
+    if len({task.uuid for task in tasks}) == len(tasks):
+        return [tasks]
+    parts: list[list[Task]] = []
+    for task in tasks:
+        if not parts or any(task.uuid == other.uuid for other in parts[-1]):
+            parts.append([])
+        parts[-1].append(task)
+    return list(parts)

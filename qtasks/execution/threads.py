@@ -18,7 +18,7 @@ from qtasks.bridge.crossing import Reply
 R = TypeVar("R")
 
 _NAME = "qtasks-task"
-_REST = 5.0
+REST = 5.0
 """Seconds that a thread waits for more work before it ends."""
 
 
@@ -67,7 +67,7 @@ class _Threads:
     def _do_next(self) -> bool:
         """Make the next call; False when there was none for a while."""
         try:
-            call, reply = self._work.get(timeout=_REST)
+            call, reply = self._work.get(timeout=REST)
         except Empty:
             with self._lock:
                 if self._free:

@@ -218,7 +218,9 @@ def is_candidate(delivery: Delivery, record: Task | None) -> bool:
 
 def isolated_runs(record: Task | None) -> int:
     """Return how many isolated runs of a message have started, by its record."""
-    return count_in(record.headers, ISOLATED_RUNS) if record is not None else 0
+    if record is None or not record.headers:
+        return 0
+    return count_in(record.headers, ISOLATED_RUNS)
 
 
 def count_in(headers: Mapping[str, str], name: str) -> int:

@@ -63,7 +63,9 @@ class ComposingContract(Contract):
         subscription = await broker.subscribe({"q": 10})
         (delivery,) = await collect(subscription, 1)
         assert delivery.message == now
-        assert await composition.admit([delivery]) == [("run", first)]
+        ((verdict, found),) = await composition.admit([delivery])
+        assert verdict == "run"
+        assert found in (None, first)
         assert await composition.submit([]) == []
 
     async def test_a_submit_repeated_late_changes_nothing(self, rig: Rig) -> None:
@@ -78,7 +80,7 @@ class ComposingContract(Contract):
     async def test_admit_knows_what_still_has_to_run(self, rig: Rig) -> None:
         """`admit` returns the right verdict for each state: run, final, cancelled, stale or dead.
 
-        `ADMISSIONS` has the states. `admit` also returns the record of each task.
+        `ADMISSIONS` has the states. `admit` also returns the record of each task that has begun.
         """
         _, storage, composition = await self._pair(rig)
         deliveries = [Delivery(Raw(b"\xff", "no message"), "q", None)]
@@ -93,7 +95,9 @@ class ComposingContract(Contract):
             "a verdict differs from `ADMISSIONS` in qtasks_conformance.contracts.pairs"
         )
         for delivery, (_, found) in zip(deliveries[1:], admitted[1:], strict=True):
-            assert await storage.get([message_of(delivery).uuid]) == [found]
+            (stored,) = await storage.get([message_of(delivery).uuid])
+            left_out = stored is not None and stored.status in ("new", "scheduled")
+            assert found == stored or (left_out and found is None)
         assert await composition.admit([]) == []
 
     async def test_completed_is_recorded_and_settled(self, rig: Rig) -> None:

@@ -26,7 +26,11 @@ class Composition(ABC):
 
     @abstractmethod
     async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
-        """Say which deliveries still have to run, with the record that decided each of them."""
+        """Say which deliveries still have to run, with the record that decided each of them.
+
+        The record may be None if it is the first one of the message (`new`, `scheduled`): then it
+        says no more than the message does.
+        """
 
     @abstractmethod
     async def complete(

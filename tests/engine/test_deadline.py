@@ -116,7 +116,7 @@ async def test_a_caller_who_left_before_the_write_leaves_no_wait_behind() -> Non
         async with asyncio.timeout(5):
             while await app.get_task(message.uuid) is None:  # noqa: ASYNC110  # in memory
                 await asyncio.sleep(0.01)
-        assert client._waiters == {}
+        assert not client.awaited
 
 
 class Silent(MemoryBroker):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from qtasks import AsyncRouter, Closed, ConfigurationError, TaskTimeout
 from qtasks import app as app_module
 from qtasks.asyncio import QueueTasks
-from qtasks.bridge.crossing import _entry_queues, io_thread
+from qtasks.bridge.crossing import io_thread
 from qtasks_core import Task
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
@@ -95,7 +97,7 @@ def test_threads_and_loops_start_the_default_app_once(monkeypatch: pytest.Monkey
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(first_use, range(8))) == ["new"] * 8
     assert broker.starts == 1
-    default._close_at_exit()
+    asyncio.run(default.stop())
 
 
 async def test_a_signal_ends_the_wait_for_a_server_that_is_not_there(tmp_path: Path) -> None:
@@ -213,7 +215,7 @@ async def test_a_cancelled_wait_leaves_nothing_behind(app: QueueTasks) -> None:
         await asyncio.wait(adding)
         assert all(one.cancelled() for one in adding)
         await asyncio.sleep(0.1)
-        assert app.client._waiters == {}
+        assert not app.client.awaited
         # The tasks themselves go on.
         async with app.worker():
             assert (await never.add_task(timeout=5)).status == "success"
@@ -251,13 +253,13 @@ with app:
         never.add_task(timeout=50)
     except KeyboardInterrupt:
         app.get_task("x")  # a crossing later the wait was taken back
-        print("left behind:", app.client._waiters, flush=True)
+        print("left behind:", set(app.client.awaited), flush=True)
 """
     with script(tmp_path / "interrupted.py", code) as process:
         process.wait_for("waiting")
         time.sleep(0.3)
         process.signal(signal.SIGINT)
-        process.wait_for("left behind: {}")
+        process.wait_for("left behind: set()")
 
 
 class Frozen(MemoryStorage):
@@ -361,9 +363,14 @@ def test_loops_that_were_closed_are_forgotten() -> None:
         async with app:
             await app.get_task("x")
 
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
     for _ in range(5):
-        asyncio.run(once())
-    assert len([loop for loop in _entry_queues if loop.is_closed()]) <= 1
+        with asyncio.Runner() as runner:
+            loops.append(weakref.ref(runner.get_loop()))
+            runner.run(once())
+        del runner
+    gc.collect()
+    assert len([loop for loop in loops if loop() is not None]) <= 1
 
 
 async def test_two_apps_in_one_process() -> None:

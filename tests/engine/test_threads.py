@@ -23,7 +23,7 @@ async def test_each_call_has_one_at_once_and_they_are_used_again() -> None:
 
 
 async def test_without_work_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_REST", 0.02)
+    monkeypatch.setattr(threads, "REST", 0.02)
     here = [await in_thread(threading.current_thread) for _ in range(3)]
     # One that rested before waits for as long as it was told then.
     await asyncio.to_thread(until, lambda: not any(t.is_alive() for t in here), "their end")

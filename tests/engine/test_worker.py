@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from qtasks.asyncio import QueueTasks
 from qtasks.declare.tasks import message_of
 from qtasks.worker import consumer
-from qtasks_core import Delivery, Raw, TaskMessage
+from qtasks_core import Delivery, Raw, TaskMessage, TaskQuery
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
 
@@ -207,9 +207,8 @@ async def test_what_cannot_be_decoded_is_kept_and_the_rest_goes_on() -> None:
     async with app.worker():
         await app.submit(TaskMessage(uuid="garbled", task_name="x"), None)
         assert (await fine.add_task(timeout=5)).returning == "fine"
-        memory = storage._started()
-        kept = [r for r in memory.records.values() if r.dead == "undecodable"]
-    assert [(r.args, r.error) for r in kept] == [(b"\xff\x00", "no message")]
+        kept = (await storage.query(TaskQuery(dead=True))).tasks
+    assert [(r.args, r.error, r.dead) for r in kept] == [(b"\xff\x00", "no message", "undecodable")]
 
 
 class Flaky(MemoryStorage):

@@ -13,8 +13,8 @@ from qtasks.client.retrying import Outage, Retrying, retry
 from qtasks_core.errors import Unavailable
 
 
-def failing(times: int) -> Callable[[], Awaitable[str]]:
-    left = [Unavailable("redis://here: refused")] * times
+def failing(times: int, server: str = "redis://here") -> Callable[[], Awaitable[str]]:
+    left = [Unavailable(f"{server}: refused")] * times
 
     async def call() -> str:
         if left:
@@ -84,7 +84,9 @@ async def test_another_server_that_answers_does_not_end_the_outage(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     retrying = Retrying()
-    retrying._outage.failed(Unavailable("postgresql://there: refused"))
+    stopping = asyncio.Event()
+    stopping.set()
+    assert await retrying.call(failing(1, "postgresql://there"), stopping) is None
     await retrying.call(failing(0))
     assert caplog.messages == ["worker: postgresql://there: refused; trying again"]
 
