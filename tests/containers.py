@@ -47,7 +47,7 @@ ALL = (
 def main() -> int:
     """Run the tests; return pytest's status, or NOT_RUN if `--short` has no engine or no image."""
     parser = argparse.ArgumentParser(prog="python -m tests.containers", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a minute of it, if nothing is to get")
+    parser.add_argument("--short", action="store_true", help="half a minute of it")
     arguments, options = parser.parse_known_args()
     try:
         if arguments.short:
