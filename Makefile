@@ -9,14 +9,14 @@ RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full verify lint format format-check types imports bench peers clean
+.PHONY: help demo test test-full test-containers verify lint format format-check types imports bench peers clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 # Tests start hundreds of processes, and each would compile all modules where none are kept.
-test test-full verify: export PYTHONDONTWRITEBYTECODE =
-test test-full verify: export PYTHONPYCACHEPREFIX = $(CURDIR)/.venv/bytecode
+test test-full test-containers verify: export PYTHONDONTWRITEBYTECODE =
+test test-full test-containers verify: export PYTHONPYCACHEPREFIX = $(CURDIR)/.venv/bytecode
 # On a machine that is busy or slow all takes several times as long.
 test test-full: export QTASKS_CONFORMANCE_PATIENCE = 90
 
@@ -28,6 +28,9 @@ test: $(ENVIRONMENT) ## all tests except the long ones; starts the servers, inst
 
 test-full: $(ENVIRONMENT) ## all tests, also the long ones
 	$(RUN) -m pytest --full $(PARALLEL) $(PYTEST_ARGS)
+
+test-containers: $(ENVIRONMENT) ## tests of the four servers, each server in a container
+	$(RUN) -m tests.containers $(PARALLEL) $(PYTEST_ARGS)
 
 verify: $(ENVIRONMENT) ## tests of the kit and of the test servers, if those have changed
 	$(RUN) -m tests.unchanged

@@ -12,7 +12,15 @@ import pytest
 
 from qtasks_core.urls import redact
 from tests import unchanged
-from tests.services import SERVICES, NotOurs, NotReady, Service, Unobtainable
+from tests.services import (
+    SERVICES,
+    NotInContainers,
+    NotOurs,
+    NotReady,
+    Service,
+    Unobtainable,
+    in_containers,
+)
 
 collect_ignore = ["stranger"]
 """A package of its own, which tests/packaging installs and tests."""
@@ -36,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Kafka lives for minutes here, so it compiles little: half the processor time of a start.
     os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
     config.addinivalue_line("markers", "full: takes long; runs with --full only")
+    config.addinivalue_line("markers", "native: looks at a server's processes on this machine")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell ignores Ctrl-C in what it runs in the background, and every child inherits that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,6 +61,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if in_containers():
+        for item in items:
+            if item.get_closest_marker("native"):
+                item.add_marker(pytest.mark.skip(reason="looks at processes, not at containers"))
+        return
     if not config.getoption("--full"):
         verified = tuple(unchanged.LOOK_AT.keys() - set(unchanged.changed()))
         for item in items:
@@ -62,10 +76,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    """In containers, a test that needs a native server is skipped with that reason."""
+    try:
+        return (yield)
+    except NotInContainers as error:
+        pytest.skip(str(error))
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
     """A test that would kill a server somebody else runs is skipped with that reason."""
     try:
         return (yield)
+    except NotInContainers as error:
+        pytest.skip(str(error))
     except NotOurs as error:
         if in_ci():
             raise

@@ -14,8 +14,8 @@ from typing import Any
 from xdist.scheduler import LoadScopeScheduling
 
 PACKAGING = "tests/packaging/"
-TOGETHER = (PACKAGING, "tests/kit/", "tests/typing/")
-"""Directories whose tests share what is dear to make: one process has all of one."""
+TOGETHER = (PACKAGING, "tests/kit/", "tests/typing/", "tests/e2e/test_compose.py")
+"""Directories and files whose tests share what is dear to make: one process has all of one."""
 SECURED = ("tests/kafka/test_rights", "tests/kafka/test_setup")
 """Files whose tests use the Kafka with logins, which is one more server."""
 MOST = {"secured kafka": 1, "kafka": 3, "rabbitmq": 2, "postgres": 2, "redis": 2}

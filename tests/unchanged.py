@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NOTED = Path(__file__).with_suffix(".json")
+STAND_INS = ROOT / "tests" / "services" / "stand_ins"
 LOOK_AT = {
     "tests/kit/test_can_fail.py": (
         "qtasks_conformance", "qtasks_core", "qtasks_memory", "qtasks_sqlite", "tests/kit",
@@ -22,7 +23,10 @@ LOOK_AT = {
     "tests/packaging/test_stranger.py": (
         "qtasks_conformance", "qtasks_core", "tests/stranger", "docs/backends.md",
     ),
-    "tests/services_test/": ("tests/services", "tests/services_test"),
+    "tests/services_test/": (
+        "tests/services", "tests/services_test", "tests/containers.py", ".env", "compose.yaml",
+        ".ci/run", *(str(path.relative_to(ROOT)) for path in STAND_INS.glob("[!_]*/*")),
+    ),
 }  # fmt: skip
 """What these tests depend on, by the path that they begin with: folders of modules, and files."""
 

@@ -1,10 +1,17 @@
-"""The servers that the tests need: got from the environment, or found or installed and run here."""
+"""The servers that the tests need: from the environment, run on this machine, or in containers."""
 
 from tests.services.kafka import KafkaServer
 from tests.services.postgres import PostgresServer
 from tests.services.rabbitmq import RabbitMQServer
 from tests.services.redis import RedisServer
-from tests.services.service import NotOurs, NotReady, Service, Unobtainable
+from tests.services.service import (
+    NotInContainers,
+    NotOurs,
+    NotReady,
+    Service,
+    Unobtainable,
+    in_containers,
+)
 
 SERVICES: dict[str, type[Service]] = {
     service.name: service for service in (RedisServer, PostgresServer, RabbitMQServer, KafkaServer)
@@ -13,6 +20,7 @@ SERVICES: dict[str, type[Service]] = {
 __all__ = [
     "SERVICES",
     "KafkaServer",
+    "NotInContainers",
     "NotOurs",
     "NotReady",
     "PostgresServer",
@@ -20,4 +28,5 @@ __all__ = [
     "RedisServer",
     "Service",
     "Unobtainable",
+    "in_containers",
 ]

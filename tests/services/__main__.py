@@ -88,11 +88,11 @@ def start(names: Iterable[str]) -> bool:
         else:
             try:
                 url = service.start()
+                guard = service.detach()
             except (Unobtainable, NotReady) as error:
                 print(f"{name}: {error}", file=sys.stderr)
                 all_up = False
                 continue
-            guard = service.detach()
             if guard:
                 Up(name, url, service.version, guard, begun(guard) or 0).keep()
         print(f"export {service.variable}={shlex.quote(url)}", flush=True)

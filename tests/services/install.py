@@ -24,10 +24,16 @@ def cache() -> Path:
 
 
 @contextmanager
-def one_at_a_time(what: str) -> Iterator[None]:
-    """Hold the lock of that name, which all test runs of this user share."""
+def one_at_a_time(what: str, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of that name, which all test runs of this user share.
+
+    Raises `Unobtainable` if another run holds it and this one does not wait.
+    """
     with open(cache() / f"{what}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise Unobtainable(f"another run of {what} is under way") from None
         yield
 
 

@@ -12,12 +12,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.services.container import Contained
 from tests.services.install import cache, need_program, one_at_a_time, run
 from tests.services.native import Native, free_port
 from tests.services.service import NotReady, Service, Unobtainable, Way
 
 if TYPE_CHECKING:
     from aiokafka.admin import AIOKafkaAdminClient
+    from testcontainers.core.container import DockerContainer
 
 VERSION = "4.3.1"
 
@@ -29,6 +31,31 @@ POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0
 <dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId>
 <version>1.7.36</version></dependency></dependencies></project>
 """
+
+SETTINGS = {
+    "process.roles": "broker,controller",
+    "node.id": "1",
+    "controller.listener.names": "CONTROLLER",
+    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    # One broker, so one replica of everything.
+    "offsets.topic.replication.factor": "1",
+    "offsets.topic.num.partitions": "4",
+    "transaction.state.log.replication.factor": "1",
+    "transaction.state.log.min.isr": "1",
+    "transaction.state.log.num.partitions": "4",
+    "share.coordinator.state.topic.replication.factor": "1",
+    "share.coordinator.state.topic.min.isr": "1",
+    "share.coordinator.state.topic.num.partitions": "4",
+    # Short leases in tests, and no wait for members that do not come.
+    "group.min.session.timeout.ms": "500",
+    "group.initial.rebalance.delay.ms": "0",
+    # A topic that is deleted is gone soon, not in a minute.
+    "log.segment.delete.delay.ms": "1000",
+    # A broker killed and started again is refused until its old session has ended.
+    "broker.session.timeout.ms": "3000",
+    "broker.heartbeat.interval.ms": "500",
+}
+"""What the server is told wherever it runs; addresses and the directory are added."""
 
 
 def jars() -> Path:
@@ -79,31 +106,11 @@ class NativeKafka(Native):
     def settings(self, controller: int) -> dict[str, str]:
         """Return the server's properties; `controller` is the port of its controller."""
         return {
-            "process.roles": "broker,controller",
-            "node.id": "1",
+            **SETTINGS,
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
             "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
             "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
-            "controller.listener.names": "CONTROLLER",
-            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
             "log.dirs": str(self.directory / "data"),
-            # One broker, so one replica of everything.
-            "offsets.topic.replication.factor": "1",
-            "offsets.topic.num.partitions": "4",
-            "transaction.state.log.replication.factor": "1",
-            "transaction.state.log.min.isr": "1",
-            "transaction.state.log.num.partitions": "4",
-            "share.coordinator.state.topic.replication.factor": "1",
-            "share.coordinator.state.topic.min.isr": "1",
-            "share.coordinator.state.topic.num.partitions": "4",
-            # Short leases in tests, and no wait for members that do not come.
-            "group.min.session.timeout.ms": "500",
-            "group.initial.rebalance.delay.ms": "0",
-            # A topic that is deleted is gone soon, not in a minute.
-            "log.segment.delete.delay.ms": "1000",
-            # A broker killed and started again is refused until its old session has ended.
-            "broker.session.timeout.ms": "3000",
-            "broker.heartbeat.interval.ms": "500",
         }
 
     def command(self) -> list[str]:
@@ -115,11 +122,47 @@ class NativeKafka(Native):
         return [self._java, heap, f"-D{logger}=warn", "-cp", f"{self._jars}/*"]
 
 
+class ContainedKafka(Contained):
+    """Apache Kafka in a container; the class of testcontainers fits another vendor's image.
+
+    The server calls itself by the address that it tells its clients, so inside it listens on the
+    port that is published.
+    """
+
+    CONTROLLER = 9093
+
+    def make(self, image: str) -> DockerContainer:
+        from testcontainers.core.container import DockerContainer
+        from testcontainers.core.wait_strategies import LogMessageWaitStrategy
+
+        settings = {
+            **SETTINGS,
+            "controller.quorum.voters": f"1@127.0.0.1:{self.CONTROLLER}",
+            "listeners": f"PLAINTEXT://0.0.0.0:{self.port},"
+            f"CONTROLLER://127.0.0.1:{self.CONTROLLER}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
+            "log.dirs": "/var/lib/kafka/data",
+        }
+        variables = {f"KAFKA_{k.upper().replace('.', '_')}": v for k, v in settings.items()}
+        java = os.environ.get("JDK_JAVA_OPTIONS", "")
+        return (
+            DockerContainer(image)
+            .with_envs(**variables, KAFKA_HEAP_OPTS="-Xmx512m", JDK_JAVA_OPTIONS=java)
+            .waiting_for(LogMessageWaitStrategy("Kafka Server started"))
+        )
+
+    def url(self) -> str:
+        return f"kafka://127.0.0.1:{self.port}"
+
+
 class KafkaServer(Service):
     name = "kafka"
 
     def native(self) -> Way:
         return NativeKafka()
+
+    def container(self) -> Way:
+        return ContainedKafka(self.name)
 
     async def probe(self, url: str) -> str:
         async with asking(url) as admin:

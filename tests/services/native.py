@@ -18,11 +18,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.services.service import NotReady, Unobtainable, Way
+from tests.services.service import NotInContainers, NotReady, Unobtainable, Way, in_containers
 
 GUARD = Path(__file__).parents[2] / "qtasks" / "testing" / "guard.py"
 PREPARE_WITHIN = 60.0  # seconds
 PASSWORD = "qtasks-test"  # so that a test can get it wrong, and see that it is shown nowhere
+
+OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port() -> int:
@@ -31,7 +33,10 @@ def free_port() -> int:
     A port from within that range could be taken by any client while its server is down, or a
     client that knocks there could be connected to itself.
     """
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    try:
+        lowest = int(OUTGOING.read_text().split()[0])
+    except FileNotFoundError:  # not on Linux, where servers run in containers only
+        lowest = 49_152
     for _ in range(200):
         port = random.randrange(10_000, max(lowest, 11_000))
         with socket.socket() as candidate:
@@ -74,10 +79,12 @@ class Native(Way):
         return {}
 
     def start(self) -> str:
+        name = type(self).__name__.removeprefix("Native").lower()
+        if in_containers():
+            raise NotInContainers(f"{name} is run natively: `make test` has the tests that need it")
         if not hasattr(os, "pidfd_open") or not Path("/proc/self/stat").exists():
             raise Unobtainable("native servers are run on Linux only")
         self.find()
-        name = type(self).__name__.removeprefix("Native").lower()
         self.directory = Path(tempfile.mkdtemp(prefix=f"qtasks-{name}-"))
         if self.user:
             shutil.chown(self.directory, self.user)

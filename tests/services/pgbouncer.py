@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from tests.services.install import install_package
 from tests.services.native import Native, free_port
-from tests.services.service import Unobtainable
+from tests.services.service import Unobtainable, Way
 
 
 class NativePgBouncer(Native):
@@ -54,12 +54,8 @@ def bouncing(server: str, pool_mode: str) -> Iterator[str]:
     from tests.services.postgres import PostgresServer
 
     class Pooler(PostgresServer):
-        def native(self) -> Native:
-            return NativePgBouncer(server, pool_mode)
-
-        @property
-        def variable(self) -> str:
-            return "QTASKS_TEST_PGBOUNCER_URL"
+        def ways(self) -> tuple[Way, ...]:
+            return (NativePgBouncer(server, pool_mode),)
 
     pooler = Pooler()
     try:

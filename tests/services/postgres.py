@@ -6,10 +6,17 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tests.services.container import Contained
 from tests.services.install import install_package
 from tests.services.native import PASSWORD, Native, free_port
 from tests.services.service import NotReady, Service, Unobtainable, Way
+
+if TYPE_CHECKING:
+    from testcontainers.core.container import DockerContainer
+
+CONNECTIONS = 200
 
 
 def programs() -> Path | None:
@@ -57,11 +64,28 @@ class NativePostgres(Native):
         options = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
-            "max_connections": "200",
+            "max_connections": str(CONNECTIONS),
             "dynamic_shared_memory_type": "mmap",  # in the directory, not in /dev/shm
         }
         settings = [part for k, v in options.items() for part in ("-c", f"{k}={v}")]
         return [str(self._programs / "postgres"), "-D", "data", "-p", str(self.port), *settings]
+
+
+class ContainedPostgres(Contained):
+    """PostgreSQL by the class of testcontainers."""
+
+    inside = 5432
+
+    def make(self, image: str) -> DockerContainer:
+        from testcontainers.community.postgres import PostgresContainer
+
+        container = PostgresContainer(
+            image, port=self.inside, username="postgres", password=PASSWORD, dbname="postgres"
+        )
+        return container.with_command(["postgres", "-c", f"max_connections={CONNECTIONS}"])
+
+    def url(self) -> str:
+        return f"postgresql://postgres:{PASSWORD}@127.0.0.1:{self.port}/postgres"
 
 
 class PostgresServer(Service):
@@ -69,6 +93,9 @@ class PostgresServer(Service):
 
     def native(self) -> Way:
         return NativePostgres()
+
+    def container(self) -> Way:
+        return ContainedPostgres(self.name)
 
     async def probe(self, url: str) -> str:
         import asyncpg

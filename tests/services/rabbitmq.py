@@ -7,12 +7,19 @@ import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tests.services.container import Contained
 from tests.services.install import need_program
 from tests.services.native import Native, free_port
-from tests.services.service import NotOurs, NotReady, Service, Way
+from tests.services.service import NotInContainers, NotOurs, NotReady, Service, Way
+
+if TYPE_CHECKING:
+    from testcontainers.core.container import DockerContainer
 
 NEW_QUEUE_NOTED = 1.2  # seconds
+# No spinning schedulers: the machine is shared with the tests.
+QUIET = "+sbwt none +sbwtdcpu none +sbwtdio none"
 
 
 class NativeRabbitMQ(Native):
@@ -83,10 +90,36 @@ class NativeRabbitMQ(Native):
             "RABBITMQ_PID_FILE": str(below / "pid"),
             # Its start script then becomes the server instead of waiting for it.
             "RABBITMQ_ALLOW_INPUT": "true",
-            # No spinning schedulers: the machine is shared with the tests.
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput +sbwt none +sbwtdcpu none"
-            " +sbwtdio none",
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"-noinput {QUIET}",
         }
+
+
+class ContainedRabbitMQ(Contained):
+    """RabbitMQ in a container; the class of testcontainers wants one more driver."""
+
+    inside = 5672
+
+    def make(self, image: str) -> DockerContainer:
+        from testcontainers.core.container import DockerContainer
+        from testcontainers.core.wait_strategies import LogMessageWaitStrategy
+
+        return (
+            DockerContainer(image)
+            .with_env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", QUIET)
+            .waiting_for(LogMessageWaitStrategy("Server startup complete"))
+        )
+
+    def url(self) -> str:
+        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+
+    def control(self, *arguments: str) -> str:
+        """Run `rabbitmqctl` in the container and return what it prints."""
+        return self.execute("rabbitmqctl", "-q", *arguments)
+
+    def kill(self) -> None:
+        """Kill it, late for the same reason as the native one."""
+        time.sleep(NEW_QUEUE_NOTED)
+        super().kill()
 
 
 class RabbitMQServer(Service):
@@ -95,14 +128,19 @@ class RabbitMQServer(Service):
     def native(self) -> Way:
         return NativeRabbitMQ()
 
+    def container(self) -> Way:
+        return ContainedRabbitMQ(self.name)
+
     def control(self, *arguments: str) -> str:
         """Run `rabbitmqctl` on the server. Raises `NotOurs` if somebody else runs it."""
-        if not isinstance(self._way, NativeRabbitMQ):
+        if not isinstance(self._way, NativeRabbitMQ | ContainedRabbitMQ):
             raise NotOurs("rabbitmqctl is used on a server of the tests' own only")
         return self._way.control(*arguments)
 
     def give(self, file: Path) -> Path:
         """Copy a file to where the server may read it. Raises `NotOurs`."""
+        if isinstance(self._way, ContainedRabbitMQ):
+            raise NotInContainers("a listener that is added later has no published port")
         if not isinstance(self._way, NativeRabbitMQ):
             raise NotOurs("files are given to a server of the tests' own only")
         return self._way.write(file.name, file.read_text())

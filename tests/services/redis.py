@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from tests.services.container import Contained
 from tests.services.install import need_program
 from tests.services.native import PASSWORD, Native, free_port
 from tests.services.service import NotReady, Service, Way
+
+if TYPE_CHECKING:
+    from testcontainers.core.container import DockerContainer
+
+OPTIONS = {"requirepass": PASSWORD, "appendonly": "yes", "appendfsync": "no", "save": ""}
 
 
 class NativeRedis(Native):
@@ -27,12 +35,29 @@ class NativeRedis(Native):
             "port": str(self.port),
             "bind": "127.0.0.1",
             "dir": str(self.directory),
-            "requirepass": PASSWORD,
-            "appendonly": "yes",
-            "appendfsync": "no",
-            "save": "",
+            **OPTIONS,
         }
-        return [self._program, *(part for k, v in options.items() for part in (f"--{k}", v))]
+        return [self._program, *flags(options)]
+
+
+class ContainedRedis(Contained):
+    """Redis by the class of testcontainers, with the options of the native one."""
+
+    inside = 6379
+
+    def make(self, image: str) -> DockerContainer:
+        from testcontainers.community.redis import RedisContainer
+
+        container = RedisContainer(image, port=self.inside, password=PASSWORD)
+        return container.with_command(["redis-server", *flags(OPTIONS)])
+
+    def url(self) -> str:
+        return f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0"
+
+
+def flags(options: dict[str, str]) -> list[str]:
+    """Return the options as Redis takes them in its command."""
+    return [part for key, value in options.items() for part in (f"--{key}", value)]
 
 
 class RedisServer(Service):
@@ -40,6 +65,9 @@ class RedisServer(Service):
 
     def native(self) -> Way:
         return NativeRedis()
+
+    def container(self) -> Way:
+        return ContainedRedis(self.name)
 
     async def probe(self, url: str) -> str:
         import redis.asyncio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.services.postgres import NativePostgres, PostgresServer
 from tests.services.secured_kafka import Certificates
+from tests.services.service import Way
 
 
 class NativeSecuredPostgres(NativePostgres):
@@ -30,9 +31,8 @@ class NativeSecuredPostgres(NativePostgres):
 class SecuredPostgres(PostgresServer):
     """A server with TLS, never one of somebody else's."""
 
-    @property
-    def variable(self) -> str:
-        return "QTASKS_TEST_SECURED_POSTGRES_URL"
+    def ways(self) -> tuple[Way, ...]:
+        return (self.native(),)
 
     def native(self) -> NativeSecuredPostgres:
         self.made = NativeSecuredPostgres()

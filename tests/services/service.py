@@ -31,8 +31,17 @@ class NotOurs(Exception):
     """Somebody else runs this server: it is neither killed nor frozen from here."""
 
 
+class NotInContainers(Exception):
+    """The test needs a server that runs on this machine itself, and this run has none."""
+
+
+def in_containers() -> str:
+    """Return the name of the run whose servers are to be in containers, "" in any other run."""
+    return os.environ.get("QTASKS_TEST_CONTAINERS", "")
+
+
 class Way(ABC):
-    """One way to get a server: from the environment, natively, and whatever may come between."""
+    """One way to get a server: from the environment, natively, or in a container."""
 
     how: ClassVar[str]
     ours: ClassVar[bool] = True
@@ -146,6 +155,10 @@ class Service(ABC):
     def native(self) -> Way:
         """Return the way that runs the server's own program on this machine."""
 
+    def container(self) -> Way:
+        """Return the way that runs the server in a container. Raises `NotInContainers`."""
+        raise NotInContainers(f"{self.name} is run natively only")
+
     @abstractmethod
     async def probe(self, url: str) -> str:
         """Ask the server, as a client, for its version ("" where no protocol tells it).
@@ -155,6 +168,8 @@ class Service(ABC):
 
     def ways(self) -> Sequence[Way]:
         """Return the ways to get this server, the preferred one first."""
+        if in_containers():
+            return (self.container(),)
         return (FromEnvironment(self.variable), self.native())
 
     def start(self) -> str:

@@ -77,12 +77,14 @@ async def test_what_others_have_in_their_server_stays(
     await CLIENTS["kafka"].write(kafka_server.url)
     monkeypatch.setenv(kafka_server.variable, kafka_server.url)
     of_others = KafkaServer()
+    monkeypatch.delenv("QTASKS_TEST_CONTAINERS", raising=False)
     await asyncio.to_thread(of_others.start)
     await asyncio.to_thread(of_others.clear)
     async with asking(kafka_server.url) as admin:
         assert "words" in await topics_of_clients(admin)
 
 
+@pytest.mark.native
 def test_stop_leaves_no_process_and_no_directory(name: str) -> None:
     already = set(below(os.getpid()))
     service = SERVICES[name]()
@@ -97,6 +99,7 @@ def test_stop_leaves_no_process_and_no_directory(name: str) -> None:
     service.stop()
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("killed_before", [False, True])
 def test_postgres_leaves_no_shared_memory(killed_before: bool) -> None:
     service = PostgresServer()
@@ -115,6 +118,7 @@ def segments() -> set[str]:
     return {line.split()[1] for line in lines}
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("state", ["running", "frozen"])
 def test_a_killed_starter_leaves_nothing(name: str, state: str) -> None:
     with subprocess.Popen(
@@ -128,6 +132,7 @@ def test_a_killed_starter_leaves_nothing(name: str, state: str) -> None:
     assert not Path(directory).exists()
 
 
+@pytest.mark.native
 def test_a_killed_guard_takes_the_server_along() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", STARTER, "redis", "running"], stdout=subprocess.PIPE, text=True
