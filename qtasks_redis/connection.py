@@ -80,6 +80,7 @@ class Connection:
         """The number of blocking reads that need no slot of the calls."""
         self._reads = 0
         self.answer_within = within
+        self.namespace = namespace
         # The braces mark the hash tag, which puts all keys into one slot of a cluster.
         self._prefix = f"qtasks:{{{namespace}}}:"
 

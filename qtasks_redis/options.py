@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Final
 
 from qtasks_core.errors import ConfigurationError
@@ -97,3 +97,12 @@ def checked(url: str, *, connections: int = 1) -> str:
             "a broker waits for messages on one connection and publishes on another"
         )
     return take_options(_SCHEMES[scheme] + url[len(scheme) :], {"protocol": str})[0]
+
+
+def place_of(url: str) -> Hashable:
+    """Return what two checked URLs have in common if they lead to one database by one user."""
+    parts = split(url)
+    _, given = take_options(url, dict.fromkeys(("db", "username", "password"), str))
+    database = parts.path.strip("/") or given.pop("db", "0")
+    where = parts.scheme, parts.hostname or "localhost", parts.port or 6379
+    return *where, int(database), parts.username, parts.password, *sorted(given.items())
