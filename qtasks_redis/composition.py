@@ -19,10 +19,7 @@ from qtasks_redis.storage import RedisStorage, parts
 from qtasks_redis.subscription import RedisSubscription, settling
 
 if TYPE_CHECKING:
-    from qtasks_core import Settlement
-
-_NO_SETTLEMENT = ("",) * 6
-_NO_RECORD = ("",) * 9
+    from qtasks_core import Settlement, Task
 
 
 class RedisComposition(SeparateComposition):
@@ -62,7 +59,8 @@ class RedisComposition(SeparateComposition):
             return await super().submit(messages)
         outcomes = [DONE] * len(messages)
         for part in parts([m.uuid for m in messages], [sum(map(len, two)) for two in encoded]):
-            keys = RecordKeys(connection, self._storage.retention)
+            uuids = [messages[at].uuid for at in part]
+            keys = RecordKeys(connection, uuids, self._storage.retention)
             for at in part:
                 message, (data, record) = messages[at], encoded[at]
                 keys.save(records[at], record)
@@ -96,10 +94,13 @@ class RedisComposition(SeparateComposition):
         outcomes = [DONE] * len(completions)
         uuids = [str(at) if c.task is None else c.task.uuid for at, c in enumerate(completions)]
         for part in parts(uuids, [sum(map(len, two)) for two in encoded]):
-            keys = RecordKeys(connection, self._storage.retention)
+            tasks = [_recorded(completions[at]) for at in part]
+            keys = RecordKeys(
+                connection, [task.uuid for task in tasks if task], self._storage.retention
+            )
             asked: list[Settlement] = []
-            for at in part:
-                asked += _add(keys, completions[at], *encoded[at])
+            for at, task in zip(part, tasks, strict=True):
+                asked += _add(keys, completions[at].settlement, task, *encoded[at])
             with subscription.asking(asked):
                 answers = await connection.run(COMPLETE, keys.keys, keys.args)
             for at, saved, settled in zip(part, answers[::2], answers[1::2], strict=True):
@@ -129,22 +130,30 @@ class RedisComposition(SeparateComposition):
         return DONE if saved == 1 else refused_by(decode(task.uuid, saved))
 
 
+def _recorded(completion: Completion) -> Task | None:
+    """Return the record to save. A retry of a delivery that is known to be lost has none."""
+    settlement = completion.settlement
+    if isinstance(settlement, Retry):
+        settled = settlement.delivery.fence.settled
+        if settled is not None and settled != effect_of(settlement):
+            return None
+    return completion.task
+
+
 def _add(
-    keys: RecordKeys, completion: Completion, message: bytes, record: bytes
+    keys: RecordKeys,
+    settlement: Settlement | None,
+    task: Task | None,
+    message: bytes,
+    record: bytes,
 ) -> list[Settlement]:
     """Add the arguments of one completion. Return its settlement if the server must decide it."""
-    settlement, task = completion.settlement, completion.task
-    done = settlement is not None and settlement.delivery.fence.settled
-    if settlement is None or done:
-        keys.args += _NO_SETTLEMENT
-    else:
-        keys.args += settling(keys, settlement, message)
-    lost = done and isinstance(settlement, Retry) and done != effect_of(settlement)
-    if task is None or lost:
-        keys.args += _NO_RECORD
-    else:
+    asked = settlement is not None and settlement.delivery.fence.settled is None
+    args = settling(keys, settlement, message) if settlement is not None and asked else ()
+    keys.args += (str(len(args)), "0" if task is None else "1", *args)
+    if task is not None:
         keys.save(task, record)
-    return [] if settlement is None or done else [settlement]
+    return [settlement] if settlement is not None and asked else []
 
 
 def _too_large(connection: Connection, encoded: Sequence[tuple[bytes, bytes]]) -> bool:

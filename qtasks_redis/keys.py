@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Final
 
 from qtasks_core import Task
@@ -29,7 +30,7 @@ class Keys:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._positions: dict[tuple[str, str | int], str] = {}
+        self._positions: dict[tuple[str, int] | tuple[str, str, str], str] = {}
         self.keys: list[str] = []
 
     def queue(self, name: str, priority: int = USUAL) -> str:
@@ -43,12 +44,12 @@ class Keys:
             self.keys += (key(kind, name) for kind in _OF_QUEUE)
         return position
 
-    def pair(self, queue: str, task_name: str) -> str:
-        """Return the position of the records of a queue and a name. Adds their key if needed."""
-        position = self._positions.get((queue, task_name))
+    def group(self, queue: str, task_name: str, kind: str) -> str:
+        """Return the position of a group of records. Adds its key if needed."""
+        position = self._positions.get((queue, task_name, kind))
         if position is None:
-            position = self._positions[queue, task_name] = str(len(self.keys) + 1)
-            self.keys.append(self._connection.key(INDEX, pair_of(queue, task_name)))
+            position = self._positions[queue, task_name, kind] = str(len(self.keys) + 1)
+            self.keys.append(group_key(self._connection, queue, task_name, kind))
         return position
 
     def one(self, kind: str, name: str = "") -> str:
@@ -60,32 +61,35 @@ class Keys:
 class RecordKeys(Keys):
     """The keys and arguments of a script that saves records: see `record_scripts`."""
 
-    def __init__(self, connection: Connection, retention: float) -> None:
+    def __init__(self, connection: Connection, uuids: Iterable[str], retention: float) -> None:
         super().__init__(connection)
-        self.one(PAIRS)
+        record, inbox = connection.key(RECORD, ""), connection.key(INBOX, "")
+        self.keys = [connection.key(PAIRS, ""), *(record + uuid for uuid in uuids)]
+        self.args: list[str | bytes] = [str(len(record) + 1), connection.key(WATCH, "")]
+        self._inbox = inbox
         self._retention = retention
-        self.args: list[str | bytes] = [str(len(connection.key(RECORD, "")) + 1)]
 
     def save(self, task: Task, data: bytes) -> None:
-        """Add the key and the arguments of one record."""
+        """Add the arguments of one record, in the order of the uuids."""
         head = head_of(task)
-        keep = inbox = watch = ""
+        keep = inbox = ""
         if task.status in FINAL:
             keep = keep_of(task, self._retention)
-            watch = self._connection.key(WATCH, task.uuid)
             if task.reply_to:
-                inbox = self._connection.key(INBOX, task.reply_to)
+                inbox = self._inbox + task.reply_to
         self.args += (
-            self.one(RECORD, task.uuid),
-            self.pair(task.queue, task.task_name),
-            class_of(task),
+            self.group(task.queue, task.task_name, class_of(task)),
             score_of(task),
             str(len(head)),
             head + data,
             keep,
             inbox,
-            watch,
         )
+
+
+def group_key(connection: Connection, queue: str, task_name: str, kind: str) -> str:
+    """Return the key of a group of records."""
+    return f"{connection.key(INDEX, pair_of(queue, task_name))}:{kind}"
 
 
 def milliseconds(seconds: float) -> str:

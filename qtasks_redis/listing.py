@@ -15,9 +15,9 @@ from qtasks_core.queries import Place, fits
 from qtasks_core.records import RANK, RANKS
 from qtasks_core.wire import decode_task
 from qtasks_redis.connection import Connection
-from qtasks_redis.keys import INDEX, PAIRS, RECORD, STREAM, STREAMS, Keys
+from qtasks_redis.keys import PAIRS, RECORD, STREAM, STREAMS, Keys, group_key
 from qtasks_redis.record_scripts import DELETE, EXPIRE, LIST, TIDY
-from qtasks_redis.records import CLASSES, class_in, class_of, decode, in_pair, pair_of, parts_of
+from qtasks_redis.records import CLASSES, class_in, class_of, decode, in_pair, parts_of
 
 _LISTED: Final = 500
 """Rows that one script returns."""
@@ -98,10 +98,7 @@ async def _rows(
     last: Place | None,
     most: int,
 ) -> tuple[list[Row], Place | None, bool]:
-    keys = [
-        f"{connection.key(INDEX, pair_of(group.queue, group.task_name))}:{group.kind}"
-        for group in groups
-    ]
+    keys = [group_key(connection, *group) for group in groups]
     args = [connection.key(RECORD, ""), str(most)]
     args += ["" if t is None else repr(t) for t in (query.created_before, query.created_after)]
     args += ("", "") if last is None else (repr(last[0]), last[1])
@@ -164,7 +161,7 @@ async def delete(connection: Connection, uuids: Sequence[str]) -> int:
         for uuid in part:
             keys.one(RECORD, uuid)
             keys.one(STREAM, uuid)
-        args: list[str | bytes] = [str(len(connection.key(RECORD, "")) + 1)]
+        args: list[str | bytes] = [str(len(connection.key(RECORD, "")) + 1), ""]
         for value in values:
             args += _seen(keys, value)
         answers = await connection.run(DELETE, keys.keys, args)
@@ -183,7 +180,7 @@ def _seen(keys: Keys, value: bytes | None) -> tuple[str | bytes, ...]:
         task = decode_task(data)
     except WireError:
         return head, "0", class_in(head)
-    return head, keys.pair(task.queue, task.task_name), class_of(task)
+    return head, keys.group(task.queue, task.task_name, class_of(task)), class_of(task)
 
 
 async def expire(connection: Connection) -> int:

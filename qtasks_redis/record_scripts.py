@@ -3,12 +3,12 @@
 A record is one key. Lists of records need more, and every script that changes a record changes
 these with it:
 
-    index:PAIR:CLASS          a sorted set: uuid -> `created_at`
+    index:PAIR:CLASS          a group, a sorted set: uuid -> `created_at`
     index:PAIR:CLASS:expires  a sorted set: uuid -> the time at which a final record expires
     pairs                     a set of all `index:PAIR`
 
 PAIR is a queue and the name of a task. CLASS is a status, or `dead` for a dead letter. So each
-record is in one sorted set, and every filter selects whole sets. When a record expires by its TTL,
+record is in one group, and every filter selects whole groups. When a record expires by its TTL,
 its rows stay until a reader finds them or `expire` removes them.
 """
 
@@ -28,10 +28,11 @@ RECORDS = (
     """
 local PAIRS = KEYS[1]
 local UUID = tonumber(ARGV[1])  -- where the uuid begins in a record's key
-local SAVED = 9  -- arguments of one record
+local FINAL = ARGV[2]  -- the start of the channel of a record's watchers
+local SAVED = 6  -- arguments of one record
 local CLASSES = {'new', 'scheduled', 'process', 'retry', 'success', 'error', 'cancel'}
 local SMALL = 65536
-local boxes, added, removed, ending, pairs_used = {}, {}, {}, {}, {}
+local boxes, added, removed, ending = {}, {}, {}, {}
 
 local function list(lists, key)
   local found = lists[key]
@@ -63,12 +64,12 @@ local function push(channel, item)
   box.size = box.size + #item
 end
 
-local function push_final(key, record, inbox, watchers)
+local function push_final(key, uuid, record, inbox)
   -- A large record is only named, so that the server need not hold it for each listener.
   local body = #record > SMALL and '=' .. key or record
   local item = struct.pack('>I4', #body) .. body
   push(inbox, item)
-  push(watchers, item)
+  redis.pcall('PUBLISH', FINAL .. uuid, item)
 end
 
 local function rank(order)
@@ -77,28 +78,27 @@ end
 
 -- On a full server a small record of a task that has begun is taken all the same, or no task could
 -- end: after a first write, which changes nothing here, a script may use memory.
-local function lift_record(a)
-  local key, value = KEYS[tonumber(ARGV[a])], ARGV[a + 5]
+local function lift_record(key, a)
+  local value = ARGV[a + 3]
   if #value > SMALL or rank(string.sub(value, 1, 10)) < FIRST_BEGUN then return false end
   if redis.call('PTTL', key) >= 0 then return false end
   redis.call('PERSIST', key)
   return true
 end
 
-local function index(pair, class, created, uuid)
-  pairs_used[pair] = true
-  local rows = list(added, pair .. ':' .. class)
+local function index(group, created, uuid)
+  local rows = list(added, group)
   rows[#rows + 1] = created
   rows[#rows + 1] = uuid
 end
 
--- Save the record whose arguments begin at ARGV[a]: the positions of its key and of its pair in
--- KEYS, class, `created_at`, length of its head, head and record, and for a final record the
--- milliseconds to keep it ('' for ever), the channels of its inbox and of its watchers. The head is
--- ten digits of order, three of length, and the execution. Returns 1 (done), or what is there
--- instead. No uuid may come twice in one call of a script.
-local function save(a)
-  local key, length, value = KEYS[tonumber(ARGV[a])], tonumber(ARGV[a + 4]), ARGV[a + 5]
+-- Save a record. Its arguments begin at ARGV[a]: the position of its group in KEYS, `created_at`,
+-- length of its head, head and record, and for a final record the milliseconds to keep it ('' for
+-- ever) and the channel of its inbox. The head is ten digits of order, three of length, and the
+-- execution. Returns 1 (done), or what is there instead. No uuid may come twice in one call of a
+-- script.
+local function save(key, a)
+  local length, value = tonumber(ARGV[a + 2]), ARGV[a + 3]
   local head, there = string.sub(value, 1, length), redis.call('GETRANGE', key, 0, length - 1)
   if there == head then return 1 end
   local order, stored = tonumber(string.sub(head, 1, 10)), tonumber(string.sub(there, 1, 10))
@@ -107,24 +107,22 @@ local function save(a)
   ) then
     return redis.call('GET', key)
   end
-  local pair, class, keep = KEYS[tonumber(ARGV[a + 1])], ARGV[a + 2], ARGV[a + 6]
-  local uuid = string.sub(key, UUID)
+  local group, keep, uuid = KEYS[tonumber(ARGV[a])], ARGV[a + 4], string.sub(key, UUID)
   if keep == '' then
     redis.call('SET', key, value)
   else
     redis.call('SET', key, value, 'PX', math.max(tonumber(keep), 1))
-    local rows = list(ending, pair .. ':' .. class .. ':expires')
+    local rows = list(ending, group)
     rows[#rows + 1] = keep
     rows[#rows + 1] = uuid
   end
-  local was = stored and CLASSES[stored % RANKS + 1]
-  if was and was ~= class then
-    local rows = list(removed, pair .. ':' .. was)
+  if stored and stored % RANKS ~= order % RANKS then
+    local rows = list(list(removed, group), stored % RANKS)
     rows[#rows + 1] = uuid
   end
-  index(pair, class, ARGV[a + 3], uuid)
+  index(group, ARGV[a + 1], uuid)
   if order % RANKS >= FIRST_FINAL then
-    push_final(key, string.sub(value, length + 1), ARGV[a + 7], ARGV[a + 8])
+    push_final(key, uuid, string.sub(value, length + 1), ARGV[a + 5])
   end
   return 1
 end
@@ -138,18 +136,22 @@ end
 
 -- Write the rows of all saved records, and send their pushes. Each set is changed once.
 local function finish()
-  for group, uuids in pairs(removed) do
-    if redis.call('ZREM', group, unpack(uuids)) < #uuids then
-      remove_elsewhere(string.match(group, ':(%l+)$'), uuids)
+  for group, ranks in pairs(removed) do
+    for old, uuids in pairs(ranks) do
+      local class = CLASSES[old + 1]
+      local was = string.gsub(group, '%l+$', class)
+      if redis.call('ZREM', was, unpack(uuids)) < #uuids then remove_elsewhere(class, uuids) end
     end
   end
-  for group, rows in pairs(added) do redis.call('ZADD', group, unpack(rows)) end
+  for group, rows in pairs(added) do
+    redis.call('ZADD', group, unpack(rows))
+    redis.call('SADD', PAIRS, string.match(group, '^(.*):'))
+  end
   local now = next(ending) and clock()
   for group, rows in pairs(ending) do
     for at = 1, #rows, 2 do rows[at] = now + rows[at] end
-    redis.call('ZADD', group, unpack(rows))
+    redis.call('ZADD', group .. ':expires', unpack(rows))
   end
-  for pair in pairs(pairs_used) do redis.call('SADD', PAIRS, pair) end
   for channel, box in pairs(boxes) do send(channel, box) end
 end
 """
@@ -158,13 +160,14 @@ end
 SAVE = Script(
     RECORDS
     + """
--- KEYS: the set of pairs, the records, the pairs. ARGV: where the uuid begins in a record's key,
--- and the arguments of each record. Returns the answers of `save`.
-local answers = {}
-for a = 2, #ARGV, SAVED do
-  if lift_record(a) then break end
+-- KEYS: the set of pairs, the records, their groups. ARGV: where the uuid begins in a record's key,
+-- the start of the watchers' channels, and the arguments of each record. Returns the answers of
+-- `save`.
+local answers, count = {}, (#ARGV - 2) / SAVED
+for i = 1, count do
+  if lift_record(KEYS[i + 1], i * SAVED - 3) then break end
 end
-for a = 2, #ARGV, SAVED do answers[#answers + 1] = save(a) end
+for i = 1, count do answers[i] = save(KEYS[i + 1], i * SAVED - 3) end
 finish()
 return answers
 """
@@ -276,14 +279,14 @@ return answer
 DELETE = Script(
     RECORDS
     + """
--- KEYS: the set of pairs, the index of streams, then two a record: record, stream; then the pairs.
--- ARGV: where the uuid begins in a record's key, and three for each record: its head as the caller
--- read it, the position of its pair in KEYS (0 if it is unknown), its class.
+-- KEYS: the set of pairs, the index of streams, then two a record: record, stream; then the groups.
+-- ARGV: where the uuid begins in a record's key, an unused one, and three for each record: its head
+-- as the caller read it, the position of its group in KEYS (0 if it is unknown), its class.
 -- Returns for each 1 (deleted), 0 (there is none), or 2 (it is no longer as the caller read it).
 local answers = {}
-for i = 1, (#ARGV - 1) / 3 do
+for i = 1, (#ARGV - 2) / 3 do
   local key, items = KEYS[i * 2 + 1], KEYS[i * 2 + 2]
-  local head, pair, class = ARGV[i * 3 - 1], KEYS[tonumber(ARGV[i * 3])], ARGV[i * 3 + 1]
+  local head, group, class = ARGV[i * 3], KEYS[tonumber(ARGV[i * 3 + 1])], ARGV[i * 3 + 2]
   local uuid = string.sub(key, UUID)
   local there = redis.call('GETRANGE', key, 0, math.max(#head, 1) - 1)
   if there ~= head then
@@ -291,9 +294,9 @@ for i = 1, (#ARGV - 1) / 3 do
   else
     if head == '' then
       answers[i] = 0
-    elseif pair then
-      redis.call('ZREM', pair .. ':' .. class, uuid)
-      redis.call('ZREM', pair .. ':' .. class .. ':expires', uuid)
+    elseif group then
+      redis.call('ZREM', group, uuid)
+      redis.call('ZREM', group .. ':expires', uuid)
     else
       for _, each in ipairs(class == 'error' and {'error', 'dead'} or {class}) do
         remove_elsewhere(each, {uuid})

@@ -239,9 +239,12 @@ return {math.max(change - now, 0), dues, taken}
 SETTLE = Script(
     QUEUES
     + """
--- ARGV: six for each settlement (`settle`). Returns 1 or -1 (lost) for each.
-local answers = {}
-for a = 1, #ARGV, 6 do answers[#answers + 1] = settle(a) end
+-- ARGV: the arguments of each settlement (`settle`). Returns 1 or -1 (lost) for each.
+local answers, a = {}, 1
+while a <= #ARGV do
+  answers[#answers + 1] = settle(a)
+  a = a + (ARGV[a + 2] == 'retry' and 6 or 3)
+end
 delete_settled()
 return answers
 """

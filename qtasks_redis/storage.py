@@ -110,8 +110,8 @@ class RedisStorage(Storage):
         outcomes, taken = fitting(encoded, connection.server.largest)
         sizes = [len(encoded[at]) for at in taken]
         for part in parts([tasks[at].uuid for at in taken], sizes):
-            keys = RecordKeys(connection, self.retention)
             places = [taken[place] for place in part]
+            keys = RecordKeys(connection, [tasks[at].uuid for at in places], self.retention)
             for at in places:
                 keys.save(tasks[at], encoded[at])
             answers = await connection.run(SAVE, keys.keys, keys.args)

@@ -240,8 +240,7 @@ def settling(keys: Keys, settlement: Settlement, data: bytes) -> tuple[str | byt
         message = settlement.message
         target = keys.queue(message.queue, message.priority)
         return position, token, "retry", target, milliseconds(message.delay), data
-    what = "release" if isinstance(settlement, Release) else "ack"
-    return position, token, what, "", "", b""
+    return position, token, "release" if isinstance(settlement, Release) else "ack"
 
 
 def _keys_of(connection: Connection, queues: Iterable[str]) -> list[str]:
