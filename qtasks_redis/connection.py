@@ -77,8 +77,8 @@ class Connection:
         self._lines: WeakSet[AbstractConnection] = WeakSet()
         self._where = redact(url)
         self.server = UNKNOWN
-        self._moved: tuple[type[Exception], ...] = (Unavailable,) if moves else (Elsewhere, Broken)
-        """Errors after which new connections may lead to another server."""
+        self._moves = moves
+        """Whether new connections may find another server, after any outage."""
         self._most = most
         """The most connections of the pool. It refuses any further connection."""
         self._slots = asyncio.Semaphore(int(min(_MOST_CALLS, most)))
@@ -104,7 +104,13 @@ class Connection:
         function can swallow a cancellation.
         """
         async with self._slots:
-            return await self._execute(*command)
+            try:
+                return await self._execute(*command)
+            except Elsewhere:
+                # The server has refused the command. New connections may find another one.
+                if not self._moves:
+                    raise
+                return await self._execute(*command)
 
     async def time(self) -> float:
         """Return the server's Unix time, in seconds."""
@@ -208,8 +214,9 @@ class Connection:
                 async with asyncio.timeout(self.answer_within):
                     execute: Callable[..., Awaitable[Any]] = client.execute_command
                     return await execute(*command)
-        except self._moved:
-            await self._move(client)
+        except Unavailable as error:
+            if self._moves or isinstance(error, (Elsewhere, Broken)):
+                await self._move(client)
             raise
         finally:
             left = self._busy.pop(client) - 1

@@ -92,6 +92,13 @@ local function index(group, created, uuid)
   rows[#rows + 1] = uuid
 end
 
+-- Remove rows of this class from all pairs: these records had another queue or another name.
+local function remove_elsewhere(class, uuids)
+  for _, pair in ipairs(redis.call('SMEMBERS', PAIRS)) do
+    redis.call('ZREM', pair .. ':' .. class, unpack(uuids))
+  end
+end
+
 -- Save a record. Its arguments begin at ARGV[a]: the position of its group in KEYS, `created_at`,
 -- length of its head, head and record, and for a final record the milliseconds to keep it ('' for
 -- ever) and the channel of its inbox. The head is ten digits of order, three of length, and the
@@ -119,19 +126,14 @@ local function save(key, a)
   if stored and stored % RANKS ~= order % RANKS then
     local rows = list(list(removed, group), stored % RANKS)
     rows[#rows + 1] = uuid
+  elseif stored and not redis.call('ZSCORE', group, uuid) then
+    remove_elsewhere(CLASSES[stored % RANKS + 1], {uuid})
   end
   index(group, ARGV[a + 1], uuid)
   if order % RANKS >= FIRST_FINAL then
     push_final(key, uuid, string.sub(value, length + 1), ARGV[a + 5])
   end
   return 1
-end
-
--- Remove rows of this class from all pairs: these records had another queue or another name.
-local function remove_elsewhere(class, uuids)
-  for _, pair in ipairs(redis.call('SMEMBERS', PAIRS)) do
-    redis.call('ZREM', pair .. ':' .. class, unpack(uuids))
-  end
 end
 
 -- Write the rows of all saved records, and send their pushes. Each set is changed once.

@@ -37,7 +37,7 @@ from qtasks_redis.records import decode
 _MOST_READ: Final = 500
 TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("SET", "", "PX", 1000), ("GET",), ("MGET",), ("GETRANGE", 0, 0), ("PTTL",), ("PERSIST",),
-    ("EXISTS",), ("ZADD", "XX", 0, "m"), ("ZREM", "m"), ("ZCARD",),
+    ("EXISTS",), ("ZADD", "XX", 0, "m"), ("ZREM", "m"), ("ZCARD",), ("ZSCORE", "m"),
     ("ZCOUNT", 0, 0), ("ZREVRANGE", 0, 0), ("ZRANGEBYSCORE", 0, 0), ("ZRANGEBYLEX", "[", "["),
     ("SADD", "m"), ("SREM", "m"), ("SMEMBERS",), ("HSET", "f", "v"), ("HGET", "f"),
     ("HMGET", "f"), ("HDEL", "f"), ("RPUSH", "m"), ("LRANGE", 0, 0), ("DEL",),

@@ -109,6 +109,12 @@ async def test_a_record_that_moves_leaves_its_old_lists(
     assert {key for key in await left_of(storage, server) if key.startswith("index:")} == {
         'index:["other","b"]:process'
     }
+    again = replace(moved, attempt=2, queue="third")
+    await storage.save([again])
+    assert (await storage.query(TaskQuery())).tasks == [again]
+    assert {key for key in await left_of(storage, server) if key.startswith("index:")} == {
+        'index:["third","b"]:process'
+    }
 
 
 async def test_one_uuid_twice_in_one_call(storage: RedisStorage) -> None:
