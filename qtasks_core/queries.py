@@ -7,6 +7,7 @@ records come before it, so they do not shift the next page.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isnan
 
 from qtasks_core.errors import Refused
 from qtasks_core.schemas import Task, TaskPage, TaskQuery
@@ -25,8 +26,8 @@ def place_of(cursor: str) -> Place:
     """Return the place that a cursor names. Raises `Refused`."""
     created_at, space, uuid = cursor.partition(" ")
     try:
-        if space:
-            return float(created_at), uuid
+        if space and not isnan(place := float(created_at)):
+            return place, uuid
     except ValueError:
         pass
     raise Refused(f"{cursor!r} is no cursor of a page of tasks")

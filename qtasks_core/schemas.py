@@ -172,6 +172,8 @@ class QueueDepth(Struct, frozen=True):
     ready: int | None = None
     delayed: int | None = None
     in_flight: int | None = None
+    oldest_age: float | None = None
+    """Seconds since the oldest ready message became ready. None also if no message is ready."""
 
 
 class Guarantees(Struct, frozen=True, kw_only=True):

@@ -13,8 +13,9 @@ _OPTIONS = {"lease": LEASE_TIME, "retention": RETENTION_TIME}
 class RedisBackend(Backend):
     """Makes the broker and the storage of `redis://HOST:PORT/DB?lease=SECONDS&retention=SECONDS`.
 
-    `rediss://` uses TLS. `valkey://` means the same as `redis://`. The driver gets all other
-    options (`ssl_ca_certs`, `socket_connect_timeout`, …).
+    `rediss://` uses TLS. `valkey://` means the same as `redis://`. `redis+sentinel://` and
+    `redis+cluster://` find the server. The driver gets all other options (`ssl_ca_certs`,
+    `socket_connect_timeout`, …).
     """
 
     contract = 1

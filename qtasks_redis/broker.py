@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from qtasks_core import (
     Broker,
+    Command,
     Guarantees,
     Outcome,
+    QueueDepth,
     Subscription,
     TaskMessage,
 )
@@ -18,6 +20,8 @@ from qtasks_core.errors import Closed
 from qtasks_core.together import together
 from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message
+from qtasks_redis import control
+from qtasks_redis.composition import RedisComposition
 from qtasks_redis.connection import (
     MOST_BYTES,
     MOST_ITEMS,
@@ -26,17 +30,25 @@ from qtasks_redis.connection import (
     connect,
     fitting,
 )
-from qtasks_redis.options import LEASE_TIME, checked
-from qtasks_redis.queues import Queues, milliseconds
+from qtasks_redis.control import COMMANDS
+from qtasks_redis.keys import Keys, milliseconds
+from qtasks_redis.listening import Listeners
+from qtasks_redis.options import LEASE_TIME, checked, place_of
 from qtasks_redis.scripts import PUBLISH
+from qtasks_redis.storage import RedisStorage
 from qtasks_redis.subscription import RedisSubscription
+
+if TYPE_CHECKING:
+    from qtasks_core.contracts.composition import Composition
+    from qtasks_core.contracts.storage import Storage
 
 # All commands of the scripts and of the blocking read. The key holds text, so most of them fail.
 _TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("SET", "", "PX", 1000), ("GET",), ("EXISTS",), ("LPUSH", "1"), ("BLPOP", 0.01),
     ("ZADD", "XX", 0, "m"), ("ZREM", "m"), ("ZSCORE", "m"), ("ZRANGE", 0, 0),
     ("ZRANGEBYSCORE", 0, 0), ("XADD", "NOMKSTREAM", "*", "m", ""), ("XRANGE", "-", "+"),
-    ("XDEL", "0-1"),
+    ("XDEL", "0-1"), ("XLEN",), ("SADD", "m"), ("SREM", "m"), ("SMEMBERS",),
+    ("ZCOUNT", 0, 0), ("ZREMRANGEBYRANK", 0, 0),
 )  # fmt: skip
 
 
@@ -54,6 +66,7 @@ class RedisBroker(Broker):
         self._connection: Connection | None = None
         self._server = UNKNOWN
         self._subscriptions: WeakSet[RedisSubscription] = WeakSet()
+        self._listeners = Listeners()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -68,23 +81,28 @@ class RedisBroker(Broker):
             order="queue",
             counts_deliveries=True,
             atomic_retries=True,
-            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
+            priorities=True,
             notes=self._server.notes,
         )
 
     async def start(self, namespace: str) -> None:
-        self._connection = await connect(self._url, namespace)
+        self._connection = await self._connect(namespace)
         self._server = self._connection.server
+
+    async def _connect(self, namespace: str) -> Connection:
+        connection = await connect(self._url, namespace)
         try:
-            await self._connection.check_rights(_TRIALS)
+            await connection.check_rights(_TRIALS, [connection.key(COMMANDS, "")])
         except BaseException:
-            await self.stop()
+            await connection.close()
             raise
+        return connection
 
     async def stop(self) -> None:
         try:
             await together([subscription.close() for subscription in self._subscriptions])
         finally:
+            await self._listeners.stop()
             connection, self._connection = self._connection, None
             if connection is not None:
                 await connection.close()
@@ -94,28 +112,52 @@ class RedisBroker(Broker):
     ) -> list[Outcome]:
         if transaction is not None:
             refuse_transaction(self)
-        connection = self._started()
+        connection = self.started()
         encoded = [encode_message(message) for message in messages]
         outcomes, taken = fitting(encoded, connection.server.largest)
         for part in split([len(encoded[at]) for at in taken], MOST_ITEMS, MOST_BYTES):
-            queues = Queues(connection)
+            keys = Keys(connection)
             args: list[str | bytes] = []
             for at in taken[part]:
-                delay = milliseconds(messages[at].delay)
-                args += (queues.position(messages[at].queue), delay, encoded[at])
-            await connection.run(PUBLISH, queues.keys, args)
+                message = messages[at]
+                position = keys.queue(message.queue, message.priority)
+                args += (position, milliseconds(message.delay), encoded[at])
+            await connection.run(PUBLISH, keys.keys, args)
         return outcomes
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        subscription = RedisSubscription(self._started, self._lease)
-        self._started()
+        subscription = RedisSubscription(self.started, self._lease)
+        self.started()
         self._subscriptions.add(subscription)
         return subscription
 
     async def clock(self) -> float | None:
-        return await self._started().time()
+        return await self.started().time()
 
-    def _started(self) -> Connection:
+    async def depth(self, queue: str) -> QueueDepth:
+        return await control.depth(self.started(), queue)
+
+    async def purge(self, queue: str) -> int:
+        return await control.purge(self.started(), queue)
+
+    async def broadcast(self, command: Command) -> None:
+        await control.broadcast(self.started(), command)
+
+    def commands(self) -> AsyncIterator[Command]:
+        return control.commands(self.started(), self._listeners)
+
+    async def migrate(self, namespace: str) -> list[str]:
+        """Check the server and the user's rights. There is nothing to create."""
+        await (await self._connect(namespace)).close()
+        return []
+
+    def join(self, storage: Storage) -> Composition | None:
+        if isinstance(storage, RedisStorage) and place_of(storage.url) == place_of(self._url):
+            return RedisComposition(self, storage, self.started)
+        return None
+
+    def started(self) -> Connection:
+        """Return the connection. Raises `Closed`."""
         if self._connection is None:
             raise Closed("RedisBroker is not started")
         return self._connection

@@ -15,6 +15,8 @@ from qtasks_core.drivers import importing_driver
 from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable, chain_of
 from qtasks_core.urls import redact, split, take_options
 from qtasks_redis.errors import Broken, Elsewhere, raise_ours
+from qtasks_redis.finding import connection_class, finder
+from qtasks_redis.options import CLUSTER, SENTINEL
 from qtasks_redis.scripts import Script
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class Connection:
         namespace: str,
         within: float,
         most: float = math.inf,
+        *,
+        moves: bool = False,
     ) -> None:
         self._make = make
         self._client = make()
@@ -73,6 +77,8 @@ class Connection:
         self._lines: WeakSet[AbstractConnection] = WeakSet()
         self._where = redact(url)
         self.server = UNKNOWN
+        self._moves = moves
+        """Whether new connections may find another server, after any outage."""
         self._most = most
         """The most connections of the pool. It refuses any further connection."""
         self._slots = asyncio.Semaphore(int(min(_MOST_CALLS, most)))
@@ -80,8 +86,8 @@ class Connection:
         """The number of blocking reads that need no slot of the calls."""
         self._reads = 0
         self.answer_within = within
-        # The braces mark the hash tag, which puts all keys into one slot of a cluster.
-        self._prefix = f"qtasks:{{{namespace}}}:"
+        self.namespace = namespace
+        self._prefix = _prefix(namespace)
 
     def key(self, kind: str, name: str) -> str:
         """Return the key of `name` in this namespace."""
@@ -98,7 +104,13 @@ class Connection:
         function can swallow a cancellation.
         """
         async with self._slots:
-            return await self._execute(*command)
+            try:
+                return await self._execute(*command)
+            except Elsewhere:
+                # The server has refused the command. New connections may find another one.
+                if not self._moves:
+                    raise
+                return await self._execute(*command)
 
     async def time(self) -> float:
         """Return the server's Unix time, in seconds."""
@@ -202,8 +214,9 @@ class Connection:
                 async with asyncio.timeout(self.answer_within):
                     execute: Callable[..., Awaitable[Any]] = client.execute_command
                     return await execute(*command)
-        except (Elsewhere, Broken):
-            await self._move(client)
+        except Unavailable as error:
+            if self._moves or isinstance(error, (Elsewhere, Broken)):
+                await self._move(client)
             raise
         finally:
             left = self._busy.pop(client) - 1
@@ -234,6 +247,11 @@ class Connection:
         raise_ours(error, self._where)
 
 
+def _prefix(namespace: str) -> str:
+    # The braces mark the hash tag, which puts all keys into one slot of a cluster.
+    return f"qtasks:{{{namespace}}}:"
+
+
 async def _close(client: Redis) -> None:
     """Close a pool. It is no error if the server does not answer the TLS shutdown in time."""
     with suppress(Exception):
@@ -248,14 +266,16 @@ async def _subscribed(line: AbstractConnection, channel: str) -> None:
 async def connect(url: str, namespace: str) -> Connection:
     """Return an open connection. Raises the errors of `start`."""
     with importing_driver("redis://", ".[redis]"):
-        from redis.asyncio import Redis
+        from redis.asyncio import ConnectionPool, Redis
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
     rest, options = take_options(url, {"socket_timeout": float, "max_connections": int})
     most = options.get("max_connections")
+    rest, find = finder(rest, _prefix(namespace))
+    found = {} if find is None else {"connection_class": connection_class(find)}
 
     def make() -> Redis:
-        return Redis.from_url(
+        pool = ConnectionPool.from_url(
             rest,
             protocol=2,
             retry=Retry(NoBackoff(), 0),
@@ -263,11 +283,15 @@ async def connect(url: str, namespace: str) -> Connection:
             max_connections=most or 2**31,
             socket_timeout=None,
             socket_connect_timeout=CONNECT_WITHIN,
+            **found,
         )
+        return Redis.from_pool(pool)
 
     within = options.get("socket_timeout", ANSWER_WITHIN)
     try:
-        connection = Connection(make, url, namespace, within, most or math.inf)
+        connection = Connection(
+            make, url, namespace, within, most or math.inf, moves=find is not None
+        )
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{redact(url)}: {error}") from None
     try:
@@ -287,6 +311,8 @@ async def connect(url: str, namespace: str) -> Connection:
 async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
     """Return the setting that makes TLS work, or None if TLS is not the cause of the error."""
     parts = split(url)
+    if parts.scheme in (SENTINEL, CLUSTER):
+        return None
     where = parts.hostname or "localhost", parts.port or 6379
     chain = chain_of(error)
     if parts.scheme != "rediss":

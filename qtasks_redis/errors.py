@@ -38,6 +38,7 @@ NOSCRIPT is not an error: the script is sent again.
 """
 _WRONG_TEXTS: Final = (
     "acl failure", "db index", "invalid db index", "select is not allowed", "syntax error",
+    "this instance has cluster support disabled",
     "the user executing the script can't", "this redis command is not allowed from",
     "unknown command", "unknown redis command", "unknown subcommand", "wrong number of arg",
 )  # fmt: skip

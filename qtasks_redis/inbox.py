@@ -14,13 +14,11 @@ from qtasks_core.errors import Closed, Unavailable, WireError
 from qtasks_core.receivers import Awaited
 from qtasks_core.wire import decode_task
 from qtasks_redis.connection import Connection, ended
+from qtasks_redis.keys import INBOX, WATCH
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
 
-INBOX: Final = "inbox"
-WATCH: Final = "final"
-"""Kinds of keys that name channels: of an inbox's address, and of a watched task."""
 _PING_AFTER: Final = 2.0
 """Seconds of silence after which the inbox sends a PING, while it waits for results."""
 _PONG_WITHIN: Final = 2.5

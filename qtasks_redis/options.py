@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Final
+from urllib.parse import SplitResult, unquote
 
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.options import SWITCH, TEXT, Kind, integer, one_of, seconds
 from qtasks_core.urls import redact, refuse_options, split, take_options
 
-_SCHEMES: Final = {"redis": "redis", "rediss": "rediss", "valkey": "redis"}
+SENTINEL: Final = "redis+sentinel"
+CLUSTER: Final = "redis+cluster"
+SENTINEL_PORT: Final = 26379
+_SCHEMES: Final = {
+    "redis": "redis",
+    "rediss": "rediss",
+    "valkey": "redis",
+    SENTINEL: SENTINEL,
+    CLUSTER: CLUSTER,
+}
 _OURS: Final = {
     "lease": "RedisBroker(url, lease=SECONDS)",
     "retention": "RedisStorage(url, retention=SECONDS)",
@@ -51,6 +61,10 @@ _KINDS: Final[Mapping[str, Kind]] = {
     "socket_timeout": seconds(0.5),
     "username": TEXT,
 }
+_KINDS_OF_SENTINEL: Final[Mapping[str, Kind]] = {
+    "sentinel_password": TEXT,
+    "sentinel_username": TEXT,
+}
 _KINDS_OF_TLS: Final[Mapping[str, Kind]] = {
     "ssl_ca_certs": TEXT,
     "ssl_ca_data": TEXT,
@@ -78,13 +92,25 @@ def checked(url: str, *, connections: int = 1) -> str:
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in _SCHEMES)
         raise ConfigurationError(f"{shown}: the scheme must be one of {known}")
-    if "," in parts.netloc.rpartition("@")[2]:
-        raise ConfigurationError(f"{shown}: a redis:// URL names one host")
+    if "," in parts.netloc.rpartition("@")[2] and scheme not in (SENTINEL, CLUSTER):
+        raise ConfigurationError(
+            f"{shown}: a {scheme}:// URL names one host; see {SENTINEL}:// and {CLUSTER}://"
+        )
+    if scheme == SENTINEL:
+        service, database = service_in(parts)
+        if not service:
+            raise ConfigurationError(
+                f"{shown}: the path names the service that the Sentinels watch: "
+                f"{SENTINEL}://HOST:{SENTINEL_PORT},HOST:{SENTINEL_PORT}/SERVICE"
+            )
+    if scheme == CLUSTER and database.strip("0"):
+        raise ConfigurationError(f"{shown}: a cluster has database 0 only")
     try:
         number = _KINDS["db"](database or "0")
     except ValueError:
         raise ConfigurationError(f"{shown}: the path names the database, a number") from None
-    kinds = {**_KINDS, **(_KINDS_OF_TLS if scheme == "rediss" else {})}
+    more = {"rediss": _KINDS_OF_TLS, SENTINEL: _KINDS_OF_SENTINEL}
+    kinds = {**_KINDS, **more.get(scheme, {})}
     rest, given = take_options(url, {**dict.fromkeys(_OURS, str), **kinds})
     refuse_options(rest, (*_OURS, *kinds))
     for name in _OURS.keys() & given:
@@ -97,3 +123,30 @@ def checked(url: str, *, connections: int = 1) -> str:
             "a broker waits for messages on one connection and publishes on another"
         )
     return take_options(_SCHEMES[scheme] + url[len(scheme) :], {"protocol": str})[0]
+
+
+def place_of(url: str) -> Hashable:
+    """Return what two checked URLs have in common if they lead to one database by one user."""
+    parts = split(url)
+    _, given = take_options(url, dict.fromkeys(("db", "username", "password"), str))
+    service, database = service_in(parts) if parts.scheme == SENTINEL else ("", parts.path)
+    number = int(database.strip("/") or given.pop("db", "0"))
+    port = {SENTINEL: SENTINEL_PORT}.get(parts.scheme, 6379)
+    hosts = tuple((host, given_port or port) for host, given_port in hosts_in(parts))
+    login = parts.username, parts.password, *sorted(given.items())
+    return parts.scheme, hosts, service, number, *login
+
+
+def hosts_in(parts: SplitResult) -> list[tuple[str, int | None]]:
+    """Return the hosts of a URL, and their ports as far as it has them."""
+    found: list[tuple[str, int | None]] = []
+    for host in parts.netloc.rpartition("@")[2].split(","):
+        one = split(f"redis://{host}")
+        found.append((one.hostname or "localhost", one.port))
+    return found
+
+
+def service_in(parts: SplitResult) -> tuple[str, str]:
+    """Return the service that a URL of Sentinels names, and the text of its database."""
+    service, _, database = parts.path.strip("/").partition("/")
+    return unquote(service), database

@@ -1,12 +1,17 @@
 """The Lua scripts. Each is one atomic step, and uses the server's clock.
 
-A queue has five keys, which are passed one after the other:
+A queue has a level for each priority in use. A level has three keys, and a queue three more. They
+are passed one after the other:
 
     stream   the messages that are receivable or in flight, in order
     cursor   the id of the last message that was delivered for the first time
     leases   a sorted set of the holders: `id:count:holder` -> the time when its lease runs out
     delayed  a sorted set: message -> the time at which it is due
     bell     a list with at most one token; idle receivers block on it, a token wakes one of them
+    levels   a set of the priorities that have messages, without the usual one
+
+The keys of a level end in the name of the queue. Those of other priorities than the usual one have
+a colon and the priority behind it. Neither names of queues nor names of apps have a colon.
 
 `id:count:holder` is the token that proves ownership. A takeover makes a new token, and the old one
 is no longer found. A released message is a lease that has run out. Times are in milliseconds. All
@@ -17,10 +22,9 @@ from __future__ import annotations
 
 from hashlib import sha1
 
-from qtasks_core.records import FIRST_BEGUN, FIRST_FINAL, RANKS
-
-_QUEUES = """
-local STREAM, CURSOR, LEASES, DELAYED, BELL = 0, 1, 2, 3, 4
+QUEUES = """
+local STREAM, CURSOR, LEASES, DELAYED, BELL, LEVELS, ALL = 0, 1, 2, 3, 4, 5, 6
+local USUAL = '5'
 local FAR = 9007199254740991  -- a time that never comes; larger integers Lua does not keep exactly
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -32,6 +36,22 @@ local function lift(at)
   if lifted then return end
   lifted = true
   redis.call('ZREM', KEYS[at + LEASES], '')
+end
+
+-- The key of another level of the same queue, made of that of the usual one.
+local function at_level(key, priority)
+  return priority == USUAL and key or key .. ':' .. priority
+end
+
+local function add(stream, levels, priority, message)
+  redis.call('XADD', stream, '*', 'm', message)
+  if priority ~= USUAL then redis.call('SADD', levels, priority) end
+end
+
+local function levels_of(at)
+  local levels = redis.call('SMEMBERS', KEYS[at + LEVELS])
+  levels[#levels + 1] = USUAL
+  return levels
 end
 
 local rung = {}
@@ -50,7 +70,8 @@ end
 
 local function enqueue(at, delay, message)
   if delay == 0 then
-    redis.call('XADD', KEYS[at + STREAM], '*', 'm', message)
+    local priority = string.match(KEYS[at + STREAM], ':stream:[^:]+:(%d)$') or USUAL
+    add(KEYS[at + STREAM], KEYS[at + LEVELS], priority, message)
     ring(at)
     return
   end
@@ -60,6 +81,31 @@ local function enqueue(at, delay, message)
   -- The same message published again keeps its first time.
   redis.call('ZADD', KEYS[at + DELAYED], 'NX', due, message)
   if due < before then ring(at) end
+end
+
+-- Settle the delivery whose arguments begin at ARGV[a]: position of its queue in KEYS, token, what;
+-- for `retry` also position of the queue, delay and message of the new one. Returns 1 or -1 (lost).
+local settled = {}
+local function settle(a)
+  local at, token, what = tonumber(ARGV[a]), ARGV[a + 1], ARGV[a + 2]
+  if tonumber(redis.call('ZSCORE', KEYS[at + LEASES], token) or 0) <= now then return -1 end
+  lift(at)
+  if what == 'release' then
+    redis.call('ZADD', KEYS[at + LEASES], 0, token)
+    ring(at)
+    return 1
+  end
+  if what == 'retry' then
+    enqueue(tonumber(ARGV[a + 3]), tonumber(ARGV[a + 4]), ARGV[a + 5])
+  end
+  redis.call('ZREM', KEYS[at + LEASES], token)
+  settled[at] = settled[at] or {}
+  table.insert(settled[at], string.match(token, '^(.-):'))
+  return 1
+end
+
+local function delete_settled()
+  for at, ids in pairs(settled) do redis.call('XDEL', KEYS[at + STREAM], unpack(ids)) end
 end
 """
 
@@ -75,7 +121,7 @@ class Script:
 
 
 PUBLISH = Script(
-    _QUEUES
+    QUEUES
     + """
 -- ARGV, three a message: position of its queue in KEYS, delay, message.
 for a = 1, #ARGV, 3 do
@@ -85,105 +131,127 @@ end
 )
 
 TAKE = Script(
-    _QUEUES
+    QUEUES
     + """
 -- ARGV: holder, lease, limit, then two a queue: how many, and the earliest due time the caller
 -- knew. Returns: milliseconds until something here may change by itself, the earliest due time of
--- each queue, and four for each delivery: number of its queue from 0, token, count, message.
+-- each queue, and five for each delivery: number of its queue from 0, priority of its level, token,
+-- count, message.
 local holder, lease, limit = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local change, dues, taken = FAR, {}, {}
+
+local function priority_of(message)
+  -- A message has a priority only if it is not the usual one.
+  if not string.find(message, 'priority', 1, true) then return USUAL end
+  local read, fields = pcall(cmsgpack.unpack, string.sub(message, 2))
+  local priority = read and type(fields) == 'table' and fields.priority
+  if type(priority) ~= 'number' or not string.find(priority, '^%d$') then return USUAL end
+  return tostring(priority)
+end
 
 local function promote(at)
   local due = redis.call('ZRANGEBYSCORE', KEYS[at + DELAYED], '-inf', now, 'LIMIT', 0, 1000)
   if #due > 0 then lift(at) end
   for _, message in ipairs(due) do
-    redis.call('XADD', KEYS[at + STREAM], '*', 'm', message)
+    local priority = priority_of(message)
+    add(at_level(KEYS[at + STREAM], priority), KEYS[at + LEVELS], priority, message)
   end
   if #due > 0 then redis.call('ZREM', KEYS[at + DELAYED], unpack(due)) end
 end
 
-local function take(queue, at, want)
-  local held = {}
+local function take(queue, at, priority, want)
+  local stream = at_level(KEYS[at + STREAM], priority)
+  local cursor = at_level(KEYS[at + CURSOR], priority)
+  local leases = at_level(KEYS[at + LEASES], priority)
+  local held, got, last = {}, 0, nil
   local function hold(entry, count)
     local token, n = entry[1] .. ':' .. count .. ':' .. holder, #taken
     held[#held + 1] = now + lease
     held[#held + 1] = token
-    taken[n + 1], taken[n + 2], taken[n + 3], taken[n + 4] = queue, token, count, entry[2][2]
+    taken[n + 1], taken[n + 2], taken[n + 3] = queue, priority, token
+    taken[n + 4], taken[n + 5] = count, entry[2][2]
   end
-  local over = redis.call('ZRANGEBYSCORE', KEYS[at + LEASES], '-inf', now, 'LIMIT', 0, want)
+  local over = redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, want)
   for _, token in ipairs(over) do
     local id, count = string.match(token, '^(.-):(%d+):')
-    local entry = redis.call('XRANGE', KEYS[at + STREAM], id, id)[1]
+    local entry = redis.call('XRANGE', stream, id, id)[1]
     if entry then hold(entry, count + 1) end
   end
-  local got, last = #over, nil
+  got = #over
   if got < want then
-    local after = redis.call('GET', KEYS[at + CURSOR]) or '0-0'
-    local fresh = redis.call('XRANGE', KEYS[at + STREAM], '(' .. after, '+', 'COUNT', want - got)
+    local after = redis.call('GET', cursor) or '0-0'
+    local fresh = redis.call('XRANGE', stream, '(' .. after, '+', 'COUNT', want - got)
     for _, entry in ipairs(fresh) do hold(entry, 1) end
     if #fresh > 0 then last = fresh[#fresh][1] end
     got = got + #fresh
   end
   if #held > 0 then lift(at) end
   -- The new holders first: were the server to refuse what follows, nothing would be lost.
-  if #held > 0 then redis.call('ZADD', KEYS[at + LEASES], unpack(held)) end
-  if #over > 0 then redis.call('ZREM', KEYS[at + LEASES], unpack(over)) end
-  if last then redis.call('SET', KEYS[at + CURSOR], last) end
+  if #held > 0 then redis.call('ZADD', leases, unpack(held)) end
+  if #over > 0 then redis.call('ZREM', leases, unpack(over)) end
+  if last then redis.call('SET', cursor, last) end
+  change = math.min(change, earliest(leases))
   return got
 end
 
-for queue = 0, #KEYS / 5 - 1 do
-  local at = queue * 5 + 1
+-- Take from the levels of a queue, the highest priority first.
+local function take_by_priority(queue, at, want, levels)
+  table.sort(levels, function(a, b) return tonumber(a) > tonumber(b) end)
+  local got = 0
+  for _, priority in ipairs(levels) do
+    local some = 0
+    if got < want then some = take(queue, at, priority, want - got) end
+    got = got + some
+    if some == 0 and got < want and priority ~= USUAL
+      and redis.call('XLEN', at_level(KEYS[at + STREAM], priority)) == 0
+    then
+      redis.call('SREM', KEYS[at + LEVELS], priority)
+    end
+  end
+  return got
+end
+
+for queue = 0, #KEYS / ALL - 1 do
+  local at = queue * ALL + 1
   local want = math.min(tonumber(ARGV[4 + queue * 2]), limit)
   promote(at)
   local got = 0
-  if want > 0 then got = take(queue, at, want) end
+  if want > 0 then
+    local levels = levels_of(at)
+    if #levels == 1 then
+      got = take(queue, at, USUAL, want)
+    else
+      got = take_by_priority(queue, at, want, levels)
+    end
+  end
   limit = limit - got
   local due = earliest(KEYS[at + DELAYED])
   -- There may be more than the caller can take; and of a new earliest due time every sleeper must
   -- hear, so each passes the token on once.
   if got == want or due < tonumber(ARGV[5 + queue * 2]) then ring(at) end
   dues[queue + 1] = due
-  change = math.min(change, due, earliest(KEYS[at + LEASES]))
+  change = math.min(change, due)
 end
 return {math.max(change - now, 0), dues, taken}
 """
 )
 
 SETTLE = Script(
-    _QUEUES
+    QUEUES
     + """
--- ARGV, three a settlement: position of its queue in KEYS, token, what; `retry` is followed
--- by position of the queue, delay and message of the new one. Returns 1 or 0 (lost) for each.
-local answers, spent = {}, {}
-local a = 1
+-- ARGV: the arguments of each settlement (`settle`). Returns 1 or -1 (lost) for each.
+local answers, a = {}, 1
 while a <= #ARGV do
-  local at, token, what = tonumber(ARGV[a]), ARGV[a + 1], ARGV[a + 2]
-  a = a + 3
-  local deadline = tonumber(redis.call('ZSCORE', KEYS[at + LEASES], token) or 0)
-  local mine = deadline > now
-  if mine then lift(at) end
-  if mine and what == 'release' then
-    redis.call('ZADD', KEYS[at + LEASES], 0, token)
-    ring(at)
-  elseif mine then
-    if what == 'retry' then
-      enqueue(tonumber(ARGV[a]), tonumber(ARGV[a + 1]), ARGV[a + 2])
-    end
-    redis.call('ZREM', KEYS[at + LEASES], token)
-    spent[at] = spent[at] or {}
-    table.insert(spent[at], string.match(token, '^(.-):'))
-  end
-  if what == 'retry' then a = a + 3 end
-  answers[#answers + 1] = mine and 1 or 0
+  answers[#answers + 1] = settle(a)
+  a = a + (ARGV[a + 2] == 'retry' and 6 or 3)
 end
-for at, ids in pairs(spent) do redis.call('XDEL', KEYS[at + STREAM], unpack(ids)) end
+delete_settled()
 return answers
 """
 )
 
 EXTEND = Script(
-    _QUEUES
+    QUEUES
     + """
 -- ARGV: lease, then two a delivery: position of its queue in KEYS, token.
 -- Returns 1 or 0 (lost) for each.
@@ -201,85 +269,64 @@ return answers
 )
 
 RING = Script(
-    _QUEUES
+    QUEUES
     + """
-for at = 1, #KEYS, 5 do ring(at) end
+for at = 1, #KEYS, ALL do ring(at) end
 """
 )
 
-SAVE = Script(
-    f"local RANKS, FIRST_BEGUN, FIRST_FINAL = {RANKS}, {FIRST_BEGUN}, {FIRST_FINAL}"
-    """
--- KEYS: the records. ARGV, five a record: length of its head, head and record, milliseconds to
--- keep it ('' for ever), and for a final one the channels of its inbox and of its watchers.
--- The head is ten digits of order, three of length, and the execution.
--- Returns for each 1 (done), or what is there instead.
-local answers, boxes = {}, {}
+COUNT = Script(
+    QUEUES
+    + """
+-- Returns how many messages are ready, delayed and in flight, and for how many milliseconds the
+-- oldest ready one has been ready (-1 if there is none).
+local passed = string.format('%.0f', now)
+local ready = redis.call('ZCOUNT', KEYS[1 + DELAYED], '-inf', passed)
+local delayed = redis.call('ZCOUNT', KEYS[1 + DELAYED], '(' .. passed, '+inf')
+local in_flight, oldest = 0, math.min(earliest(KEYS[1 + DELAYED]), now)
+local some = ready > 0
 
-local function send(channel, box)
-  -- A push that is refused fails no record.
-  redis.pcall('PUBLISH', channel, table.concat(box))
+local function older(id)
+  oldest = math.min(oldest, tonumber(string.match(id, '^%d+')))
+  some = true
 end
 
-local function push(channel, item)
-  if channel == '' then return end
-  local box = boxes[channel]
-  if not box then
-    box = {size = 0}
-    boxes[channel] = box
-  end
-  if box.size > 262144 then
-    send(channel, box)
-    box = {size = 0}
-    boxes[channel] = box
-  end
-  box[#box + 1] = item
-  box.size = box.size + #item
-end
-
-local function push_final(key, record, inbox, watchers)
-  -- A large record is only named, so that the server need not hold it for each listener.
-  local body = #record > 65536 and '=' .. key or record
-  local item = struct.pack('>I4', #body) .. body
-  push(inbox, item)
-  push(watchers, item)
-end
-
--- On a full server a small record of a task that has begun is taken all the same, or no task could
--- end: after a first write, which changes nothing here, a script may use memory.
-for i = 1, #KEYS do
-  local value = ARGV[i * 5 - 3]
-  local begun = tonumber(string.sub(value, 1, 10)) % RANKS >= FIRST_BEGUN
-  if begun and #value <= 65536 and redis.call('PTTL', KEYS[i]) < 0 then
-    redis.call('PERSIST', KEYS[i])
-    break
+for _, priority in ipairs(levels_of(1)) do
+  local stream = at_level(KEYS[1 + STREAM], priority)
+  local leases = at_level(KEYS[1 + LEASES], priority)
+  local held = redis.call('ZCOUNT', leases, '(' .. passed, '+inf')
+  in_flight = in_flight + held
+  ready = ready + redis.call('XLEN', stream) - held
+  local after = redis.call('GET', at_level(KEYS[1 + CURSOR], priority)) or '0-0'
+  local fresh = redis.call('XRANGE', stream, '(' .. after, '+', 'COUNT', 1)[1]
+  if fresh then older(fresh[1]) end
+  -- These were released, or their leases have run out.
+  for _, token in ipairs(redis.call('ZRANGEBYSCORE', leases, '-inf', passed, 'LIMIT', 0, 1000)) do
+    older(token)
   end
 end
+return {ready, delayed, in_flight, some and now - oldest or -1}
+"""
+)
 
-for i = 1, #KEYS do
-  local key, a = KEYS[i], i * 5 - 4
-  local length, value, keep = tonumber(ARGV[a]), ARGV[a + 1], ARGV[a + 2]
-  local head, there = string.sub(value, 1, length), redis.call('GETRANGE', key, 0, length - 1)
-  local order, stored = tonumber(string.sub(head, 1, 10)), tonumber(string.sub(there, 1, 10))
-  if there == head then
-    answers[i] = 1
-  elseif stored and (
-    stored % RANKS >= FIRST_FINAL or order < stored or order % RANKS < FIRST_BEGUN
-  ) then
-    answers[i] = redis.call('GET', key)
-  else
-    if keep == '' then
-      redis.call('SET', key, value)
-    else
-      redis.call('SET', key, value, 'PX', keep)
-    end
-    if order % RANKS >= FIRST_FINAL then
-      push_final(key, string.sub(value, length + 1), ARGV[a + 3], ARGV[a + 4])
-    end
-    answers[i] = 1
-  end
+PURGE = Script(
+    QUEUES
+    + """
+-- ARGV: how many messages of each kind at most. Returns how many were dropped.
+local most = tonumber(ARGV[1])
+local dropped = redis.call('ZREMRANGEBYRANK', KEYS[1 + DELAYED], 0, most - 1)
+for _, priority in ipairs(levels_of(1)) do
+  local stream = at_level(KEYS[1 + STREAM], priority)
+  local leases = at_level(KEYS[1 + LEASES], priority)
+  local ids = {}
+  local over = redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, most)
+  for _, token in ipairs(over) do ids[#ids + 1] = string.match(token, '^(.-):') end
+  local after = redis.call('GET', at_level(KEYS[1 + CURSOR], priority)) or '0-0'
+  local fresh = redis.call('XRANGE', stream, '(' .. after, '+', 'COUNT', most)
+  for _, entry in ipairs(fresh) do ids[#ids + 1] = entry[1] end
+  if #over > 0 then redis.call('ZREM', leases, unpack(over)) end
+  if #ids > 0 then dropped = dropped + redis.call('XDEL', stream, unpack(ids)) end
 end
-for channel, box in pairs(boxes) do send(channel, box) end
-return answers
+return dropped
 """
 )

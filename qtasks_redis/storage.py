@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Final
 from weakref import WeakSet
 
-from qtasks_core import Guarantees, Inbox, Outcome, Storage, Task
+from msgspec import UNSET, UnsetType
+
+from qtasks_core import Claim, Guarantees, Inbox, Outcome, Storage, Task, TaskPage, TaskQuery
 from qtasks_core.batches import split
-from qtasks_core.errors import (
-    Closed,
-    WireError,
-)
+from qtasks_core.errors import Closed
 from qtasks_core.options import checked_retention
-from qtasks_core.records import FINAL, RETENTION, order_of, refused_by, unreadable
+from qtasks_core.queries import cursor_at, place_of
+from qtasks_core.records import RETENTION, refused_by, retention_note
 from qtasks_core.together import together
 from qtasks_core.transactions import refuse_transaction
-from qtasks_core.wire import decode_task, encode_task
+from qtasks_core.wire import encode_task
+from qtasks_redis import listing, shared
 from qtasks_redis.connection import (
     MOST_BYTES,
     MOST_ITEMS,
@@ -26,16 +27,25 @@ from qtasks_redis.connection import (
     connect,
     fitting,
 )
-from qtasks_redis.inbox import INBOX, WATCH, RedisInbox
+from qtasks_redis.inbox import RedisInbox
+from qtasks_redis.keys import INBOX, RECORD, WATCH, RecordKeys
+from qtasks_redis.listening import Listeners
 from qtasks_redis.options import checked
-from qtasks_redis.scripts import SAVE
+from qtasks_redis.record_scripts import SAVE
+from qtasks_redis.records import decode
 
-_RECORD: Final = "record"
 _MOST_READ: Final = 500
-_TRIALS: Final[Sequence[tuple[Any, ...]]] = (
+TRIALS: Final[Sequence[tuple[Any, ...]]] = (
     ("SET", "", "PX", 1000), ("GET",), ("MGET",), ("GETRANGE", 0, 0), ("PTTL",), ("PERSIST",),
+    ("EXISTS",), ("ZADD", "XX", 0, "m"), ("ZREM", "m"), ("ZCARD",), ("ZSCORE", "m"),
+    ("ZCOUNT", 0, 0), ("ZREVRANGE", 0, 0), ("ZRANGEBYSCORE", 0, 0), ("ZRANGEBYLEX", "[", "["),
+    ("SADD", "m"), ("SREM", "m"), ("SMEMBERS",), ("HSET", "f", "v"), ("HGET", "f"),
+    ("HMGET", "f"), ("HDEL", "f"), ("RPUSH", "m"), ("LRANGE", 0, 0), ("DEL",),
 )  # fmt: skip
-"""All commands that the script and `get` call on keys."""
+"""All commands that the storage and its scripts call on keys.
+
+The key holds text, so most of them fail. The last one deletes it.
+"""
 
 
 class RedisStorage(Storage):
@@ -50,11 +60,12 @@ class RedisStorage(Storage):
     def __init__(
         self, url: str = "redis://localhost", *, retention: float | None = RETENTION
     ) -> None:
-        self._retention = checked_retention(retention)
-        self._url = checked(url)
+        self.retention = checked_retention(retention)
+        self.url = checked(url)
         self._connection: Connection | None = None
         self._server = UNKNOWN
         self._inboxes: WeakSet[RedisInbox] = WeakSet()
+        self._listeners = Listeners()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -63,29 +74,30 @@ class RedisStorage(Storage):
             server=self._server.name,
             survives=self._server.survives,
             durability=self._server.durability,
-            retention=self._retention,
+            retention=self.retention,
             largest=self._server.largest,
-            unsupported=(
-                "query", "claim", "release", "set", "get_value", "values", "watch_value",
-                "append", "read", "delete", "expire", "migrate",
-            ),
-            notes=self._server.notes,
-        )  # fmt: skip
+            notes=(retention_note(self.retention), *self._server.notes),
+        )
 
     async def start(self, namespace: str) -> None:
-        self._connection = await connect(self._url, namespace)
+        self._connection = await self._connect(namespace)
         self._server = self._connection.server
-        key = self._connection.key
+
+    async def _connect(self, namespace: str) -> Connection:
+        connection = await connect(self.url, namespace)
         try:
-            await self._connection.check_rights(_TRIALS, (key(INBOX, ""), key(WATCH, "")))
+            channels = [connection.key(kind, "") for kind in (INBOX, WATCH)]
+            await connection.check_rights(TRIALS, channels)
         except BaseException:
-            await self.stop()
+            await connection.close()
             raise
+        return connection
 
     async def stop(self) -> None:
         try:
             await together([inbox.close() for inbox in self._inboxes])
         finally:
+            await self._listeners.stop()
             connection, self._connection = self._connection, None
             if connection is not None:
                 await connection.close()
@@ -93,68 +105,108 @@ class RedisStorage(Storage):
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         if transaction is not None:
             refuse_transaction(self)
-        connection = self._started()
+        connection = self.started()
         encoded = [encode_task(task) for task in tasks]
         outcomes, taken = fitting(encoded, connection.server.largest)
-        for part in split([len(encoded[at]) for at in taken], MOST_ITEMS, MOST_BYTES):
-            keys = [connection.key(_RECORD, tasks[at].uuid) for at in taken[part]]
-            args: list[str | bytes] = []
-            for at in taken[part]:
-                args += self._record(connection, tasks[at], encoded[at])
-            answers = await connection.run(SAVE, keys, args)
-            for at, answer in zip(taken[part], answers, strict=True):
+        sizes = [len(encoded[at]) for at in taken]
+        for part in parts([tasks[at].uuid for at in taken], sizes):
+            places = [taken[place] for place in part]
+            keys = RecordKeys(connection, [tasks[at].uuid for at in places], self.retention)
+            for at in places:
+                keys.save(tasks[at], encoded[at])
+            answers = await connection.run(SAVE, keys.keys, keys.args)
+            for at, answer in zip(places, answers, strict=True):
                 if answer != 1:
-                    outcomes[at] = refused_by(_decode(tasks[at].uuid, answer))
+                    outcomes[at] = refused_by(decode(tasks[at].uuid, answer))
         return outcomes
 
-    def _record(self, connection: Connection, task: Task, data: bytes) -> tuple[str | bytes, ...]:
-        """Return the arguments of the script for one record."""
-        head = _head(task)
-        if task.status not in FINAL:
-            return (str(len(head)), head + data, "", "", "")
-        kept = self._retention if task.retention is None else task.retention
-        keep = "" if math.isinf(kept) else str(max(1, math.ceil(kept * 1000)))
-        inbox = connection.key(INBOX, task.reply_to) if task.reply_to else ""
-        return (str(len(head)), head + data, keep, inbox, connection.key(WATCH, task.uuid))
-
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
-        connection = self._started()
+        connection = self.started()
         found: list[Task | None] = []
         for start in range(0, len(uuids), _MOST_READ):
             part = uuids[start : start + _MOST_READ]
-            values = await connection.read([connection.key(_RECORD, uuid) for uuid in part])
+            values = await connection.read([connection.key(RECORD, uuid) for uuid in part])
             found += (
-                None if value is None else _decode(uuid, value)
+                None if value is None else decode(uuid, value)
                 for uuid, value in zip(part, values, strict=True)
             )
         return found
 
     async def inbox(self) -> Inbox:
-        inbox = RedisInbox(self._started(), self.get)
+        inbox = RedisInbox(self.started(), self.get)
         await inbox.open()
         self._inboxes.add(inbox)
         return inbox
 
     async def clock(self) -> float | None:
-        return await self._started().time()
+        return await self.started().time()
 
-    def _started(self) -> Connection:
+    async def query(self, query: TaskQuery) -> TaskPage:
+        connection = self.started()
+        tasks: list[Task] = []
+        last = None if query.cursor is None else place_of(query.cursor)
+        more = True
+        while more and len(tasks) <= query.limit:
+            # One more than the page has: it tells whether there is another page.
+            missing = query.limit + 1 - len(tasks)
+            some, last, more = await listing.look(connection, query, last, missing)
+            tasks += some
+        shown = tasks[: query.limit]
+        following = len(tasks) > len(shown)
+        return TaskPage(
+            shown, cursor_at((shown[-1].created_at, shown[-1].uuid)) if following else None
+        )
+
+    async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
+        return await shared.claim(self.started(), key, owner, ttl)
+
+    async def release(self, claim: Claim) -> None:
+        await shared.release(self.started(), claim)
+
+    async def set(
+        self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
+    ) -> bool:
+        return await shared.set_value(self.started(), key, value, expect)
+
+    async def get_value(self, key: str) -> bytes | None:
+        return await shared.get_value(self.started(), key)
+
+    async def values(self, prefix: str) -> dict[str, bytes]:
+        return await shared.values(self.started(), prefix)
+
+    def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
+        return shared.watch_value(self.started(), self._listeners, key)
+
+    async def append(self, uuid: str, items: Sequence[bytes]) -> None:
+        await shared.append(self.started(), uuid, items)
+
+    async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
+        return await shared.read(self.started(), uuid, after)
+
+    async def delete(self, uuids: Sequence[str]) -> int:
+        return await listing.delete(self.started(), uuids)
+
+    async def expire(self) -> int:
+        connection = self.started()
+        count = await listing.expire(connection)
+        if math.isfinite(self.retention):
+            await listing.tidy(connection, self.retention)
+        return count
+
+    async def migrate(self, namespace: str) -> list[str]:
+        """Check the server and the user's rights. There is nothing to create."""
+        await (await self._connect(namespace)).close()
+        return []
+
+    def started(self) -> Connection:
+        """Return the connection. Raises `Closed`."""
         if self._connection is None:
             raise Closed("RedisStorage is not started")
         return self._connection
 
 
-def _head(task: Task) -> bytes:
-    """Return the head that the script compares: the order, and the execution with its length."""
-    execution = task.execution.encode()
-    return b"%010d%03d%b" % (order_of(task), len(execution), execution)
-
-
-def _decode(uuid: str, value: bytes) -> Task:
-    """Return the record after its head. If it is unreadable, return what the head tells."""
-    behind = 13 + int(value[10:13])
-    try:
-        return decode_task(value[behind:])
-    except WireError as error:
-        execution = value[13:behind].decode(errors="replace")
-        return unreadable(uuid, int(value[:10]), execution, error)
+def parts(uuids: Sequence[str], sizes: Sequence[int]) -> Iterator[range]:
+    """Split the places of records into those of each script call. No uuid comes twice in one."""
+    most = MOST_ITEMS if len(set(uuids)) == len(uuids) else 1
+    for part in split(sizes, most, MOST_BYTES):
+        yield range(len(uuids))[part]

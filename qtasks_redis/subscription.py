@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from secrets import token_hex
 
 from qtasks_core import (
@@ -22,7 +22,7 @@ from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.receivers import Leftovers, Shielded, effect_of
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import MOST_BYTES, MOST_ITEMS, Connection, ended, fitting
-from qtasks_redis.queues import Queues, milliseconds
+from qtasks_redis.keys import Keys, milliseconds
 from qtasks_redis.scripts import EXTEND, RING, SETTLE, TAKE
 
 _MOST_TAKEN = 1000
@@ -31,10 +31,12 @@ _MOST_TAKEN = 1000
 class Fence:
     """Proof that this receiver holds a delivery, and the state of its settlement."""
 
-    __slots__ = ("settled", "token", "unsure", "until")
+    __slots__ = ("priority", "settled", "token", "unsure", "until")
 
-    def __init__(self, token: bytes, until: float) -> None:
+    def __init__(self, token: bytes, priority: int, until: float) -> None:
         self.token = token
+        self.priority = priority
+        """The level of the queue in which the message is."""
         self.until = until
         """Nobody else can take over the delivery before this time of the loop's clock."""
         self.settled: Hashable = None
@@ -92,13 +94,13 @@ class RedisSubscription(Subscription):
         for name in names:
             args += (str(wanted[name]), str(self._known.get(name, 0)))
         until = self._loop.time() + self._lease
-        change, dues, taken = await connection.run(TAKE, Queues(connection, names).keys, args)
+        change, dues, taken = await connection.run(TAKE, _keys_of(connection, names), args)
         self._known.update(zip(names, dues, strict=True))
         deliveries: list[Delivery] = []
-        for at in range(0, len(taken), 4):
-            queue, token, count, data = taken[at : at + 4]
-            message = decode_message(data)
-            deliveries.append(Delivery(message, names[queue], Fence(token, until), count))
+        for at in range(0, len(taken), 5):
+            queue, priority, token, count, data = taken[at : at + 5]
+            fence = Fence(token, int(priority), until)
+            deliveries.append(Delivery(decode_message(data), names[queue], fence, count))
         self._leftovers.add(deliveries, until)
         return float(change) / 1000
 
@@ -160,49 +162,51 @@ class RedisSubscription(Subscription):
         self, settlements: Sequence[Settlement], encoded: Sequence[bytes]
     ) -> list[Settlement]:
         """Return the settlements that the server has accepted."""
-        connection = self._connection()
-        queues = Queues(connection)
+        keys = Keys(self._connection())
         args: list[str | bytes] = []
         for settlement, data in zip(settlements, encoded, strict=True):
-            delivery = settlement.delivery
-            args += (queues.position(delivery.queue), delivery.fence.token)
-            if isinstance(settlement, Retry):
-                message = settlement.message
-                delay = milliseconds(message.delay)
-                args += ("retry", queues.position(message.queue), delay, data)
-            else:
-                args.append("release" if isinstance(settlement, Release) else "ack")
-        asked: list[tuple[Fence, Hashable]] = [
-            (s.delivery.fence, effect_of(s)) for s in settlements
+            args += settling(keys, settlement, data)
+        with self.asking(settlements):
+            answers = await self._connection().run(SETTLE, keys.keys, args)
+        return [
+            settlement
+            for settlement, answer in zip(settlements, answers, strict=True)
+            if self.answered(settlement, done=answer == 1)
         ]
+
+    @contextmanager
+    def asking(self, settlements: Sequence[Settlement]) -> Iterator[None]:
+        """Note the settlements whose call has no answer: they may have taken effect."""
         try:
-            answers = await connection.run(SETTLE, queues.keys, args)
+            yield
         except BaseException:
-            for fence, effect in asked:
-                fence.unsure = fence.unsure or effect
+            for settlement in settlements:
+                fence = settlement.delivery.fence
+                fence.unsure = fence.unsure or effect_of(settlement)
             raise
-        now = self._loop.time()
-        done: list[Settlement] = []
-        for settlement, (fence, effect), answer in zip(settlements, asked, answers, strict=True):
-            if answer == 1:
-                fence.settled = effect
-                done.append(settlement)
-            elif fence.settled is None and now < fence.until:
-                # The lease was still valid, so only our settle call without an answer can have
-                # removed it.
-                fence.settled = fence.unsure
+
+    def answered(self, settlement: Settlement, *, done: bool) -> bool:
+        """Note the server's answer to a settlement, and return whether the server accepted it."""
+        fence = settlement.delivery.fence
+        if done:
+            fence.settled = effect_of(settlement)
+        elif fence.settled is None and self._loop.time() < fence.until:
+            # The lease was still valid, so only our settle call without an answer can have
+            # removed it.
+            fence.settled = fence.unsure
         return done
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         if not deliveries:
             return []
         connection = self._connection()
-        queues = Queues(connection)
+        keys = Keys(connection)
         args: list[str | bytes] = [milliseconds(self._lease)]
         for delivery in deliveries:
-            args += (queues.position(delivery.queue), delivery.fence.token)
+            fence = delivery.fence
+            args += (keys.queue(delivery.queue, fence.priority), fence.token)
         until = self._loop.time() + self._lease
-        answers = await connection.run(EXTEND, queues.keys, args)
+        answers = await connection.run(EXTEND, keys.keys, args)
         for delivery, answer in zip(deliveries, answers, strict=True):
             if answer == 1:
                 delivery.fence.until = until
@@ -224,4 +228,23 @@ class RedisSubscription(Subscription):
 
     async def _ring(self, queues: Iterable[str]) -> None:
         connection = self._connection()
-        await connection.run(RING, Queues(connection, queues).keys, ())
+        await connection.run(RING, _keys_of(connection, queues), ())
+
+
+def settling(keys: Keys, settlement: Settlement, data: bytes) -> tuple[str | bytes, ...]:
+    """Return the arguments of the script for a settlement. `data` is the message of a retry."""
+    delivery = settlement.delivery
+    position, token = keys.queue(delivery.queue, delivery.fence.priority), delivery.fence.token
+    if isinstance(settlement, Retry):
+        message = settlement.message
+        target = keys.queue(message.queue, message.priority)
+        return position, token, "retry", target, milliseconds(message.delay), data
+    return position, token, "release" if isinstance(settlement, Release) else "ack"
+
+
+def _keys_of(connection: Connection, queues: Iterable[str]) -> list[str]:
+    """Return the keys of these queues, with their usual level."""
+    keys = Keys(connection)
+    for queue in queues:
+        keys.queue(queue)
+    return keys.keys

@@ -28,7 +28,7 @@ def queues(session: Session, names: tuple[str, ...], as_json: bool) -> None:
     with session.started() as app:
         found = app.control_blocking(control.depths, names or known_queues(app))
         rows = ({"queue": name, **asdict(depth)} for name, depth in found.items())
-        print_rows(rows, ("queue", "ready", "delayed", "in_flight"), as_json)
+        print_rows(rows, ("queue", "ready", "delayed", "in_flight", "oldest_age"), as_json)
 
 
 def known_queues(app: App) -> list[str]:

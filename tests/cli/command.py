@@ -55,6 +55,16 @@ class Command:
         self.environment = dict(environment)
         self.cwd = cwd
 
+    @property
+    def url(self) -> str:
+        """The URL of its broker and storage."""
+        return self.environment["QTASKS_BROKER_URL"]
+
+    @property
+    def name(self) -> str:
+        """The name of the app."""
+        return self.environment["QTASKS_NAME"]
+
     def __call__(self, *arguments: str, app: str | None = SHOP, input: str = "") -> Said:
         done = subprocess.run(
             [sys.executable, "-m", "qtasks", *(("-A", app) if app else ()), *arguments],

@@ -2,17 +2,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from tests.cli.command import Command
+from tests.pairs import url_of
 from tests.processes import Process
+
+BACKENDS = (
+    "sqlite",
+    "redis",
+)
+"""The backends on which the modules below run."""
+ON_ALL = ("test_cancel", "test_queues", "test_tasks")
+"""The modules whose commands read and change what a broker and a storage keep."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test of these modules on each backend."""
+    module = metafunc.module.__name__.rpartition(".")[2]
+    if "qtasks" in metafunc.fixturenames and module in ON_ALL:
+        metafunc.parametrize("qtasks", BACKENDS, indirect=True)
 
 
 @pytest.fixture
-def qtasks(tmp_path: Path) -> Command:
-    """The command on an empty file."""
-    return Command({"QTASKS_BROKER_URL": f"sqlite:///{tmp_path}/qtasks.db"})
+def qtasks(request: pytest.FixtureRequest, tmp_path: Path) -> Command:
+    """The command on an empty file, or on a server under an unused name."""
+    backend = getattr(request, "param", "sqlite")
+    name = "qtasks" if backend == "sqlite" else f"cli-{uuid4().hex[:8]}"
+    url = url_of(request, backend, tmp_path)
+    return Command({"QTASKS_BROKER_URL": url, "QTASKS_NAME": name})
 
 
 @pytest.fixture

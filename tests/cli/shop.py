@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from datetime import date
 from pathlib import Path
 
@@ -46,6 +47,15 @@ async def untyped(value, *more, **named):
 async def sleep(seconds: float) -> int:
     await asyncio.sleep(seconds)
     return os.getpid()
+
+
+@app.task(name="hold")
+async def hold(stopped: str) -> None:
+    """Run until it is cancelled, and write when that was."""
+    try:
+        await asyncio.sleep(600)
+    finally:
+        Path(stopped).write_text(repr(time.time()))  # noqa: ASYNC240  # a few bytes
 
 
 @router.task(name="apart")

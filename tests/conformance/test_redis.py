@@ -16,27 +16,20 @@ from qtasks_conformance import (
 from qtasks_redis import RedisBroker, RedisStorage
 from tests.services import Service
 
-# Not built yet; what is built is taken off, or its tests would go on being skipped.
-BROKER_LACKS = ("depth", "purge", "broadcast", "commands", "migrate")
-STORAGE_LACKS = (
-    "query", "claim", "release", "set", "get_value", "values", "watch_value", "append", "read",
-    "delete", "expire", "migrate",
-)  # fmt: skip
-
 
 @pytest.fixture
 def subject(redis_server: Service) -> Subject:
     async def inject(namespace: str, queue: str, data: bytes) -> None:
         broker = RedisBroker(redis_server.url)
         await broker.start(namespace)
-        connection = broker._started()
+        connection = broker.started()
         await connection.call("XADD", connection.key("stream", queue), "*", "m", data)
         await broker.stop()
 
     async def spoil(namespace: str, uuid: str, data: bytes) -> None:
         storage = RedisStorage(redis_server.url)
         await storage.start(namespace)
-        connection = storage._started()
+        connection = storage.started()
         key = connection.key("record", uuid)
         value = await connection.call("GET", key)
         # What the scripts compare stays in front.
@@ -59,11 +52,11 @@ def subject(redis_server: Service) -> Subject:
             settle_confirmed=True,
             atomic_retries=True,
             counts_deliveries=True,
+            priorities=True,
             leases_survive=True,
             order="queue",
-            lacks=BROKER_LACKS,
         ),
-        least_storage=Least(survives="server crash", settle_confirmed=True, lacks=STORAGE_LACKS),
+        least_storage=Least(survives="server crash", settle_confirmed=True),
     )
 
 

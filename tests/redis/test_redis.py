@@ -165,7 +165,7 @@ async def test_leases_of_different_length_are_each_kept(redis_server: Service) -
     assert await holder.settle([Release(held)]) == [DONE]
     (again,) = await receiving
     assert again.count == 2
-    zombie = replace(held, fence=Fence(held.fence.token, 0.0))
+    zombie = replace(held, fence=Fence(held.fence.token, held.fence.priority, 0.0))
     assert await holder.settle([Ack(zombie)]) == [LOST]
     await short.stop()
     await long.stop()
@@ -243,7 +243,7 @@ async def test_nothing_is_left_of_what_was_settled(
         deliveries = await subscription.receive({"default": 2000}, 2000)
         assert await subscription.settle([Ack(d) for d in deliveries]) == [DONE] * len(deliveries)
         left -= len(deliveries)
-    key = broker._started().key
+    key = broker.started().key
     assert await server.xlen(key("stream", "default")) == 0
     assert not await server.exists(key("leases", "default"), key("delayed", "default"))
 
@@ -260,7 +260,7 @@ async def test_a_final_record_expires_and_others_stay(
     forever = str(uuid4())
     records = [final(own, retention=0.2), final(default), running]
     await storage.save([*records, final(forever, retention=float("inf"))])
-    key = storage._started().key
+    key = storage.started().key
     assert 50 < await server.ttl(key("record", default)) <= 60
     assert await server.ttl(key("record", open_)) == -1
     assert await server.ttl(key("record", forever)) == -1

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from redis.asyncio import Redis
 
-from qtasks_core import DONE, Ack, Release, Retry, Task, TaskMessage
+from qtasks_core import DONE, Ack, Command, Completion, Release, Retry, Task, TaskMessage, TaskQuery
 from qtasks_core.errors import ConfigurationError
 from qtasks_redis import RedisBroker, RedisStorage
 from tests.processes import ROOT
@@ -54,7 +54,8 @@ async def test_both_parts_with_the_documented_rights(user: User) -> None:
     subscription = await broker.subscribe({"default": 10})
     waiting = asyncio.create_task(subscription.receive({"default": 2}, 2))
     messages = [
-        TaskMessage(uuid=str(uuid4()), task_name="tests:task", delay=delay) for delay in (0, 0.1)
+        TaskMessage(uuid=str(uuid4()), task_name="tests:task", delay=delay, priority=priority)
+        for delay, priority in ((0, 9), (0.1, 5))
     ]
     await broker.publish(messages)
     one, *_ = await waiting
@@ -64,6 +65,17 @@ async def test_both_parts_with_the_documented_rights(user: User) -> None:
     assert await subscription.settle([Retry(one, messages[1])]) == [DONE]
     (one,) = await subscription.receive({"default": 1}, 1)
     assert await subscription.settle([Ack(one)]) == [DONE]
+
+    async def hear() -> Command:
+        return await anext(broker.commands())
+
+    heard = asyncio.create_task(hear())
+    while not heard.done():
+        await broker.broadcast(Command(name="ping"))
+        await asyncio.wait({heard}, timeout=0.05)
+    assert (await broker.depth("default")).in_flight == 0
+    await broker.publish(messages)
+    assert await broker.purge("default") == 2
     await broker.stop()
 
     await user.may(*RIGHTS["both"], *RIGHTS["storage"])
@@ -76,7 +88,42 @@ async def test_both_parts_with_the_documented_rights(user: User) -> None:
     inbox.expect([record.uuid])
     assert await storage.save([record]) == [DONE]
     assert await inbox.receive() == [record] == await storage.get([record.uuid])
+    await use_all_of(storage, record)
     await storage.stop()
+
+
+async def test_a_pair_with_the_documented_rights(user: User) -> None:
+    await user.may(*RIGHTS["both"], *RIGHTS["broker"], *RIGHTS["storage"])
+    broker, storage = RedisBroker(user.url), RedisStorage(user.url)
+    await broker.start(user.namespace)
+    await storage.start(user.namespace)
+    pair = broker.join(storage)
+    assert pair is not None
+    message = TaskMessage(uuid=str(uuid4()), task_name="tests:task")
+    assert await pair.submit([message]) == [DONE]
+    subscription = await broker.subscribe({"default": 1})
+    (delivery,) = await subscription.receive({"default": 1}, 1)
+    end = Task(uuid=message.uuid, task_name="tests:task", status="success")
+    assert await pair.complete(subscription, [Completion(Ack(delivery), end)]) == [DONE]
+    assert await storage.get([message.uuid]) == [end]
+    await broker.stop()
+    await storage.stop()
+
+
+async def use_all_of(storage: RedisStorage, record: Task) -> None:
+    """Call the methods that are not on the path of a task."""
+    assert (await storage.query(TaskQuery(created_after=0.0))).tasks == [record]
+    claim = await storage.claim("key", "owner", 30.0)
+    assert claim is not None
+    await storage.release(claim)
+    assert await storage.set("key", b"value")
+    assert await storage.values("k") == {"key": b"value"}
+    assert await anext(storage.watch_value("key")) == b"value"
+    assert await storage.set("key", None)
+    await storage.append(record.uuid, [b"item"])
+    assert await storage.read(record.uuid, 0) == [(1, b"item")]
+    assert await storage.delete([record.uuid]) == 1
+    assert await storage.expire() == 0
 
 
 @pytest.mark.parametrize("part", ["broker", "storage"])

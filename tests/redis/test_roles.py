@@ -172,7 +172,7 @@ async def test_after_a_failover_everything_goes_to_the_new_server(
             await broker.publish([message()])
         assert await storage.save([final(uuid, inbox.address)]) == [DONE]
         assert [task.uuid for task in await again] == [uuid]
-        assert await clients[1].exists(storage._started().key("record", uuid))
+        assert await clients[1].exists(storage.started().key("record", uuid))
         await broker.stop()
         await storage.stop()
 

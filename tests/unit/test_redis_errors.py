@@ -26,6 +26,7 @@ ANSWERS: list[tuple[str, Meaning]] = [
     ("ERR Unknown subcommand or wrong number of arguments for 'X'. Try CLIENT HELP.", "wrong"),
     ("ERR wrong number of arguments for 'get' command", "wrong"),
     ("ERR syntax error", "wrong"),
+    ("ERR This instance has cluster support disabled", "wrong"),
     ("ERR ACL failure in script: No permissions to access a key script: 0, on @x:1.", "wrong"),
     (OLD_SCRIPT + "@user_script: 3: Unknown Redis command called from Lua script", "wrong"),
     (OLD_SCRIPT + "@user_script: 3: The user executing the script can't run this command", "wrong"),

@@ -1,0 +1,176 @@
+"""Finding the server: the primary that Sentinels name, or the node of a cluster that has a slot.
+
+All keys of a namespace are in one slot, so a namespace needs one node of a cluster. Every new
+connection asks for the server's address. So after a failover, or when the slot has moved, new
+connections are enough.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, NamedTuple
+from urllib.parse import SplitResult, unquote
+
+from qtasks_core.urls import split, take_options
+from qtasks_redis.options import CLUSTER, SENTINEL, SENTINEL_PORT, hosts_in, service_in
+
+_ASK_WITHIN: Final = 1.0
+"""Seconds that one Sentinel or node has to answer. Then the next one is asked."""
+
+
+class Address(NamedTuple):
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+
+Find = Callable[[], Awaitable[Address]]
+
+
+def finder(url: str, key: str) -> tuple[str, Find | None]:
+    """Return the URL for the driver, and how to find the server. None: the URL has its address.
+
+    `key` is any key of the namespace.
+    """
+    parts = split(url)
+    if parts.scheme not in (SENTINEL, CLUSTER):
+        return url, None
+    if parts.scheme == CLUSTER:
+        login = {"username": _decoded(parts.username), "password": _decoded(parts.password)}
+        return _plain(url, parts, ""), _Cluster(_addresses(parts, 6379), key, login)
+    rest, given = take_options(url, {"sentinel_username": str, "sentinel_password": str})
+    service, database = service_in(parts)
+    login = {name.removeprefix("sentinel_"): text for name, text in given.items()}
+    return (
+        _plain(rest, parts, database),
+        _Sentinels(_addresses(parts, SENTINEL_PORT), service, login),
+    )
+
+
+def _decoded(text: str | None) -> str | None:
+    return None if text is None else unquote(text)
+
+
+def _addresses(parts: SplitResult, port: int) -> list[Address]:
+    return [Address(host, given or port) for host, given in hosts_in(parts)]
+
+
+def _plain(url: str, parts: SplitResult, path: str) -> str:
+    """Return the URL for one server, whose address is found later."""
+    credentials, at, _ = parts.netloc.rpartition("@")
+    return split(url)._replace(scheme="redis", netloc=f"{credentials}{at}found", path=path).geturl()
+
+
+class _Sentinels:
+    """Asks each Sentinel for the primary of a service until one knows it."""
+
+    def __init__(self, addresses: Sequence[Address], service: str, login: dict[str, Any]) -> None:
+        self._addresses = addresses
+        self._service = service
+        self._login = login
+
+    async def __call__(self) -> Address:
+        from redis.exceptions import AuthenticationError, AuthorizationError, ConnectionError
+
+        command = "SENTINEL", "get-master-addr-by-name", self._service
+        told: list[str] = []
+        for address in self._addresses:
+            try:
+                answer = await _ask(address, self._login, *command)
+            except (AuthenticationError, AuthorizationError):
+                raise  # subclasses of ConnectionError, and no other server would know better
+            except (ConnectionError, TimeoutError, OSError) as error:
+                told.append(f"{address.host}:{address.port}: {str(error) or 'no answer'}")
+                continue
+            if answer is not None:
+                return Address(_text(answer[0]), int(answer[1]))
+            told.append(f"{address.host}:{address.port} does not know it")
+        raise ConnectionError(f"no Sentinel names the primary of {self._service!r}: {told}")
+
+
+class _Cluster:
+    """Asks a node of the cluster which node has the slot of a key."""
+
+    def __init__(self, addresses: Sequence[Address], key: str, login: dict[str, Any]) -> None:
+        self._addresses = list(addresses)
+        self._key = key
+        self._login = login
+
+    async def __call__(self) -> Address:
+        from redis.crc import key_slot
+        from redis.exceptions import (
+            AuthenticationError,
+            AuthorizationError,
+            ClusterDownError,
+            ConnectionError,
+        )
+
+        slot = key_slot(self._key.encode())
+        told: list[str] = []
+        for address in list(self._addresses):
+            try:
+                ranges = await _ask(address, self._login, "CLUSTER", "SLOTS")
+            except (AuthenticationError, AuthorizationError):
+                raise  # subclasses of ConnectionError, and no other server would know better
+            except (ConnectionError, TimeoutError, OSError) as error:
+                told.append(f"{address.host}:{address.port}: {str(error) or 'no answer'}")
+                continue
+            self._learn(address, ranges)
+            for first, last, primary, *_ in ranges:
+                if first <= slot <= last:
+                    return _node(address, primary)
+            raise ClusterDownError(f"no node has slot {slot}")
+        raise ConnectionError(f"no node of the cluster answers: {told}")
+
+    def _learn(self, asked: Address, ranges: Sequence[Any]) -> None:
+        """Remember all nodes, since those of the URL may be gone later."""
+        nodes = [_node(asked, node) for _, _, *some in ranges for node in some]
+        self._addresses = list(dict.fromkeys((asked, *nodes, *self._addresses)))[:1000]
+
+
+def _node(asked: Address, node: Sequence[Any]) -> Address:
+    """Return a node's address. A node that does not know its own host has the one that we used."""
+    return Address(_text(node[0] or b"") or asked.host, int(node[1]))
+
+
+def _text(data: bytes | str) -> str:
+    return data.decode() if isinstance(data, bytes) else data
+
+
+async def _ask(address: Address, login: dict[str, Any], *command: str) -> Any:
+    """Send one command over a connection of its own."""
+    from redis.asyncio.connection import Connection
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+
+    line = Connection(
+        host=address.host,
+        port=address.port,
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=None,
+        socket_connect_timeout=_ASK_WITHIN,
+        **login,
+    )
+    try:
+        async with asyncio.timeout(_ASK_WITHIN):
+            await line.connect()  # type: ignore[no-untyped-call]
+            await line.send_command(*command)
+            return await line.read_response()
+    finally:
+        await line.disconnect(nowait=True)
+
+
+def connection_class(find: Find) -> type[Any]:
+    """Return the driver's class of connections, with a `connect` that finds the server first."""
+    from redis.asyncio.connection import Connection
+
+    class Found(Connection):
+        async def connect(self) -> None:
+            if not self.is_connected:
+                self.host, self.port = await find()
+            await super().connect()  # type: ignore[no-untyped-call]
+
+    return Found
