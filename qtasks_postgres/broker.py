@@ -19,9 +19,11 @@ from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_postgres import floors
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
-from qtasks_postgres.connection import Database, Listener, channel_of
+from qtasks_postgres.connection import Database, Listener
 from qtasks_postgres.doorbell import RING, Doorbell
+from qtasks_postgres.doorbell import columns_of as in_columns
 from qtasks_postgres.rows import columns_of
+from qtasks_postgres.schema import DEFAULT
 from qtasks_postgres.subscription import PostgresSubscription
 
 RIGHTS = {"messages": ("SELECT", "INSERT", "UPDATE", "DELETE"), **floors.RIGHTS}
@@ -39,14 +41,21 @@ class PostgresBroker(Broker):
     """Moves messages through a table. `lease` is in seconds, by the server's clock.
 
     Set `listen_url` if `url` goes through a connection pooler in transaction mode, which has no
-    notifications. It is the URL of the same database without the pooler. Raises
-    `ConfigurationError` if the URL or the lease is wrong.
+    notifications. It is the URL of the same database without the pooler. `schema` is the schema of
+    the tables. Raises `ConfigurationError` if an argument is wrong.
     """
 
     driver_loggers = ("asyncpg",)
 
-    def __init__(self, url: str, *, lease: float = 30.0, listen_url: str | None = None) -> None:
-        self._database = Database(url, listen_url)
+    def __init__(
+        self,
+        url: str,
+        *,
+        lease: float = 30.0,
+        listen_url: str | None = None,
+        schema: str = DEFAULT,
+    ) -> None:
+        self._database = Database(url, listen_url, schema)
         self._lease = LEASE_TIME.checked("lease", lease)
         self._listener = Listener(self._database)
         self._doorbell = Doorbell(self._database)
@@ -109,11 +118,12 @@ class PostgresBroker(Broker):
             await self._database.fetch(
                 PUBLISH, namespace, *rows, transaction=transaction, size=size
             )
-            channels = {channel_of(namespace, queue) for queue in rows[0]}
+            channels = {self._database.channel_of(namespace, queue) for queue in rows[0]}
             if transaction is None:
                 self._doorbell.ring(channels)
             else:
-                await self._database.fetch(RING, list(channels), transaction=transaction)
+                rings = in_columns((channel, "") for channel in channels)
+                await self._database.fetch(RING, *rings, transaction=transaction)
         return outcomes
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:

@@ -21,7 +21,7 @@ from qtasks_core.leftovers import Leftovers, Shielded
 from qtasks_core.settling import Recent, SettleCall
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres.batches import size_of
-from qtasks_postgres.connection import Database, Listener, channel_of
+from qtasks_postgres.connection import Database, Listener
 from qtasks_postgres.doorbell import Doorbell
 from qtasks_postgres.floors import Floors, Lane, lanes_of
 from qtasks_postgres.rows import columns_of
@@ -208,7 +208,9 @@ class PostgresSubscription(Subscription):
     async def open(self, queues: Iterable[str]) -> None:
         """Listen to new messages of `queues`. Raises `Unavailable`."""
         self._queues = list(queues)
-        self._channels = [channel_of(self._namespace, queue) for queue in self._queues]
+        self._channels = [
+            self._database.channel_of(self._namespace, queue) for queue in self._queues
+        ]
         await self._listener.listen(self._channels, self._rung)
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
@@ -365,14 +367,16 @@ class PostgresSubscription(Subscription):
         rows = await self._database.fetch(
             RETRY, *fences, self._namespace, *columns_of(batch), size=size_of(batch)
         )
-        self._doorbell.ring(channel_of(self._namespace, message.queue) for message in messages)
+        self._doorbell.ring(
+            self._database.channel_of(self._namespace, message.queue) for message in messages
+        )
         return {row["id"] for row in rows}
 
     async def _release(self, settlements: Sequence[Settlement]) -> set[int]:
         deliveries = [settlement.delivery for settlement in settlements]
         rows = await self._database.fetch(RELEASE, *fences_of(deliveries))
         queues = {delivery.queue for delivery in deliveries}
-        self._doorbell.ring(channel_of(self._namespace, queue) for queue in queues)
+        self._doorbell.ring(self._database.channel_of(self._namespace, queue) for queue in queues)
         return {row["id"] for row in rows}
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
