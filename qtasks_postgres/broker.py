@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from weakref import WeakSet
 
 from qtasks_core import (
     DONE,
     Broker,
+    Command,
     Guarantees,
     Outcome,
+    QueueDepth,
+    ReviewedMigration,
     Subscription,
     TaskMessage,
 )
@@ -20,8 +23,19 @@ from qtasks_core.wire import encode_message
 from qtasks_postgres import floors
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
 from qtasks_postgres.connection import Database, Listener
+from qtasks_postgres.control import (
+    COMMANDS,
+    DEPTH,
+    PURGE_READY,
+    PURGE_WAITING,
+    PURGED,
+    SEND,
+    Assembly,
+    pieces_of,
+)
 from qtasks_postgres.doorbell import RING, Doorbell
 from qtasks_postgres.doorbell import columns_of as in_columns
+from qtasks_postgres.listening import Listeners
 from qtasks_postgres.rows import columns_of
 from qtasks_postgres.schema import DEFAULT
 from qtasks_postgres.subscription import PostgresSubscription
@@ -37,7 +51,7 @@ PUBLISH = """
 """
 
 
-class PostgresBroker(Broker):
+class PostgresBroker(Broker, ReviewedMigration):
     """Moves messages through a table. `lease` is in seconds, by the server's clock.
 
     Set `listen_url` if `url` goes through a connection pooler in transaction mode, which has no
@@ -60,6 +74,7 @@ class PostgresBroker(Broker):
         self._listener = Listener(self._database)
         self._doorbell = Doorbell(self._database)
         self._subscriptions: WeakSet[PostgresSubscription] = WeakSet()
+        self._listeners = Listeners()
         self._namespace: str | None = None
 
     @property
@@ -78,11 +93,6 @@ class PostgresBroker(Broker):
             atomic_retries=True,
             priorities=True,
             transactions=True,
-            unsupported=("depth", "purge", "broadcast", "commands"),
-            notes=(
-                "`publish(transaction=)` joins the caller's transaction; `add_task` has no way to"
-                " say so yet",
-            ),
         )
 
     async def start(self, namespace: str) -> None:
@@ -95,6 +105,7 @@ class PostgresBroker(Broker):
         self._namespace = namespace
 
     async def stop(self) -> None:
+        self._listeners.stop()
         await self._listener.stop()
         try:
             await together([subscription.close() for subscription in self._subscriptions])
@@ -139,8 +150,42 @@ class PostgresBroker(Broker):
         self._started()
         return await self._database.clock()
 
+    async def depth(self, queue: str) -> QueueDepth:
+        (row,) = await self._database.fetch(DEPTH, self._started(), queue)
+        return QueueDepth(row["ready"], row["delayed"], row["in_flight"])
+
+    async def purge(self, queue: str) -> int:
+        namespace = self._started()
+        count, last = 0, (-1, 0)
+        while rows := await self._database.fetch(PURGE_READY, namespace, queue, *last):
+            count += len(rows)
+            last = max((row["priority"], row["id"]) for row in rows)
+        many = PURGED
+        while many == PURGED:
+            many = len(await self._database.fetch(PURGE_WAITING, namespace, queue))
+            count += many
+        return count
+
+    async def broadcast(self, command: Command) -> None:
+        await self._database.fetch(SEND, self._channel_of(COMMANDS), pieces_of(command))
+
+    async def commands(self) -> AsyncIterator[Command]:
+        assembly = Assembly()
+        async with self._listeners.listening(self._listener, self._channel_of(COMMANDS)) as ear:
+            while True:
+                payload = await ear.next()
+                command = assembly.add(payload) if payload else None
+                if command is not None:
+                    yield command
+
+    def _channel_of(self, name: str) -> str:
+        return self._database.channel_of(self._started(), name)
+
     async def migrate(self, namespace: str) -> list[str]:
         return await self._database.migrate()
+
+    async def migration(self, namespace: str) -> str:
+        return await self._database.migration()
 
     def _started(self) -> str:
         if self._namespace is None:

@@ -30,7 +30,15 @@ from qtasks_core.errors import (
 from qtasks_core.options import Kind
 from qtasks_postgres.errors import leads_elsewhere, translated, translated_at_start
 from qtasks_postgres.options import Options, options_of
-from qtasks_postgres.schema import DEFAULT, ensure_schema, named
+from qtasks_postgres.schema import (
+    DEFAULT,
+    LOCK,
+    VERSION,
+    ensure_schema,
+    named,
+    steps_from,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -171,6 +179,20 @@ class Database:
         _, changed = await self.calls.run(self._prepare({}, MIGRATION))
         return changed
 
+    async def migration(self) -> str:
+        """Return what `migrate` would do, as a script. Raises the same errors as `start`."""
+        found, statements = await self.calls.run(self._missing())
+        if not statements:
+            return ""
+        return "\n\n".join(
+            (
+                f"-- The schema {self.schema} from version {found} to {VERSION}.",
+                f"BEGIN;\nSELECT pg_advisory_xact_lock({LOCK});",
+                *statements,
+                "COMMIT;\n",
+            )
+        )
+
     async def stop(self) -> None:
         """Close all connections. Idempotent."""
         self._open = False
@@ -181,7 +203,11 @@ class Database:
                 group.create_task(close_gently(connection))
 
     async def fetch(
-        self, sql: str, *arguments: Any, transaction: object | None = None, size: int = 0
+        self,
+        sql: str,
+        *arguments: Any,
+        transaction: object | None = None,
+        size: int = 0,
     ) -> list[Any]:
         """Run a statement and return its rows. If `transaction` is given, run in that transaction.
 
@@ -308,6 +334,21 @@ class Database:
                     raise
                 await close_gently(connection)
                 return durability, changed
+
+    async def _missing(self) -> tuple[int, list[str]]:
+        """Return the version of the schema, and the statements that it lacks."""
+        with importing_driver("postgresql://", ".[postgres]"):
+            import asyncpg  # noqa: F401
+        with self.translated():
+            async with asyncio.timeout(TIMEOUT):
+                connection = await self._open_connection(self._options, cache=False)
+                try:
+                    found = await version_of(connection, self.schema)
+                except BaseException:
+                    connection.terminate()
+                    raise
+                await close_gently(connection)
+        return found, steps_from(found, self.schema)
 
     def _check_place(self, row: Any) -> None:
         if row["elsewhere"]:

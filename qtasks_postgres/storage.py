@@ -18,6 +18,7 @@ from qtasks_core import (
     Guarantees,
     Inbox,
     Outcome,
+    ReviewedMigration,
     Storage,
     Task,
     TaskPage,
@@ -144,7 +145,7 @@ A larger record is announced by its uuid.
 """
 
 
-class PostgresStorage(Storage):
+class PostgresStorage(Storage, ReviewedMigration):
     """Keeps records in a table.
 
     `retention` is in seconds, None means for ever. It applies to final records without a retention.
@@ -416,6 +417,9 @@ class PostgresStorage(Storage):
 
     async def migrate(self, namespace: str) -> list[str]:
         return await self.database.migrate()
+
+    async def migration(self, namespace: str) -> str:
+        return await self.database.migration()
 
     def started(self) -> str:
         """Return the namespace. Raises `Closed`."""

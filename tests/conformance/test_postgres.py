@@ -20,9 +20,6 @@ from qtasks_conformance import (
 )
 from tests.services import Service
 
-# Not built yet; what is built is taken off, or its tests would go on being skipped.
-BROKER_LACKS = ("depth", "purge", "broadcast", "commands")
-
 
 @pytest.fixture
 def subject(postgres_server: Service) -> Subject:
@@ -70,7 +67,6 @@ def subject(postgres_server: Service) -> Subject:
             transactions=True,
             leases_survive=True,
             order="queue",
-            lacks=BROKER_LACKS,
         ),
         least_storage=Least(survives="machine crash", settle_confirmed=True, transactions=True),
     )
