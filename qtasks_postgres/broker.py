@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from qtasks_core import (
@@ -22,6 +23,7 @@ from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_postgres import floors
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
+from qtasks_postgres.composition import PostgresComposition
 from qtasks_postgres.connection import Database, Listener
 from qtasks_postgres.control import (
     COMMANDS,
@@ -38,7 +40,12 @@ from qtasks_postgres.doorbell import columns_of as in_columns
 from qtasks_postgres.listening import Listeners
 from qtasks_postgres.rows import columns_of
 from qtasks_postgres.schema import DEFAULT
+from qtasks_postgres.storage import PostgresStorage
 from qtasks_postgres.subscription import PostgresSubscription
+
+if TYPE_CHECKING:
+    from qtasks_core.contracts.composition import Composition
+    from qtasks_core.contracts.storage import Storage
 
 RIGHTS = {"messages": ("SELECT", "INSERT", "UPDATE", "DELETE"), **floors.RIGHTS}
 
@@ -117,7 +124,7 @@ class PostgresBroker(Broker, ReviewedMigration):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        namespace = self._started()
+        namespace = self.started()
         outcomes: list[Outcome] = []
         for batch in batches(messages, encode_message):
             fit = fitting(batch)
@@ -138,7 +145,7 @@ class PostgresBroker(Broker, ReviewedMigration):
         return outcomes
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        namespace = self._started()
+        namespace = self.started()
         subscription = PostgresSubscription(
             self._database, self._listener, self._doorbell, namespace, self._lease
         )
@@ -147,15 +154,15 @@ class PostgresBroker(Broker, ReviewedMigration):
         return subscription
 
     async def clock(self) -> float | None:
-        self._started()
+        self.started()
         return await self._database.clock()
 
     async def depth(self, queue: str) -> QueueDepth:
-        (row,) = await self._database.fetch(DEPTH, self._started(), queue)
+        (row,) = await self._database.fetch(DEPTH, self.started(), queue)
         return QueueDepth(row["ready"], row["delayed"], row["in_flight"])
 
     async def purge(self, queue: str) -> int:
-        namespace = self._started()
+        namespace = self.started()
         count, last = 0, (-1, 0)
         while rows := await self._database.fetch(PURGE_READY, namespace, queue, *last):
             count += len(rows)
@@ -178,8 +185,17 @@ class PostgresBroker(Broker, ReviewedMigration):
                 if command is not None:
                     yield command
 
+    def join(self, storage: Storage) -> Composition | None:
+        if isinstance(storage, PostgresStorage) and storage.database.place == self._database.place:
+            return PostgresComposition(self, storage, self._database, self.ring)
+        return None
+
+    def ring(self, queues: Iterable[str]) -> None:
+        """Wake the receivers of these queues soon."""
+        self._doorbell.ring({self._channel_of(queue) for queue in queues})
+
     def _channel_of(self, name: str) -> str:
-        return self._database.channel_of(self._started(), name)
+        return self._database.channel_of(self.started(), name)
 
     async def migrate(self, namespace: str) -> list[str]:
         return await self._database.migrate()
@@ -187,7 +203,8 @@ class PostgresBroker(Broker, ReviewedMigration):
     async def migration(self, namespace: str) -> str:
         return await self._database.migration()
 
-    def _started(self) -> str:
+    def started(self) -> str:
+        """Return the namespace. Raises `Closed`."""
         if self._namespace is None:
             raise Closed("PostgresBroker is not started")
         return self._namespace

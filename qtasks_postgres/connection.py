@@ -28,6 +28,7 @@ from qtasks_core.errors import (
     Unavailable,
 )
 from qtasks_core.options import Kind
+from qtasks_postgres.callers import callers_connection
 from qtasks_postgres.errors import leads_elsewhere, translated, translated_at_start
 from qtasks_postgres.options import Options, options_of
 from qtasks_postgres.schema import (
@@ -146,6 +147,8 @@ class Database:
         self._listening = self._options if listen_url is None else options_of(listen_url)
         self.schema = SCHEMA_NAME.checked("schema", schema)
         self.shown = self._options.shown
+        self.place = self._options.url, self.schema
+        """What a broker and a storage have in common if they can share a transaction."""
         self.durability = Durability()
         self.calls = Calls()
         self.pooled = False
@@ -215,8 +218,8 @@ class Database:
         """
         sql = self.named(sql)
         if transaction is not None:
-            connection = callers_connection(transaction)
             with self.translated():
+                connection = await callers_connection(transaction)
                 return await connection.fetch(sql, *arguments)
         return await self.calls.run(self._fetch(sql, arguments, TIMEOUT + size / SLOWEST))
 
@@ -591,18 +594,6 @@ def channel_of(namespace: str, queue: str) -> str:
 def storable(text: str) -> str:
     """Return `text` with U+FFFD for NUL, the one character that Postgres cannot store."""
     return text.replace("\0", "\ufffd")
-
-
-def callers_connection(transaction: object) -> Connection:
-    """Return the caller's connection. Raises `ConfigurationError` if it is not from asyncpg."""
-    from asyncpg import Connection
-    from asyncpg.pool import PoolConnectionProxy
-
-    if isinstance(transaction, Connection | PoolConnectionProxy):
-        return transaction  # type: ignore[return-value]
-    raise ConfigurationError(
-        f"transaction= takes an asyncpg connection, not a {type(transaction).__name__}"
-    )
 
 
 async def read_durability(connection: Connection) -> Durability:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from math import inf
 from typing import Any
 from weakref import WeakSet
@@ -72,6 +72,12 @@ COLUMNS = """
     uuid, progress, execution, status, task_name, queue, created_at, dead, reply_to, expires_at,
     remarkable, record
 """
+TYPES = (
+    "text", "bigint", "text", "text", "text", "text", "float8", "text", "text", "float8", "text",
+    "bytea",
+)  # fmt: skip
+"""The types of these columns."""
+
 EXPIRED = "stored.expires_at <= extract(epoch FROM clock_timestamp())"
 
 # A record keeps its first `created_at`, its place in lists.
@@ -87,20 +93,24 @@ REPLACE = f"""
 """
 
 
-def saving(first: int) -> str:
+def saving(first: int, *, settled: bool = False, final: bool = True) -> str:
     """Return the parts of a statement that save records. `first` is the number of the first column.
 
-    The WHERE is `judge`, evaluated under the row's lock. Each row of `saved` was accepted.
+    The WHERE is `judge`, evaluated under the row's lock. Each row of `saved` was accepted. With
+    `settled`, the parameter before the first column has the id of each record's message, and a
+    record is only saved if `gone` has this id. Without `final`, there are no final records.
     """
-    types = (
-        "text", "bigint", "text", "text", "text", "text", "float8", "text", "text", "float8",
-        "text", "bytea",
-    )  # fmt: skip
-    columns = ", ".join(f"${first + at}::{kind}[]" for at, kind in enumerate(types))
-    return f"""
+    columns = ", ".join(f"${first + at}::{kind}[]" for at, kind in enumerate(TYPES))
+    given = f"unnest({columns}) AS given ({COLUMNS})"
+    if settled:
+        given = f"""
+            unnest(${first - 1}::bigint[], {columns}) AS given (id, {COLUMNS})
+            WHERE id = ANY(ARRAY(SELECT id FROM gone))
+        """
+    saved = f"""
         saved AS (
             INSERT INTO qtasks.records AS stored (namespace, {COLUMNS})
-            SELECT $1, * FROM unnest({columns})
+            SELECT $1, {COLUMNS} FROM {given}
             {REPLACE} OR (
                 stored.progress & {RANKS - 1} < {FIRST_FINAL}
                 AND stored.progress <= excluded.progress
@@ -109,7 +119,12 @@ def saving(first: int) -> str:
                     IS DISTINCT FROM (excluded.progress, excluded.execution)
             )
             RETURNING uuid, expires_at, watchers
-        ), expiring AS (
+        )
+    """
+    if not final:
+        return saved
+    return f"""
+        {saved}, expiring AS (
             INSERT INTO qtasks.expiries (namespace, expires_at, uuids)
             SELECT $1, max(expires_at), array_agg(uuid) FROM saved
             WHERE expires_at IS NOT NULL GROUP BY floor(expires_at)
@@ -231,14 +246,13 @@ class PostgresStorage(Storage, ReviewedMigration):
                     size=size_of(fit),
                 )  # fmt: skip
                 saved.update(row["uuid"] for row in rows)
-                pushes = pushes_of(fit, rows)
                 if transaction is None:
-                    self._doorbell.send(pushes)
-                elif pushes:
+                    self.push(fit, rows)
+                elif pushes := pushes_of(fit, rows):
                     await self.database.fetch(RING, *in_columns(pushes), transaction=transaction)
             others = [place for place in places if storable(tasks[place].uuid) not in saved]
             if others:
-                there = await self._get([tasks[place].uuid for place in others], transaction)
+                there = await self.get_in([tasks[place].uuid for place in others], transaction)
                 for place, record in zip(others, there, strict=True):
                     verdict = judge(tasks[place], record)
                     if place in large and verdict == "accept":
@@ -246,6 +260,10 @@ class PostgresStorage(Storage, ReviewedMigration):
                     elif verdict != "repeat":
                         outcomes[place] = refused_by(record)
         return outcomes
+
+    def push(self, batch: Sequence[tuple[Task, bytes]], rows: Iterable[Any]) -> None:
+        """Push the final records among those that the rows of `saved` name."""
+        self._doorbell.send(pushes_of(batch, rows))
 
     def columns_of(self, batch: Sequence[tuple[Task, bytes]]) -> tuple[list[object], ...]:
         """Return the columns of records, from uuid to record, in the order of `COLUMNS`."""
@@ -266,14 +284,19 @@ class PostgresStorage(Storage, ReviewedMigration):
             )
             for task, record in batch
         )
-        return tuple(list(column) for column in zip(*rows, strict=True))
+        columns: tuple[list[object], ...] = tuple([] for _ in TYPES)
+        for row in rows:
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+        return columns
 
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
-        return await self._get(uuids)
+        return await self.get_in(uuids)
 
-    async def _get(
+    async def get_in(
         self, uuids: Sequence[str], transaction: object | None = None, statement: str = GET
     ) -> list[Task | None]:
+        """Do the same as `get`, in the caller's transaction if there is one."""
         namespace = self.started()
         keys = [storable(uuid) for uuid in uuids]
         records: dict[str, Task] = {}
@@ -292,7 +315,7 @@ class PostgresStorage(Storage, ReviewedMigration):
 
     async def finals(self, uuids: Sequence[str]) -> list[Task | None]:
         """Return the records of these tasks that are final."""
-        return await self._get(uuids, statement=FINALS)
+        return await self.get_in(uuids, statement=FINALS)
 
     async def inbox(self) -> Inbox:
         inbox = PostgresInbox(self.finals, self.database, self._listener, self.started())
@@ -428,7 +451,7 @@ class PostgresStorage(Storage, ReviewedMigration):
         return self._namespace
 
 
-def pushes_of(batch: Sequence[tuple[Task, bytes]], rows: Sequence[Any]) -> list[tuple[str, str]]:
+def pushes_of(batch: Sequence[tuple[Task, bytes]], rows: Iterable[Any]) -> list[tuple[str, str]]:
     """Return the notifications of the final records that were saved.
 
     Only addresses of this kind of storage are notified: another one may be no name of a channel.

@@ -106,7 +106,8 @@ def migrate(session: Session, as_sql: bool, as_json: bool) -> None:
 def on_servers(operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Return the result of an operation for which the app need not be started."""
     deadline = time.monotonic() + CONNECT_TIMEOUT
-    return block_on(io_thread().ask, partial(retry, operation, deadline=deadline))
+    done: T = block_on(io_thread().ask, partial(retry, operation, deadline=deadline))
+    return done
 
 
 def script_of(part: str, script: str | None) -> str:
