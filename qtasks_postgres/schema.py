@@ -204,6 +204,109 @@ SHOW = r"""
     END $$;
 """
 
+# For triggers and other languages. It writes what a client writes: the message, the record, and the
+# notification at the commit. All lengths and integers have their longest form.
+ENQUEUE = r"""
+    CREATE FUNCTION qtasks.pack_text(value text) RETURNS bytea LANGUAGE sql IMMUTABLE STRICT AS $$
+        SELECT '\xdb'::bytea || int4send(octet_length(convert_to(value, 'UTF8')))
+            || convert_to(value, 'UTF8')
+    $$;
+    CREATE FUNCTION qtasks.pack_bytes(value bytea) RETURNS bytea LANGUAGE sql IMMUTABLE STRICT AS $$
+        SELECT '\xc6'::bytea || int4send(octet_length(value)) || value
+    $$;
+
+    CREATE FUNCTION qtasks.pack(value jsonb) RETURNS bytea
+    LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+    DECLARE
+        number numeric;
+        parts bytea;
+        count integer;
+    BEGIN
+        CASE jsonb_typeof(value)
+            WHEN 'null' THEN
+                RETURN '\xc0'::bytea;
+            WHEN 'boolean' THEN
+                RETURN CASE WHEN value::boolean THEN '\xc3'::bytea ELSE '\xc2'::bytea END;
+            WHEN 'string' THEN
+                RETURN qtasks.pack_text(value #>> '{}');
+            WHEN 'number' THEN
+                number := value::numeric;
+                IF number <> trunc(number) OR position('.' IN number::text) > 0 THEN
+                    RETURN '\xcb'::bytea || float8send(number::float8);
+                END IF;
+                RETURN '\xd3'::bytea || int8send(number::bigint);
+            WHEN 'array' THEN
+                SELECT count(*), coalesce(string_agg(qtasks.pack(item), ''::bytea ORDER BY at), '')
+                INTO count, parts FROM jsonb_array_elements(value) WITH ORDINALITY AS a (item, at);
+                RETURN '\xdd'::bytea || int4send(count) || parts;
+            ELSE
+                SELECT count(*), coalesce(string_agg(
+                    qtasks.pack_text(o.key) || qtasks.pack(o.value), ''::bytea ORDER BY o.key), '')
+                INTO count, parts FROM jsonb_each(value) AS o;
+                RETURN '\xdf'::bytea || int4send(count) || parts;
+        END CASE;
+    END $$;
+
+    CREATE FUNCTION qtasks.enqueue(
+        app text, task_name text, args jsonb DEFAULT '[]', kwargs jsonb DEFAULT '{}',
+        queue text DEFAULT 'default', priority integer DEFAULT 5, delay float8 DEFAULT 0,
+        uuid text DEFAULT NULL
+    ) RETURNS text LANGUAGE plpgsql AS $$
+    #variable_conflict use_variable
+    DECLARE
+        name CONSTANT text := '^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$';
+        home CONSTANT text := trim(BOTH '".' FROM 'qtasks.');
+        now CONSTANT float8 := extract(epoch FROM clock_timestamp());
+        due CONSTANT boolean := delay > 0;
+        fields bytea;
+        scope bytea;
+    BEGIN
+        IF app !~ name OR queue !~ name THEN
+            RAISE EXCEPTION '% or % cannot be the name of an app or a queue', app, queue;
+        ELSIF length(task_name) NOT BETWEEN 1 AND 200 OR priority NOT BETWEEN 0 AND 9
+            OR delay NOT BETWEEN 0 AND 3e9
+            OR jsonb_typeof(args) <> 'array' OR jsonb_typeof(kwargs) <> 'object' THEN
+            RAISE EXCEPTION 'wrong arguments: task_name has 1 to 200 characters, priority is 0 to '
+                '9, delay 0 to 3e9, args a JSON array, kwargs a JSON object';
+        END IF;
+        uuid := coalesce(uuid, gen_random_uuid()::text);
+        fields := qtasks.pack_text('uuid') || qtasks.pack_text(uuid)
+            || qtasks.pack_text('task_name') || qtasks.pack_text(task_name)
+            || qtasks.pack_text('queue') || qtasks.pack_text(queue)
+            || qtasks.pack_text('args') || qtasks.pack_bytes(
+                CASE WHEN args = '[]' THEN ''::bytea ELSE qtasks.pack(args) END)
+            || qtasks.pack_text('kwargs') || qtasks.pack_bytes(
+                CASE WHEN kwargs = '{}' THEN ''::bytea ELSE qtasks.pack(kwargs) END)
+            || qtasks.pack_text('priority') || qtasks.pack(to_jsonb(priority))
+            || qtasks.pack_text('created_at') || '\xcb'::bytea || float8send(now);
+        INSERT INTO qtasks.records (
+            namespace, uuid, progress, execution, status, task_name, queue, created_at, remarkable,
+            record
+        ) VALUES (
+            app, uuid, CASE WHEN due THEN 9 ELSE 8 END, '',
+            CASE WHEN due THEN 'scheduled' ELSE 'new' END, task_name, queue, now,
+            CASE WHEN due THEN 'scheduled' END,
+            '\x01df'::bytea || int4send(CASE WHEN due THEN 9 ELSE 8 END) || fields
+                || qtasks.pack_text('status')
+                || qtasks.pack_text(CASE WHEN due THEN 'scheduled' ELSE 'new' END)
+                || CASE WHEN due THEN qtasks.pack_text('due_at') || '\xcb'::bytea
+                    || float8send(now + delay) ELSE '' END
+        );
+        INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body) VALUES (
+            app, queue, priority,
+            CASE WHEN due THEN clock_timestamp() + delay * interval '1 second' END,
+            '\x01df'::bytea || int4send(8) || fields
+                || qtasks.pack_text('delay') || '\xcb'::bytea || float8send(delay)
+        );
+        scope := convert_to(app, 'UTF8') || '\x00'::bytea || convert_to(queue, 'UTF8');
+        IF home <> 'qtasks' THEN
+            scope := convert_to(home, 'UTF8') || '\x00'::bytea || scope;
+        END IF;
+        PERFORM pg_notify('qtasks:' || left(encode(sha256(scope), 'hex'), 40), '');
+        RETURN uuid;
+    END $$;
+"""
+
 LOCK = 0x7174_6173_6B73
 """The advisory lock that lets one client at a time change the schema ("qtasks" in ASCII)."""
 
@@ -293,6 +396,7 @@ STEPS = (
     ) WITH (fillfactor = 60);
     """,
     SHOW
+    + ENQUEUE
     + """
     ALTER TABLE qtasks.records
         SET (fillfactor = 45),

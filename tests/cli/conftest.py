@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import Command
+from tests.cli.places import empty_place
 from tests.processes import Process
 
+BACKENDS = ("sqlite", "postgres")
+"""The backends on which these tests run."""
 
-@pytest.fixture
-def qtasks(tmp_path: Path) -> Command:
-    """The command on an empty file."""
-    return Command({"QTASKS_BROKER_URL": f"sqlite:///{tmp_path}/qtasks.db"})
+
+@pytest.fixture(params=BACKENDS)
+def qtasks(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Command]:
+    """The command on an empty file or database of each backend."""
+    with empty_place(request, request.param, tmp_path) as url:
+        yield Command({"QTASKS_BROKER_URL": url})
 
 
 @pytest.fixture

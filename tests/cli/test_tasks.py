@@ -18,6 +18,7 @@ import pytest
 from qtasks.cli.arguments import read_arguments
 from qtasks.cli.output import fitted, text
 from qtasks.execution.definition import TaskDefinition, TaskOptions
+from qtasks_core.urls import redact
 from tests.cli.command import SHOP, Command, inherited
 from tests.processes import ROOT, Process, until
 
@@ -222,7 +223,7 @@ def test_where_nothing_is_found_it_says_where_it_looked(
     said = qtasks(*command)
     assert said.code == 0
     assert said.out.startswith(("UUID", "ID"))
-    where = qtasks.environment["QTASKS_BROKER_URL"]
+    where = redact(qtasks.environment["QTASKS_BROKER_URL"])
     assert said.error.endswith(f"of the app 'qtasks' found in its storage, {where}")
     assert qtasks.ok(*command, "--json").out == ""
 

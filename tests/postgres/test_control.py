@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import asyncpg
 
+from qtasks.asyncio import QueueTasks
 from qtasks_core import Command, TaskMessage
 from qtasks_postgres import PostgresBroker, PostgresStorage, control
 from tests.cli.command import Command as Qtasks
@@ -39,6 +40,26 @@ async def test_a_command_of_any_size_comes_whole(fresh: str) -> None:
     listening.cancel()
     await asyncio.wait({listening})
     await broker.stop()
+
+
+async def test_a_cancel_reaches_a_running_function_at_once(fresh: str) -> None:
+    app = QueueTasks("shop", fresh)
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    @app.task(name="wait")
+    async def wait() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            stopped.set()
+
+    async with app, app.worker():
+        task = await wait.add_task()
+        await asyncio.wait_for(begun.wait(), 10)
+        assert await app.cancel(task.uuid)
+        async with asyncio.timeout(0.5):
+            await stopped.wait()
 
 
 async def test_many_messages_are_purged(fresh: str) -> None:
