@@ -186,6 +186,19 @@ class App(Lifecycle):
             deadline = time.monotonic() + PUBLISH_TIMEOUT
             await client.submit_all(messages[at : at + _CHUNK], deadline)
 
+    async def submit_within(
+        self, messages: Sequence[TaskMessage], transaction: object
+    ) -> list[schemas.Task]:
+        """Submit messages in the caller's transaction, on its loop. Return their records.
+
+        Raises `NotSupported` before anything is written if the broker and the storage cannot join
+        the transaction.
+        """
+        thread, client = await self.ready()
+        self.unsupported.submitted(messages, self.broker, self.storage)
+        dated = await thread.ask(client.dated, messages)
+        return await client.submit_within(dated, transaction)
+
     def wait(self, uuid: str, timeout: float | None) -> Reply[schemas.Task]:
         """Wait for the final record of any task.
 

@@ -81,20 +81,27 @@ class QueueTasks(App):
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    async def add_tasks(self, calls: Iterable[AsyncCall[Any]]) -> list[Task[Any]]:
+    async def add_tasks(
+        self, calls: Iterable[AsyncCall[Any]], *, transaction: object | None = None
+    ) -> list[Task[Any]]:
         """Enqueue calls of any tasks in few round trips, and return a handle for each.
 
             tasks = await app.add_tasks([send.call(address) for address in addresses])
 
         The returned tasks are enqueued, not finished. Raises `Unavailable` or `Refused` if the
-        broker has not confirmed all of them: then some may be enqueued.
+        broker has not confirmed all of them: then some may be enqueued. `transaction` is that of
+        `AsyncTask.add_task`: all tasks are enqueued at its commit, or none.
         """
         calls = list(calls)
         messages = [call.message(self) for call in calls]
-        await self.submit_all(messages)
+        if transaction is None:
+            await self.submit_all(messages)
+            records = [record_of(message) for message in messages]
+        else:
+            records = await self.submit_within(messages, transaction)
         return [
-            Task(self, record_of(message), call.definition.decode_result)
-            for call, message in zip(calls, messages, strict=True)
+            Task(self, record, call.definition.decode_result)
+            for call, record in zip(calls, records, strict=True)
         ]
 
     async def get_task(self, uuid: str | UUID) -> Task[Any] | None:

@@ -31,6 +31,7 @@ from qtasks_core import (
     Command,
     Outcome,
     QueueDepth,
+    ReviewedMigration,
     Status,
     Task,
     TaskMessage,
@@ -186,6 +187,21 @@ async def migrate(of: Client | Lifecycle) -> dict[str, list[str] | None]:
         except NotSupported:
             done[type(half).__name__] = None
     return done
+
+
+async def migration(of: Client | Lifecycle) -> dict[str, str | None]:
+    """Return what `migrate` would do, as scripts for the servers. Changes nothing.
+
+    The app need not be started. Returns the scripts by the names of the broker's and the storage's
+    class. Empty: nothing has to change. None: it has no script. Raises the same errors as
+    `migrate`.
+    """
+    return {
+        type(half).__name__: await half.migration(of.name)
+        if isinstance(half, ReviewedMigration)
+        else None
+        for half in (of.broker, of.storage)
+    }
 
 
 async def revive(

@@ -7,6 +7,7 @@ from qtasks_core.contracts.composition import Composition
 from qtasks_core.contracts.executor import Encoded, Executor, Runnable
 from qtasks_core.contracts.inbox import Inbox
 from qtasks_core.contracts.plugin import Plugin
+from qtasks_core.contracts.reviewed import ReviewedMigration
 from qtasks_core.contracts.serializer import Serializer
 from qtasks_core.contracts.storage import Storage
 from qtasks_core.contracts.subscription import Subscription
@@ -59,6 +60,7 @@ __all__ = [
     "Raw",
     "Release",
     "Retry",
+    "ReviewedMigration",
     "Runnable",
     "Running",
     "Serializer",

@@ -31,6 +31,7 @@ from qtasks_core.schemas import (
     TaskMessage,
     Verdict,
 )
+from qtasks_core.transactions import refuse_pair
 
 
 def compose(broker: Broker, storage: Storage) -> Composition:
@@ -55,12 +56,17 @@ class SeparateComposition(Composition):
 
         A message with a key is saved after it is published, because its record holds the key. A
         message that already has a record is not published again.
+
+        Two servers have no common transaction, so the caller's is refused before anything is
+        written.
         """
+        if transaction is not None:
+            refuse_pair(self._broker, self._storage)
         there = await self._there(messages)
         if not there:
-            return await self._submit(messages, transaction)
+            return await self._submit(messages)
         fresh = [message for message in messages if message.uuid not in there]
-        outcomes = iter(await self._submit(fresh, transaction))
+        outcomes = iter(await self._submit(fresh))
         return [taken(there[m.uuid]) if m.uuid in there else next(outcomes) for m in messages]
 
     async def _there(self, messages: Sequence[TaskMessage]) -> dict[str, Task]:
@@ -69,13 +75,11 @@ class SeparateComposition(Composition):
         found = await self._storage.get(uuids) if uuids else ()
         return {record.uuid: record for record in found if record is not None}
 
-    async def _submit(
-        self, messages: Sequence[TaskMessage], transaction: object | None
-    ) -> list[Outcome]:
+    async def _submit(self, messages: Sequence[TaskMessage]) -> list[Outcome]:
         plain = [record_of(message) for message in messages if not message.submission]
         # If one half fails, do not cancel the other: its effect would then be unknown.
         published, saved = await gather(
-            self._publish(messages, transaction), self._storage.save(plain), return_exceptions=True
+            self._publish(messages), self._storage.save(plain), return_exceptions=True
         )
         if isinstance(published, BaseException):
             raise published
@@ -84,25 +88,22 @@ class SeparateComposition(Composition):
                 raise saved
             outcomes = published
             if len(plain) < len(messages) or published.count(DONE) < len(published):
-                outcomes = await self._record(messages, published, transaction)
+                outcomes = await self._record(messages, published)
         except Exception:
-            if transaction is None:
-                self._remember(messages, published)
+            self._remember(messages, published)
             raise
         if self._unsaved:
             for message in messages:
                 self._unsaved.discard(_sending(message))
         return outcomes
 
-    async def _publish(
-        self, messages: Sequence[TaskMessage], transaction: object | None
-    ) -> list[Outcome]:
+    async def _publish(self, messages: Sequence[TaskMessage]) -> list[Outcome]:
         """Publish all messages, except those that an earlier call published and could not save."""
         if not self._unsaved:
-            return await self._broker.publish(messages, transaction)
+            return await self._broker.publish(messages)
         done = [_sending(message) in self._unsaved for message in messages]
         left = [message for message, was in zip(messages, done, strict=True) if not was]
-        outcomes = iter(await self._broker.publish(left, transaction))
+        outcomes = iter(await self._broker.publish(left))
         return [DONE if was else next(outcomes) for was in done]
 
     def _remember(self, messages: Sequence[TaskMessage], published: Sequence[Outcome]) -> None:
@@ -111,10 +112,7 @@ class SeparateComposition(Composition):
                 self._unsaved.add(_sending(message))
 
     async def _record(
-        self,
-        messages: Sequence[TaskMessage],
-        published: Sequence[Outcome],
-        transaction: object | None,
+        self, messages: Sequence[TaskMessage], published: Sequence[Outcome]
     ) -> list[Outcome]:
         """Save the records that depend on the result of publishing. Return the outcomes of both."""
         outcomes = list(published)
@@ -130,7 +128,7 @@ class SeparateComposition(Composition):
             await self._save_within(dead)
         if keyed:
             records = [record_of(messages[at]) for at in keyed]
-            saved = await self._save_within(records, transaction)
+            saved = await self._save_within(records)
             for at, outcome in zip(keyed, saved, strict=True):
                 outcomes[at] = taken(outcome.current) if outcome.current else outcome
         return outcomes
@@ -193,16 +191,14 @@ class SeparateComposition(Composition):
             for at, outcome in zip(which, await self._save_within(tasks), strict=True):
                 outcomes[at] = outcome
 
-    async def _save_within(
-        self, tasks: Sequence[Task], transaction: object | None = None
-    ) -> list[Outcome]:
+    async def _save_within(self, tasks: Sequence[Task]) -> list[Outcome]:
         """Save records. If the storage refuses one, save it without the payload.
 
         The outcome is `unknown` if even that is refused: its message must not be acknowledged.
         """
-        outcomes = await self._storage.save(tasks, transaction)
+        outcomes = await self._storage.save(tasks)
         if smaller := smaller_of(tasks, outcomes):
-            saved = await self._storage.save(list(smaller.values()), transaction)
+            saved = await self._storage.save(list(smaller.values()))
             say_not_taken(tasks, outcomes, dict(zip(smaller, saved, strict=True)))
             for at, outcome in zip(smaller, saved, strict=True):
                 outcomes[at] = instead(outcome)

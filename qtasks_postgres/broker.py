@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from qtasks_core import (
     DONE,
     Broker,
+    Command,
     Guarantees,
     Outcome,
+    QueueDepth,
+    ReviewedMigration,
     Subscription,
     TaskMessage,
 )
@@ -19,10 +23,29 @@ from qtasks_core.together import together
 from qtasks_core.wire import encode_message
 from qtasks_postgres import floors
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
-from qtasks_postgres.connection import Database, Listener, channel_of
+from qtasks_postgres.composition import PostgresComposition
+from qtasks_postgres.connection import Database, Listener
+from qtasks_postgres.control import (
+    COMMANDS,
+    DEPTH,
+    PURGE_READY,
+    PURGE_WAITING,
+    PURGED,
+    SEND,
+    Assembly,
+    pieces_of,
+)
 from qtasks_postgres.doorbell import RING, Doorbell
+from qtasks_postgres.doorbell import columns_of as in_columns
+from qtasks_postgres.listening import Listeners
 from qtasks_postgres.rows import columns_of
+from qtasks_postgres.schema import DEFAULT
+from qtasks_postgres.storage import PostgresStorage
 from qtasks_postgres.subscription import PostgresSubscription
+
+if TYPE_CHECKING:
+    from qtasks_core.contracts.composition import Composition
+    from qtasks_core.contracts.storage import Storage
 
 RIGHTS = {"messages": ("SELECT", "INSERT", "UPDATE", "DELETE"), **floors.RIGHTS}
 
@@ -35,22 +58,30 @@ PUBLISH = """
 """
 
 
-class PostgresBroker(Broker):
+class PostgresBroker(Broker, ReviewedMigration):
     """Moves messages through a table. `lease` is in seconds, by the server's clock.
 
     Set `listen_url` if `url` goes through a connection pooler in transaction mode, which has no
-    notifications. It is the URL of the same database without the pooler. Raises
-    `ConfigurationError` if the URL or the lease is wrong.
+    notifications. It is the URL of the same database without the pooler. `schema` is the schema of
+    the tables. Raises `ConfigurationError` if an argument is wrong.
     """
 
     driver_loggers = ("asyncpg",)
 
-    def __init__(self, url: str, *, lease: float = 30.0, listen_url: str | None = None) -> None:
-        self._database = Database(url, listen_url)
+    def __init__(
+        self,
+        url: str,
+        *,
+        lease: float = 30.0,
+        listen_url: str | None = None,
+        schema: str = DEFAULT,
+    ) -> None:
+        self._database = Database(url, listen_url, schema)
         self._lease = LEASE_TIME.checked("lease", lease)
         self._listener = Listener(self._database)
         self._doorbell = Doorbell(self._database)
         self._subscriptions: WeakSet[PostgresSubscription] = WeakSet()
+        self._listeners = Listeners()
         self._namespace: str | None = None
 
     @property
@@ -69,11 +100,6 @@ class PostgresBroker(Broker):
             atomic_retries=True,
             priorities=True,
             transactions=True,
-            unsupported=("depth", "purge", "broadcast", "commands"),
-            notes=(
-                "`publish(transaction=)` joins the caller's transaction; `add_task` has no way to"
-                " say so yet",
-            ),
         )
 
     async def start(self, namespace: str) -> None:
@@ -86,6 +112,7 @@ class PostgresBroker(Broker):
         self._namespace = namespace
 
     async def stop(self) -> None:
+        self._listeners.stop()
         await self._listener.stop()
         try:
             await together([subscription.close() for subscription in self._subscriptions])
@@ -97,7 +124,7 @@ class PostgresBroker(Broker):
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
-        namespace = self._started()
+        namespace = self.started()
         outcomes: list[Outcome] = []
         for batch in batches(messages, encode_message):
             fit = fitting(batch)
@@ -109,15 +136,16 @@ class PostgresBroker(Broker):
             await self._database.fetch(
                 PUBLISH, namespace, *rows, transaction=transaction, size=size
             )
-            channels = {channel_of(namespace, queue) for queue in rows[0]}
+            channels = {self._database.channel_of(namespace, queue) for queue in rows[0]}
             if transaction is None:
                 self._doorbell.ring(channels)
             else:
-                await self._database.fetch(RING, list(channels), transaction=transaction)
+                rings = in_columns((channel, "") for channel in channels)
+                await self._database.fetch(RING, *rings, transaction=transaction)
         return outcomes
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        namespace = self._started()
+        namespace = self.started()
         subscription = PostgresSubscription(
             self._database, self._listener, self._doorbell, namespace, self._lease
         )
@@ -126,13 +154,57 @@ class PostgresBroker(Broker):
         return subscription
 
     async def clock(self) -> float | None:
-        self._started()
+        self.started()
         return await self._database.clock()
+
+    async def depth(self, queue: str) -> QueueDepth:
+        (row,) = await self._database.fetch(DEPTH, self.started(), queue)
+        return QueueDepth(row["ready"], row["delayed"], row["in_flight"])
+
+    async def purge(self, queue: str) -> int:
+        namespace = self.started()
+        count, last = 0, (-1, 0)
+        while rows := await self._database.fetch(PURGE_READY, namespace, queue, *last):
+            count += len(rows)
+            last = max((row["priority"], row["id"]) for row in rows)
+        many = PURGED
+        while many == PURGED:
+            many = len(await self._database.fetch(PURGE_WAITING, namespace, queue))
+            count += many
+        return count
+
+    async def broadcast(self, command: Command) -> None:
+        await self._database.fetch(SEND, self._channel_of(COMMANDS), pieces_of(command))
+
+    async def commands(self) -> AsyncIterator[Command]:
+        assembly = Assembly()
+        async with self._listeners.listening(self._listener, self._channel_of(COMMANDS)) as ear:
+            while True:
+                payload = await ear.next()
+                command = assembly.add(payload) if payload else None
+                if command is not None:
+                    yield command
+
+    def join(self, storage: Storage) -> Composition | None:
+        if isinstance(storage, PostgresStorage) and storage.database.place == self._database.place:
+            return PostgresComposition(self, storage, self._database, self.ring)
+        return None
+
+    def ring(self, queues: Iterable[str]) -> None:
+        """Wake the receivers of these queues soon."""
+        self._doorbell.ring({self._channel_of(queue) for queue in queues})
+
+    def _channel_of(self, name: str) -> str:
+        return self._database.channel_of(self.started(), name)
 
     async def migrate(self, namespace: str) -> list[str]:
         return await self._database.migrate()
 
-    def _started(self) -> str:
+    async def migration(self, namespace: str) -> str:
+        return await self._database.migration()
+
+    def started(self) -> str:
+        """Return the namespace. Raises `Closed`."""
         if self._namespace is None:
             raise Closed("PostgresBroker is not started")
         return self._namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import (
     AsyncIterator,
     Callable,
@@ -26,9 +27,19 @@ from qtasks_core.errors import (
     ServerTooOld,
     Unavailable,
 )
+from qtasks_core.options import Kind
+from qtasks_postgres.callers import callers_connection
 from qtasks_postgres.errors import leads_elsewhere, translated, translated_at_start
 from qtasks_postgres.options import Options, options_of
-from qtasks_postgres.schema import ensure_schema
+from qtasks_postgres.schema import (
+    DEFAULT,
+    LOCK,
+    VERSION,
+    ensure_schema,
+    named,
+    steps_from,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -49,6 +60,12 @@ OLDEST = 12
 
 CONNECTIONS = 4
 """The most connections of one pool. Calls come in batches, so a few serve many tasks."""
+
+SCHEMA_PATTERN = re.compile(r"(?!pg_)[a-z_][a-z0-9_]{0,62}")
+SCHEMA_NAME = Kind(
+    "a name of 1 to 63 of the characters a-z, 0-9 and _, and not start with a digit or pg_",
+    lambda name: isinstance(name, str) and SCHEMA_PATTERN.fullmatch(name) is not None,
+)
 
 # All statements find their rows by an index, and none is worth compiling (JIT). These settings are
 # sent after connecting. Connection poolers refuse a client that sends them while it connects.
@@ -125,16 +142,21 @@ class Database:
     So in that case nothing is kept on a connection: no prepared statements, no settings.
     """
 
-    def __init__(self, url: str, listen_url: str | None = None) -> None:
+    def __init__(self, url: str, listen_url: str | None = None, schema: str = DEFAULT) -> None:
         self._options = options_of(url)
         self._listening = self._options if listen_url is None else options_of(listen_url)
+        self.schema = SCHEMA_NAME.checked("schema", schema)
         self.shown = self._options.shown
+        self.place = self._options.url, self.schema
+        """What a broker and a storage have in common if they can share a transaction."""
         self.durability = Durability()
         self.calls = Calls()
         self.pooled = False
         """Whether a connection pooler is between us and the server. Known after `start`."""
         self.left: set[Callable[[], None]] = set()
         """Callbacks that drop the other connections to a server that must not be used any more."""
+        self._named: dict[str, str] = {}
+        """The statements for the tables of another schema than the usual one."""
         self._idle: list[Connection] = []
         self._slots = asyncio.Semaphore(CONNECTIONS)
         self._open = False
@@ -160,6 +182,20 @@ class Database:
         _, changed = await self.calls.run(self._prepare({}, MIGRATION))
         return changed
 
+    async def migration(self) -> str:
+        """Return what `migrate` would do, as a script. Raises the same errors as `start`."""
+        found, statements = await self.calls.run(self._missing())
+        if not statements:
+            return ""
+        return "\n\n".join(
+            (
+                f"-- The schema {self.schema} from version {found} to {VERSION}.",
+                f"BEGIN;\nSELECT pg_advisory_xact_lock({LOCK});",
+                *statements,
+                "COMMIT;\n",
+            )
+        )
+
     async def stop(self) -> None:
         """Close all connections. Idempotent."""
         self._open = False
@@ -170,17 +206,36 @@ class Database:
                 group.create_task(close_gently(connection))
 
     async def fetch(
-        self, sql: str, *arguments: Any, transaction: object | None = None, size: int = 0
+        self,
+        sql: str,
+        *arguments: Any,
+        transaction: object | None = None,
+        size: int = 0,
     ) -> list[Any]:
         """Run a statement and return its rows. If `transaction` is given, run in that transaction.
 
         `size` is the number of bytes it sends, if they are many. Raises `Unavailable`.
         """
+        sql = self.named(sql)
         if transaction is not None:
-            connection = callers_connection(transaction)
             with self.translated():
+                connection = await callers_connection(transaction)
                 return await connection.fetch(sql, *arguments)
         return await self.calls.run(self._fetch(sql, arguments, TIMEOUT + size / SLOWEST))
+
+    def named(self, sql: str) -> str:
+        """Return a statement for the tables of this schema."""
+        if self.schema == DEFAULT:
+            return sql
+        if sql not in self._named:
+            self._named[sql] = named(sql, self.schema)
+        return self._named[sql]
+
+    def channel_of(self, namespace: str, name: str) -> str:
+        """Return the channel of a queue, or of something else with a name that no queue has."""
+        return channel_of(
+            namespace if self.schema == DEFAULT else f"{self.schema}\0{namespace}", name
+        )
 
     async def clock(self) -> float:
         """Return the server's Unix time, in seconds."""
@@ -274,7 +329,7 @@ class Database:
                                 f"{self.shown} is PostgreSQL {version.major}; qtasks needs {OLDEST}"
                                 " or newer"
                             )
-                        changed = await ensure_schema(connection)
+                        changed = await ensure_schema(connection, self.schema)
                         await self._check_rights(connection, needs)
                         durability = await read_durability(connection)
                 except BaseException:
@@ -282,6 +337,21 @@ class Database:
                     raise
                 await close_gently(connection)
                 return durability, changed
+
+    async def _missing(self) -> tuple[int, list[str]]:
+        """Return the version of the schema, and the statements that it lacks."""
+        with importing_driver("postgresql://", ".[postgres]"):
+            import asyncpg  # noqa: F401
+        with self.translated():
+            async with asyncio.timeout(TIMEOUT):
+                connection = await self._open_connection(self._options, cache=False)
+                try:
+                    found = await version_of(connection, self.schema)
+                except BaseException:
+                    connection.terminate()
+                    raise
+                await close_gently(connection)
+        return found, steps_from(found, self.schema)
 
     def _check_place(self, row: Any) -> None:
         if row["elsewhere"]:
@@ -294,11 +364,11 @@ class Database:
         rights = [right for table in needs for right in needs[table]]
         rows = await connection.fetch(
             "SELECT name, right_ FROM unnest($1::text[], $2::text[]) AS needed (name, right_)"
-            " WHERE NOT has_table_privilege('qtasks.' || name, right_)",
-            tables, rights,
+            " WHERE NOT has_table_privilege(format('%I.%I', $3::text, name), right_)",
+            tables, rights, self.schema,
         )  # fmt: skip
         if rows:
-            missing = ", ".join(f"{row['right_']} on qtasks.{row['name']}" for row in rows)
+            missing = ", ".join(f"{row['right_']} on {self.schema}.{row['name']}" for row in rows)
             raise ConfigurationError(f"{self.shown}: the user lacks {missing}: GRANT it")
 
     async def _take(self) -> Connection:
@@ -524,18 +594,6 @@ def channel_of(namespace: str, queue: str) -> str:
 def storable(text: str) -> str:
     """Return `text` with U+FFFD for NUL, the one character that Postgres cannot store."""
     return text.replace("\0", "\ufffd")
-
-
-def callers_connection(transaction: object) -> Connection:
-    """Return the caller's connection. Raises `ConfigurationError` if it is not from asyncpg."""
-    from asyncpg import Connection
-    from asyncpg.pool import PoolConnectionProxy
-
-    if isinstance(transaction, Connection | PoolConnectionProxy):
-        return transaction  # type: ignore[return-value]
-    raise ConfigurationError(
-        f"transaction= takes an asyncpg connection, not a {type(transaction).__name__}"
-    )
 
 
 async def read_durability(connection: Connection) -> Durability:

@@ -49,14 +49,21 @@ class PostgresInbox(Inbox):
     HEARTBEAT = 3.0
     """Seconds of silence after which a waiting inbox checks that the server still answers."""
 
+    READ_AGAIN = 5.0
+    """Seconds after which it reads all records that it waits for.
+
+    A process may have saved a record and died before it could push it. If reading takes long, the
+    pause is twenty times as long as it took.
+    """
+
     def __init__(
         self,
-        get: Callable[[Sequence[str]], Awaitable[list[Task | None]]],
+        finals: Callable[[Sequence[str]], Awaitable[list[Task | None]]],
         database: Database,
         listener: Listener,
         namespace: str,
     ) -> None:
-        self._get = get
+        self._finals = finals
         self._database = database
         self._listener = listener
         self._namespace = namespace
@@ -64,6 +71,8 @@ class PostgresInbox(Inbox):
         self._awaited = Awaited()
         self._large: list[str] = []
         self._missed = False
+        self._loop = asyncio.get_running_loop()
+        self._read_at = self._loop.time() + self.READ_AGAIN
         self._bell = asyncio.Event()
         self._catching_up: Shielded[None] = Shielded()
         self._open = True
@@ -132,9 +141,17 @@ class PostgresInbox(Inbox):
             await self._read(self._large[:])
         elif not told and self._awaited.uuids:
             await self._listener.ping()
+        if self._loop.time() >= self._read_at:
+            await self._read_again()
+
+    async def _read_again(self) -> None:
+        begun = self._loop.time()
+        await self._read(list(self._awaited.uuids))
+        now = self._loop.time()
+        self._read_at = now + max(self.READ_AGAIN, 20 * (now - begun))
 
     async def _read(self, uuids: Sequence[str]) -> None:
-        self._awaited.arrive(await self._get(uuids))
+        self._awaited.arrive(await self._finals(uuids))
         read = set(uuids)
         self._large = [uuid for uuid in self._large if uuid not in read]
 
@@ -164,7 +181,7 @@ class PostgresInbox(Inbox):
             try:
                 self._awaited.arrive([decode_task(b64decode(payload[1:]))])
             except WireError:
-                self._missed = True  # so that `get` reads all: the uuid is unreadable too
+                self._missed = True  # so that it reads all: the uuid is unreadable too
         else:
             self._large.append(payload[1:])
         self._bell.set()

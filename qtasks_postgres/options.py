@@ -13,7 +13,7 @@ from qtasks_core.urls import redact, split, take_options
 
 SCHEMES = ("postgresql", "postgres")
 
-OURS = ("lease", "listen_url", "connect_timeout", "application_name")
+OURS = ("lease", "retention", "listen_url", "schema", "connect_timeout", "application_name")
 OF_THE_DRIVER = (
     "host", "port", "user", "password", "dbname", "passfile", "sslmode", "sslrootcert", "sslcert",
     "sslkey", "sslpassword", "sslcrl", "ssl_min_protocol_version", "ssl_max_protocol_version",
@@ -57,7 +57,6 @@ OTHER_NAMES = {
     "sslcafile": "sslrootcert",
     "ssl_ca_certs": "sslrootcert",
     "timeout": "connect_timeout",
-    "schema": "search_path",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.receivers import Leftovers, Recent, SettleCall, Shielded
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_postgres.batches import size_of
-from qtasks_postgres.connection import Database, Listener, channel_of
+from qtasks_postgres.connection import Database, Listener
 from qtasks_postgres.doorbell import Doorbell
 from qtasks_postgres.floors import Floors, Lane, lanes_of
 from qtasks_postgres.rows import columns_of
@@ -115,36 +115,50 @@ NEXT = """
 
 # A receiver no longer holds a message if its lease has run out or the message was delivered again.
 # coalesce() keeps the planner from scanning the whole index of waiting messages.
-MINE = """
-    id = ANY($1::bigint[])
-    AND delivery = ($2::int[])[array_position($1::bigint[], id)]
-    AND coalesce(wake_at > clock_timestamp(), false)
-"""
 
-ACK = f"DELETE FROM qtasks.messages WHERE {MINE} RETURNING id"
 
-RETRY = f"""
-    WITH gone AS (
-        DELETE FROM qtasks.messages WHERE {MINE} RETURNING id
-    ), again AS (
-        INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
-        SELECT $3, queue, priority,
-               CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END, body
-        FROM unnest($1::bigint[], $4::text[], $5::smallint[], $6::float8[], $7::bytea[])
-             AS next (id, queue, priority, delay, body)
-        WHERE id = ANY(ARRAY(SELECT id FROM gone))
-    )
-    SELECT id FROM gone
-"""
+def mine(first: int) -> str:
+    """Return the condition. `first` is the number of the ids, the delivery numbers follow."""
+    return f"""
+        id = ANY(${first}::bigint[])
+        AND delivery = (${first + 1}::int[])[array_position(${first}::bigint[], id)]
+        AND coalesce(wake_at > clock_timestamp(), false)
+    """
+
+
+def settling(first: int) -> str:
+    """Return the part of a statement that deletes the messages of these fences."""
+    return f"gone AS (DELETE FROM qtasks.messages WHERE {mine(first)} RETURNING id)"
+
+
+def retrying(first: int) -> str:
+    """Return the parts that do so and publish the columns that follow the fences instead."""
+    return f"""
+        {settling(first)}, again AS (
+            INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
+            SELECT $1, queue, priority,
+                   CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END,
+                   body
+            FROM unnest(
+                ${first}::bigint[], ${first + 2}::text[], ${first + 3}::smallint[],
+                ${first + 4}::float8[], ${first + 5}::bytea[]
+            ) AS next (id, queue, priority, delay, body)
+            WHERE id = ANY(ARRAY(SELECT id FROM gone))
+        )
+    """
+
+
+ACK = f"WITH {settling(1)} SELECT id FROM gone"
+RETRY = f"WITH {retrying(2)} SELECT id FROM gone"
 
 RELEASE = f"""
-    UPDATE qtasks.messages SET wake_at = clock_timestamp() WHERE {MINE} RETURNING id
+    UPDATE qtasks.messages SET wake_at = clock_timestamp() WHERE {mine(1)} RETURNING id
 """
 
 EXTEND = f"""
     UPDATE qtasks.messages
     SET wake_at = clock_timestamp() + $3::float8 * interval '1 second'
-    WHERE {MINE}
+    WHERE {mine(1)}
     RETURNING id
 """
 
@@ -207,7 +221,9 @@ class PostgresSubscription(Subscription):
     async def open(self, queues: Iterable[str]) -> None:
         """Listen to new messages of `queues`. Raises `Unavailable`."""
         self._queues = list(queues)
-        self._channels = [channel_of(self._namespace, queue) for queue in self._queues]
+        self._channels = [
+            self._database.channel_of(self._namespace, queue) for queue in self._queues
+        ]
         await self._listener.listen(self._channels, self._rung)
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
@@ -333,24 +349,46 @@ class PostgresSubscription(Subscription):
             self._look_at = max(self._loop.time() + self.BETWEEN_LOOKS, self._look_again_at)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        return await self.settling(settlements, self.settle_now)
+
+    async def settling(
+        self,
+        settlements: Sequence[Settlement],
+        settle: Callable[[SettleCall], Coroutine[Any, Any, list[Outcome]]],
+    ) -> list[Outcome]:
+        """Run `settle`, even if the caller is cancelled, after other calls on these deliveries."""
         calls, fences = self._database.calls, {s.delivery.fence for s in settlements}
         # A cancelled caller's settle call may still run. Its result is known once it has finished.
         await calls.others(fences)
-        return await calls.run(self._settle(settlements), fences)
+        return await calls.run(self._settling(settlements, settle), fences)
 
-    async def _settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        call = SettleCall(settlements, self._settled)
+    async def _settling(
+        self,
+        settlements: Sequence[Settlement],
+        settle: Callable[[SettleCall], Coroutine[Any, Any, list[Outcome]]],
+    ) -> list[Outcome]:
+        return await settle(SettleCall(settlements, self._settled))
+
+    async def settle_now(self, call: SettleCall) -> list[Outcome]:
+        """Settle what is not settled yet, each kind in one statement."""
         for kind, run in ((Ack, self._ack), (Retry, self._retry), (Release, self._release)):
             places = [place for place, s in call.first.items() if isinstance(s, kind)]
             if not places:
                 continue
             # Settle and extend lock rows by ascending id. Otherwise they could deadlock.
             places.sort(key=lambda place: call.first[place].delivery.fence)
-            done = await run([call.first[place] for place in places])
-            for place in places:
-                if call.first[place].delivery.fence.id in done:
-                    self._settled.add(call.done(place))
+            self.settled(call, places, await run([call.first[place] for place in places]))
         return call.outcomes()
+
+    def settled(self, call: SettleCall, places: Iterable[int], ids: Set[int]) -> None:
+        """Note the settlements at these places whose messages have these ids."""
+        for place in places:
+            if call.first[place].delivery.fence.id in ids:
+                self._settled.add(call.done(place))
+
+    def ring(self, queues: Iterable[str]) -> None:
+        """Wake the receivers of these queues soon."""
+        self._doorbell.ring(self._database.channel_of(self._namespace, queue) for queue in queues)
 
     async def _ack(self, settlements: Sequence[Settlement]) -> set[int]:
         fences = fences_of([settlement.delivery for settlement in settlements])
@@ -362,16 +400,18 @@ class PostgresSubscription(Subscription):
         messages = [s.message for s in settlements if isinstance(s, Retry)]
         batch = [(message, encode_message(message)) for message in messages]
         rows = await self._database.fetch(
-            RETRY, *fences, self._namespace, *columns_of(batch), size=size_of(batch)
+            RETRY, self._namespace, *fences, *columns_of(batch), size=size_of(batch)
         )
-        self._doorbell.ring(channel_of(self._namespace, message.queue) for message in messages)
+        self.ring(message.queue for message in messages)
         return {row["id"] for row in rows}
 
     async def _release(self, settlements: Sequence[Settlement]) -> set[int]:
-        deliveries = [settlement.delivery for settlement in settlements]
+        return await self.release([settlement.delivery for settlement in settlements])
+
+    async def release(self, deliveries: Sequence[Delivery]) -> set[int]:
+        """Release deliveries. Return the ids of the messages."""
         rows = await self._database.fetch(RELEASE, *fences_of(deliveries))
-        queues = {delivery.queue for delivery in deliveries}
-        self._doorbell.ring(channel_of(self._namespace, queue) for queue in queues)
+        self.ring({delivery.queue for delivery in deliveries})
         return {row["id"] for row in rows}
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qtasks_core import DONE, LOST, Broker, Completion, Outcome, Retry, Subscription, TaskMessage
-from qtasks_core.records import refused_by
-from qtasks_core.separate import SeparateComposition, record_of, taken
-from qtasks_core.settling import effect_of
+from qtasks_core.receivers import effect_of
+from qtasks_core.records import record_of, refused_by, taken
+from qtasks_core.separate import SeparateComposition
 from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message, encode_task
 from qtasks_redis.connection import Connection

@@ -25,7 +25,7 @@ from qtasks_core.records import (
     verdicts_of,
 )
 from qtasks_core.separate import SeparateComposition
-from qtasks_core.transactions import refuse_transaction
+from qtasks_core.transactions import refuse_pair
 from qtasks_sqlite.connection import Database, Transaction
 from qtasks_sqlite.storage import SqliteStorage
 from qtasks_sqlite.subscription import SqliteSubscription
@@ -53,7 +53,7 @@ class SqliteComposition(SeparateComposition):
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
         if transaction is not None:
-            refuse_transaction(self._broker)
+            refuse_pair(self._broker, self._storage)
         if any(message.submission for message in messages):
             return await self._database().write(self._submitting_once(messages))
         publish = self._publishing(messages)

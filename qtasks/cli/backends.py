@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Coroutine
 from functools import partial
+from typing import Any, TypeVar
 
 import click
 from msgspec.structs import asdict
@@ -14,6 +16,8 @@ from qtasks.cli.output import json_option, print_fields, print_json
 from qtasks.cli.session import CONNECT_TIMEOUT, Session, pass_session
 from qtasks.client.retrying import retry
 from qtasks_core import Guarantees
+
+T = TypeVar("T")
 
 NEEDED_BY = {
     "depth": "qtasks queues",
@@ -71,20 +75,45 @@ def missing_in(guarantees: Guarantees) -> list[str]:
 
 
 @click.command()
+@click.option(
+    "--sql", "as_sql", is_flag=True, help="Print what it would do as SQL. Change nothing."
+)
 @json_option
 @pass_session
-def migrate(session: Session, as_json: bool) -> None:
+def migrate(session: Session, as_sql: bool, as_json: bool) -> None:
     """Create or update what the servers must have.
 
     You can run it again, and while others run it.
     """
-    migrating = partial(control.migrate, session.quiet())
-    deadline = time.monotonic() + CONNECT_TIMEOUT
-    done = block_on(io_thread().ask, partial(retry, migrating, deadline=deadline))
+    app = session.quiet()
+    if as_sql:
+        scripts = on_servers(partial(control.migration, app))
+        if as_json:
+            print_json(scripts)
+            return
+        # A broker and a storage on one server have the same script.
+        for text in dict.fromkeys(script_of(part, script) for part, script in scripts.items()):
+            click.echo(text)
+        return
+    done = on_servers(partial(control.migrate, app))
     if as_json:
         print_json(done)
         return
     print_fields({part: summary_of(changes) for part, changes in done.items()}, False)
+
+
+def on_servers(operation: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Return the result of an operation for which the app need not be started."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    done: T = block_on(io_thread().ask, partial(retry, operation, deadline=deadline))
+    return done
+
+
+def script_of(part: str, script: str | None) -> str:
+    """Return the script, or a comment if there is none."""
+    if script is None:
+        return f"-- {part}: no SQL, run `qtasks migrate`"
+    return script or f"-- {part}: up to date"
 
 
 def summary_of(changes: list[str] | None) -> str:

@@ -215,6 +215,38 @@ class Client:
         self._submissions.extend([Submission(m, deadline, reply) for m in messages])
         await reply
 
+    async def submit_within(
+        self, messages: Sequence[TaskMessage], transaction: object
+    ) -> list[Task]:
+        """Submit messages in the caller's transaction, and return their records.
+
+        Not on the I/O loop, but on that of the transaction's connection. Raises `NotSupported`,
+        `Refused` and `PayloadTooLarge`.
+        """
+        for message in messages:
+            if _payload(message) > self._least[0] - ENVELOPE:
+                raise self._too_large(message)
+        outcomes = await self.composition.submit(messages, transaction)
+        records: list[Task] = []
+        for message, outcome in zip(messages, outcomes, strict=True):
+            if outcome.status == "done":
+                records.append(record_of(message))
+            elif outcome.status == "taken" and outcome.current is not None:
+                records.append(outcome.current)
+            else:
+                raise _refused(message, outcome)
+        return records
+
+    async def dated(self, messages: Sequence[TaskMessage]) -> list[TaskMessage]:
+        """Return the messages, with `expires_at` by the clock that the workers use too."""
+        if not [message for message in messages if message.expires_at is not None]:
+            return list(messages)
+        await self.clock.ask()
+        return [
+            m if m.expires_at is None else replace(m, expires_at=self.clock.shown_at(m.expires_at))
+            for m in messages
+        ]
+
     def _too_large(self, message: TaskMessage) -> PayloadTooLarge:
         """Return the error for a message that is too large for the broker or the storage."""
         largest, part = self._least
@@ -283,7 +315,7 @@ class Client:
         while batch:
             try:
                 async with asyncio.timeout_at(max(s.deadline for s in batch)):
-                    messages = await self._dated(await self._addressed(batch))
+                    messages = await self.dated(await self._addressed(batch))
                     outcomes = await self.composition.submit(messages)
             except (Unavailable, TimeoutError) as error:
                 pause = backoff.next()
@@ -324,23 +356,12 @@ class Client:
             for s in batch
         ]
 
-    async def _dated(self, messages: list[TaskMessage]) -> list[TaskMessage]:
-        """Return the messages, with `expires_at` by the clock that the workers use too."""
-        if not [message for message in messages if message.expires_at is not None]:
-            return messages
-        await self.clock.ask()
-        return [
-            m if m.expires_at is None else replace(m, expires_at=self.clock.shown_at(m.expires_at))
-            for m in messages
-        ]
-
     def _answer(self, submission: Submission, outcome: Outcome) -> None:
         message, waiter = submission.message, submission.waiter
         if outcome.status == "taken" and outcome.current is not None:
             self._answer_taken(submission, outcome.current)
         elif outcome.status == "refused":
-            reason = f"task {message.uuid} for queue {message.queue!r}: {outcome.reason}"
-            self._fail(submission, Refused(reason))
+            self._fail(submission, _refused(message, outcome))
         elif outcome.status == "unknown":
             self._fail(submission, unconfirmed(message, outcome.reason))
         elif waiter is not None:
@@ -429,6 +450,10 @@ class _NobodyWaits(Exception):
 
     An exception, because a return would end the outage: the server may still not answer.
     """
+
+
+def _refused(message: TaskMessage, outcome: Outcome) -> Refused:
+    return Refused(f"task {message.uuid} for queue {message.queue!r}: {outcome.reason}")
 
 
 def _bytes_of(submission: Submission) -> int:

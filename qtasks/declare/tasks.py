@@ -95,16 +95,29 @@ class AsyncCall(Call[R]):
     """A call that async code can enqueue."""
 
     async def add_task(
-        self, *, timeout: float | None = None, **options: Unpack[CallOptions]
+        self,
+        *,
+        timeout: float | None = None,
+        transaction: object | None = None,
+        **options: Unpack[CallOptions],
     ) -> Task[R]:
         """Enqueue this call. With `timeout` (seconds), wait for the task and return it finished.
 
-        `CallOptions` explains the options. Raises the errors of `AsyncTask.add_task`.
+        `CallOptions` explains the options, `AsyncTask.add_task` `transaction` and the errors.
 
             await send.call("ann@example.com").add_task(delay=60)
         """
         app = self.owner.find_app()
-        record = await app.submit(self.message(app, **options), timeout)
+        message = self.message(app, **options)
+        if transaction is None:
+            record = await app.submit(message, timeout)
+        elif timeout is not None:
+            raise ConfigurationError(
+                "timeout= and transaction= exclude each other: the task cannot start before the "
+                "commit; after it, use wait_result(timeout)"
+            )
+        else:
+            (record,) = await app.submit_within([message], transaction)
         return Task(app, record, self.definition.decode_result)
 
 
@@ -207,6 +220,7 @@ class BaseTask(ABC, Generic[P, R, C, A]):
         priority: int | None = None,
         expires: float | None = None,
         key: str | None = None,
+        transaction: object | None = None,
         **kwargs: Any,
     ) -> A:
         """Enqueue a call with these arguments.
@@ -219,6 +233,11 @@ class BaseTask(ABC, Generic[P, R, C, A]):
         waiting. `CallOptions` explains the other options. If a parameter of the function has the
         name of an option, write `send.call(…).add_task(…)`.
 
+        `transaction` enqueues the task in your own database transaction, if the broker and the
+        storage are PostgreSQL on that database: an asyncpg connection with an open transaction, or
+        an async session or connection of SQLAlchemy on asyncpg. The task exists from the commit
+        on, and not at all after a rollback. Other brokers raise `NotSupported`.
+
         Raises `TaskTimeout` if the task has not finished in time; the task is not affected. Raises
         `Unavailable` if the broker has not confirmed the task in time (without `timeout`: 30
         seconds); it may or may not be enqueued. Raises `Refused` if the broker refuses it. Raises
@@ -228,7 +247,7 @@ class BaseTask(ABC, Generic[P, R, C, A]):
         options = CallOptions(
             delay=delay, eta=eta, queue=queue, priority=priority, expires=expires, key=key
         )
-        return self._add(args, kwargs, timeout, options)
+        return self._add(args, kwargs, timeout, transaction, options)
 
     @abstractmethod
     def _add(
@@ -236,6 +255,7 @@ class BaseTask(ABC, Generic[P, R, C, A]):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         timeout: float | None,
+        transaction: object | None,
         options: CallOptions,
     ) -> A:
         """Enqueue a call with these arguments."""
@@ -263,12 +283,15 @@ class AsyncTask(BaseTask[P, R, C, Coroutine[Any, Any, Task[R]]]):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         timeout: float | None,
+        transaction: object | None,
         options: CallOptions,
     ) -> Coroutine[Any, Any, Task[R]]:
         call: AsyncCall[R] = AsyncCall(self.definition, self._owner, args, kwargs)
-        return call.add_task(timeout=timeout, **options)
+        return call.add_task(timeout=timeout, transaction=transaction, **options)
 
-    async def map(self, arguments: Iterable[Sequence[Any]]) -> list[Task[R]]:
+    async def map(
+        self, arguments: Iterable[Sequence[Any]], *, transaction: object | None = None
+    ) -> list[Task[R]]:
         """Enqueue one call for each sequence of positional arguments, in few round trips.
 
             tasks = await add.map([(1, 2), (3, 4)])
@@ -276,10 +299,14 @@ class AsyncTask(BaseTask[P, R, C, Coroutine[Any, Any, Task[R]]]):
         The returned tasks are enqueued, not finished. Raises `Unavailable` or `Refused` if the
         broker has not confirmed all of them: then some may be enqueued. Raises
         `SignatureMismatch`, `SerializationError` or `PayloadTooLarge` for wrong arguments.
+        `transaction` is that of `add_task`.
         """
         app = self._owner.find_app()
         messages = self._messages(app, arguments)
-        await app.submit_all(messages)
+        if transaction is None:
+            await app.submit_all(messages)
+        else:
+            await app.submit_within(messages, transaction)
         return [Task(app, record_of(m), self.definition.decode_result) for m in messages]
 
 
@@ -302,8 +329,14 @@ class SyncTask(BaseTask[P, R, C, BlockingTask[R]]):
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         timeout: float | None,
+        transaction: object | None,
         options: CallOptions,
     ) -> BlockingTask[R]:
+        if transaction is not None:
+            raise ConfigurationError(
+                "transaction= is for async code: declare the task by AsyncRouter or "
+                "qtasks.asyncio.QueueTasks"
+            )
         call: SyncCall[R] = SyncCall(self.definition, self._owner, args, kwargs)
         return call.add_task(timeout=timeout, **options)
 

@@ -35,7 +35,7 @@ from qtasks_core.schemas import LONGEST
 
 logger = logging.getLogger("qtasks")
 
-RESERVED = ("timeout", "delay", "eta", "key", "queue", "priority", "expires")
+RESERVED = ("timeout", "delay", "eta", "key", "queue", "priority", "expires", "transaction")
 """Option names of `add_task`: a parameter with such a name is passed through `call`."""
 
 

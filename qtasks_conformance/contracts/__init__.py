@@ -57,6 +57,7 @@ from qtasks_conformance.contracts.streams import StreamContract  # noqa: E402
 from qtasks_conformance.contracts.submitting import SubmittingContract  # noqa: E402
 from qtasks_conformance.contracts.transactions import (  # noqa: E402
     BrokerTransactionContract,
+    CompositionTransactionContract,
     StorageTransactionContract,
 )
 from qtasks_conformance.contracts.undecodable import UndecodableContract  # noqa: E402
@@ -116,6 +117,7 @@ class CompositionContract(
     ComposingContract,
     SubmittingContract,
     KeyContract,
+    CompositionTransactionContract,
     CompositionRepeatContract,
     PoisonContract,
 ):

@@ -13,6 +13,8 @@ from qtasks_conformance.subject import Begin
 from qtasks_conformance.waiting import assert_silent, collect
 from qtasks_core import Ack, Guarantees
 from qtasks_core.errors import NotSupported
+from qtasks_core.records import record_of
+from qtasks_core.separate import compose
 
 
 class Undo(Exception):
@@ -73,6 +75,41 @@ class StorageTransactionContract(Contract):
             assert_done(await storage.save([kept], transaction))
             assert await storage.get([kept.uuid]) == [None]
         assert await storage.get([undone.uuid, kept.uuid]) == [None, kept]
+
+
+class CompositionTransactionContract(Contract):
+    """`Composition.submit(messages, transaction)`."""
+
+    async def test_a_transaction_is_joined_or_refused(self, rig: Rig) -> None:
+        """Messages and records exist from the caller's commit on, or not at all.
+
+        Only a joint composition of a broker and a storage with `transactions` joins a transaction.
+        Any other raises `NotSupported`, and writes neither messages nor records.
+        """
+        broker, storage = await rig.broker(lease=LONG_LEASE), await rig.storage()
+        composition = compose(broker, storage)
+        joins = broker.guarantees.transactions and storage.guarantees.transactions
+        begin = begin_of(rig, broker.guarantees) if joins and broker.join(storage) else None
+        subscription = await broker.subscribe({"q": 10})
+        undone, kept = rig.message(), rig.message(submission="one")
+        if begin is None:
+            with pytest.raises(NotSupported):
+                await composition.submit([undone, kept], object())
+            await assert_silent(subscription, 0.3)
+            assert await storage.get([undone.uuid, kept.uuid]) == [None, None]
+            return
+        with suppress(Undo):
+            async with begin() as transaction:
+                assert_done(await composition.submit([undone], transaction))
+                raise Undo
+        async with begin() as transaction:
+            assert_done(await composition.submit([kept], transaction))
+            await assert_silent(subscription, 0.3)
+            assert await storage.get([kept.uuid]) == [None]
+        assert await storage.get([undone.uuid, kept.uuid]) == [None, record_of(kept)]
+        (delivery,) = await collect(subscription, 1)
+        assert delivery.message == kept
+        await assert_silent(subscription, 0.3)
 
 
 def begin_of(rig: Rig, guarantees: Guarantees) -> Begin | None:

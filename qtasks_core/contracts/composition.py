@@ -22,6 +22,11 @@ class Composition(ABC):
         one of these submissions run. All others get the outcome `taken`, with the record that has
         the key. After an error, the caller submits the messages again under a new submission.
         Otherwise two copies of a message could run side by side.
+
+        With `transaction`, messages and records become durable and visible when the caller's
+        transaction commits, and receivers are woken then. The call runs on the transaction's
+        connection, so on the loop of that connection, and awaits nothing else. A pair that cannot
+        do this raises `NotSupported` before anything is written.
         """
 
     @abstractmethod

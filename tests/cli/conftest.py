@@ -13,6 +13,7 @@ from tests.processes import Process
 BACKENDS = (
     "sqlite",
     "redis",
+    "postgres",
 )
 """The backends on which the modules below run."""
 ON_ALL = ("test_cancel", "test_queues", "test_tasks")

@@ -166,6 +166,7 @@ async def test_workers_are_those_that_told_of_themselves(qtasks: Command) -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("qtasks", ["sqlite"], indirect=True)
 def test_migrate_says_what_it_did(qtasks: Command) -> None:
     first = qtasks.ok("migrate", "--json").json
     if qtasks.url.startswith("sqlite:"):

@@ -20,13 +20,6 @@ from qtasks_conformance import (
 )
 from tests.services import Service
 
-# Not built yet; what is built is taken off, or its tests would go on being skipped.
-BROKER_LACKS = ("depth", "purge", "broadcast", "commands")
-STORAGE_LACKS = (
-    "query", "claim", "release", "set", "get_value", "values", "watch_value", "append", "read",
-    "delete", "expire",
-)  # fmt: skip
-
 
 @pytest.fixture
 def subject(postgres_server: Service) -> Subject:
@@ -64,7 +57,7 @@ def subject(postgres_server: Service) -> Subject:
         server=postgres_server,
         driver="asyncpg",
         url=postgres_server.url,
-        options=("lease", "listen_url", "connect_timeout", "sslmode"),
+        options=("lease", "retention", "listen_url", "schema", "connect_timeout", "sslmode"),
         least_broker=Least(
             survives="machine crash",
             settle_confirmed=True,
@@ -74,11 +67,8 @@ def subject(postgres_server: Service) -> Subject:
             transactions=True,
             leases_survive=True,
             order="queue",
-            lacks=BROKER_LACKS,
         ),
-        least_storage=Least(
-            survives="machine crash", settle_confirmed=True, transactions=True, lacks=STORAGE_LACKS
-        ),
+        least_storage=Least(survives="machine crash", settle_confirmed=True, transactions=True),
     )
 
 

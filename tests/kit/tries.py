@@ -358,6 +358,7 @@ TRIES = (
             "test_a_key_holds_when_publishing_was_in_doubt[not written]"),
     of_pair(brokers.RecordsWithoutTheSubmission, "test_a_key_is_taken_by_the_first",
             "test_each_of_a_batch_has_its_own_answer", "test_many_submit_one_key_at_once"),
+    of_pair(brokers.SubmitsWhateverTheTransaction, "test_a_transaction_is_joined_or_refused"),
     of_pair(brokers.PublishesAgain, "test_what_was_published_is_not_published_again[plain]",
             "test_what_was_published_is_not_published_again[keyed]"),
     of_pair(brokers.DropsRepeats, "test_a_key_holds_when_publishing_was_in_doubt[written]",

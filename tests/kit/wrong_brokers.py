@@ -579,13 +579,20 @@ class RecordsWithoutTheSubmission(Composes):
 
     class composition(SeparateComposition):
         async def _record(
-            self,
-            messages: Sequence[TaskMessage],
-            published: Sequence[Outcome],
-            transaction: object | None,
+            self, messages: Sequence[TaskMessage], published: Sequence[Outcome]
         ) -> list[Outcome]:
             plain = [replace(message, submission="") for message in messages]
             return await self._storage.save([record_of(message) for message in plain])
+
+
+class SubmitsWhateverTheTransaction(Composes):
+    """It writes at once, whatever the caller's transaction does."""
+
+    class composition(SeparateComposition):
+        async def submit(
+            self, messages: Sequence[TaskMessage], transaction: object | None = None
+        ) -> list[Outcome]:
+            return await super().submit(messages)
 
 
 class PublishesAgain(Composes):

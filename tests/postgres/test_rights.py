@@ -9,7 +9,7 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from qtasks_core import Ack, Release, Retry, Task, TaskMessage
+from qtasks_core import Ack, Release, Retry, Task, TaskMessage, TaskQuery
 from qtasks_core.errors import ConfigurationError
 from qtasks_postgres import PostgresBroker, PostgresStorage
 from tests.processes import ROOT
@@ -76,6 +76,17 @@ async def test_a_storage_with_the_documented_rights(
     await storage.save([Task(uuid=uuid, task_name="tests:task", status="success")])
     assert [task.uuid for task in await asyncio.wait_for(inbox.receive(), 60)] == [uuid]
     assert await storage.get([uuid]) != [None]
+    assert len((await storage.query(TaskQuery())).tasks) == 1
+    assert await storage.set("key", b"1")
+    assert await storage.set("key", b"2", expect=b"1")
+    assert await storage.values("") == {"key": b"2"}
+    claim = await storage.claim("key", "owner", 0.0)
+    assert claim is not None
+    await storage.release(claim)
+    await storage.append(uuid, [b"item"])
+    assert await storage.read(uuid, 0) == [(1, b"item")]
+    assert await storage.expire() == 0
+    assert await storage.delete([uuid]) == 1
     await storage.stop()
 
 
