@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from qtasks_core import (
     DONE,
     Broker,
+    Command,
     Guarantees,
     Outcome,
+    QueueDepth,
     Subscription,
     TaskMessage,
 )
+from qtasks_core.errors import Closed
 from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
 from qtasks_core.together import together
 from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message
 from qtasks_kafka.connection import Connection, topic_name
+from qtasks_kafka.control import (
+    Listeners,
+    Obeying,
+    broadcast,
+    depth,
+    migrated,
+    purge,
+    workers_group,
+)
 from qtasks_kafka.settings import LEASE_TIME
 from qtasks_kafka.subscription import KafkaSubscription
 
@@ -48,6 +61,8 @@ class KafkaBroker(Broker):
         self._connection = Connection(url, partitions=partitions, replicas=replicas)
         self._namespace = ""
         self._mover: DelayMover | None = None
+        self._listeners: Listeners | None = None
+        self._obeying: Obeying | None = None
         self._subscriptions: set[KafkaSubscription] = set()
 
     @property
@@ -61,7 +76,6 @@ class KafkaBroker(Broker):
             lease=self._lease,
             largest=self._connection.largest_of_all,
             order="partition",
-            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(
                 "a log has no priorities",
                 "a message waits for the worker that has its partition, though another be idle",
@@ -74,6 +88,10 @@ class KafkaBroker(Broker):
                 "kept, and run again once the server has forgotten the offsets of a group "
                 "without workers, after offsets.retention.minutes (7 days by default)",
                 RETRIES_IN_TWO_STEPS,
+                "`depth` counts what the group knows: a delivered message counts as ready until "
+                "the next commit of its partition, a third of the lease later at most",
+                "`purge` needs an answer from each worker that has partitions of the queue; it "
+                "deletes what is in the other partitions, and needs the right to DELETE the topic",
                 "a delayed message is moved to its queue in two steps: a crash in between "
                 "delivers it twice",
             ),
@@ -82,14 +100,19 @@ class KafkaBroker(Broker):
     async def start(self, namespace: str) -> None:
         self._namespace = namespace
         await self._connection.start()
+        if self._listeners is not None:
+            await self._listeners.stop()
+        self._listeners = Listeners(self._connection, namespace)
 
     async def stop(self) -> None:
         try:
             await together([subscription.leave() for subscription in self._subscriptions])
         finally:
             mover, self._mover = self._mover, None
-            if mover is not None:
-                await mover.stop()
+            obeying, self._obeying = self._obeying, None
+            listeners, self._listeners = self._listeners, None
+            running = [each for each in (mover, obeying, listeners) if each is not None]
+            await together([each.stop() for each in running])
             await self._connection.stop()
 
     async def publish(
@@ -130,16 +153,48 @@ class KafkaBroker(Broker):
         topics = {self.topic(queue): queue for queue in queues}
         await self._connection.ensure(list(topics))
         await self._ensure_delayed()
-        group = topic_name(self._namespace, "workers")
+        group = workers_group(self._namespace)
         member = Membership(self._connection, group, topics, self._lease)
         await member.open()
         if self._mover is None:
             queue = next(iter(queues))
             self._mover = DelayMover(self._connection, self._namespace, queue, self._lease)
             self._mover.start()
+        if self._obeying is None:
+            self._obeying = Obeying(self._listening(), self._drop)
         subscription = KafkaSubscription(self, member, topics, self._subscriptions.discard)
         self._subscriptions.add(subscription)
         return subscription
+
+    async def depth(self, queue: str) -> QueueDepth:
+        self._listening()
+        return await depth(self._connection, self._namespace, self.topic(queue))
+
+    async def purge(self, queue: str) -> int:
+        listeners = self._listening()
+        return await purge(self._connection, listeners, self._namespace, self.topic(queue))
+
+    async def broadcast(self, command: Command) -> None:
+        await broadcast(self._listening(), command)
+
+    def commands(self) -> AsyncIterator[Command]:
+        return self._listening().follow()
+
+    async def migrate(self, namespace: str) -> list[str]:
+        return await migrated(self._connection.another(), namespace)
+
+    def _listening(self) -> Listeners:
+        if self._listeners is None:
+            raise Closed("KafkaBroker is not started")
+        return self._listeners
+
+    async def _drop(self, topic: str, ends: Mapping[int, int]) -> dict[int, int]:
+        """Drop undelivered records in the partitions of all subscriptions here."""
+        dropped: dict[int, int] = {}
+        for subscription in list(self._subscriptions):
+            with suppress(Closed):  # it has just left the group
+                dropped |= await subscription.drop(topic, ends)
+        return dropped
 
     def topic(self, queue: str) -> str:
         """Return the topic of a queue."""

@@ -39,7 +39,7 @@ KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(
 
 _LIMIT = "max.message.bytes"
 _EXISTS = 36
-_MISSING = (3, *(_UNAUTHORIZED := (29, 31)))
+_MISSING = (_UNKNOWN_TOPIC := 3, *(_UNAUTHORIZED := (29, 31)))
 """Error codes of the protocol: unknown topic; the user may not see or create it."""
 _WRONG = {
     "InvalidTopicError", "InvalidReplicationFactorError", "InvalidPartitionsError",
@@ -81,6 +81,7 @@ class Connection:
     """The clients that a broker or a log shares, on one event loop, from `start` to `stop`."""
 
     def __init__(self, url: str, *, partitions: int, replicas: int | None) -> None:
+        self._url = url
         self.shown = redact(url)
         self._settings = settings_of(url)
         self._partitions = AT_LEAST_ONE.checked("partitions", partitions)
@@ -92,6 +93,10 @@ class Connection:
         """Topics that are known to exist, each with its largest batch in bytes (None: unknown)."""
         self._creating = asyncio.Lock()
         self.writer: Writer | None = None
+
+    def another(self) -> Connection:
+        """Return a connection to the same cluster with the same options, not started."""
+        return Connection(self._url, partitions=self._partitions, replicas=self._replicas)
 
     async def start(self) -> None:
         """Load the driver and connect to the cluster. After an error, it may be called again."""
@@ -203,14 +208,21 @@ class Connection:
             **self._settings,
         )
 
-    async def ensure(self, topics: Sequence[str], config: Mapping[str, str] | None = None) -> None:
-        """Create missing topics. Existing ones are used as they are.
+    async def ensure(
+        self,
+        topics: Sequence[str],
+        config: Mapping[str, str] | None = None,
+        *,
+        partitions: int | None = None,
+    ) -> list[str]:
+        """Create missing topics and return them. Existing ones are used as they are.
 
         Raises `Unavailable`, `ConfigurationError`.
         """
         if self._topics.keys() >= set(topics):
-            return
+            return []
         admin = self.started()
+        missing: list[str] = []
         async with self._creating:
             unknown = [topic for topic in topics if topic not in self._topics]
             with self.reaching():
@@ -220,11 +232,28 @@ class Connection:
                         if topic["error_code"] in _MISSING
                     ]  # fmt: skip
                     if missing:
-                        await self._create(admin, missing, config or {})
+                        await self._create(admin, missing, config or {}, partitions)
                     while not _led(await self._described(admin, unknown)):  # noqa: ASYNC110
                         await asyncio.sleep(PAUSE)
                     limits = await self._limits(admin, unknown)
             self._topics.update(dict.fromkeys(unknown) | limits)
+        return missing
+
+    async def partitions(self, topic: str) -> list[int]:
+        """Return the numbers of a topic's partitions; none if the topic does not exist."""
+        admin = self.started()
+        with self.reaching():
+            async with asyncio.timeout(REQUEST):
+                (described,) = await self._described(admin, [topic])
+        if described["error_code"] == _UNKNOWN_TOPIC:
+            return []
+        self.check(described["error_code"], topic)
+        return [partition["partition"] for partition in described["partitions"]]
+
+    def check(self, code: int, what: str) -> None:
+        """Raise the error that a code of the protocol means. Zero means none."""
+        if code:
+            raise self.translated(self._errors.for_code(code)(what))
 
     async def _described(self, admin: AIOKafkaAdminClient, topics: list[str]) -> list[Any]:
         """Return the cluster's description of topics. The driver's own method would create them."""
@@ -235,13 +264,19 @@ class Connection:
         return described
 
     async def _create(
-        self, admin: AIOKafkaAdminClient, topics: list[str], config: Mapping[str, str]
+        self,
+        admin: AIOKafkaAdminClient,
+        topics: list[str],
+        config: Mapping[str, str],
+        partitions: int | None,
     ) -> None:
         from aiokafka.admin import NewTopic
 
         replicas = self._replicas or min(3, await self._brokers(admin))
         new = [
-            NewTopic(name, self._partitions, replicas, topic_configs={**KEPT, **config})
+            NewTopic(
+                name, partitions or self._partitions, replicas, topic_configs={**KEPT, **config}
+            )
             for name in topics
         ]
         answer = await admin.create_topics(new, timeout_ms=int(REQUEST * 1000))

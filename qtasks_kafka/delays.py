@@ -75,6 +75,12 @@ def delayed_record(topic: str, target: str, value: bytes, delay: float) -> Recor
     return Record(topic, value, uuid7().bytes, headers)
 
 
+def target_of(record: ConsumerRecord) -> str:
+    """Return the topic that a delayed message waits for; empty if its headers do not say it."""
+    target = dict(record.headers).get(_TARGET)
+    return target.decode(errors="replace") if isinstance(target, bytes) else ""
+
+
 class ServerClock:
     """The server's time, never ahead of it: the latest timestamp plus the time since then."""
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from asyncio import Future
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aiokafka import ConsumerRebalanceListener
@@ -299,6 +299,24 @@ class Membership:
         self.epoch += 1
         if self._consumer is not None:
             self._rewind()
+
+    async def drop(self, topic: str, ends: Mapping[int, int]) -> dict[int, int]:
+        """Drop undelivered records before these offsets, in our partitions of a topic.
+
+        Returns their number by partition. The group knows it then, so no successor delivers them.
+        """
+        if self._consumer is None or not self._assigned.is_set():
+            return {}
+        await self.confirm([])
+        places = {
+            tp.partition: partition
+            for tp, partition in self.partitions.items()
+            if tp.topic == topic and tp.partition in ends
+        }
+        dropped = {number: place.drop(ends[number]) for number, place in places.items()}
+        self.void()
+        await self.confirm(places.values())
+        return {number: dropped[number] for number, place in places.items() if not place.lost}
 
     def _rewind(self) -> None:
         """Fetch again from the first record that was not delivered."""

@@ -247,6 +247,10 @@ class KafkaSubscription(Subscription):
             await self._member.confirm(held)
         return [delivery if _mine(delivery) else None for delivery in deliveries]
 
+    async def drop(self, topic: str, ends: Mapping[int, int]) -> dict[int, int]:
+        """Drop undelivered records before these offsets of a topic. See `Membership.drop`."""
+        return await self._member.drop(topic, ends)
+
     async def close(self) -> None:
         if self._closed.done():
             return

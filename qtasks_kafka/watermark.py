@@ -101,6 +101,19 @@ class Partition:
         self.open[offset] -= 1
         self.returning.appendleft(offset)
 
+    def drop(self, end: int) -> int:
+        """Count the records before `end` that wait for delivery as finished. Return their number.
+
+        The caller then fetches from `next_fetch`.
+        """
+        dropped = [offset for offset in self.returning if offset < end]
+        for offset in dropped:
+            del self.open[offset]
+        self.returning = deque(offset for offset in self.returning if offset >= end)
+        undelivered = max(0, end - self.position)
+        self.position += undelivered
+        return len(dropped) + undelivered
+
     def holds(self, offset: int) -> bool:
         """Return whether a delivered record is still to be settled here."""
         return not self.lost and offset in self.open

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qtasks_core import DONE, Broker, Guarantees, Outcome, Subscription, TaskMessage
+from qtasks_core import (
+    DONE,
+    Broker,
+    Command,
+    Guarantees,
+    Outcome,
+    QueueDepth,
+    Subscription,
+    TaskMessage,
+)
 from qtasks_core.batches import split
 from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
@@ -14,7 +23,9 @@ from qtasks_core.together import together
 from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message
 from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
+from qtasks_rabbitmq.control import Listeners, broadcast, control_connection, depth, purge
 from qtasks_rabbitmq.delays import ladder_methods, levels_for, route
+from qtasks_rabbitmq.migration import migrated
 from qtasks_rabbitmq.parcel import COUNT, Parcel, message_id_of
 from qtasks_rabbitmq.servers import LEASE_TIME, SILENCE, servers_of
 from qtasks_rabbitmq.subscription import RabbitMQSubscription
@@ -47,6 +58,8 @@ class RabbitMQBroker(Broker):
         """Seconds between heartbeats."""
         self._names: Names | None = None
         self._publishing: Connection | None = None
+        self._control: Connection | None = None
+        self._listeners: Listeners | None = None
         self._version: tuple[int, ...] = ()
         self._declared: set[str] = set()
         self._levels = 0
@@ -65,10 +78,13 @@ class RabbitMQBroker(Broker):
             order="queue",
             settle_confirmed=False,
             counts_deliveries=True,
-            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
             notes=(
                 "an acknowledgement has no reply: a crash of the server may undo it",
                 RETRIES_IN_TWO_STEPS,
+                "`depth` does not know how many messages are in flight: AMQP does not tell it",
+                "all queues share the queues of delayed messages: `depth` knows the number of "
+                "delayed messages only if it is 0 for all of them; `purge` reads all of them, and "
+                "none of them becomes due meanwhile",
                 "the server takes back what is held beyond its consumer_timeout (30 minutes), and "
                 "with it all that this worker holds of the same queue",
             ),
@@ -78,15 +94,20 @@ class RabbitMQBroker(Broker):
         self._names = Names(namespace)
         if self._publishing is None:
             self._publishing = Connection(self._url, "publisher", self.heartbeat, self._set_up)
+            self._control = control_connection(self._url, "control", self.heartbeat)
+            self._listeners = Listeners(self._url, self.heartbeat)
         await self._publishing.channel()
 
     async def stop(self) -> None:
         try:
             await together([subscription.leave() for subscription in self._subscriptions])
         finally:
-            publishing, self._publishing = self._publishing, None
-            if publishing is not None:
-                await publishing.close()
+            listeners, self._listeners = self._listeners, None
+            if listeners is not None:
+                await listeners.stop()
+            connections = (self._control, self._publishing)
+            self._control = self._publishing = None
+            await together([each.close() for each in connections if each is not None])
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -142,7 +163,7 @@ class RabbitMQBroker(Broker):
             missing = [queue for queue in queues if queue not in self._declared]
             methods = [m for q in missing for m in queue_methods(names, q, self._version)]
             if levels > self._levels:
-                methods += ladder_methods(names, range(self._levels, levels))
+                methods += ladder_methods(names, range(self._levels, levels), self._version)
             if methods:
                 await declare(channel, names, methods)
                 self._declared.update(missing)
@@ -168,6 +189,25 @@ class RabbitMQBroker(Broker):
         self._subscriptions.add(subscription)
         return subscription
 
+    async def depth(self, queue: str) -> QueueDepth:
+        names, control, _ = self._controlling()
+        return await depth(control, names, queue)
+
+    async def purge(self, queue: str) -> int:
+        names, _, _ = self._controlling()
+        return await purge(self._url, self.heartbeat, names, queue)
+
+    async def broadcast(self, command: Command) -> None:
+        names, control, _ = self._controlling()
+        await broadcast(control, names, command)
+
+    def commands(self) -> AsyncIterator[Command]:
+        names, _, listeners = self._controlling()
+        return listeners.follow(names)
+
+    async def migrate(self, namespace: str) -> list[str]:
+        return await migrated(self._url, self.heartbeat, namespace)
+
     async def _set_up(self, channel: Channel, _purpose: str, version: tuple[int, ...]) -> None:
         """Declare on a new connection everything that all queues need."""
         self._version = version
@@ -180,6 +220,11 @@ class RabbitMQBroker(Broker):
         if self._names is None or self._publishing is None:
             raise Closed("RabbitMQBroker is not started")
         return self._names, self._publishing
+
+    def _controlling(self) -> tuple[Names, Connection, Listeners]:
+        if self._names is None or self._control is None or self._listeners is None:
+            raise Closed("RabbitMQBroker is not started")
+        return self._names, self._control, self._listeners
 
 
 def _address(names: Names, parcel: Parcel) -> tuple[Sending, int]:

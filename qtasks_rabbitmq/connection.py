@@ -71,7 +71,8 @@ class Connection:
         self._channels: dict[str, Channel] = {}
         self._opening = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
-        self._version: tuple[int, ...] = ()
+        self.version: tuple[int, ...] = ()
+        """The server's release, known after the first connect."""
         self.server = ""
         """Product and version, known after the first connect."""
         self.largest: int | None = None
@@ -105,6 +106,21 @@ class Connection:
                 yield
         except TimeoutError:
             raise Unavailable(f"{redact(self._url)} does not answer") from None
+
+    @asynccontextmanager
+    async def asking(self) -> AsyncIterator[Channel]:
+        """Give the channel without a purpose, for questions that the server answers at once.
+
+        If it does not answer within `PATIENCE` seconds, drop the connection and raise
+        `Unavailable`.
+        """
+        channel = await self.channel()
+        try:
+            async with self.answering():
+                yield channel
+        except Unavailable:
+            self.discard("the server did not answer in time", only=channel)
+            raise
 
     async def publish(self, sendings: Sequence[Sending]) -> dict[int, str]:
         """Publish in one write. Return the refused messages, by index, with the reason.
@@ -169,10 +185,10 @@ class Connection:
 
         try:
             async with self.answering():
-                self._version = self._check(connection.server_properties)
+                self.version = self._check(connection.server_properties)
                 channel = Channel(connection, redact(self._url))
                 await channel.open()
-                await self._setup(channel, purpose, self._version)
+                await self._setup(channel, purpose, self.version)
         except BaseException:
             # Another server may do what this one cannot.
             self.discard("the connection could not be set up")

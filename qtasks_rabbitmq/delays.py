@@ -16,7 +16,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from qtasks_core.schemas import LONGEST
-from qtasks_rabbitmq.topology import QUORUM, Names
+from qtasks_rabbitmq.topology import Names, quorum
 
 if TYPE_CHECKING:
     from pamqp.base import Frame
@@ -102,7 +102,7 @@ def number_of(headers: dict[str, Any], name: str) -> int:
     return int(text)
 
 
-def ladder_methods(names: Names, levels: range) -> list[Frame]:
+def ladder_methods(names: Names, levels: range, version: tuple[int, ...]) -> list[Frame]:
     """Return the methods that declare some levels. The levels below them must exist."""
     from pamqp.commands import Exchange
 
@@ -110,16 +110,16 @@ def ladder_methods(names: Names, levels: range) -> list[Frame]:
         Exchange.Declare(exchange=names.delay, exchange_type="headers", durable=True),
     ]
     for level in levels:
-        methods += _level_methods(names, level)
+        methods += _level_methods(names, level, version)
     return methods
 
 
-def _level_methods(names: Names, level: int) -> list[Frame]:
+def _level_methods(names: Names, level: int, version: tuple[int, ...]) -> list[Frame]:
     from pamqp.commands import Exchange, Queue
 
     name = names.level(level)
     below = names.level(level - 1) if level else names.due
-    arguments = QUORUM | {
+    arguments = quorum(version) | {
         "x-message-ttl": round(2**level * UNIT * 1000),
         "x-dead-letter-exchange": below,
         "x-dead-letter-strategy": "at-least-once",

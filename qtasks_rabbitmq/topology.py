@@ -22,6 +22,12 @@ PRECONDITION_FAILED = 406
 ESSENTIAL = re.compile("inequivalent arg '(x-queue-type|durable|type|exclusive|auto_delete)'")
 """The arguments of a queue or exchange that must match. If others differ, it is used as it is."""
 QUORUM: dict[str, Any] = {"x-queue-type": "quorum"}
+COMMANDS: dict[str, Any] = {
+    "x-queue-type": "stream",
+    "x-max-length-bytes": 4_000_000,
+    "x-stream-max-segment-size-bytes": 1_000_000,
+}
+"""A stream of commands stays small: nobody reads old commands."""
 UNLIMITED = (4, 0)
 """From this release on, the server drops a message after 20 deliveries by default."""
 
@@ -40,6 +46,8 @@ class Names:
         """Exchange and queue: they keep delayed messages that find no queue."""
         self.delay = f"{self._prefix}:delay"
         """Headers exchange: the entry of the ladder."""
+        self.commands = f"{self._prefix}:commands"
+        """The stream of commands to all workers."""
         self.log = f"{self._prefix}:log"
         """The stream of a storage."""
 
@@ -104,7 +112,7 @@ async def _there(channel: Channel, methods: Sequence[Queue.Declare]) -> bool:
         return True
     async with channel.aside() as aside:
         try:
-            await aside.call(*(_passive(method) for method in methods))
+            await aside.call(*(passive(method) for method in methods))
         except Unavailable:
             if aside.close_code != NOT_FOUND:
                 raise
@@ -145,7 +153,7 @@ async def _need(channel: Channel, method: Queue.Declare | Exchange.Declare) -> N
     """Raise `ConfigurationError` if an object is missing that the user may not create."""
     async with channel.aside() as aside:
         try:
-            await aside.call(_passive(method))
+            await aside.call(passive(method))
         except Unavailable as error:
             if aside.close_code != NOT_FOUND:
                 raise
@@ -155,13 +163,22 @@ async def _need(channel: Channel, method: Queue.Declare | Exchange.Declare) -> N
             ) from error
 
 
-def _passive(method: Queue.Declare | Exchange.Declare) -> Queue.Declare | Exchange.Declare:
+def passive(method: Queue.Declare | Exchange.Declare) -> Queue.Declare | Exchange.Declare:
     """Return the method that asks whether a queue or exchange exists."""
     from pamqp.commands import Exchange, Queue
 
     if isinstance(method, Queue.Declare):
         return Queue.Declare(queue=method.queue, passive=True)
     return Exchange.Declare(exchange=method.exchange, passive=True)
+
+
+def quorum(version: tuple[int, ...]) -> dict[str, Any]:
+    """Return the arguments of a quorum queue.
+
+    The engine counts deliveries. So if the server has a delivery limit by default, it is turned
+    off.
+    """
+    return QUORUM | {"x-delivery-limit": -1} if version >= UNLIMITED else dict(QUORUM)
 
 
 def namespace_methods(names: Names) -> list[Frame]:
@@ -181,19 +198,22 @@ def namespace_methods(names: Names) -> list[Frame]:
     ]
 
 
-def queue_methods(names: Names, queue: str, version: tuple[int, ...]) -> list[Frame]:
-    """Return the methods that declare a task queue and bind it for delayed messages.
+def command_methods(names: Names) -> list[Frame]:
+    """Return the methods that declare the stream of commands.
 
-    The engine counts deliveries. So if the server has a delivery limit by default, it is turned
-    off.
+    A stream needs no queue for each listener. So a user without the right to configure can listen.
     """
     from pamqp.commands import Queue
 
-    arguments = dict(QUORUM)
-    if version >= UNLIMITED:
-        arguments["x-delivery-limit"] = -1
+    return [Queue.Declare(queue=names.commands, durable=True, arguments=dict(COMMANDS))]
+
+
+def queue_methods(names: Names, queue: str, version: tuple[int, ...]) -> list[Frame]:
+    """Return the methods that declare a task queue and bind it for delayed messages."""
+    from pamqp.commands import Queue
+
     name = names.queue(queue)
     return [
-        Queue.Declare(queue=name, durable=True, arguments=arguments),
+        Queue.Declare(queue=name, durable=True, arguments=quorum(version)),
         Queue.Bind(queue=name, exchange=names.due, routing_key=name),
     ]

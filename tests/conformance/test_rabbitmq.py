@@ -16,7 +16,6 @@ from qtasks_rabbitmq.topology import Names
 from tests.services import Service
 
 # Not built yet; what is built is taken off, or its tests would go on being skipped.
-BROKER_LACKS = ("depth", "purge", "broadcast", "commands", "migrate")
 STORAGE_LACKS = (
     "query", "claim", "release", "set", "get_value", "values", "watch_value", "append", "read",
     "delete", "expire", "migrate",
@@ -40,9 +39,7 @@ def subject(rabbitmq_server: Service) -> Subject:
         driver="aiormq",
         url=rabbitmq_server.url,
         options=("lease", "cafile"),
-        least_broker=Least(
-            survives="machine crash", counts_deliveries=True, order="queue", lacks=BROKER_LACKS
-        ),
+        least_broker=Least(survives="machine crash", counts_deliveries=True, order="queue"),
         least_storage=Least(survives="server crash", settle_confirmed=True, lacks=STORAGE_LACKS),
     )
 

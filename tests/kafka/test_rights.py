@@ -13,8 +13,9 @@ from msgspec.structs import replace
 
 from qtasks_core import DONE, Ack, Retry, Task, TaskMessage
 from qtasks_core.errors import ConfigurationError
-from qtasks_kafka import KafkaBroker, KafkaStorage
+from qtasks_kafka import KafkaBroker, KafkaStorage, control
 from qtasks_kafka.connection import KEPT, topic_name
+from qtasks_kafka.control import commands_topic
 from qtasks_kafka.delays import CONFIG, delayed_topic
 from tests.services.kafka import asking
 from tests.services.native import PASSWORD
@@ -51,6 +52,7 @@ async def make_topics(operator: AIOKafkaAdminClient, namespace: str) -> None:
         topic_name(namespace, "queue", "q"): KEPT,
         topic_name(namespace, "records"): KEPT,
         delayed_topic(namespace): {**KEPT, **CONFIG},
+        commands_topic(namespace): {**KEPT, **control.CONFIG},
     }
     await operator.create_topics(
         [NewTopic(topic, 2, 1, topic_configs=dict(config)) for topic, config in topics.items()]

@@ -100,3 +100,20 @@ def test_a_gap_is_not_passed_before_it_was_looked_at_twice() -> None:
     partition.fetch_from(4, again=True)
     assert partition.deliver(6) == 1
     assert partition.skips(8)
+
+
+@given(st.integers(0, 60), st.sets(st.integers(0, 39)), st.sets(st.integers(0, 39)))
+def test_dropping_keeps_what_is_in_flight(end: int, done: set[int], again: set[int]) -> None:
+    """Offsets 0 to 39 were delivered, some are done, and some of the rest wait to be fetched."""
+    returning = dict.fromkeys(sorted(again - done), 1)
+    partition = Partition(40, returning)
+    in_flight = [offset for offset in range(40) if offset not in done | again]
+    partition.open = dict(sorted({**partition.open, **dict.fromkeys(in_flight, 1)}.items()))
+    dropped = partition.drop(end)
+    assert dropped == sum(offset < end for offset in returning) + max(0, end - 40)
+    assert partition.position == max(40, end)
+    assert list(partition.open) == sorted(in_flight + [o for o in returning if o >= end])
+    assert partition.drop(end) == 0
+    partition.fetch_from(partition.next_fetch)
+    heir = restored(partition.watermark, partition.metadata("me"))
+    assert (heir.position, list(heir.open)) == (partition.position, list(partition.open))
