@@ -203,13 +203,16 @@ class Connection:
             **self._settings,
         )
 
-    async def ensure(self, topics: Sequence[str], config: Mapping[str, str] | None = None) -> None:
-        """Create missing topics. Existing ones are used as they are.
+    async def ensure(
+        self, topics: Sequence[str], config: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Create missing topics, and return those. Existing ones are used as they are.
 
         Raises `Unavailable`, `ConfigurationError`.
         """
+        created: list[str] = []
         if self._topics.keys() >= set(topics):
-            return
+            return created
         admin = self.started()
         async with self._creating:
             unknown = [topic for topic in topics if topic not in self._topics]
@@ -220,11 +223,12 @@ class Connection:
                         if topic["error_code"] in _MISSING
                     ]  # fmt: skip
                     if missing:
-                        await self._create(admin, missing, config or {})
+                        created = await self._create(admin, missing, config or {})
                     while not _led(await self._described(admin, unknown)):  # noqa: ASYNC110
                         await asyncio.sleep(PAUSE)
                     limits = await self._limits(admin, unknown)
             self._topics.update(dict.fromkeys(unknown) | limits)
+        return created
 
     async def _described(self, admin: AIOKafkaAdminClient, topics: list[str]) -> list[Any]:
         """Return the cluster's description of topics. The driver's own method would create them."""
@@ -236,7 +240,8 @@ class Connection:
 
     async def _create(
         self, admin: AIOKafkaAdminClient, topics: list[str], config: Mapping[str, str]
-    ) -> None:
+    ) -> list[str]:
+        """Create topics. Return those that no other process has created meanwhile."""
         from aiokafka.admin import NewTopic
 
         replicas = self._replicas or min(3, await self._brokers(admin))
@@ -254,6 +259,7 @@ class Connection:
                 )
             if code not in (0, _EXISTS):
                 raise self._errors.for_code(code)(name)
+        return [name for name, code, *_ in answer.topic_errors if code == 0]
 
     async def _limits(self, admin: AIOKafkaAdminClient, topics: list[str]) -> dict[str, int]:
         """Return the largest batch of each topic in bytes, as far as this user may read it."""
