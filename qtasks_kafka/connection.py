@@ -215,14 +215,14 @@ class Connection:
         *,
         partitions: int | None = None,
     ) -> list[str]:
-        """Create missing topics and return them. Existing ones are used as they are.
+        """Create missing topics, and return those. Existing ones are used as they are.
 
         Raises `Unavailable`, `ConfigurationError`.
         """
+        created: list[str] = []
         if self._topics.keys() >= set(topics):
-            return []
+            return created
         admin = self.started()
-        missing: list[str] = []
         async with self._creating:
             unknown = [topic for topic in topics if topic not in self._topics]
             with self.reaching():
@@ -232,12 +232,12 @@ class Connection:
                         if topic["error_code"] in _MISSING
                     ]  # fmt: skip
                     if missing:
-                        await self._create(admin, missing, config or {}, partitions)
+                        created = await self._create(admin, missing, config or {}, partitions)
                     while not _led(await self._described(admin, unknown)):  # noqa: ASYNC110
                         await asyncio.sleep(PAUSE)
                     limits = await self._limits(admin, unknown)
             self._topics.update(dict.fromkeys(unknown) | limits)
-        return missing
+        return created
 
     async def partitions(self, topic: str) -> list[int]:
         """Return the numbers of a topic's partitions; none if the topic does not exist."""
@@ -269,7 +269,8 @@ class Connection:
         topics: list[str],
         config: Mapping[str, str],
         partitions: int | None,
-    ) -> None:
+    ) -> list[str]:
+        """Create topics. Return those that no other process has created meanwhile."""
         from aiokafka.admin import NewTopic
 
         replicas = self._replicas or min(3, await self._brokers(admin))
@@ -289,6 +290,7 @@ class Connection:
                 )
             if code not in (0, _EXISTS):
                 raise self._errors.for_code(code)(name)
+        return [name for name, code, *_ in answer.topic_errors if code == 0]
 
     async def _limits(self, admin: AIOKafkaAdminClient, topics: list[str]) -> dict[str, int]:
         """Return the largest batch of each topic in bytes, as far as this user may read it."""

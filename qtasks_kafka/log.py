@@ -50,7 +50,10 @@ class KafkaLog(Log):
     """The topic `NAMESPACE.records`. A mark is the end of each partition."""
 
     def __init__(self, url: str, *, partitions: int = 8, replicas: int | None = None) -> None:
-        self._connection = Connection(url, partitions=partitions, replicas=replicas)
+        self._url = url
+        self._partitions = partitions
+        self._replicas = replicas
+        self._connection = self._connect()
         self._topic = ""
         self._running = False
         self._layout: Layout | None = None
@@ -62,6 +65,9 @@ class KafkaLog(Log):
         self._positions: dict[TopicPartition, int] = {}
         self._retired: set[asyncio.Task[None]] = set()
 
+    def _connect(self) -> Connection:
+        return Connection(self._url, partitions=self._partitions, replicas=self._replicas)
+
     @property
     def guarantees(self) -> Guarantees:
         largest = self._connection.largest(self._topic)
@@ -72,12 +78,26 @@ class KafkaLog(Log):
             durability="acks=all with an idempotent producer; on how many machines say the "
             "topic's replication factor and min.insync.replicas, of one the page cache",
             largest=None if largest is None else largest - BESIDE,
-            notes=("every process reads the whole topic at its start and keeps it in memory",),
         )
 
     @property
     def compacts(self) -> bool:
         return False
+
+    async def migrate(self, namespace: str) -> list[str]:
+        connection = self._connect()
+        try:
+            await connection.start()
+            created = await connection.ensure([topic_name(namespace, "records")])
+        finally:
+            await connection.stop()
+        # The first start writes the layout.
+        log = KafkaLog(self._url, partitions=self._partitions, replicas=self._replicas)
+        try:
+            await log.start(namespace)
+        finally:
+            await log.stop()
+        return [f"topic {topic} created" for topic in created]
 
     async def start(self, namespace: str) -> None:
         await self.stop()

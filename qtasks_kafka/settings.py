@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from qtasks_core.errors import ConfigurationError
-from qtasks_core.options import ANY, SWITCH, TEXT, integer, one_of, seconds
+from qtasks_core.options import ANY, RETENTION_TIME, SWITCH, TEXT, integer, one_of, seconds
 from qtasks_core.urls import redact, refuse_options, split, take_options
 
 REQUEST = 5.0
@@ -16,7 +16,10 @@ REQUEST = 5.0
 LEASE_TIME = seconds(0.001, 2**31 // 1000)
 """The protocol has 31 bits for a session's milliseconds."""
 AT_LEAST_ONE = integer(1)
-OURS = {"lease": LEASE_TIME, "partitions": AT_LEAST_ONE, "replicas": AT_LEAST_ONE}
+OURS = {
+    "lease": LEASE_TIME, "partitions": AT_LEAST_ONE, "replicas": AT_LEAST_ONE,
+    "retention": RETENTION_TIME,
+}  # fmt: skip
 """Options that `KafkaBackend` takes from a URL for the constructors."""
 _TLS = {
     "ssl_cafile": ANY, "ssl_certfile": ANY, "ssl_keyfile": ANY, "ssl_password": ANY,

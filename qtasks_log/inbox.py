@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import Future
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from uuid_utils import uuid7
 
@@ -14,15 +14,15 @@ from qtasks_core.errors import Closed
 from qtasks_core.records import FINAL
 from qtasks_core.together import together
 from qtasks_log.reader import Reader
-from qtasks_log.view import View
 
 
 class Inboxes:
     """Which inboxes want which final records."""
 
-    def __init__(self, reader: Reader, view: View) -> None:
+    def __init__(self, reader: Reader, record: Callable[[str], Task | None]) -> None:
         self.reader = reader
-        self.view = view
+        self.record = record
+        """Returns the record of a uuid, as far as the log has been read."""
         self.addresses: dict[str, LogInbox] = {}
         self.watchers: defaultdict[str, set[LogInbox]] = defaultdict(set)
 
@@ -61,7 +61,7 @@ class LogInbox(Inbox):
         """Note the uuids, then check the records already read. The reader brings the rest."""
         self._started()
         for uuid in uuids:
-            record = self._inboxes.view.get(uuid)
+            record = self._inboxes.record(uuid)
             if record is not None and record.status in FINAL:
                 self.put(record)
             else:

@@ -13,8 +13,8 @@ from qtasks_core import Guarantees
 class Entry(Struct, frozen=True, gc=False):
     """One keyed record of a log. `value` None is a tombstone: the key is not needed any more.
 
-    `partition_key` is the uuid that the entry belongs to. Entries with the same partition key keep
-    their order.
+    `partition_key` is what the entry belongs to: a uuid, or the key of a value or claim. Entries
+    with the same partition key keep their order.
     """
 
     partition_key: str
@@ -28,7 +28,7 @@ class Log(ABC):
     A log lives on one event loop. It raises `Unavailable` like a broker, and reconnects when it is
     called again. Then reading continues after the last returned entry. A log may compact: it
     removes entries whose key comes again later. It must not remove entries that a running reader is
-    about to read.
+    about to read. It removes nothing else, whatever its age: a reader that starts later needs it.
     """
 
     @property
@@ -44,6 +44,10 @@ class Log(ABC):
         Only then is a tombstone worth an append. Writers send one for each proposal that lost or
         was superseded.
         """
+
+    @abstractmethod
+    async def migrate(self, namespace: str) -> list[str]:
+        """Create or update what the log of a namespace needs, as `Storage.migrate` says."""
 
     @abstractmethod
     async def start(self, namespace: str) -> None:

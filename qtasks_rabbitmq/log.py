@@ -14,12 +14,12 @@ from uuid_utils import uuid7
 
 from qtasks_core import Guarantees
 from qtasks_core.batches import split
-from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.receivers import Shielded
 from qtasks_log import Entry, Log
 from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
 from qtasks_rabbitmq.servers import servers_of
-from qtasks_rabbitmq.topology import Names, declare
+from qtasks_rabbitmq.topology import NOT_FOUND, Names, declare
 
 if TYPE_CHECKING:
     from qtasks_rabbitmq.channel import Arrival, Channel
@@ -84,11 +84,47 @@ class RabbitMQLog(Log):
             durability="a stream: confirmed when a majority has written it; RabbitMQ does not sync "
             "streams to disk, so one machine alone may forget the last seconds when it fails",
             largest=(self._writing and self._writing.largest) or HARD_LIMIT,
-            notes=("the stream has no limit of size or age: it grows until it is deleted",),
         )
 
     @property
     def compacts(self) -> bool:
+        return False
+
+    async def migrate(self, namespace: str) -> list[str]:
+        log = RabbitMQLog(self._url)
+        try:
+            return await log._migrate(namespace)
+        finally:
+            await log.stop()
+
+    async def _migrate(self, namespace: str) -> list[str]:
+        missing = False
+
+        async def create(channel: Channel, purpose: str, version: tuple[int, ...]) -> None:
+            nonlocal missing
+            missing = await self._missing(channel)
+            await self._create(channel, purpose, version)
+
+        self._names = Names(namespace)
+        self._stream = self._names.log
+        self._writing = Connection(self._url, "migration", HEARTBEAT, create)
+        await self._writing.channel()
+        return [f"stream {self._stream} created"] if missing else []
+
+    async def _missing(self, channel: Channel) -> bool:
+        """Return whether the stream is still to be created."""
+        from pamqp.commands import Queue
+
+        async with channel.aside() as aside:
+            try:
+                await aside.call(Queue.Declare(queue=self._stream, passive=True))
+            except Unavailable:
+                if aside.close_code != NOT_FOUND:
+                    raise
+                return True
+            except ConfigurationError:
+                # A user who may not ask has not the right to create it either.
+                return False
         return False
 
     async def start(self, namespace: str) -> None:

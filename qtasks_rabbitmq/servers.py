@@ -73,7 +73,7 @@ def servers_of(url: str) -> list[Server]:
     """
     parts = split(url)
     rest, options = take_options(url, OPTIONS)
-    refuse_options(rest, ("lease", *OPTIONS))
+    refuse_options(rest, ("lease", "retention", *OPTIONS))
     credentials, at, hosts = parts.netloc.rpartition("@")
     behind = url.partition("//")[2][len(parts.netloc) :]
     return [

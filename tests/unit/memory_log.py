@@ -105,6 +105,11 @@ class MemoryLog(Log):
     def compacts(self) -> bool:
         return self._compacts
 
+    async def migrate(self, namespace: str) -> list[str]:
+        made = namespace not in self.server.logs
+        self.server.log(namespace)
+        return [f"log {namespace} made"] if made else []
+
     async def start(self, namespace: str) -> None:
         self._partitions = self.server.log(namespace)
         self._positions = [0] * len(self._partitions)

@@ -328,8 +328,8 @@ async def test_tombstones_wait_for_a_log_that_is_unavailable(server: Server) -> 
         await storage.save([record()])
         await storage.save([record("success")])
         broken = True
-        await soon(lambda: storage._sweeper is not None and storage._sweeper.done())
-        assert len(storage._needless) == 1
+        await soon(lambda: storage._sweeper.task is not None and storage._sweeper.task.done())
+        assert len(storage._sweeper.needless) == 1
         broken = False
     assert [entry.value is None for entry in server.entries()] == [False, False, True]
 
