@@ -4,7 +4,7 @@ A record is one key. Lists of records need more, and every script that changes a
 these with it:
 
     index:PAIR:CLASS          a group, a sorted set: uuid -> `created_at`
-    index:PAIR:CLASS:expires  a sorted set: uuid -> the time at which a final record expires
+    index:PAIR:CLASS:expires  a sorted set: uuids of final records -> the time at which they expire
     pairs                     a set of all `index:PAIR`
 
 PAIR is a queue and the name of a task. CLASS is a status, or `dead` for a dead letter. So each
@@ -119,9 +119,9 @@ local function save(key, a)
     redis.call('SET', key, value)
   else
     redis.call('SET', key, value, 'PX', math.max(tonumber(keep), 1))
-    local rows = list(ending, group)
-    rows[#rows + 1] = keep
-    rows[#rows + 1] = uuid
+    -- Records that expire within one tenth of a second have one row.
+    local uuids = list(list(ending, group), math.ceil(tonumber(keep) / 100))
+    uuids[#uuids + 1] = uuid
   end
   if stored and stored % RANKS ~= order % RANKS then
     local rows = list(list(removed, group), stored % RANKS)
@@ -150,9 +150,10 @@ local function finish()
     redis.call('SADD', PAIRS, string.match(group, '^(.*):'))
   end
   local now = next(ending) and clock()
-  for group, rows in pairs(ending) do
-    for at = 1, #rows, 2 do rows[at] = now + rows[at] end
-    redis.call('ZADD', group .. ':expires', unpack(rows))
+  for group, times in pairs(ending) do
+    for tenths, uuids in pairs(times) do
+      redis.call('ZADD', group .. ':expires', now + tenths * 100, table.concat(uuids, '\\0'))
+    end
   end
   for channel, box in pairs(boxes) do send(channel, box) end
 end
@@ -298,12 +299,9 @@ for i = 1, (#ARGV - 2) / 3 do
       answers[i] = 0
     elseif group then
       redis.call('ZREM', group, uuid)
-      redis.call('ZREM', group .. ':expires', uuid)
     else
-      for _, each in ipairs(class == 'error' and {'error', 'dead'} or {class}) do
-        remove_elsewhere(each, {uuid})
-        remove_elsewhere(each .. ':expires', {uuid})
-      end
+      remove_elsewhere(class, {uuid})
+      if class == 'error' then remove_elsewhere('dead', {uuid}) end
     end
     answers[i] = answers[i] or redis.call('DEL', key)
     redis.call('DEL', items)
@@ -319,47 +317,52 @@ EXPIRE = Script(
     + """
 -- KEYS: the set of pairs, the index of streams, the pairs. ARGV: where the uuid begins in a
 -- record's key, the starts of a record's and of a stream's key, and how many records at most.
--- Returns how many have expired, and how many fewer than that limit were looked at.
+-- Returns how many have expired, and how many fewer than that were looked at.
 local records, streams, left = ARGV[2], ARGV[3], tonumber(ARGV[4])
 local now, count = clock(), 0
 
+local function expire_one(group, class_rank, uuid)
+  local key = records .. uuid
+  local ttl = redis.call('PTTL', key)
+  local gone = ttl == -2
+  if ttl >= 0 and ttl <= 5 then
+    -- The record's own time: the server deletes it by itself some moments later.
+    redis.call('DEL', key)
+    gone = true
+  end
+  if gone then
+    redis.call('DEL', streams .. uuid)
+    redis.call('ZREM', KEYS[2], uuid)
+    count = count + redis.call('ZREM', group, uuid)
+  elseif rank(redis.call('GETRANGE', key, 0, 9)) ~= class_rank then
+    -- The uuid has a new record, in another group.
+    redis.call('ZREM', group, uuid)
+  end
+end
+
 local function expire(group, class_rank)
   local expires = group .. ':expires'
-  local uuids = redis.call('ZRANGEBYSCORE', expires, '-inf', now, 'LIMIT', 0, left)
-  for _, uuid in ipairs(uuids) do
-    local key = records .. uuid
-    local ttl = redis.call('PTTL', key)
-    local gone = ttl == -2
-    if ttl >= 0 and ttl <= 5 then
-      -- The record's own time: the server deletes it by itself some moments later.
-      redis.call('DEL', key)
-      gone = true
+  while left > 0 do
+    local row = redis.call('ZRANGEBYSCORE', expires, '-inf', now, 'LIMIT', 0, 1)[1]
+    if not row then break end
+    for uuid in string.gmatch(row, '[^%z]+') do
+      expire_one(group, class_rank, uuid)
+      left = left - 1
     end
-    if gone then
-      redis.call('DEL', streams .. uuid)
-      redis.call('ZREM', KEYS[2], uuid)
-      count = count + 1
-    end
-    -- Otherwise the uuid has a new record, which may be in the same set.
-    if gone or rank(redis.call('GETRANGE', key, 0, 9)) ~= class_rank then
-      redis.call('ZREM', group, uuid)
-    end
-    redis.call('ZREM', expires, uuid)
+    redis.call('ZREM', expires, row)
   end
-  left = left - #uuids
+  return redis.call('EXISTS', group, expires) == 0
 end
 
 for at = 3, #KEYS do
   local pair = KEYS[at]
-  local empty = true
+  local empty = expire(pair .. ':dead', 5)
   for place, class in ipairs(CLASSES) do
-    if place > FIRST_FINAL and left > 0 then expire(pair .. ':' .. class, place - 1) end
-    empty = empty and redis.call('EXISTS', pair .. ':' .. class) == 0
+    if not expire(pair .. ':' .. class, place - 1) then empty = false end
   end
-  if left > 0 then expire(pair .. ':dead', 5) end
-  if empty and redis.call('EXISTS', pair .. ':dead') == 0 then redis.call('SREM', PAIRS, pair) end
+  if empty then redis.call('SREM', PAIRS, pair) end
 end
-return {count, left}
+return {count, math.max(left, 0)}
 """
 )
 
