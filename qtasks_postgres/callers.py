@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qtasks_core.errors import ConfigurationError
+from qtasks_core.errors import ConfigurationError, Unavailable
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -16,9 +16,10 @@ TAKES = (
 
 
 async def callers_connection(transaction: object) -> Connection:
-    """Return the caller's connection. Raises `ConfigurationError` if it has no transaction.
+    """Return the caller's connection.
 
-    A statement outside of a transaction would be committed at once, whatever the caller does then.
+    Raises `ConfigurationError` if it has no transaction: a statement outside of one would be
+    committed at once, whatever the caller does then. Raises `Unavailable` if it is closed.
     """
     from asyncpg import Connection
     from asyncpg.pool import PoolConnectionProxy
@@ -28,6 +29,8 @@ async def callers_connection(transaction: object) -> Connection:
         connection = await _behind_sqlalchemy(transaction)
     if not isinstance(connection, Connection | PoolConnectionProxy):
         raise ConfigurationError(f"{TAKES}, not a {_name_of(transaction)}")
+    if connection.is_closed():
+        raise Unavailable("transaction= has a connection that is closed")
     if not connection.is_in_transaction():
         raise ConfigurationError(
             "transaction= has no open transaction: call it inside `async with "

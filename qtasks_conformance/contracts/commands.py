@@ -9,7 +9,7 @@ import pytest
 
 from qtasks_conformance.contracts.base import Contract, needs
 from qtasks_conformance.rig import Rig, new_uuid
-from qtasks_conformance.waiting import SOON, patient
+from qtasks_conformance.waiting import PATIENCE, SOON, patient
 from qtasks_core import Broker, Command
 from qtasks_core.errors import Closed
 
@@ -57,7 +57,7 @@ class CommandContract(Contract):
         assert await heard(ear, 1) == [Command(name="pause")]
         late: asyncio.Queue[Command] = asyncio.Queue()
         rig.background(listen_into(await rig.broker(), late))
-        async with patient(SOON, "listening to commands"):
+        async with patient(PATIENCE, "listening to commands"):
             while late.empty():
                 await broker.broadcast(Command(name=HELLO))
                 await asyncio.sleep(0.02)
@@ -111,7 +111,7 @@ async def listening(rig: Rig, broker: Broker, sender: Broker) -> asyncio.Queue[C
 
 async def say_hello(commands: asyncio.Queue[Command], sender: Broker) -> None:
     """Broadcast until a listener hears it; then remove these commands from its queue."""
-    async with patient(SOON, "listening to commands"):
+    async with patient(PATIENCE, "listening to commands"):
         while commands.empty():
             await sender.broadcast(Command(name=HELLO))
             with suppress(TimeoutError):

@@ -21,9 +21,10 @@ ON_ALL = ("test_cancel", "test_queues", "test_tasks")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run each test of these modules on each backend."""
+    """Run each test of these modules on each backend, unless it names its own."""
     module = metafunc.module.__name__.rpartition(".")[2]
-    if "qtasks" in metafunc.fixturenames and module in ON_ALL:
+    named = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    if "qtasks" in metafunc.fixturenames and module in ON_ALL and "qtasks" not in named:
         metafunc.parametrize("qtasks", BACKENDS, indirect=True)
 
 
