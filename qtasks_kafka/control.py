@@ -304,12 +304,13 @@ class Listeners:
                 self._reading = asyncio.create_task(self._read(consumer))
 
     async def _connect(self) -> AIOKafkaConsumer:
-        await self._connection.ensure([self._topic], CONFIG, partitions=1)
         consumer = self._connection.consumer(
             group_id=None, fetch_max_wait_ms=WAIT_MS, auto_offset_reset="latest"
         )
         try:
+            # While the server is away, this fails before `ensure`, whose lock publishers wait for.
             await consumer.start()
+            await self._connection.ensure([self._topic], CONFIG, partitions=1)
             (place,) = places_of(self._topic, [0])
             consumer.assign([place])
             consumer.seek(place, (await consumer.end_offsets([place]))[place])

@@ -24,7 +24,6 @@ class Seen(NamedTuple):
     """One partition of a queue as the group's last commit shows it."""
 
     partition: Partition
-    first: int
     end: int
 
     @property
@@ -72,7 +71,7 @@ class Looker:
             if partition.position > end[place]:
                 partition = Partition(0)  # the topic was created again
             partition.begin(first[place])
-            seen[place] = Seen(partition, first[place], end[place])
+            seen[place] = Seen(partition, end[place])
         return seen
 
     async def owners(self) -> Owners:

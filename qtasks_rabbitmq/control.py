@@ -28,6 +28,8 @@ PREFETCH = 100
 FROM_NOW_ON: dict[str, Any] = {"x-stream-offset": "next"}
 PAUSE = 0.02
 """Seconds between two questions whether a level of the ladder is empty."""
+QUIET = 2.0
+"""Seconds without a message after which a level holds no more."""
 NOT_READY = ("INTERNAL_ERROR", "Stream not found")
 """The server's words for a stream that was just declared."""
 CREATION = 3.0
@@ -128,17 +130,19 @@ async def _drop_delayed(connection: Connection, channel: Channel, level: str, ta
             kept += 1
 
     async with connection.answering():
-        if not sum(await _ready(channel, [level])):
-            return 0
+        expected = sum(await _ready(channel, [level]))
+    if not expected:
+        return 0
+    clock = asyncio.get_running_loop().time
     async with channel.aside() as aside:
         aside.on_delivery = take
         async with connection.answering():
             await aside.call(
                 Basic.Qos(prefetch_count=0), Basic.Consume(queue=level, consumer_tag="all")
             )
-        seen = -1
-        # An answer can overtake deliveries that the server has already sent to this channel. The
-        # next answer cannot, so the level is empty if both of them say so.
+        seen, moved = 0, clock()
+        # The server counts a message as delivered before it sends it. So wait for as many as were
+        # there, or until none has come for a while: some may have become due meanwhile.
         while True:
             async with connection.answering():
                 waiting = sum(await _ready(channel, [level]))
@@ -146,15 +150,24 @@ async def _drop_delayed(connection: Connection, channel: Channel, level: str, ta
                 dropped += len(tags)
                 await aside.send(*(Basic.Ack(delivery_tag=tag) for tag in tags))
                 await aside.call(Basic.Qos(prefetch_count=0))
-            if not waiting and not dropping and seen == dropped + kept:
+            if dropped + kept > seen:
+                seen, moved = dropped + kept, clock()
+            enough = seen >= expected or clock() - moved > QUIET
+            if enough and not waiting and not dropping:
                 break
-            seen = dropped + kept
             await asyncio.sleep(PAUSE)
         async with connection.answering():
             await aside.call(Basic.Cancel(consumer_tag="all"))
             # The tag 0 stands for all deliveries of the channel.
             await aside.send(Basic.Nack(delivery_tag=0, multiple=True, requeue=True))
             await aside.call(Basic.Qos(prefetch_count=0))
+        # The queue takes them back a little later. Some of them may be due by then.
+        returned = clock()
+        while clock() - returned < QUIET:
+            async with connection.answering():
+                if sum(await _ready(channel, [level])) >= kept:
+                    break
+            await asyncio.sleep(PAUSE)
     return dropped
 
 
