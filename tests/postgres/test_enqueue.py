@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -11,6 +13,8 @@ import pytest
 
 from qtasks import control
 from qtasks.asyncio import QueueTasks
+
+PAGE = Path(__file__).parents[2] / "docs" / "postgres.md"
 
 
 @pytest.mark.parametrize("schema", ["qtasks", "other"])
@@ -99,3 +103,16 @@ async def test_wrong_arguments_are_refused(
         with pytest.raises(asyncpg.RaiseError):
             await admin.fetchval(f"SELECT qtasks.enqueue({arguments})")
         assert await admin.fetchval("SELECT count(*) FROM qtasks.messages") == 0
+
+
+async def test_the_statements_of_the_page_run(fresh: str, admin: asyncpg.Connection) -> None:
+    """Each finds what it says: two tasks are enqueued, and the views show them."""
+    blocks = re.findall(r"```sql\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    enqueuing, reading = ([line for line in block.split(";\n") if line] for block in blocks)
+    async with QueueTasks("shop", fresh):
+        for statement in enqueuing:
+            assert await admin.fetchval(statement)
+        tasks, queued = [await admin.fetch(statement) for statement in reading]
+    assert tasks == []  # none is in `error`
+    assert sorted(row["queue"] for row in queued) == ["default", "mails"]
+    assert {row[3] for row in queued} == {"send_receipt"}
