@@ -38,7 +38,7 @@ async def test_a_limit_holds_whatever_the_senders_clock_shows(
     pair, name = pair_of(request, names, tmp_path), f"clocks-{uuid4().hex[:8]}"
     environment = {**pair.environment, "QTASKS_NAME": name}
     behind = await sent(environment, -HOUR, HOUR / 2)
-    ahead = await sent(environment, HOUR, 0.1)
+    ahead = await sent(environment, HOUR, 0.001)
     app = QueueTasks(name, broker=pair.broker, storage=pair.storage)
     app.include_router(router)
     async with app, app.worker():

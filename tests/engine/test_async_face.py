@@ -298,7 +298,7 @@ async def test_a_parameter_named_as_an_option_is_told_of_and_call_reaches_it(
 
 
 def test_the_names_of_options_are_the_same_wherever_they_are_listed() -> None:
-    options = {"timeout", *CallOptions.__annotations__}
+    options = {"timeout", "transaction", *CallOptions.__annotations__}
     assert options == set(RESERVED)
     parameters = inspect.signature(BaseTask.add_task).parameters.values()
     assert options == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
