@@ -85,6 +85,9 @@ class RabbitMQBroker(Broker):
                 "all queues share the queues of delayed messages: `depth` knows the number of "
                 "delayed messages only if it is 0 for all of them; `purge` reads all of them, and "
                 "none of them becomes due meanwhile",
+                "a crash of the server while it moves a delayed message delays that by 3 minutes, "
+                "after which the server moves it again "
+                "(dead_letter_worker_publisher_confirm_timeout), or delivers it twice",
                 "the server takes back what is held beyond its consumer_timeout (30 minutes), and "
                 "with it all that this worker holds of the same queue",
             ),
