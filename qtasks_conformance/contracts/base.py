@@ -43,6 +43,7 @@ class Contract:
 
         def cancel_the_test() -> None:
             for task in asyncio.all_tasks() - mine:
+                task.print_stack()  # to stderr, which pytest shows
                 task.cancel("the test hung")
 
         watch = loop.call_later(LIMIT, cancel_the_test)
