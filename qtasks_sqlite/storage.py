@@ -301,9 +301,9 @@ def _distinct(tasks: Sequence[Task]) -> list[Sequence[Task]]:
     """Split records into parts in which no uuid occurs twice. Usually that is one."""
     if len({task.uuid for task in tasks}) == len(tasks):
         return [tasks]
-    parts: list[list[Task]] = []
+    parts: list[dict[str, Task]] = [{}]
     for task in tasks:
-        if not parts or any(task.uuid == other.uuid for other in parts[-1]):
-            parts.append([])
-        parts[-1].append(task)
-    return list(parts)
+        if task.uuid in parts[-1]:
+            parts.append({})
+        parts[-1][task.uuid] = task
+    return [list(part.values()) for part in parts]

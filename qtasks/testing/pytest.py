@@ -102,7 +102,7 @@ def qtasks_storage_url(request: pytest.FixtureRequest, qtasks_url: str) -> str:
 
 @pytest.fixture(scope="session")
 def qtasks_servers() -> Iterator[Servers]:
-    """The servers of this session. They are stopped at its end, and their data is removed."""
+    """The servers of this test run. They are stopped at its end, and their data is removed."""
     servers = Servers()
     yield servers
     servers.stop()

@@ -122,7 +122,7 @@ class Consumer:
     async def receive(self, subscription: Subscription) -> None:
         """Receive and start jobs until the worker stops."""
         while not self._life.stopping.is_set():
-            if self._candidates.waiting and self._candidates.is_due:
+            if self._candidates.waiting and self._candidates.may_run:
                 await self._candidates.run_next()
                 continue
             free = self._free()
@@ -177,7 +177,7 @@ class Consumer:
 
     def _look_again(self) -> None:
         """Interrupt a call that waits for deliveries if other work is due."""
-        other_work = self._candidates.waiting and self._candidates.is_due
+        other_work = self._candidates.waiting and self._candidates.may_run
         if self._receiving is not None and (other_work or self._life.stopping.is_set()):
             self._interrupt()
 

@@ -61,9 +61,9 @@ class PoisonCandidates:
         """The last that ran in isolation; it may still run, with others beside it."""
 
     @property
-    def is_due(self) -> bool:
-        """Whether a candidate waits, and the last one is completed."""
-        return bool(self.waiting) and (self._isolated is None or self._isolated not in self._jobs)
+    def may_run(self) -> bool:
+        """Whether the last one that ran in isolation is completed."""
+        return self._isolated is None or self._isolated not in self._jobs
 
     def add(self, job: Job, record: Task | None) -> None:
         """Take a candidate that waits for its isolated run."""
