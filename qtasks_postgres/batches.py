@@ -19,10 +19,21 @@ TOO_LARGE = f"it is larger than the {LARGEST >> 20} MiB that are kept on Postgre
 
 
 def batches(items: Iterable[T], encode: Callable[[T], bytes]) -> Iterator[list[tuple[T, bytes]]]:
-    """Yield the items with their encodings, in order, one batch per statement."""
-    encoded = [(item, encode(item)) for item in items]
-    for part in split([len(data) for _, data in encoded], MOST_ITEMS, MOST_BYTES):
-        yield encoded[part]
+    """Yield the items with their encodings, in order, one batch per statement.
+
+    An item is encoded when its batch is due, so a large call needs the memory of one batch.
+    """
+    encoded: list[tuple[T, bytes]] = []
+
+    def sizes() -> Iterator[int]:
+        for item in items:
+            encoded.append((item, encode(item)))
+            yield len(encoded[-1][1])
+
+    for part in split(sizes(), MOST_ITEMS, MOST_BYTES):
+        count = part.stop - part.start
+        yield encoded[:count]
+        del encoded[:count]
 
 
 def fitting(batch: list[tuple[T, bytes]]) -> list[tuple[T, bytes]]:

@@ -25,6 +25,10 @@ OPTIONS = {
     "no_verify_ssl": ANY,
 }  # fmt: skip
 """Options of a connection in the query of a URL."""
+_LEFT_OUT = {
+    "heartbeat": Kind("left out: lease=SECONDS sets it, to a third of the lease", lambda _: False)
+}
+"""Options that the driver has and a URL may not have, and what to write instead."""
 
 
 class Server:
@@ -72,7 +76,7 @@ def servers_of(url: str) -> list[Server]:
     Raises `ConfigurationError` for an unknown option.
     """
     parts = split(url)
-    rest, options = take_options(url, OPTIONS)
+    rest, options = take_options(url, {**OPTIONS, **_LEFT_OUT})
     refuse_options(rest, ("lease", "retention", *OPTIONS))
     credentials, at, hosts = parts.netloc.rpartition("@")
     behind = url.partition("//")[2][len(parts.netloc) :]

@@ -14,8 +14,8 @@ class RedisBackend(Backend):
     """Makes the broker and the storage of `redis://HOST:PORT/DB?lease=SECONDS&retention=SECONDS`.
 
     `rediss://` uses TLS. `valkey://` means the same as `redis://`. `redis+sentinel://` and
-    `redis+cluster://` find the server. The driver gets all other options (`ssl_ca_certs`,
-    `socket_connect_timeout`, …).
+    `redis+cluster://` find the server, `rediss+sentinel://` and `rediss+cluster://` over TLS. The
+    driver gets all other options (`ssl_ca_certs`, `socket_connect_timeout`, …).
     """
 
     contract = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,7 +17,7 @@ from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable, ch
 from qtasks_core.urls import redact, split, take_options
 from qtasks_redis.errors import Broken, Elsewhere, raise_ours
 from qtasks_redis.finding import connection_class, finder
-from qtasks_redis.options import CLUSTER, SENTINEL
+from qtasks_redis.options import TLS, hosts_in
 from qtasks_redis.scripts import Script
 
 if TYPE_CHECKING:
@@ -267,25 +268,29 @@ async def connect(url: str, namespace: str) -> Connection:
     """Return an open connection. Raises the errors of `start`."""
     with importing_driver("redis://", ".[redis]"):
         from redis.asyncio import ConnectionPool, Redis
+        from redis.asyncio.connection import Connection as DriverConnection
+        from redis.asyncio.connection import parse_url
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
     rest, options = take_options(url, {"socket_timeout": float, "max_connections": int})
     most = options.get("max_connections")
     rest, find = finder(rest, _prefix(namespace))
-    found = {} if find is None else {"connection_class": connection_class(find)}
 
     def make() -> Redis:
-        pool = ConnectionPool.from_url(
-            rest,
-            protocol=2,
-            retry=Retry(NoBackoff(), 0),
+        arguments: dict[str, Any] = {
+            "connection_class": DriverConnection,
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 0),
             # The driver has a limit by default; this removes it.
-            max_connections=most or 2**31,
-            socket_timeout=None,
-            socket_connect_timeout=CONNECT_WITHIN,
-            **found,
-        )
-        return Redis.from_pool(pool)
+            "max_connections": most or 2**31,
+            "socket_timeout": None,
+            "socket_connect_timeout": CONNECT_WITHIN,
+            **parse_url(rest),
+        }
+        if find is not None:
+            kind = connection_class(find, arguments["connection_class"])
+            arguments["connection_class"] = kind
+        return Redis.from_pool(ConnectionPool(**arguments))
 
     within = options.get("socket_timeout", ANSWER_WITHIN)
     try:
@@ -311,15 +316,13 @@ async def connect(url: str, namespace: str) -> Connection:
 async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
     """Return the setting that makes TLS work, or None if TLS is not the cause of the error."""
     parts = split(url)
-    if parts.scheme in (SENTINEL, CLUSTER):
-        return None
-    where = parts.hostname or "localhost", parts.port or 6379
     chain = chain_of(error)
-    if parts.scheme != "rediss":
+    if parts.scheme not in TLS:
         # A server that expects TLS closes the connection at once. A silent server is unreachable.
         silent = any(isinstance(one, TimeoutError) for one in chain)
-        if not silent and await _speaks_tls(*where):
-            return "the server speaks TLS there; write rediss:// and its port"
+        if not silent and await _any_of(hosts_in(parts), _speaks_tls):
+            scheme = re.sub("^(redis|valkey)", "rediss", parts.scheme)
+            return f"the server speaks TLS there; write {scheme}:// and its port"
         return None
     for one in chain:
         if isinstance(one, ssl.SSLCertVerificationError):
@@ -334,9 +337,19 @@ async def _wrong_with_tls(url: str, error: Unavailable) -> str | None:
                 f"TLS fails: {one}; see ssl_ca_certs, ssl_certfile and ssl_keyfile, and whether "
                 "the server speaks TLS on this port"
             )
-    if await _speaks_plainly(*where):
-        return "the server speaks no TLS there; write redis://, or the port on which it does"
+    if await _any_of(hosts_in(parts), _speaks_plainly):
+        scheme = parts.scheme.replace("rediss", "redis")
+        return f"the server speaks no TLS there; write {scheme}://, or the port on which it does"
     return None
+
+
+async def _any_of(
+    hosts: Sequence[tuple[str, int]], asked: Callable[[str, int], Awaitable[bool]]
+) -> bool:
+    for host, port in hosts:
+        if await asked(host, port):
+            return True
+    return False
 
 
 async def _speaks_tls(host: str, port: int) -> bool:

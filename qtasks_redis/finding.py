@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NamedTuple
-from urllib.parse import SplitResult, unquote
+from urllib.parse import SplitResult
 
 from qtasks_core.urls import split, take_options
-from qtasks_redis.options import CLUSTER, SENTINEL, SENTINEL_PORT, hosts_in, service_in
+from qtasks_redis.options import CLUSTER, SENTINEL, TLS, hosts_in, service_in
 
 _ASK_WITHIN: Final = 1.0
 """Seconds that one Sentinel or node has to answer. Then the next one is asked."""
+_LOGIN: Final = "username", "password"
 
 
 class Address(NamedTuple):
@@ -34,69 +35,74 @@ def finder(url: str, key: str) -> tuple[str, Find | None]:
 
     `key` is any key of the namespace.
     """
+    from redis.asyncio.connection import parse_url
+
     parts = split(url)
-    if parts.scheme not in (SENTINEL, CLUSTER):
-        return url, None
-    if parts.scheme == CLUSTER:
-        login = {"username": _decoded(parts.username), "password": _decoded(parts.password)}
-        return _plain(url, parts, ""), _Cluster(_addresses(parts, 6379), key, login)
-    rest, given = take_options(url, {"sentinel_username": str, "sentinel_password": str})
-    service, database = service_in(parts)
-    login = {name.removeprefix("sentinel_"): text for name, text in given.items()}
-    return (
-        _plain(rest, parts, database),
-        _Sentinels(_addresses(parts, SENTINEL_PORT), service, login),
-    )
+    addresses = [Address(*host) for host in hosts_in(parts)]
+    if parts.scheme in CLUSTER:
+        plain = _plain(url, parts, "")
+        options = {k: v for k, v in parse_url(plain).items() if k in _LOGIN or _is_of_tls(k)}
+        return plain, _Cluster(addresses, key, options)
+    if parts.scheme in SENTINEL:
+        rest, login = take_options(url, {f"sentinel_{name}": str for name in _LOGIN})
+        service, database = service_in(parts)
+        plain = _plain(rest, parts, database)
+        options = {k: v for k, v in parse_url(plain).items() if _is_of_tls(k)}
+        options.update((name.removeprefix("sentinel_"), text) for name, text in login.items())
+        return plain, _Sentinels(addresses, service, options)
+    return url, None
 
 
-def _decoded(text: str | None) -> str | None:
-    return None if text is None else unquote(text)
-
-
-def _addresses(parts: SplitResult, port: int) -> list[Address]:
-    return [Address(host, given or port) for host, given in hosts_in(parts)]
+def _is_of_tls(name: str) -> bool:
+    """Tell whether the driver's option says how to connect: with TLS or not, and by what files."""
+    return name == "connection_class" or name.startswith("ssl_")
 
 
 def _plain(url: str, parts: SplitResult, path: str) -> str:
     """Return the URL for one server, whose address is found later."""
     credentials, at, _ = parts.netloc.rpartition("@")
-    return split(url)._replace(scheme="redis", netloc=f"{credentials}{at}found", path=path).geturl()
+    scheme = "rediss" if parts.scheme in TLS else "redis"
+    return split(url)._replace(scheme=scheme, netloc=f"{credentials}{at}found", path=path).geturl()
 
 
 class _Sentinels:
     """Asks each Sentinel for the primary of a service until one knows it."""
 
-    def __init__(self, addresses: Sequence[Address], service: str, login: dict[str, Any]) -> None:
+    def __init__(self, addresses: Sequence[Address], service: str, options: dict[str, Any]) -> None:
         self._addresses = addresses
         self._service = service
-        self._login = login
+        self._options = options
 
     async def __call__(self) -> Address:
         from redis.exceptions import AuthenticationError, AuthorizationError, ConnectionError
 
         command = "SENTINEL", "get-master-addr-by-name", self._service
         told: list[str] = []
+        failure: Exception | None = None
         for address in self._addresses:
             try:
-                answer = await _ask(address, self._login, *command)
+                answer = await _ask(address, self._options, *command)
             except (AuthenticationError, AuthorizationError):
                 raise  # subclasses of ConnectionError, and no other server would know better
             except (ConnectionError, TimeoutError, OSError) as error:
+                failure = error
                 told.append(f"{address.host}:{address.port}: {str(error) or 'no answer'}")
                 continue
             if answer is not None:
                 return Address(_text(answer[0]), int(answer[1]))
             told.append(f"{address.host}:{address.port} does not know it")
-        raise ConnectionError(f"no Sentinel names the primary of {self._service!r}: {told}")
+        raise ConnectionError(
+            f"no Sentinel names the primary of {self._service!r}: {told}"
+        ) from failure
 
 
 class _Cluster:
     """Asks a node of the cluster which node has the slot of a key."""
 
-    def __init__(self, addresses: Sequence[Address], key: str, login: dict[str, Any]) -> None:
+    def __init__(self, addresses: Sequence[Address], key: str, options: dict[str, Any]) -> None:
         self._addresses = list(addresses)
         self._key = key
-        self._login = login
+        self._options = options
 
     async def __call__(self) -> Address:
         from redis.crc import key_slot
@@ -109,12 +115,14 @@ class _Cluster:
 
         slot = key_slot(self._key.encode())
         told: list[str] = []
+        failure: Exception | None = None
         for address in list(self._addresses):
             try:
-                ranges = await _ask(address, self._login, "CLUSTER", "SLOTS")
+                ranges = await _ask(address, self._options, "CLUSTER", "SLOTS")
             except (AuthenticationError, AuthorizationError):
                 raise  # subclasses of ConnectionError, and no other server would know better
             except (ConnectionError, TimeoutError, OSError) as error:
+                failure = error
                 told.append(f"{address.host}:{address.port}: {str(error) or 'no answer'}")
                 continue
             self._learn(address, ranges)
@@ -122,7 +130,7 @@ class _Cluster:
                 if first <= slot <= last:
                     return _node(address, primary)
             raise ClusterDownError(f"no node has slot {slot}")
-        raise ConnectionError(f"no node of the cluster answers: {told}")
+        raise ConnectionError(f"no node of the cluster answers: {told}") from failure
 
     def _learn(self, asked: Address, ranges: Sequence[Any]) -> None:
         """Remember all nodes, since those of the URL may be gone later."""
@@ -139,38 +147,38 @@ def _text(data: bytes | str) -> str:
     return data.decode() if isinstance(data, bytes) else data
 
 
-async def _ask(address: Address, login: dict[str, Any], *command: str) -> Any:
+async def _ask(address: Address, given: dict[str, Any], *command: str) -> Any:
     """Send one command over a connection of its own."""
     from redis.asyncio.connection import Connection
     from redis.asyncio.retry import Retry
     from redis.backoff import NoBackoff
 
-    line = Connection(
+    options = dict(given)
+    line = options.pop("connection_class", Connection)(
         host=address.host,
         port=address.port,
         protocol=2,
         retry=Retry(NoBackoff(), 0),
         socket_timeout=None,
         socket_connect_timeout=_ASK_WITHIN,
-        **login,
+        **options,
     )
     try:
         async with asyncio.timeout(_ASK_WITHIN):
-            await line.connect()  # type: ignore[no-untyped-call]
+            await line.connect()
             await line.send_command(*command)
             return await line.read_response()
     finally:
         await line.disconnect(nowait=True)
 
 
-def connection_class(find: Find) -> type[Any]:
-    """Return the driver's class of connections, with a `connect` that finds the server first."""
-    from redis.asyncio.connection import Connection
+def connection_class(find: Find, driver_class: type[Any]) -> type[Any]:
+    """Return one of the driver's classes of connections, whose `connect` finds the server first."""
 
-    class Found(Connection):
+    class Found(driver_class):  # type: ignore[misc]  # it has no type
         async def connect(self) -> None:
             if not self.is_connected:
                 self.host, self.port = await find()
-            await super().connect()  # type: ignore[no-untyped-call]
+            await super().connect()
 
     return Found

@@ -11,15 +11,15 @@ from qtasks_core.errors import ConfigurationError
 from qtasks_core.options import SWITCH, TEXT, Kind, integer, one_of, seconds
 from qtasks_core.urls import redact, refuse_options, split, take_options
 
-SENTINEL: Final = "redis+sentinel"
-CLUSTER: Final = "redis+cluster"
+SENTINEL: Final = "redis+sentinel", "rediss+sentinel"
+CLUSTER: Final = "redis+cluster", "rediss+cluster"
+TLS: Final = "rediss", "rediss+sentinel", "rediss+cluster"
 SENTINEL_PORT: Final = 26379
 _SCHEMES: Final = {
     "redis": "redis",
     "rediss": "rediss",
     "valkey": "redis",
-    SENTINEL: SENTINEL,
-    CLUSTER: CLUSTER,
+    **{scheme: scheme for scheme in (*SENTINEL, *CLUSTER)},
 }
 _OURS: Final = {
     "lease": "RedisBroker(url, lease=SECONDS)",
@@ -92,25 +92,28 @@ def checked(url: str, *, connections: int = 1) -> str:
     if scheme not in _SCHEMES:
         known = ", ".join(f"{name}://" for name in _SCHEMES)
         raise ConfigurationError(f"{shown}: the scheme must be one of {known}")
-    if "," in parts.netloc.rpartition("@")[2] and scheme not in (SENTINEL, CLUSTER):
+    if "," in parts.netloc.rpartition("@")[2] and scheme not in (*SENTINEL, *CLUSTER):
         raise ConfigurationError(
-            f"{shown}: a {scheme}:// URL names one host; see {SENTINEL}:// and {CLUSTER}://"
+            f"{shown}: a {scheme}:// URL names one host; see {SENTINEL[0]}:// and {CLUSTER[0]}://"
         )
-    if scheme == SENTINEL:
+    if scheme in SENTINEL:
         service, database = service_in(parts)
         if not service:
             raise ConfigurationError(
                 f"{shown}: the path names the service that the Sentinels watch: "
-                f"{SENTINEL}://HOST:{SENTINEL_PORT},HOST:{SENTINEL_PORT}/SERVICE"
+                f"{scheme}://HOST:{SENTINEL_PORT},HOST:{SENTINEL_PORT}/SERVICE"
             )
-    if scheme == CLUSTER and database.strip("0"):
+    if scheme in CLUSTER and database.strip("0"):
         raise ConfigurationError(f"{shown}: a cluster has database 0 only")
     try:
         number = _KINDS["db"](database or "0")
     except ValueError:
         raise ConfigurationError(f"{shown}: the path names the database, a number") from None
-    more = {"rediss": _KINDS_OF_TLS, SENTINEL: _KINDS_OF_SENTINEL}
-    kinds = {**_KINDS, **more.get(scheme, {})}
+    kinds = dict(_KINDS)
+    if scheme in TLS:
+        kinds.update(_KINDS_OF_TLS)
+    if scheme in SENTINEL:
+        kinds.update(_KINDS_OF_SENTINEL)
     rest, given = take_options(url, {**dict.fromkeys(_OURS, str), **kinds})
     refuse_options(rest, (*_OURS, *kinds))
     for name in _OURS.keys() & given:
@@ -129,20 +132,20 @@ def place_of(url: str) -> Hashable:
     """Return what two checked URLs have in common if they lead to one database by one user."""
     parts = split(url)
     _, given = take_options(url, dict.fromkeys(("db", "username", "password"), str))
-    service, database = service_in(parts) if parts.scheme == SENTINEL else ("", parts.path)
+    service, database = service_in(parts) if parts.scheme in SENTINEL else ("", parts.path)
     number = int(database.strip("/") or given.pop("db", "0"))
-    port = {SENTINEL: SENTINEL_PORT}.get(parts.scheme, 6379)
-    hosts = tuple((host, given_port or port) for host, given_port in hosts_in(parts))
+    hosts = tuple(hosts_in(parts))
     login = parts.username, parts.password, *sorted(given.items())
     return parts.scheme, hosts, service, number, *login
 
 
-def hosts_in(parts: SplitResult) -> list[tuple[str, int | None]]:
-    """Return the hosts of a URL, and their ports as far as it has them."""
-    found: list[tuple[str, int | None]] = []
+def hosts_in(parts: SplitResult) -> list[tuple[str, int]]:
+    """Return the hosts of a URL and their ports."""
+    port = SENTINEL_PORT if parts.scheme in SENTINEL else 6379
+    found: list[tuple[str, int]] = []
     for host in parts.netloc.rpartition("@")[2].split(","):
         one = split(f"redis://{host}")
-        found.append((one.hostname or "localhost", one.port))
+        found.append((one.hostname or "localhost", one.port or port))
     return found
 
 

@@ -123,11 +123,6 @@ class Client:
         self._watches: Batcher[str] = Batcher(self._watch, _BATCH, 1, len)
         self._looking: set[asyncio.Task[None]] = set()
 
-    @property
-    def awaited(self) -> frozenset[str]:
-        """The uuids of the tasks that callers wait for."""
-        return frozenset(self._waiters)
-
     async def start(self, deadline: float) -> None:
         """Connect the broker and the storage.
 

@@ -17,8 +17,6 @@ A message that was not settled is delivered again within one lease, and a worker
 """
 _CANCELLED = 86_400.0
 """Seconds after its due time for which a cancelled task's message may wait in its queue."""
-_FRESH = 60.0
-"""Seconds for which the server's time counts as known. Later it is asked again, if needed."""
 
 
 class Clock:
@@ -34,7 +32,8 @@ class Clock:
         self._asked_at: float | None = None
         self.shared = False
         """Whether all processes of the app use this clock: it is a server's."""
-        self.fresh = _FRESH
+        self.fresh = 60.0
+        """Seconds for which the server's time counts as known. 0, if the server's clock jumps."""
 
     async def ask(self) -> None:
         """Ask for the server's time, unless it is known. Raises `Unavailable`."""

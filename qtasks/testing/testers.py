@@ -79,7 +79,7 @@ class Tester:
         self._stack.close()
 
     def _prepare(self) -> None:
-        # Otherwise the client would ask for the time once a minute, and miss that it has moved.
+        # `travel` moves the clock.
         self.app.client.clock.fresh = 0.0
         if isinstance(self._broker, Simulated):
             self._stands_at = self._broker.travel(0.0)

@@ -2,12 +2,110 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from qtasks_conformance import CompositionContract, Part, Subject
+from qtasks_conformance import (
+    BrokerContract,
+    CompositionContract,
+    Part,
+    StorageContract,
+    Subject,
+)
+from tests.conformance.test_postgres import postgres_subject
+from tests.conformance.test_redis import redis_subject
 from tests.services import Service
+
+
+@dataclass(frozen=True)
+class Both:
+    """Two servers that are killed and frozen as one."""
+
+    one: Service
+    other: Service
+
+    def kill(self) -> None:
+        self.one.kill()
+        self.other.kill()
+
+    def restart(self) -> None:
+        self.one.restart()
+        self.other.restart()
+
+    def freeze(self) -> None:
+        self.one.freeze()
+        self.other.freeze()
+
+    def thaw(self) -> None:
+        self.one.thaw()
+        self.other.thaw()
+
+
+class RedisAndPostgres:
+    """Messages on Redis, records in Postgres."""
+
+    driver: str | None = None
+
+    @pytest.fixture
+    def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
+        redis, postgres = redis_subject(redis_server), postgres_subject(postgres_server)
+        return replace(
+            postgres,
+            broker=redis.broker,
+            least_broker=redis.least_broker,
+            inject=redis.inject,
+            server=Both(redis_server, postgres_server),
+            driver=self.driver,
+        )
+
+
+class PostgresAndRedis:
+    """Messages in Postgres, records on Redis."""
+
+    driver: str | None = None
+
+    @pytest.fixture
+    def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
+        redis, postgres = redis_subject(redis_server), postgres_subject(postgres_server)
+        return replace(
+            postgres,
+            storage=redis.storage,
+            least_storage=redis.least_storage,
+            spoil=redis.spoil,
+            server=Both(redis_server, postgres_server),
+            driver=self.driver,
+        )
+
+
+class TestRedisAndPostgres(RedisAndPostgres, CompositionContract):
+    pass
+
+
+class TestPostgresAndRedis(PostgresAndRedis, CompositionContract):
+    pass
+
+
+# Alone, each half is tested with its own pair. Here its neighbour goes away with it.
+@pytest.mark.full
+class TestBrokerOfRedisAndPostgres(RedisAndPostgres, BrokerContract):
+    driver = "redis"
+
+
+@pytest.mark.full
+class TestStorageOfRedisAndPostgres(RedisAndPostgres, StorageContract):
+    driver = "asyncpg"
+
+
+@pytest.mark.full
+class TestBrokerOfPostgresAndRedis(PostgresAndRedis, BrokerContract):
+    driver = "asyncpg"
+
+
+@pytest.mark.full
+class TestStorageOfPostgresAndRedis(PostgresAndRedis, StorageContract):
+    driver = "redis"
 
 
 class TestKafkaAndPostgres(CompositionContract):

@@ -21,10 +21,11 @@ from qtasks_conformance import (
 from tests.services import Service
 
 
-@pytest.fixture
-def subject(postgres_server: Service) -> Subject:
+def postgres_subject(server: Service) -> Subject:
+    """Return what is tested: a broker and a storage in one database."""
+
     async def inject(namespace: str, queue: str, data: bytes) -> None:
-        connection = await asyncpg.connect(postgres_server.url)
+        connection = await asyncpg.connect(server.url)
         await connection.execute(
             "INSERT INTO qtasks.messages (priority, namespace, queue, body) "
             "VALUES (5, $1, $2, $3)",
@@ -33,7 +34,7 @@ def subject(postgres_server: Service) -> Subject:
         await connection.close()
 
     async def spoil(namespace: str, uuid: str, data: bytes) -> None:
-        connection = await asyncpg.connect(postgres_server.url)
+        connection = await asyncpg.connect(server.url)
         await connection.execute(
             "UPDATE qtasks.records SET record = $3 WHERE namespace = $1 AND uuid = $2",
             namespace, uuid, data,
@@ -42,21 +43,21 @@ def subject(postgres_server: Service) -> Subject:
 
     @asynccontextmanager
     async def begin() -> AsyncIterator[object]:
-        connection = await asyncpg.connect(postgres_server.url)
+        connection = await asyncpg.connect(server.url)
         async with connection.transaction():
             yield connection
         await connection.close()
 
     return Subject(
-        broker=Part("qtasks_postgres:PostgresBroker", {"url": postgres_server.url, "lease": 1.0}),
-        storage=Part("qtasks_postgres:PostgresStorage", {"url": postgres_server.url}),
+        broker=Part("qtasks_postgres:PostgresBroker", {"url": server.url, "lease": 1.0}),
+        storage=Part("qtasks_postgres:PostgresStorage", {"url": server.url}),
         lease=1.0,
         inject=inject,
         spoil=spoil,
         begin=begin,
-        server=postgres_server,
+        server=server,
         driver="asyncpg",
-        url=postgres_server.url,
+        url=server.url,
         options=("lease", "retention", "listen_url", "schema", "connect_timeout", "sslmode"),
         least_broker=Least(
             survives="machine crash",
@@ -70,6 +71,11 @@ def subject(postgres_server: Service) -> Subject:
         ),
         least_storage=Least(survives="machine crash", settle_confirmed=True, transactions=True),
     )
+
+
+@pytest.fixture
+def subject(postgres_server: Service) -> Subject:
+    return postgres_subject(postgres_server)
 
 
 class TestPostgresBroker(BrokerContract):

@@ -17,17 +17,18 @@ from qtasks_redis import RedisBroker, RedisStorage
 from tests.services import Service
 
 
-@pytest.fixture
-def subject(redis_server: Service) -> Subject:
+def redis_subject(server: Service) -> Subject:
+    """Return what is tested: a broker and a storage on one server."""
+
     async def inject(namespace: str, queue: str, data: bytes) -> None:
-        broker = RedisBroker(redis_server.url)
+        broker = RedisBroker(server.url)
         await broker.start(namespace)
         connection = broker.started()
         await connection.call("XADD", connection.key("stream", queue), "*", "m", data)
         await broker.stop()
 
     async def spoil(namespace: str, uuid: str, data: bytes) -> None:
-        storage = RedisStorage(redis_server.url)
+        storage = RedisStorage(server.url)
         await storage.start(namespace)
         connection = storage.started()
         key = connection.key("record", uuid)
@@ -37,15 +38,15 @@ def subject(redis_server: Service) -> Subject:
         await storage.stop()
 
     return Subject(
-        broker=Part("qtasks_redis:RedisBroker", {"url": redis_server.url, "lease": 1.0}),
-        storage=Part("qtasks_redis:RedisStorage", {"url": redis_server.url}),
+        broker=Part("qtasks_redis:RedisBroker", {"url": server.url, "lease": 1.0}),
+        storage=Part("qtasks_redis:RedisStorage", {"url": server.url}),
         lease=1.0,
         inject=inject,
         spoil=spoil,
-        server=redis_server,
+        server=server,
         driver="redis",
-        url=redis_server.url,
-        other_url=urlsplit(redis_server.url)._replace(path="/1").geturl(),
+        url=server.url,
+        other_url=urlsplit(server.url)._replace(path="/1").geturl(),
         options=("lease", "retention", "socket_timeout"),
         least_broker=Least(
             survives="server crash",
@@ -58,6 +59,11 @@ def subject(redis_server: Service) -> Subject:
         ),
         least_storage=Least(survives="server crash", settle_confirmed=True),
     )
+
+
+@pytest.fixture
+def subject(redis_server: Service) -> Subject:
+    return redis_subject(redis_server)
 
 
 class TestRedisBroker(BrokerContract):

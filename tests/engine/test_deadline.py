@@ -17,6 +17,7 @@ from qtasks.declare.tasks import AsyncTask
 from qtasks_core import Outcome, TaskMessage, schemas
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
+from tests.waits import WaitedFor
 
 TIMES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.3)
 """Seconds, so that the deadline falls into calls and into the pauses between them."""
@@ -109,7 +110,8 @@ async def error_of(add: Callable[[], Awaitable[object]]) -> TaskTimeout:
 
 async def test_a_caller_who_left_before_the_write_leaves_no_wait_behind() -> None:
     name = uuid4().hex
-    app = QueueTasks(name, MemoryBroker(name), MemoryStorage(name))
+    storage = WaitedFor(name)
+    app = QueueTasks(name, MemoryBroker(name), storage)
 
     @app.task()
     async def never_run() -> None: ...
@@ -128,7 +130,7 @@ async def test_a_caller_who_left_before_the_write_leaves_no_wait_behind() -> Non
         async with asyncio.timeout(120):
             while await app.get_task(message.uuid) is None:  # noqa: ASYNC110  # in memory
                 await asyncio.sleep(0.01)
-        assert not client.awaited
+        assert not storage.waited_for
 
 
 class Silent(MemoryBroker):

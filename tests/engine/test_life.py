@@ -24,6 +24,7 @@ from qtasks_core import Task
 from qtasks_core.errors import Unavailable
 from qtasks_memory import MemoryBroker, MemoryStorage
 from tests.processes import Process
+from tests.waits import WaitedFor
 
 
 def script(path: Path, code: str, **environment: str) -> Process:
@@ -203,19 +204,26 @@ os.wait()
 # -- waits that end early --------------------------------------------------------------------
 
 
-async def test_a_cancelled_wait_leaves_nothing_behind(app: QueueTasks) -> None:
+async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
+    name = uuid4().hex
+    storage = WaitedFor(name)
+    app = QueueTasks(name, MemoryBroker(name), storage)
+
     @app.task()
     async def never() -> None: ...
 
     async with app:
         adding = [asyncio.create_task(never.add_task(timeout=50)) for _ in range(20)]
-        await asyncio.sleep(0.1)
+        async with asyncio.timeout(10):
+            while len(storage.waited_for) < 20:  # noqa: ASYNC110  # on the I/O thread
+                await asyncio.sleep(0.01)
         for one in adding:
             one.cancel()
         await asyncio.wait(adding)
         assert all(one.cancelled() for one in adding)
-        await asyncio.sleep(0.1)
-        assert not app.client.awaited
+        async with asyncio.timeout(10):
+            while storage.waited_for:  # noqa: ASYNC110  # on the I/O thread
+                await asyncio.sleep(0.01)
         # The tasks themselves go on.
         async with app.worker():
             assert (await never.add_task(timeout=120)).status == "success"
@@ -242,7 +250,11 @@ async def test_calls_in_the_air_are_answered_when_their_app_stops(tmp_path: Path
 def test_ctrl_c_ends_a_blocking_wait(tmp_path: Path) -> None:
     code = """
 from qtasks import QueueTasks
-app = QueueTasks("interrupted")
+from qtasks_memory import MemoryBroker
+from tests.waits import WaitedFor
+
+storage = WaitedFor("interrupted")
+app = QueueTasks("interrupted", MemoryBroker("interrupted"), storage)
 
 @app.task()
 def never() -> None: ...
@@ -253,7 +265,7 @@ with app:
         never.add_task(timeout=50)
     except KeyboardInterrupt:
         app.get_task("x")  # a crossing later the wait was taken back
-        print("left behind:", set(app.client.awaited), flush=True)
+        print("left behind:", storage.waited_for, flush=True)
 """
     with script(tmp_path / "interrupted.py", code) as process:
         process.wait_for("waiting")

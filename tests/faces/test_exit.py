@@ -6,13 +6,14 @@ import re
 import signal
 import socket
 import sys
-from pathlib import Path
 
 import pytest
 
 from qtasks import QueueTasks
+from qtasks_memory import MemoryBroker
 from tests.faces import exiting
 from tests.processes import Process
+from tests.waits import WaitedFor
 
 BACKENDS = ["sqlite", "redis", "postgres", "rabbitmq", "kafka"]
 COMPLAINTS = ("Traceback", "Exception ignored", "never awaited", "destroyed", "not closed")
@@ -90,8 +91,9 @@ def test_ctrl_c_while_starting(environment: dict[str, str]) -> None:
     assert said.split() == ["waiting", "interrupted"]
 
 
-def test_an_interrupted_wait_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = QueueTasks("waits", f"sqlite:///{tmp_path}/qtasks.db")
+def test_an_interrupted_wait_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = WaitedFor("waits")
+    app = QueueTasks("waits", MemoryBroker("waits"), storage)
     never = app.task(name="never")(exiting.never.__wrapped__)
 
     def interrupted(*_: object) -> None:
@@ -104,4 +106,4 @@ def test_an_interrupted_wait_is_taken_back(tmp_path: Path, monkeypatch: pytest.M
             task.wait_result()
         monkeypatch.undo()
         assert app.get_task(task.uuid) is not None  # what crossed before this has arrived
-        assert app.client._waiters == {}
+        assert not storage.waited_for
