@@ -73,6 +73,8 @@ class Sending(Struct, frozen=True, gc=False):
     message_id: str = ""
     """Identifies the message if the server returns it."""
     headers: dict[str, Any] | None = None
+    priority: int | None = None
+    """For a server that delivers by priority."""
 
 
 class Batch:
@@ -201,6 +203,7 @@ class Channel:
         finally:
             if other.lost is None:
                 await other.send(commands.Channel.Close(200, "done", 0, 0))
+                other.fail(f"{self._name}: the channel was closed")
 
     async def put(self, item: tuple[int, Any]) -> None:
         """Take a frame from the connection's reader."""
@@ -231,6 +234,7 @@ class Channel:
         if self.lost is not None:
             return
         self.lost = reason
+        self._connection.closing.remove_done_callback(self._on_connection_closed)
         waiting: list[asyncio.Future[Any]] = [*self._replies]
         waiting.extend(batch.confirmed for batch in self._batches)
         for future in waiting:
@@ -290,9 +294,12 @@ class Channel:
         """Return the frame of a message's properties."""
         if sending.message_id and not sending.headers:
             # Skip the driver, which builds and checks several objects for this.
-            return properties_frame(self._number, len(sending.body), sending.message_id)
+            return properties_frame(
+                self._number, len(sending.body), sending.message_id, sending.priority
+            )
         properties = commands.Basic.Properties(
             delivery_mode=PERSISTENT,
+            priority=sending.priority,
             message_id=sending.message_id or None,
             headers=sending.headers,
         )

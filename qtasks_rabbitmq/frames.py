@@ -29,6 +29,8 @@ CONNECTION_CLOSE = b"\x00\x0a\x00\x32"
 CHANNEL_CLOSE = b"\x00\x14\x00\x28"
 OURS = b"\x10\x80"
 """Flags of a message without headers: it has a delivery mode (a byte) and an id."""
+OURS_BY_PRIORITY = b"\x18\x80"
+"""The same with a priority, a byte after the delivery mode."""
 END = b"\xce"
 PERSISTENT = 2
 """The delivery mode of a message that survives a restart of the server."""
@@ -120,19 +122,23 @@ def framed(kind: int, channel: int, payload: bytes) -> bytes:
     return pack(">BHI", kind, channel, len(payload)) + payload + END
 
 
-def properties_frame(channel: int, size: int, message_id: str) -> bytes:
+def properties_frame(channel: int, size: int, message_id: str, priority: int | None) -> bytes:
     """Return the frame before the body of a persistent message. `size` is the body's, in bytes."""
     name = message_id.encode()
-    payload = pack(">HHQ", BASIC, 0, size) + OURS + bytes((PERSISTENT, len(name))) + name
-    return framed(HEADER, channel, payload)
+    if priority is None:
+        flags, values = OURS, bytes((PERSISTENT, len(name)))
+    else:
+        flags, values = OURS_BY_PRIORITY, bytes((PERSISTENT, priority, len(name)))
+    return framed(HEADER, channel, pack(">HHQ", BASIC, 0, size) + flags + values + name)
 
 
 def read_properties(payload: bytes) -> Properties:
     """Return the properties of a message. If they are unreadable, `error` says why."""
     size = int.from_bytes(payload[4:12])
-    if payload[12:14] == OURS:  # most messages; skip the driver
+    if (flags := payload[12:14]) in (OURS, OURS_BY_PRIORITY):  # most messages; skip the driver
+        at = 15 if flags == OURS else 16
         with suppress(UnicodeDecodeError):
-            return Properties(size, {}, payload[16 : 16 + payload[15]].decode())
+            return Properties(size, {}, payload[at + 1 : at + 1 + payload[at]].decode())
     header = ContentHeader()
     try:
         header.unmarshal(payload)

@@ -1,4 +1,4 @@
-"""One queue of a subscription, on its own channel: its errors do not affect other queues."""
+"""One lane of a subscription, on its own channel: its errors do not affect other lanes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from qtasks_core.receivers import Recent, SettleCall
 from qtasks_core.wire import decode_message
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import rest_of
-from qtasks_rabbitmq.parcel import Dispatcher, Parcel, copy_of, count_of
+from qtasks_rabbitmq.parcel import Dispatcher, Parcel, copy_of, count_of, lane_of
+from qtasks_rabbitmq.topology import USUAL, Names, queue_methods
 
 if TYPE_CHECKING:
     from pamqp.base import Frame
@@ -28,24 +29,29 @@ TWICE = Outcome("unknown", "the retry is published, but the lease of the old del
 
 logger = logging.getLogger("qtasks.rabbitmq")
 epochs = count(1)
-"""Numbers the channels of all lanes. A fence is (epoch, delivery tag)."""
+"""Numbers the channels of all lanes. A fence is (epoch, delivery tag, source)."""
 
 
 class Lane:
-    """Consumers of one queue. Their channel is the lease of all deliveries that it holds."""
+    """Consumers of one lane. Their channel is the lease of all deliveries that it holds."""
 
     def __init__(
         self,
         queue: str,
+        names: Names,
         source: str,
         capacity: int,
         connection: Connection,
         broker: Dispatcher,
         arrived: Callable[[], None],
+        priority: int = USUAL,
     ) -> None:
         self.queue = queue
-        self._source = source
-        """The server's name of the queue."""
+        """The task queue."""
+        self.source = source
+        """The server's name of the lane."""
+        self._names = names
+        self._priority = priority
         self._capacity = capacity
         self._connection = connection
         self._broker = broker
@@ -66,9 +72,18 @@ class Lane:
         self._active: dict[str, int] = {}
         """Consumer tag -> how many more deliveries the server may push to this consumer."""
 
+    def methods(self, version: tuple[int, ...]) -> list[Frame]:
+        """Return the methods that declare the lane."""
+        return queue_methods(self._names, self.queue, version, self._priority)
+
     async def open(self) -> None:
         """Open the channel. Raises `Unavailable`, `ConfigurationError`."""
-        self._channel = await self._connection.channel(self._source)
+        self._channel = await self._connection.channel(self.source)
+
+    @property
+    def consumes(self) -> bool:
+        """Whether it has consumers."""
+        return bool(self._active)
 
     def begin(self, channel: Channel) -> None:
         """Start a new epoch on a new channel."""
@@ -96,7 +111,7 @@ class Lane:
                 async with self._connection.answering():
                     await channel.call(
                         Basic.Qos(prefetch_count=lack),
-                        Basic.Consume(queue=self._source, consumer_tag=tag),
+                        Basic.Consume(queue=self.source, consumer_tag=tag),
                     )
             except BaseException:
                 # The consumer may not exist, so expect no deliveries from it.
@@ -162,8 +177,8 @@ class Lane:
                 async with self._connection.answering():
                     await channel.send(Methods.Close(200, "its queue was deleted", 0, 0))
             except Unavailable as error:
-                logger.debug("%s: %s", self._source, error)  # the channel is lost anyway
-            channel.fail(f"the queue {self._source} was deleted")
+                logger.debug("%s: %s", self.source, error)  # the channel is lost anyway
+            channel.fail(f"the queue {self.source} was deleted")
 
     async def cancel_consumers(self) -> None:
         """Make the server stop pushing deliveries."""
@@ -290,19 +305,20 @@ class Lane:
                 raise ValueError(arrival.error)
             times = count_of(arrival.headers)
             if rest := rest_of(arrival.headers):
-                self.send_on_later(arrival.tag, Parcel(self.queue, rest, "", arrival.body))
+                self.send_on_later(arrival, self.queue, rest)
                 return
         except ValueError as error:
             # Another program wrote it: no release of QTasks writes such properties.
             message = Raw(arrival.body, str(error))
-        delivery = Delivery(
-            message or decode_message(arrival.body), self.queue, (epoch, arrival.tag), times
-        )
+        fence = (epoch, arrival.tag, self.source)
+        delivery = Delivery(message or decode_message(arrival.body), self.queue, fence, times)
         self.ready.append((delivery, arrival.body))
 
-    def send_on_later(self, tag: int, parcel: Parcel) -> None:
+    def send_on_later(self, arrival: Arrival, queue: str, delay: float) -> None:
         """Note that a delivery of this epoch must be published again."""
-        self._early[tag] = parcel
+        body = arrival.body
+        priority = lane_of(decode_message(body))
+        self._early[arrival.tag] = Parcel(queue, delay, "", body, priority=priority)
 
     def _drop(self, epoch: int) -> None:
         """Forget the deliveries of a lost channel: the server gives them to other receivers."""
@@ -342,7 +358,7 @@ class Lane:
 
     def mine(self, delivery: Delivery) -> bool:
         """Return whether a delivery is held now and no call is settling it."""
-        epoch, tag = delivery.fence
+        epoch, tag, _ = delivery.fence
         return epoch == self._epoch and tag in self.held and tag not in self._settling
 
     @property

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
-from qtasks_core import Delivery, Outcome, TaskMessage
+from qtasks_core import Delivery, Outcome, Raw, TaskMessage
+from qtasks_core.wire import encode_message
 from qtasks_rabbitmq.delays import number_of
+from qtasks_rabbitmq.topology import PRIORITIES, USUAL
 
 LONGEST_MESSAGE_ID = 255
 """In bytes: AMQP's limit of a short string."""
@@ -26,6 +28,7 @@ class Parcel(Struct, frozen=True, gc=False):
     body: bytes
     count: int = 0
     """The number of earlier deliveries that the server cannot know."""
+    priority: int = USUAL
 
 
 class Dispatcher(Protocol):
@@ -49,11 +52,30 @@ def message_id_of(uuid: str) -> str:
     return uuid if len(encoded) <= LONGEST_MESSAGE_ID else sha256(encoded).hexdigest()
 
 
+def parcel_of(message: TaskMessage) -> Parcel:
+    """Return an encoded message as a parcel, with its own queue, delay and priority."""
+    return Parcel(
+        message.queue,
+        message.delay,
+        message_id_of(message.uuid),
+        encode_message(message),
+        priority=lane_of(message),
+    )
+
+
 def copy_of(delivery: Delivery, body: bytes) -> Parcel:
     """Return an unchanged message as a parcel, for another receiver."""
     message = delivery.message
     name = message_id_of(message.uuid) if isinstance(message, TaskMessage) else ""
-    return Parcel(delivery.queue, 0.0, name, body, (delivery.count or 1) - 1)
+    earlier = (delivery.count or 1) - 1
+    return Parcel(delivery.queue, 0.0, name, body, earlier, lane_of(message))
+
+
+def lane_of(message: TaskMessage | Raw) -> int:
+    """Return a message's priority, from 0 to 9. What cannot be decoded has the usual one."""
+    if isinstance(message, Raw):
+        return USUAL
+    return min(max(message.priority, PRIORITIES[-1]), PRIORITIES[0])
 
 
 def count_of(headers: dict[str, Any]) -> int:
