@@ -109,8 +109,10 @@ class RabbitMQBroker(Broker):
                 "a crash of the server while it moves a delayed message delays that by 3 minutes, "
                 "after which the server moves it again "
                 "(dead_letter_worker_publisher_confirm_timeout), or delivers it twice",
-                "the server takes back what is held beyond its consumer_timeout (30 minutes), and "
-                "with it all that this worker holds of the same queue",
+                "before RabbitMQ 4.3, a task that runs for long is handed over to a queue of its "
+                "worker before the server's consumer_timeout takes it back: the user needs the "
+                "right to create that queue, and a timeout below the default of 30 minutes is "
+                "known only once it has struck",
             ),
         )
 
@@ -157,6 +159,10 @@ class RabbitMQBroker(Broker):
             for at, reason in refused.items():
                 outcomes[at] = Outcome("refused", reason)
         return outcomes
+
+    async def send(self, sendings: Sequence[Sending]) -> dict[int, str]:
+        """Publish to exchanges that exist. Return the refused messages, by index, with why."""
+        return await self._started()[1].publish(sendings)
 
     async def _dispatch(self, parcels: Sequence[Parcel], which: Sequence[int]) -> dict[int, str]:
         """Publish the parcels at these positions in one write. Return the refused ones and why."""

@@ -43,6 +43,7 @@ NOT_FOUND = 404
 PRECONDITION_FAILED = 406
 PUBLISH = (60, 40)
 """Class and method of a publish, as the server names them when it closes a channel."""
+CONSUMER_TIMEOUT = re.compile(r"acknowledgement .* timed out. Timeout value used: (\d+) ms")
 MAX_SIZE = re.compile(r"larger than configured max size (\d+)")
 REGISTRATION = 1.5
 """Seconds after which the server has saved a new queue's name: see `Channel.registered`."""
@@ -135,6 +136,8 @@ class Channel:
         """The server's reply code, if the server closed the channel."""
         self.largest: int | None = None
         """The server's limit for a message in bytes, if that limit closed the channel."""
+        self.consumer_timeout: float | None = None
+        """The server's consumer timeout in seconds, if that timeout closed the channel."""
         self.heard = self._loop.time()
         """The loop's time of the last frame from the server on this channel."""
         self._registered_at = 0.0
@@ -251,6 +254,8 @@ class Channel:
         text = close.reply_text or ""
         if (close.class_id, close.method_id) == PUBLISH and (size := MAX_SIZE.search(text)):
             self.largest = int(size[1])
+        if timeout := CONSUMER_TIMEOUT.search(text):
+            self.consumer_timeout = int(timeout[1]) / 1000
         if self.lost is None:
             await self.send(commands.Channel.CloseOk())
         self.fail(f"{self._name} closed the channel: {text}")

@@ -27,6 +27,8 @@ BASIC = 60
 DELIVER = b"\x00\x3c\x00\x3c"
 CONNECTION_CLOSE = b"\x00\x0a\x00\x32"
 CHANNEL_CLOSE = b"\x00\x14\x00\x28"
+BLOCKED = b"\x00\x0a\x00\x3c"
+UNBLOCKED = b"\x00\x0a\x00\x3d"
 OURS = b"\x10\x80"
 """Flags of a message without headers: it has a delivery mode (a byte) and an id."""
 OURS_BY_PRIORITY = b"\x18\x80"
@@ -49,6 +51,8 @@ class FrameReader(asyncio.StreamReader):
         """How many bytes of the frame the driver has read."""
         self.closed: tuple[int, str] | None = None
         """Code and text with which the server closed the connection."""
+        self.blocked = ""
+        """Why the server takes no messages from this connection; empty while it does."""
         self.tls = False
         """Whether the server answered in TLS."""
 
@@ -77,6 +81,10 @@ class FrameReader(asyncio.StreamReader):
             payload = payload[:7] + text + payload[end:]
             if method == CONNECTION_CLOSE:
                 self.closed = int.from_bytes(payload[4:6]), text.decode("ascii")
+        if kind == METHOD and method == BLOCKED:
+            self.blocked = payload[5 : 5 + payload[4]].decode("utf-8", "replace") or "an alarm"
+        elif kind == METHOD and method == UNBLOCKED:
+            self.blocked = ""
         return head + payload
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
@@ -12,6 +12,9 @@ from qtasks_core import Delivery, Outcome, Raw, TaskMessage
 from qtasks_core.wire import encode_message
 from qtasks_rabbitmq.delays import number_of
 from qtasks_rabbitmq.topology import PRIORITIES, USUAL
+
+if TYPE_CHECKING:
+    from qtasks_rabbitmq.channel import Sending
 
 LONGEST_MESSAGE_ID = 255
 """In bytes: AMQP's limit of a short string."""
@@ -41,6 +44,9 @@ class Dispatcher(Protocol):
 
     async def dispatch(self, parcels: Sequence[Parcel]) -> list[Outcome]:
         """Publish encoded messages."""
+
+    async def send(self, sendings: Sequence[Sending]) -> dict[int, str]:
+        """Publish to exchanges that exist. Return the refused messages, by index, with why."""
 
 
 def message_id_of(uuid: str) -> str:

@@ -8,15 +8,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from qtasks_core import LOST, Delivery, Outcome, Settlement, Subscription
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.receivers import Shielded
 from qtasks_core.together import together
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import left_of
+from qtasks_rabbitmq.handed import Handed
 from qtasks_rabbitmq.lane import Lane
 from qtasks_rabbitmq.lanes import Lanes, find_lanes
-from qtasks_rabbitmq.parcel import Dispatcher
+from qtasks_rabbitmq.parcel import Dispatcher, lane_of
 from qtasks_rabbitmq.topology import USUAL, Names, declare, namespace_methods
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ LINGER = 0.5
 STRAYS_AT_ONCE = 100
 LOOK = 10.0
 """Seconds after which a subscription looks for new lanes, in case their announcement was lost."""
+MOST_COPIES = 10_000
+"""How many deliveries, the newest that were handed over, are known by their old fence too."""
 RECOUNT = 0.1
 """Seconds after which messages that were counted but have not come are counted again."""
 
@@ -64,6 +69,12 @@ class RabbitMQSubscription(Subscription):
             names.lost: self._strays,  # the others are bound to what is declared with it
             **{lane.source: lane for lane in usual.values()},
         }
+        self._handed = Handed(names, self._connection, broker, self._on_arrival)
+        self._copies: dict[tuple[int, int, str], Delivery] = {}
+        """The fence of a delivery that was handed over -> its copy."""
+        self._may_hand_over = True
+        """Whether the user has the right to create what it needs."""
+        self._handing: Shielded[None] = Shielded()
         self._fresh: set[str] = set()
         """Queues that were declared on this connection and have no channel yet."""
         self._preparing: Shielded[Exception | None] = Shielded()
@@ -210,6 +221,8 @@ class RabbitMQSubscription(Subscription):
         return any(lane.ready for lane in self._by_source.values())
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        if self._copies:
+            settlements = [replace(s, delivery=self._newest(s.delivery)) for s in settlements]
         of_lane: dict[str, list[int]] = {}
         for at, settlement in enumerate(settlements):
             of_lane.setdefault(settlement.delivery.fence[2], []).append(at)
@@ -228,9 +241,60 @@ class RabbitMQSubscription(Subscription):
         return outcomes
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        lanes = {self._by_source[d.fence[2]] for d in deliveries if self._mine(d)}
+        newest = [self._newest(delivery) for delivery in deliveries]
+        lanes = {self._by_source[d.fence[2]] for d in newest if self._mine(d)}
         await together([lane.probe() for lane in lanes])
-        return [delivery if self._mine(delivery) else None for delivery in deliveries]
+        if self._may_hand_over and (long := [each for each in newest if self._is_long(each)]):
+            await self._handing.run(partial(self._hand_over, long))
+            newest = [self._newest(delivery) for delivery in newest]
+        return [delivery if self._mine(delivery) else None for delivery in newest]
+
+    def _newest(self, delivery: Delivery) -> Delivery:
+        """Return what is held instead of a delivery: the copy of it, if it was handed over."""
+        while (copy := self._copies.get(delivery.fence)) is not None:
+            delivery = copy
+        return delivery
+
+    def _is_long(self, delivery: Delivery) -> bool:
+        """Return whether the server would soon take a delivery back."""
+        return self._mine(delivery) and self._by_source[delivery.fence[2]].is_long(delivery)
+
+    async def _hand_over(self, deliveries: Sequence[Delivery]) -> None:
+        """Hold copies instead of deliveries. If that fails, the deliveries are still held."""
+        handed = self._handed
+        try:
+            if handed.source not in self._by_source:
+                # Not while its channel is opened: without the right to do so, that would cost the
+                # connection, and so all leases.
+                async with self._connection.asking() as channel:
+                    methods = handed.methods(self._connection.version)
+                    await declare(channel, self._names, methods)
+                    await channel.registered()
+                self._by_source[handed.source] = handed
+                self._fresh.add(handed.source)
+            copies = await handed.take_over([(each, self._lane_of(each)) for each in deliveries])
+        except ConfigurationError as error:
+            self._may_hand_over = False
+            logger.warning("the server takes back tasks beyond its consumer_timeout: %s", error)
+            return
+        except Unavailable as error:
+            logger.warning("deliveries of long tasks are not handed over yet: %s", error)
+            return
+        done = [(old, new) for old, new in zip(deliveries, copies, strict=True) if new is not None]
+        while len(self._copies) + len(done) > MOST_COPIES:
+            del self._copies[next(iter(self._copies))]
+        self._copies.update((old.fence, new) for old, new in done)
+        of_lane: dict[str, list[Delivery]] = {}
+        for old, _ in done:
+            of_lane.setdefault(old.fence[2], []).append(old)
+        await together(
+            [self._by_source[source].hand_over(olds) for source, olds in of_lane.items()]
+        )
+
+    def _lane_of(self, delivery: Delivery) -> str:
+        """Return the lane from which a delivery or its first copy came."""
+        lane = self._names.queue(delivery.queue, lane_of(delivery.message))
+        return lane if lane in self._by_source else self._names.queue(delivery.queue)
 
     def _mine(self, delivery: Delivery) -> bool:
         return self._by_source[delivery.fence[2]].mine(delivery)
@@ -249,6 +313,7 @@ class RabbitMQSubscription(Subscription):
         if self._idle is not None:
             self._idle.cancel()
         await self._preparing.finish()
+        await self._handing.finish()
         if self._resting is not None:
             await asyncio.wait({self._resting})
         for lane in self._by_source.values():

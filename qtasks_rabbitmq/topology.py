@@ -33,6 +33,8 @@ UNLIMITED = (4, 0)
 """From this release on, the server drops a message after 20 deliveries by default."""
 STRICT = (4, 3)
 """From this release on, quorum queues deliver by the `priority` of messages, in 32 levels."""
+OWN_TIMEOUTS = (4, 3)
+"""From this release on, a consumer may set its own timeout for acknowledgements."""
 PRIORITIES = range(9, -1, -1)
 """From the one that is delivered first."""
 USUAL = TaskMessage(uuid="-", task_name="-").priority
@@ -55,6 +57,8 @@ class Names:
         """Headers exchange: the entry of the ladder."""
         self.lanes = f"{self._prefix}:lanes"
         """Exchange without a use but to exist: some queue has more lanes than the usual one."""
+        self.handed = f"{self._prefix}:handed"
+        """Headers exchange: it leads to the queues of long tasks."""
         self.commands = f"{self._prefix}:commands"
         """The stream of commands to all workers."""
         self.log = f"{self._prefix}:log"
@@ -79,6 +83,10 @@ class Names:
     def all_lanes(self, queue: str) -> list[str]:
         """Return the server's names of all lanes that a queue may have, the first one first."""
         return [self.queue(queue, priority) for priority in PRIORITIES]
+
+    def handed_to(self, holder: str) -> str:
+        """Return the name of the queue in which a subscription holds its long tasks."""
+        return f"{self._prefix}:handed:{holder}"
 
     def level(self, level: int) -> str:
         """Return the name of a level of the ladder, which its queue and its exchange share."""
