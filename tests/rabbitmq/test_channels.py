@@ -147,7 +147,7 @@ async def test_an_error_at_any_write_strands_nothing(
         await drain(subscription, expected)
         failed, failing.left = failing.failed, -1
         # What came twice may wait to be received; nothing is held that nobody knows of.
-        lane = subscription._lanes["q"]
+        lane = subscription._by_source[Names(namespace).queue("q")]
         waiting = {delivery.fence[1] for delivery, _ in lane.ready}
         assert set(lane.held) <= waiting | set(lane._early)
         await subscription.close()
