@@ -20,6 +20,7 @@ from qtasks.blocking import QueueTasks, SyncResult
 from qtasks.declare.handle import BlockingTask, Task
 from qtasks.declare.routers import AsyncRouter, SyncRouter
 from qtasks.declare.tasks import AsyncTask, SyncTask
+from qtasks.execution.requires import Requires
 from qtasks.signals import Reject, Retry
 from qtasks_core.errors import (
     AmbiguousApp,
@@ -56,6 +57,7 @@ __all__ = [
     "QueueTasks",
     "Refused",
     "Reject",
+    "Requires",
     "Retry",
     "SerializationError",
     "ServerTooOld",

@@ -24,6 +24,7 @@ from qtasks.client.parts import given_parts
 from qtasks.client.unsupported import USUAL, Unsupported
 from qtasks.codec.serializers import MsgpackSerializer
 from qtasks.execution.definition import TaskDefinition, checked_plugins
+from qtasks.execution.requires import NOTHING, Requires, Unmet, checked_requires, unmet
 from qtasks.worker.hosted import RunningWorker, WorkerOptions, working
 from qtasks.worker.process import serve
 from qtasks.worker.replacement import replace_failed
@@ -59,6 +60,7 @@ class App(Lifecycle):
     SQLite file.
     `max_payload`: most bytes of the encoded arguments of a call, and of a result.
     `plugins` run around each task that the app's workers run; the first is the outermost.
+    `requires`: what the broker and the storage must guarantee, or the app does not start.
 
     Raises `ConfigurationError`.
     """
@@ -71,6 +73,7 @@ class App(Lifecycle):
         *,
         max_payload: int = MAX_PAYLOAD,
         plugins: Iterable[Plugin] = (),
+        requires: Requires = NOTHING,
     ) -> None:
         of = "an app" if name else "an app (QTASKS_NAME)"
         name = checked_name(name or os.environ.get("QTASKS_NAME") or "qtasks", of)
@@ -80,6 +83,7 @@ class App(Lifecycle):
         """Logs, once each, the options that this broker or storage does not support."""
         self.definitions: dict[str, TaskDefinition] = {}
         self.plugins = checked_plugins(plugins)
+        self.requires = checked_requires(requires)
 
     def add_plugin(self, plugin: Plugin) -> None:
         """Add a plugin. It runs inside the plugins that were added before.
@@ -89,12 +93,36 @@ class App(Lifecycle):
         self.plugins = (*self.plugins, *checked_plugins([plugin]))
 
     def register(self, definition: TaskDefinition) -> None:
-        """Add a task. Raises `ConfigurationError` if another function has the same task name."""
+        """Add a task.
+
+        Raises `ConfigurationError` if another function has the same task name, and if the app is
+        started with a broker or storage that does not guarantee what the task requires.
+        """
         known = self.definitions.setdefault(definition.name, definition)
         if known is not definition and known.function is not definition.function:
             raise ConfigurationError(
                 f"two functions claim the task name {definition.name!r}: "
                 f"{known.function!r} and {definition.function!r}"
+            )
+        if self.started:
+            self._refuse_unmet([definition])
+
+    def _check(self) -> None:
+        self._refuse_unmet(self.definitions.values())
+
+    def _refuse_unmet(self, definitions: Iterable[TaskDefinition]) -> None:
+        """Raise `ConfigurationError` if broker and storage do not guarantee what is required."""
+        told: dict[Unmet, list[str]] = {}
+        asking = [("the app", self.requires), *((d.name, d.options.requires) for d in definitions)]
+        for name, requires in asking:
+            if requires != NOTHING:
+                joint = self.broker.join(self.storage) is not None
+                for each in unmet(requires, *self.guarantees(), joint):
+                    told.setdefault(each, []).append(name)
+        if told:
+            raise ConfigurationError(
+                f"the app {self.name!r} does not run on these servers: "
+                + "; ".join(f"{', '.join(names)} requires {each}" for each, names in told.items())
             )
 
     async def _open(self, life: Life, deadline: float) -> None:

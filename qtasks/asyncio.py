@@ -11,6 +11,7 @@ from qtasks.client.lifecycle import START_TIMEOUT
 from qtasks.declare.handle import Task
 from qtasks.declare.routers import AsyncRouter, Router
 from qtasks.declare.tasks import AsyncCall
+from qtasks.execution.requires import NOTHING, Requires
 from qtasks_core import Broker, Plugin, Storage
 from qtasks_core.records import record_of
 
@@ -37,6 +38,7 @@ class QueueTasks(App):
     `QTASKS_STORAGE_URL`. If they are not set either, it uses an embedded SQLite file.
     `max_payload`: most bytes of the encoded arguments of a call, and of a result.
     `plugins` run around each task that the app's workers run; the first is the outermost.
+    `requires`: what the broker and the storage must guarantee, or the app does not start.
 
     Raises `ConfigurationError`.
     """
@@ -49,8 +51,11 @@ class QueueTasks(App):
         *,
         max_payload: int = MAX_PAYLOAD,
         plugins: Iterable[Plugin] = (),
+        requires: Requires = NOTHING,
     ) -> None:
-        super().__init__(name, broker, storage, max_payload=max_payload, plugins=plugins)
+        super().__init__(
+            name, broker, storage, max_payload=max_payload, plugins=plugins, requires=requires
+        )
         own = AsyncRouter()
         own.included_by(self)
         self.task = own.task

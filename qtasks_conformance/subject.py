@@ -6,13 +6,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from qtasks_core import Broker, Storage
+from qtasks_core.schemas import Order, Survives
 
 Begin = Callable[[], AbstractAsyncContextManager[object]]
-Survives = Literal["nothing", "client crash", "server crash", "machine crash"]
-Order = Literal["none", "queue", "partition"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ only ever added, and with a default. An older release ignores fields that it doe
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, get_args
 
 from msgspec import Meta, Struct, field
 
@@ -176,6 +176,14 @@ class QueueDepth(Struct, frozen=True):
     """Seconds since the oldest ready message became ready. None also if no message is ready."""
 
 
+Survives = Literal["nothing", "client crash", "server crash", "machine crash"]
+Order = Literal["none", "partition", "queue"]
+EVENTS = get_args(Survives)
+"""What a part may survive, from the least to the worst event."""
+ORDERS = get_args(Order)
+"""How far a broker may keep the order of messages, from the least to the most."""
+
+
 class Guarantees(Struct, frozen=True, kw_only=True):
     """What one broker or storage promises, as it and its server are configured.
 
@@ -187,10 +195,14 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     """The class, for example `RedisBroker`."""
     server: str = ""
     """Product and version, as far as they are known after `start`."""
-    survives: Literal["nothing", "client crash", "server crash", "machine crash"]
+    survives: Survives
     """The worst event after which nothing that was acknowledged is missing."""
     durability: str
     """The setting behind `survives`, in the words of the server."""
+    at_best: Survives | None = None
+    """The worst event that it survives with `best_settings`. None: what `survives` says."""
+    best_settings: str = ""
+    """The settings for `at_best`, in the words of the server."""
     lease: float | None = None
     """Only for brokers."""
     retention: float | None = None
@@ -204,7 +216,7 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     the old one is gone. Then each try that is cut off may leave one more message."""
     leases_survive: bool = False
     """Brokers: a lease outlives a crash of the server, so a held delivery stays held."""
-    order: Literal["none", "queue", "partition"] = "none"
+    order: Order = "none"
     """Brokers: the order of messages that one publisher sends one after the other, with one
     priority and no delay. They arrive for the first time in that order, in the whole queue or in
     each partition of it."""

@@ -24,7 +24,7 @@ from qtasks_core.wire import encode_message
 from qtasks_postgres import floors
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of
 from qtasks_postgres.composition import PostgresComposition
-from qtasks_postgres.connection import Database, Listener
+from qtasks_postgres.connection import BEST_SETTINGS, Database, Listener
 from qtasks_postgres.control import (
     COMMANDS,
     DEPTH,
@@ -92,6 +92,8 @@ class PostgresBroker(Broker, ReviewedMigration):
             server=durability.server,
             survives=durability.survives,
             durability=durability.settings,
+            at_best="machine crash",
+            best_settings=BEST_SETTINGS,
             largest=LARGEST,
             lease=self._lease,
             leases_survive=True,

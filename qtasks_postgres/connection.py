@@ -596,6 +596,10 @@ def storable(text: str) -> str:
     return text.replace("\0", "\ufffd")
 
 
+BEST_SETTINGS = "fsync=on, synchronous_commit=on, full_page_writes=on"
+"""With these, a commit survives a crash of the machine. They are the server's defaults."""
+
+
 async def read_durability(connection: Connection) -> Durability:
     """Return what a commit survives, and the settings that decide it."""
     names = ("fsync", "synchronous_commit", "full_page_writes")

@@ -44,7 +44,7 @@ from qtasks_core.together import together
 from qtasks_core.wire import decode_task, encode_task
 from qtasks_postgres import shared
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, fitting, size_of, slices
-from qtasks_postgres.connection import Database, Listener, storable
+from qtasks_postgres.connection import BEST_SETTINGS, Database, Listener, storable
 from qtasks_postgres.doorbell import RING, Doorbell
 from qtasks_postgres.doorbell import columns_of as in_columns
 from qtasks_postgres.inbox import ADDRESS, PostgresInbox
@@ -194,6 +194,8 @@ class PostgresStorage(Storage, ReviewedMigration):
             server=durability.server,
             survives=durability.survives,
             durability=durability.settings,
+            at_best="machine crash",
+            best_settings=BEST_SETTINGS,
             retention=self._retention,
             largest=LARGEST,
             transactions=True,

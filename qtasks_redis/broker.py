@@ -23,6 +23,7 @@ from qtasks_core.wire import encode_message
 from qtasks_redis import control
 from qtasks_redis.composition import RedisComposition
 from qtasks_redis.connection import (
+    BEST_SETTINGS,
     MOST_BYTES,
     MOST_ITEMS,
     UNKNOWN,
@@ -75,6 +76,8 @@ class RedisBroker(Broker):
             server=self._server.name,
             survives=self._server.survives,
             durability=self._server.durability,
+            at_best="machine crash",
+            best_settings=BEST_SETTINGS,
             lease=self._lease,
             largest=self._server.largest,
             leases_survive=self._server.survives in ("server crash", "machine crash"),

@@ -408,6 +408,10 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
         return server
 
 
+BEST_SETTINGS = "appendonly yes, appendfsync always, no-appendfsync-on-rewrite no"
+"""With these, a write survives a crash of the machine."""
+
+
 async def _durability(
     call: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
 ) -> Server:

@@ -20,6 +20,7 @@ from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_task
 from qtasks_redis import listing, shared
 from qtasks_redis.connection import (
+    BEST_SETTINGS,
     MOST_BYTES,
     MOST_ITEMS,
     UNKNOWN,
@@ -74,6 +75,8 @@ class RedisStorage(Storage):
             server=self._server.name,
             survives=self._server.survives,
             durability=self._server.durability,
+            at_best="machine crash",
+            best_settings=BEST_SETTINGS,
             retention=self.retention,
             largest=self._server.largest,
             notes=(retention_note(self.retention), *self._server.notes),

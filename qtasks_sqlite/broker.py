@@ -64,6 +64,8 @@ class SqliteBroker(Broker):
             part="SqliteBroker",
             survives=survives,
             durability=words,
+            at_best="machine crash",
+            best_settings="?synchronous=full",
             lease=self.lease,
             leases_survive=True,
             order="queue",

@@ -100,6 +100,8 @@ class SqliteStorage(Storage):
             part="SqliteStorage",
             survives=survives,
             durability=words,
+            at_best="machine crash",
+            best_settings="?synchronous=full",
             retention=self._retention,
             notes=(retention_note(self._retention),),
         )

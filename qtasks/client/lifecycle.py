@@ -66,6 +66,11 @@ class Lifecycle:
         """Whether a router's tasks may go to this app: True until it is stopped."""
         return self.starts_itself or not self._was_stopped
 
+    @property
+    def started(self) -> bool:
+        """Whether the app is started in this process."""
+        return self._started_in == os.getpid()
+
     def guarantees(self) -> tuple[Guarantees, Guarantees]:
         """The guarantees of the broker and the storage. Complete once the app is started."""
         return self.broker.guarantees, self.storage.guarantees
@@ -157,6 +162,11 @@ class Lifecycle:
         self._started_in = os.getpid()
         try:
             await client.start(deadline)
+            try:
+                self._check()
+            except ConfigurationError:
+                await client.stop()
+                raise
         except Exception as error:
             life.failed = error
             self._was_stopped = True
@@ -164,6 +174,12 @@ class Lifecycle:
         life.client, life.failed = client, None
         self._was_stopped = False
         io_thread().held.add(client)
+
+    def _check(self) -> None:
+        """Refuse to start with a broker and a storage that do not fit, both started by now.
+
+        Raises `ConfigurationError`.
+        """
 
     def _rebuild(self) -> None:
         """Replace the broker and the storage that a parent process has started.

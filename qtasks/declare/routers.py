@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 from qtasks.app import App
 from qtasks.declare.tasks import AsyncTask, Inclusions, P, SyncTask
 from qtasks.execution.definition import TaskDefinition, TaskOptions, checked_plugins
+from qtasks.execution.requires import Requires
 from qtasks_core import Executor, Plugin
 from qtasks_core.errors import ConfigurationError
 
@@ -37,6 +38,7 @@ class Options(TypedDict, total=False):
     max_time: float | None
     executor: Executor | None
     plugins: Sequence[Plugin]
+    requires: Requires
 
 
 class AsyncDecorator(Protocol):

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from qtasks.codec.serializers import MsgpackSerializer
+from qtasks.execution.requires import NOTHING, Requires, checked_requires
 from qtasks.execution.signatures import (
     collecting,
     default_name,
@@ -63,6 +64,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where it runs: None is the worker's loop for coroutine functions, a thread for others."""
     plugins: Sequence[Plugin] = ()
     """They run within those of the router and the app, the first outermost."""
+    requires: Requires = NOTHING
+    """What the broker and the storage must guarantee, or the app does not start."""
     generate_handler: Callable[[Any], Any] | None = None
     """Called with each value that a generator yields. The result is the list of its answers."""
 
@@ -84,6 +87,7 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"{self.executor!r} is not an Executor object")
         if self.generate_handler is not None and not callable(self.generate_handler):
             raise ConfigurationError(f"generate_handler={self.generate_handler!r} is no function")
+        checked_requires(self.requires)
         checked_plugins(self.plugins)
         if self.retry is not None and any(isinstance(p, Retries) for p in self.plugins):
             raise ConfigurationError("give retry= or a Retries plugin, not both")

@@ -14,6 +14,7 @@ from qtasks_conformance.commands import encode
 from qtasks_conformance.subject import Least, Part
 from qtasks_core import Guarantees
 from qtasks_core.errors import Closed, NotSupported
+from qtasks_core.schemas import EVENTS, ORDERS
 
 Call = Callable[[], Awaitable[object]]
 
@@ -34,10 +35,6 @@ try:
 except ConfigurationError as error:
     print(error)
 """
-
-EVENTS = ("nothing", "client crash", "server crash", "machine crash")
-ORDERS = ("none", "partition", "queue")
-
 
 NEEDED = (
     "guarantees", "start", "stop", "publish", "subscribe", "save", "get", "inbox"

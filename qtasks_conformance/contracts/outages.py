@@ -10,7 +10,6 @@ import pytest
 
 from qtasks_conformance.commands import message_of
 from qtasks_conformance.contracts.base import Contract
-from qtasks_conformance.contracts.declaring import EVENTS
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
 from qtasks_conformance.contracts.inboxes import hear_despite_outages
 from qtasks_conformance.patience import server_away
@@ -19,6 +18,7 @@ from qtasks_conformance.subject import Server
 from qtasks_conformance.waiting import PATIENCE, collect, retry_call
 from qtasks_core import Ack, Guarantees
 from qtasks_core.errors import Unavailable
+from qtasks_core.schemas import EVENTS
 
 GIVES_UP_WITHIN = min(12.0, PATIENCE)
 """Seconds within which a call must raise `Unavailable` if the server is away, on a busy machine."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 HOUSE = Path(qtasks.__file__).parent.parent
 WITHIN = str(HOUSE / "qtasks")
-TIMES = 5
+TIMES = 30
 
 reached: set[str] = set()
 

@@ -16,6 +16,7 @@ import asyncio
 import inspect
 import re
 import socket
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -228,6 +229,21 @@ def test_serving(tmp_path: Path) -> None:
         assert supervisor.terminate() == 0
 
 
+def test_what_a_task_requires(tmp_path: Path) -> None:
+    (block,) = [b for b in BLOCKS if b.file == "bank.py"]
+    program = tmp_path / block.file
+    program.write_text(block.code)
+    ran = subprocess.run(
+        [sys.executable, program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    page = " ".join(block.page.read_text().split())
+    first, _, rest = ran.stdout.partition(" (")
+    _, _, last = rest.partition("; set ")
+    assert first in page
+    assert last.partition(", RabbitMQ")[0] in page
+    assert last.startswith("?synchronous=full; each broker that can: KafkaBroker, PostgresBroker")
+
+
 def test_functions_in_processes(tmp_path: Path) -> None:
     (block,) = [b for b in BLOCKS if b.file == "primes.py"]
     program = tmp_path / block.file
@@ -267,7 +283,7 @@ RUN_AS_PAGES = (
 
 def test_every_block_is_run_by_a_test() -> None:
     """A new block needs a test here or of its page, or to be a file of the example."""
-    run_here = {"sums.py", "divisions.py", "serve.py", "primes.py"}
+    run_here = {"sums.py", "divisions.py", "serve.py", "primes.py", "bank.py"}
     left = [
         name_of(block)
         for block in BLOCKS

@@ -55,6 +55,7 @@ def storage_row(told: Guarantees) -> dict[str, str]:
         "part": f"`{told.part}`",
         "survives": told.survives,
         "because": told.durability,
+        "at best": f"{told.at_best}: {told.best_settings}" if told.at_best else "the same",
         "takes at most": size(told.largest),
     }
 
