@@ -11,6 +11,8 @@ from uuid import uuid4
 import pytest
 from redis.asyncio import Redis
 
+from qtasks.testing.native import free_port
+from qtasks.testing.recipes import PASSWORD
 from qtasks_core import DONE, Task, TaskMessage
 from qtasks_core.errors import ConfigurationError
 from qtasks_redis import RedisBackend
@@ -19,7 +21,6 @@ from tests.redis.test_rights import RIGHTS
 from tests.redis.test_roles import until
 from tests.redis.test_tls import NativeSecuredRedis
 from tests.services import RedisServer
-from tests.services.native import PASSWORD, free_port
 from tests.services.secured_kafka import Certificates
 from tests.services.service import Way
 
@@ -114,7 +115,7 @@ async def allow(port: int, password: str, *rights: str) -> None:
     """Give the user these rights on a server."""
     admin: Redis = Redis(port=port, password=password)
     await admin.execute_command(  # type: ignore[no-untyped-call]
-        "ACL", "SETUSER", USER, "reset", "on", f">{WORD}", *rights
+        "ACL", "SETUSER", USER, "reset", "resetchannels", "on", f">{WORD}", *rights
     )
     await admin.aclose()
 
