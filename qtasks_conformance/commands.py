@@ -211,9 +211,9 @@ class CommandRunner:
         self._halfway: asyncio.Task[list[Outcome]] | None = None
 
     async def start(self) -> None:
-        """Start the broker and the storage."""
-        await self._broker.start(self._namespace)
-        await self._storage.start(self._namespace)
+        """Start the broker and the storage. On a busy machine, the server may be slow at first."""
+        await retry_call(partial(self._broker.start, self._namespace))
+        await retry_call(partial(self._storage.start, self._namespace))
         self._composition = compose(self._broker, self._storage)
 
     async def stop(self) -> None:

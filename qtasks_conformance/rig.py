@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 from uuid_utils import uuid7
@@ -12,6 +13,7 @@ from uuid_utils import uuid7
 from qtasks_conformance.commands import Setup
 from qtasks_conformance.elsewhere import Elsewhere, InProcess, Process
 from qtasks_conformance.subject import Subject
+from qtasks_conformance.waiting import retry_call
 from qtasks_core import Broker, Inbox, Status, Storage, Task, TaskMessage
 from qtasks_core.schemas import LONGEST_ID
 
@@ -40,7 +42,7 @@ class Rig:
     async def broker(self, *, namespace: str | None = None, lease: float | None = None) -> Broker:
         """Start one more broker, by default with the lease of the subject (in seconds)."""
         part = self.subject.broker if lease is None else self.subject.broker.but(lease=lease)
-        return await self.started(part.broker(), namespace)
+        return await self._started_at_last(part.broker(), namespace)
 
     async def storage(
         self, *, namespace: str | None = None, retention: float | None = None
@@ -48,12 +50,18 @@ class Rig:
         """Start one more storage, by default with the retention of the subject (in seconds)."""
         part = self.subject.storage
         storage = (part if retention is None else part.but(retention=retention)).storage()
-        return await self.started(storage, namespace)
+        return await self._started_at_last(storage, namespace)
 
     async def started(self, part: P, namespace: str | None = None) -> P:
-        """Start a broker or a storage that is already built."""
+        """Start a broker or a storage that is already built, at the first try."""
         self._end.push_async_callback(part.stop)
         await part.start(self._used(namespace))
+        return part
+
+    async def _started_at_last(self, part: P, namespace: str | None) -> P:
+        """Start a part that is not what is tested: on a busy machine, the server may be slow."""
+        self._end.push_async_callback(part.stop)
+        await retry_call(partial(part.start, self._used(namespace)))
         return part
 
     async def inbox(self, storage: Storage) -> Inbox:

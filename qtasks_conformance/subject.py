@@ -103,7 +103,7 @@ class Least:
     leases_survive: bool = False
     order: Order = "none"
     lacks: tuple[str, ...] = ()
-    """The optional methods that are not built. `guarantees.unsupported` must list exactly these.
+    """The methods that raise `NotSupported`. `guarantees.unsupported` must list exactly these.
 
     Their tests are skipped. When you build a method, remove it here and from the guarantees."""
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 from uuid_utils import uuid7
 
 from qtasks_core import Command, QueueDepth
-from qtasks_core.errors import Closed, ConfigurationError, QTasksError, Unavailable, WireError
+from qtasks_core.errors import Closed, ConfigurationError, Unavailable, WireError
 from qtasks_core.wire import decode_command, encode_command
 from qtasks_kafka.connection import Connection, close_consumer, topic_name
 from qtasks_kafka.looking import Looker, in_flight, looking, places_of
@@ -177,7 +177,7 @@ async def _answers(heard: asyncio.Queue[Heard], request: Purge) -> dict[int, int
         async with asyncio.timeout(ASK_AGAIN):
             while dropped.keys() < request.ends.keys():
                 word = await heard.get()
-                if isinstance(word, QTasksError):
+                if isinstance(word, Exception):
                     raise word
                 if isinstance(word, Purged) and word.id == request.id:
                     dropped = {**word.dropped, **dropped}
@@ -233,7 +233,7 @@ async def migrated(connection: Connection, namespace: str) -> list[str]:
     return [f"topic {topic} created" for topic in created]
 
 
-Heard: TypeAlias = Command | Word | QTasksError
+Heard: TypeAlias = Command | Word | Exception
 
 
 class Listeners:
@@ -266,7 +266,7 @@ class Listeners:
         async with self.hearing() as heard:
             while not self._stopped:
                 word = await heard.get()
-                if isinstance(word, QTasksError):
+                if isinstance(word, Exception):
                     raise word
                 if isinstance(word, Command):
                     yield word
@@ -291,7 +291,7 @@ class Listeners:
                 await self._open()
                 await self.say(mark)
                 while (word := await heard.get()) != mark:
-                    if isinstance(word, QTasksError):
+                    if isinstance(word, Exception):
                         raise word
 
     async def _open(self) -> None:
@@ -320,14 +320,17 @@ class Listeners:
         return consumer
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
-        """Pass on all that comes. On an error, tell it to everybody and stop."""
+        """Pass on all that comes. However reading ends, everybody who waits is told."""
         try:
             with self._connection.reaching():
                 while True:
                     for records in (await consumer.getmany(timeout_ms=60_000)).values():
                         for record in records:
                             self._pass_on(bool(record.headers), record.value or b"")
-        except QTasksError as error:
+        except asyncio.CancelledError:
+            self._tell(Unavailable("commands cannot be heard: reading them was cancelled"))
+            raise
+        except Exception as error:  # noqa: BLE001 (everybody who waits raises it)
             self._tell(error)
         finally:
             await close_consumer(consumer)
@@ -363,6 +366,7 @@ class Obeying:
         self._listeners = listeners
         self._drop = drop
         self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(_obeys_no_more)
 
     async def stop(self) -> None:
         """Stop to obey."""
@@ -388,7 +392,12 @@ class Obeying:
             await asyncio.sleep(ASK_AGAIN)
 
     async def _obey(self, word: Heard) -> None:
-        if isinstance(word, QTasksError):
+        if isinstance(word, Exception):
             raise word
         if isinstance(word, Purge) and (dropped := await self._drop(word.topic, word.ends)):
             await self._listeners.say(Purged(word.id, dropped))
+
+
+def _obeys_no_more(task: Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("this worker cannot be asked to purge a queue any more", exc_info=error)

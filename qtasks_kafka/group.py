@@ -61,7 +61,8 @@ class Membership:
         self.epoch = 0
         """Rises when records that are fetched but not delivered become invalid."""
         self._idle: Future[None] | None = None
-        self._wanting = True
+        self._wanting = self._told_wanting = True
+        """What this member wants, and what it has told the group when it joined last."""
         self._closed = False
         self._polling_since = 0.0
         self.partitions: dict[TopicPartition, Partition] = {}
@@ -152,6 +153,7 @@ class Membership:
 
     def _holdings(self) -> Holdings:
         """Return this member's partitions, for the member that assigns."""
+        self._told_wanting = self._wanting
         busy = [tuple(tp) for tp, p in self.partitions.items() if p.in_flight]
         idle = [tuple(tp) for tp, p in self.partitions.items() if not p.in_flight]
         return Holdings(busy, idle, self._wanting)
@@ -182,6 +184,9 @@ class Membership:
         for tp in self.partitions.keys() - self._to_take:
             self.partitions.pop(tp).lost = True
         self.epoch += 1
+        if self._told_wanting != self._wanting:
+            # A request to join again that comes during a join is forgotten by the driver.
+            self._coordinator.request_rejoin()
         self._assigned.set()
         changed, self.changed = self.changed, asyncio.get_running_loop().create_future()
         if not changed.done():

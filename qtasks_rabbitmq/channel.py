@@ -43,6 +43,7 @@ NOT_FOUND = 404
 PRECONDITION_FAILED = 406
 PUBLISH = (60, 40)
 """Class and method of a publish, as the server names them when it closes a channel."""
+CONSUMER_TIMEOUT = re.compile(r"acknowledgement .* timed out. Timeout value used: (\d+) ms")
 MAX_SIZE = re.compile(r"larger than configured max size (\d+)")
 REGISTRATION = 1.5
 """Seconds after which the server has saved a new queue's name: see `Channel.registered`."""
@@ -73,6 +74,8 @@ class Sending(Struct, frozen=True, gc=False):
     message_id: str = ""
     """Identifies the message if the server returns it."""
     headers: dict[str, Any] | None = None
+    priority: int | None = None
+    """For a server that delivers by priority."""
 
 
 class Batch:
@@ -133,6 +136,8 @@ class Channel:
         """The server's reply code, if the server closed the channel."""
         self.largest: int | None = None
         """The server's limit for a message in bytes, if that limit closed the channel."""
+        self.consumer_timeout: float | None = None
+        """The server's consumer timeout in seconds, if that timeout closed the channel."""
         self.heard = self._loop.time()
         """The loop's time of the last frame from the server on this channel."""
         self._registered_at = 0.0
@@ -201,6 +206,7 @@ class Channel:
         finally:
             if other.lost is None:
                 await other.send(commands.Channel.Close(200, "done", 0, 0))
+                other.fail(f"{self._name}: the channel was closed")
 
     async def put(self, item: tuple[int, Any]) -> None:
         """Take a frame from the connection's reader."""
@@ -231,6 +237,7 @@ class Channel:
         if self.lost is not None:
             return
         self.lost = reason
+        self._connection.closing.remove_done_callback(self._on_connection_closed)
         waiting: list[asyncio.Future[Any]] = [*self._replies]
         waiting.extend(batch.confirmed for batch in self._batches)
         for future in waiting:
@@ -247,6 +254,8 @@ class Channel:
         text = close.reply_text or ""
         if (close.class_id, close.method_id) == PUBLISH and (size := MAX_SIZE.search(text)):
             self.largest = int(size[1])
+        if timeout := CONSUMER_TIMEOUT.search(text):
+            self.consumer_timeout = int(timeout[1]) / 1000
         if self.lost is None:
             await self.send(commands.Channel.CloseOk())
         self.fail(f"{self._name} closed the channel: {text}")
@@ -290,9 +299,12 @@ class Channel:
         """Return the frame of a message's properties."""
         if sending.message_id and not sending.headers:
             # Skip the driver, which builds and checks several objects for this.
-            return properties_frame(self._number, len(sending.body), sending.message_id)
+            return properties_frame(
+                self._number, len(sending.body), sending.message_id, sending.priority
+            )
         properties = commands.Basic.Properties(
             delivery_mode=PERSISTENT,
+            priority=sending.priority,
             message_id=sending.message_id or None,
             headers=sending.headers,
         )

@@ -7,7 +7,7 @@ import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qtasks_core.drivers import importing_driver
 from qtasks_core.errors import ConfigurationError, ServerTooOld, Unavailable, chain_of
@@ -27,6 +27,8 @@ OLDEST = (3, 10)
 MOST_AT_ONCE = 1000
 MOST_BYTES_AT_ONCE = 4 * 2**20
 """The most messages and bytes that are written before the server's confirms are awaited."""
+CONSUMER_TIMEOUT = 1800.0
+"""A server's consumer timeout in seconds, unless somebody has configured another one."""
 NOT_ALLOWED = 530
 HARD_LIMIT = 512 * 2**20
 """The highest possible `max_message_size` of a server, in bytes."""
@@ -47,6 +49,7 @@ TLS_REFUSALS = frozenset(
 )
 """Reasons for which a handshake fails every time, until the configuration of one side changes."""
 
+Opened: TypeAlias = "tuple[AbstractConnection, FrameReader | None]"
 Setup = Callable[["Channel", str, tuple[int, ...]], Awaitable[None]]
 """Prepares a new channel. Its arguments are the channel, the purpose and the server's version."""
 
@@ -68,6 +71,7 @@ class Connection:
         self._heartbeat = heartbeat
         self._setup = setup
         self._connection: AbstractConnection | None = None
+        self._reader: FrameReader | None = None
         self._channels: dict[str, Channel] = {}
         self._opening = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -75,6 +79,8 @@ class Connection:
         """The server's release, known after the first connect."""
         self.server = ""
         """Product and version, known after the first connect."""
+        self.consumer_timeout = CONSUMER_TIMEOUT
+        """Seconds after which the server takes a delivery back. It says so when it first does."""
         self.largest: int | None = None
         """The server's limit for a message in bytes, known once it has refused a larger one."""
 
@@ -89,6 +95,8 @@ class Connection:
         The channel without a purpose is the first of a connection, and is set up before all others.
         Raises `Unavailable`, `ConfigurationError`, `MissingDriver`, `ServerTooOld`.
         """
+        if reason := self._blocked:
+            raise Unavailable(f"{redact(self._url)} takes no messages now: {reason}")
         if (channel := self._living(purpose)) is not None:
             return channel
         async with self._opening:
@@ -105,7 +113,8 @@ class Connection:
             async with asyncio.timeout(PATIENCE):
                 yield
         except TimeoutError:
-            raise Unavailable(f"{redact(self._url)} does not answer") from None
+            why = f"takes no messages now: {self._blocked}" if self._blocked else "does not answer"
+            raise Unavailable(f"{redact(self._url)} {why}") from None
 
     @asynccontextmanager
     async def asking(self) -> AsyncIterator[Channel]:
@@ -151,8 +160,12 @@ class Connection:
             return refused | {fitting[index]: reason for index, reason in answers.items()}
 
     def discard(self, reason: str, only: Channel | None = None) -> None:
-        """Drop the connection (if `only` belongs to it). `channel` opens a new one."""
-        if only is not None and only not in self._channels.values():
+        """Drop the connection. `channel` opens a new one.
+
+        With `only`: if this channel belongs to it, and unless the server blocks the connection. A
+        blocked one would block again, and it works on by itself when the alarm of the server ends.
+        """
+        if only is not None and (only not in self._channels.values() or self._blocked):
             return
         connection, self._connection = self._connection, None
         channels, self._channels = self._channels, {}
@@ -169,6 +182,11 @@ class Connection:
         if self._retiring:
             await asyncio.wait(self._retiring)
 
+    @property
+    def _blocked(self) -> str:
+        """Why the server does not read this connection: an alarm of its memory or disk."""
+        return self._reader.blocked if self._reader is not None and self.open else ""
+
     def _living(self, purpose: str) -> Channel | None:
         channel = self._channels.get(purpose)
         return channel if channel is not None and channel.lost is None else None
@@ -177,7 +195,8 @@ class Connection:
         connection = self._connection
         if connection is None or not connection.is_opened:
             self.discard("reconnecting")
-            self._connection = connection = await self._connect()
+            connection, self._reader = await self._connect()
+            self._connection = connection
             self.largest = None
         # Import it after `connect`: it needs the driver, and `connect` reports a missing driver
         # clearly.
@@ -195,7 +214,7 @@ class Connection:
             raise
         return channel
 
-    async def _connect(self) -> AbstractConnection:
+    async def _connect(self) -> Opened:
         """Connect to the first server that answers. Try the last good server first."""
         error = Unavailable(f"{redact(self._url)} names no server")
         for server in list(self._servers):
@@ -221,8 +240,10 @@ class Connection:
         return version
 
 
-async def connect(server: Server, purpose: str, heartbeat: int) -> AbstractConnection:
-    """Open a connection of the driver, or raise the matching error of the contracts.
+async def connect(server: Server, purpose: str, heartbeat: int) -> Opened:
+    """Open a connection of the driver. Return it with its reader.
+
+    Or raise the matching error of the contracts.
 
     Only this function tells a wrong configuration from an outage. Every error that is not known to
     be final becomes `Unavailable`.
@@ -236,7 +257,7 @@ async def connect(server: Server, purpose: str, heartbeat: int) -> AbstractConne
     transport = Transport(await server.context())
     try:
         named = URL(server.url).update_query(heartbeat=str(heartbeat), name=f"qtasks {purpose}")
-        return await aiormq.connect(named, transport_factory=transport)
+        return await aiormq.connect(named, transport_factory=transport), transport.reader
     except aiormq.exceptions.ProbableAuthenticationError as error:
         raise ConfigurationError(
             f"{shown} refuses the user or password: set them as in amqp://USER:PASSWORD@HOST "

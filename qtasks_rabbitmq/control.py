@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +14,8 @@ from qtasks_core.errors import Closed, Unavailable, WireError
 from qtasks_core.wire import decode_command, encode_command
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import LEVELS
-from qtasks_rabbitmq.topology import NOT_FOUND, Names, command_methods, declare
+from qtasks_rabbitmq.lanes import find_lanes
+from qtasks_rabbitmq.topology import NOT_FOUND, USUAL, Names, command_methods, declare
 
 if TYPE_CHECKING:
     from qtasks_rabbitmq.channel import Arrival, Channel
@@ -25,6 +26,8 @@ logger = logging.getLogger("qtasks.rabbitmq")
 
 PREFETCH = 100
 """Commands that a listener may hold before it acknowledges them."""
+NEW_LANES = b"\x00lanes"
+"""A record of the stream of commands that is no command."""
 FROM_NOW_ON: dict[str, Any] = {"x-stream-offset": "next"}
 PAUSE = 0.02
 """Seconds between two questions whether a level of the ladder is empty."""
@@ -43,7 +46,12 @@ async def depth(connection: Connection, names: Names, queue: str) -> QueueDepth:
     the ladder. So the number of delayed messages is known only if the ladder is empty.
     """
     async with connection.asking() as channel:
-        ready = await _ready(channel, [names.queue(queue)])
+        lanes = await find_lanes(channel, names, [queue])
+        ready = [
+            count
+            for priority in (USUAL, *(priority for _, priority in lanes))
+            for count in await _ready(channel, [names.queue(queue, priority)])
+        ]
         delayed = sum(await _ready(channel, _levels(names)))
     return QueueDepth(ready=sum(ready), delayed=None if delayed else 0, in_flight=None)
 
@@ -61,31 +69,35 @@ async def purge(url: str, heartbeat: int, names: Names, queue: str) -> int:
     """
     connection = control_connection(url, "purge", heartbeat)
     try:
-        return await _purge(connection, await connection.channel(), names, names.queue(queue))
+        return await _purge(connection, await connection.channel(), names, queue)
     finally:
         await connection.close()
 
 
-async def _purge(connection: Connection, channel: Channel, names: Names, source: str) -> int:
+async def _purge(connection: Connection, channel: Channel, names: Names, queue: str) -> int:
     from pamqp.commands import Queue
 
     dropped, found = 0, True
+    targets = names.all_lanes(queue)
     while found:
         async with connection.answering():
             levels = len(await _ready(channel, _levels(names)))
         delayed = [
-            await _drop_delayed(connection, channel, level, source)
+            await _drop_delayed(connection, channel, level, targets)
             for level in reversed(_levels(names)[:levels])
         ]
         found = any(delayed)
         dropped += sum(delayed)
     async with connection.answering():
-        if not await _ready(channel, [source]):
-            return dropped
-        async with channel.aside() as aside:
-            (answer,) = await aside.call(Queue.Purge(queue=source))
-    assert isinstance(answer, Queue.PurgeOk)
-    return dropped + (answer.message_count or 0)
+        lanes = [(queue, USUAL), *await find_lanes(channel, names, [queue])]
+        for source in [names.queue(*lane) for lane in lanes]:
+            if not await _ready(channel, [source]):
+                continue
+            async with channel.aside() as aside:
+                (answer,) = await aside.call(Queue.Purge(queue=source))
+            assert isinstance(answer, Queue.PurgeOk)
+            dropped += answer.message_count or 0
+    return dropped
 
 
 async def _ready(channel: Channel, queues: Sequence[str]) -> list[int]:
@@ -110,11 +122,13 @@ def _levels(names: Names) -> list[str]:
     return [names.level(level) for level in range(LEVELS)]
 
 
-async def _drop_delayed(connection: Connection, channel: Channel, level: str, target: str) -> int:
-    """Drop the messages of a level that wait for the queue `target`. Return their number.
+async def _drop_delayed(
+    connection: Connection, channel: Channel, level: str, targets: Collection[str]
+) -> int:
+    """Drop the messages of a level that wait for one of the lanes `targets`. Return their number.
 
     AMQP cannot look into a queue. So this consumes the whole level, acknowledges the messages of
-    `target`, and returns all others in their order. These keep their time, but none of them leaves
+    the lanes, and returns all others in their order. These keep their time, but none of them leaves
     the level meanwhile.
     """
     from pamqp.commands import Basic
@@ -124,7 +138,7 @@ async def _drop_delayed(connection: Connection, channel: Channel, level: str, ta
 
     def take(arrival: Arrival) -> None:
         nonlocal kept
-        if arrival.routing_key == target:
+        if arrival.routing_key in targets:
             dropping.append(arrival.tag)
         else:
             kept += 1
@@ -188,6 +202,19 @@ async def broadcast(connection: Connection, names: Names, command: Command) -> N
     await _once_created(send)
 
 
+async def announce_lanes(connection: Connection, names: Names) -> None:
+    """Tell listeners that queues have new lanes. Without a stream, nobody listens.
+
+    Listeners do not take it for a command. Raises `Unavailable`, `ConfigurationError`.
+    """
+    from qtasks_rabbitmq.channel import Sending
+
+    async def send() -> None:
+        await connection.publish([Sending(NEW_LANES, names.commands)])
+
+    await _once_created(send)
+
+
 async def _once_created(use: Callable[[], Awaitable[T]]) -> T:
     """Use the stream, and try again while the server is still creating it.
 
@@ -208,8 +235,10 @@ async def _once_created(use: Callable[[], Awaitable[T]]) -> T:
 class Listeners:
     """The iterators of a broker over commands, so that `stop` finishes them all."""
 
-    def __init__(self, url: str, heartbeat: int) -> None:
+    def __init__(self, url: str, heartbeat: int, on_lanes: Callable[[], None]) -> None:
         self._connection = control_connection(url, "listener", heartbeat)
+        self._on_lanes = on_lanes
+        """Called when queues may have new lanes."""
         self._bells: set[asyncio.Event] = set()
         self._stopped = False
 
@@ -242,11 +271,14 @@ class Listeners:
                         return aside
 
                 aside = await _once_created(listen)
+                self._on_lanes()  # some may have been announced before
                 while not self._stopped:
                     await bell.wait()
                     bell.clear()
                     found = list(arrived)
                     arrived.clear()
+                    if any(arrival.body == NEW_LANES for arrival in found):
+                        self._on_lanes()
                     for command in _decoded(found):
                         yield command
                     if aside.lost is not None:
@@ -271,6 +303,8 @@ class Listeners:
 def _decoded(arrivals: Sequence[Arrival]) -> list[Command]:
     commands: list[Command] = []
     for arrival in arrivals:
+        if arrival.body == NEW_LANES:
+            continue
         try:
             commands.append(decode_command(arrival.body))
         except WireError as error:

@@ -27,8 +27,12 @@ BASIC = 60
 DELIVER = b"\x00\x3c\x00\x3c"
 CONNECTION_CLOSE = b"\x00\x0a\x00\x32"
 CHANNEL_CLOSE = b"\x00\x14\x00\x28"
+BLOCKED = b"\x00\x0a\x00\x3c"
+UNBLOCKED = b"\x00\x0a\x00\x3d"
 OURS = b"\x10\x80"
 """Flags of a message without headers: it has a delivery mode (a byte) and an id."""
+OURS_BY_PRIORITY = b"\x18\x80"
+"""The same with a priority, a byte after the delivery mode."""
 END = b"\xce"
 PERSISTENT = 2
 """The delivery mode of a message that survives a restart of the server."""
@@ -47,6 +51,8 @@ class FrameReader(asyncio.StreamReader):
         """How many bytes of the frame the driver has read."""
         self.closed: tuple[int, str] | None = None
         """Code and text with which the server closed the connection."""
+        self.blocked = ""
+        """Why the server takes no messages from this connection; empty while it does."""
         self.tls = False
         """Whether the server answered in TLS."""
 
@@ -75,6 +81,10 @@ class FrameReader(asyncio.StreamReader):
             payload = payload[:7] + text + payload[end:]
             if method == CONNECTION_CLOSE:
                 self.closed = int.from_bytes(payload[4:6]), text.decode("ascii")
+        if kind == METHOD and method == BLOCKED:
+            self.blocked = payload[5 : 5 + payload[4]].decode("utf-8", "replace") or "an alarm"
+        elif kind == METHOD and method == UNBLOCKED:
+            self.blocked = ""
         return head + payload
 
 
@@ -120,19 +130,23 @@ def framed(kind: int, channel: int, payload: bytes) -> bytes:
     return pack(">BHI", kind, channel, len(payload)) + payload + END
 
 
-def properties_frame(channel: int, size: int, message_id: str) -> bytes:
+def properties_frame(channel: int, size: int, message_id: str, priority: int | None) -> bytes:
     """Return the frame before the body of a persistent message. `size` is the body's, in bytes."""
     name = message_id.encode()
-    payload = pack(">HHQ", BASIC, 0, size) + OURS + bytes((PERSISTENT, len(name))) + name
-    return framed(HEADER, channel, payload)
+    if priority is None:
+        flags, values = OURS, bytes((PERSISTENT, len(name)))
+    else:
+        flags, values = OURS_BY_PRIORITY, bytes((PERSISTENT, priority, len(name)))
+    return framed(HEADER, channel, pack(">HHQ", BASIC, 0, size) + flags + values + name)
 
 
 def read_properties(payload: bytes) -> Properties:
     """Return the properties of a message. If they are unreadable, `error` says why."""
     size = int.from_bytes(payload[4:12])
-    if payload[12:14] == OURS:  # most messages; skip the driver
+    if (flags := payload[12:14]) in (OURS, OURS_BY_PRIORITY):  # most messages; skip the driver
+        at = 15 if flags == OURS else 16
         with suppress(UnicodeDecodeError):
-            return Properties(size, {}, payload[16 : 16 + payload[15]].decode())
+            return Properties(size, {}, payload[at + 1 : at + 1 + payload[at]].decode())
     header = ContentHeader()
     try:
         header.unmarshal(payload)

@@ -1,4 +1,4 @@
-"""One queue of a subscription, on its own channel: its errors do not affect other queues."""
+"""One lane of a subscription, on its own channel: its errors do not affect other lanes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtasks_core import Ack, Delivery, Outcome, Raw, Release, Retry, Settlement
 from qtasks_core.errors import Unavailable
@@ -16,7 +16,8 @@ from qtasks_core.receivers import Recent, SettleCall
 from qtasks_core.wire import decode_message
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import rest_of
-from qtasks_rabbitmq.parcel import Dispatcher, Parcel, copy_of, count_of
+from qtasks_rabbitmq.parcel import Dispatcher, Parcel, copy_of, count_of, lane_of
+from qtasks_rabbitmq.topology import OWN_TIMEOUTS, USUAL, Names, queue_methods
 
 if TYPE_CHECKING:
     from pamqp.base import Frame
@@ -27,25 +28,36 @@ UNKNOWN = Outcome("unknown", "RabbitMQ does not answer an acknowledgement")
 TWICE = Outcome("unknown", "the retry is published, but the lease of the old delivery was lost")
 
 logger = logging.getLogger("qtasks.rabbitmq")
+LONG_TIMEOUT = 30 * 86_400.0
+"""Seconds. It has room in the 32 bits of milliseconds that an Erlang timer has."""
+HELD_AT_MOST = 2 / 3
+"""The share of the consumer timeout for which a delivery is held before it is handed over."""
+NOBODY = ("", 0.0)
+
 epochs = count(1)
-"""Numbers the channels of all lanes. A fence is (epoch, delivery tag)."""
+"""Numbers the channels of all lanes. A fence is (epoch, delivery tag, source)."""
 
 
 class Lane:
-    """Consumers of one queue. Their channel is the lease of all deliveries that it holds."""
+    """Consumers of one lane. Their channel is the lease of all deliveries that it holds."""
 
     def __init__(
         self,
         queue: str,
+        names: Names,
         source: str,
         capacity: int,
         connection: Connection,
         broker: Dispatcher,
         arrived: Callable[[], None],
+        priority: int = USUAL,
     ) -> None:
         self.queue = queue
-        self._source = source
-        """The server's name of the queue."""
+        """The task queue."""
+        self.source = source
+        """The server's name of the lane."""
+        self._names = names
+        self._priority = priority
         self._capacity = capacity
         self._connection = connection
         self._broker = broker
@@ -53,8 +65,8 @@ class Lane:
         """Called when the lane has work to do or deliveries to take."""
         self._channel: Channel | None = None
         self._epoch = 0
-        self.held: dict[int, str] = {}
-        """Delivery tags of this epoch, in order, and the consumer of each."""
+        self.held: dict[int, tuple[str, float]] = {}
+        """Delivery tags of this epoch, in order, with consumer and time (the loop's) of each."""
         self._settling: set[int] = set()
         """Delivery tags that a call is settling now."""
         self.ready: deque[tuple[Delivery, bytes]] = deque()
@@ -66,14 +78,24 @@ class Lane:
         self._active: dict[str, int] = {}
         """Consumer tag -> how many more deliveries the server may push to this consumer."""
 
+    def methods(self, version: tuple[int, ...]) -> list[Frame]:
+        """Return the methods that declare the lane."""
+        return queue_methods(self._names, self.queue, version, self._priority)
+
     async def open(self) -> None:
         """Open the channel. Raises `Unavailable`, `ConfigurationError`."""
-        self._channel = await self._connection.channel(self._source)
+        self._channel = await self._connection.channel(self.source)
+
+    @property
+    def consumes(self) -> bool:
+        """Whether it has consumers."""
+        return bool(self._active)
 
     def begin(self, channel: Channel) -> None:
         """Start a new epoch on a new channel."""
         self._epoch = epoch = next(epochs)
         self._drop(epoch)
+        self._channel = channel
         channel.on_delivery = partial(self._arrive, epoch)
         channel.on_lost = partial(self._drop, epoch)
 
@@ -96,12 +118,21 @@ class Lane:
                 async with self._connection.answering():
                     await channel.call(
                         Basic.Qos(prefetch_count=lack),
-                        Basic.Consume(queue=self._source, consumer_tag=tag),
+                        self._consume_method(tag),
                     )
             except BaseException:
                 # The consumer may not exist, so expect no deliveries from it.
                 self._active.pop(tag, None)
                 raise
+
+    def _consume_method(self, tag: str) -> Frame:
+        """Return the method that starts a consumer, with a long timeout if it can have its own."""
+        from pamqp.commands import Basic
+
+        arguments: dict[str, Any] = {}
+        if self._connection.version >= OWN_TIMEOUTS:
+            arguments["x-consumer-timeout"] = round(LONG_TIMEOUT * 1000)
+        return Basic.Consume(queue=self.source, consumer_tag=tag, arguments=arguments)
 
     def _lack(self, wanted: int) -> int:
         """Return how many deliveries are wanted beyond those that are here or may be pushed."""
@@ -162,8 +193,8 @@ class Lane:
                 async with self._connection.answering():
                     await channel.send(Methods.Close(200, "its queue was deleted", 0, 0))
             except Unavailable as error:
-                logger.debug("%s: %s", self._source, error)  # the channel is lost anyway
-            channel.fail(f"the queue {self._source} was deleted")
+                logger.debug("%s: %s", self.source, error)  # the channel is lost anyway
+            channel.fail(f"the queue {self.source} was deleted")
 
     async def cancel_consumers(self) -> None:
         """Make the server stop pushing deliveries."""
@@ -241,7 +272,7 @@ class Lane:
             if epoch == self._epoch:
                 self._settling.difference_update(done, back)
         for tag in (*done, *back):
-            consumer = self.held.pop(tag, "") if epoch == self._epoch else ""
+            consumer, _ = self.held.pop(tag, NOBODY) if epoch == self._epoch else NOBODY
             if consumer in self._active:
                 self._active[consumer] += 1
 
@@ -260,7 +291,13 @@ class Lane:
         for tag in finished:
             if tag > covered:
                 yield Basic.Ack(delivery_tag=tag)
-        for tag in back:
+        yield from self._back(back)
+
+    def _back(self, tags: Iterable[int]) -> Iterator[Frame]:
+        """Yield the methods that release deliveries."""
+        from pamqp.commands import Basic
+
+        for tag in tags:
             yield Basic.Nack(delivery_tag=tag, requeue=True)
 
     async def give_back(self) -> None:
@@ -275,7 +312,7 @@ class Lane:
     def _arrive(self, epoch: int, arrival: Arrival) -> None:
         if epoch != self._epoch:
             return
-        self.held[arrival.tag] = arrival.consumer
+        self.held[arrival.tag] = (arrival.consumer, self._heard)
         if arrival.consumer in self._active:
             self._active[arrival.consumer] -= 1
         self.sort(epoch, arrival)
@@ -290,23 +327,26 @@ class Lane:
                 raise ValueError(arrival.error)
             times = count_of(arrival.headers)
             if rest := rest_of(arrival.headers):
-                self.send_on_later(arrival.tag, Parcel(self.queue, rest, "", arrival.body))
+                self.send_on_later(arrival, self.queue, rest)
                 return
         except ValueError as error:
             # Another program wrote it: no release of QTasks writes such properties.
             message = Raw(arrival.body, str(error))
-        delivery = Delivery(
-            message or decode_message(arrival.body), self.queue, (epoch, arrival.tag), times
-        )
+        fence = (epoch, arrival.tag, self.source)
+        delivery = Delivery(message or decode_message(arrival.body), self.queue, fence, times)
         self.ready.append((delivery, arrival.body))
 
-    def send_on_later(self, tag: int, parcel: Parcel) -> None:
+    def send_on_later(self, arrival: Arrival, queue: str, delay: float) -> None:
         """Note that a delivery of this epoch must be published again."""
-        self._early[tag] = parcel
+        body = arrival.body
+        priority = lane_of(decode_message(body))
+        self._early[arrival.tag] = Parcel(queue, delay, "", body, priority=priority)
 
     def _drop(self, epoch: int) -> None:
         """Forget the deliveries of a lost channel: the server gives them to other receivers."""
         if epoch == self._epoch:
+            if self._channel is not None and self._channel.consumer_timeout is not None:
+                self._connection.consumer_timeout = self._channel.consumer_timeout
             self.held.clear()
             self._early.clear()
             self._active.clear()
@@ -337,13 +377,31 @@ class Lane:
         """Return whether this process was silent so long that the server may have dropped it."""
         if self._channel is None:
             return False
-        silence = asyncio.get_running_loop().time() - self._channel.heard
+        silence = asyncio.get_running_loop().time() - self._heard
         return silence >= self._broker.heartbeat
+
+    def is_long(self, delivery: Delivery) -> bool:
+        """Return whether the server would soon take back a delivery that is held now."""
+        _, since = self.held[delivery.fence[1]]
+        own = self._connection.version >= OWN_TIMEOUTS
+        timeout = LONG_TIMEOUT if own else self._connection.consumer_timeout
+        # The next call comes after a third of the lease, which is a heartbeat.
+        most = min(timeout * HELD_AT_MOST, timeout - 2 * self._broker.heartbeat)
+        return asyncio.get_running_loop().time() - since > most
+
+    async def hand_over(self, deliveries: Sequence[Delivery]) -> None:
+        """Acknowledge deliveries of which somebody holds a copy."""
+        await self._acknowledge([delivery.fence[1] for delivery in deliveries], [])
 
     def mine(self, delivery: Delivery) -> bool:
         """Return whether a delivery is held now and no call is settling it."""
-        epoch, tag = delivery.fence
+        epoch, tag, _ = delivery.fence
         return epoch == self._epoch and tag in self.held and tag not in self._settling
+
+    @property
+    def _heard(self) -> float:
+        """The loop's time of the last frame from the server."""
+        return self._channel.heard if self._channel is not None else 0.0
 
     @property
     def lost(self) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qtasks_core import TaskMessage
 from qtasks_core.errors import ConfigurationError, Unavailable
 from qtasks_core.names import is_name
 
@@ -30,6 +31,14 @@ COMMANDS: dict[str, Any] = {
 """A stream of commands stays small: nobody reads old commands."""
 UNLIMITED = (4, 0)
 """From this release on, the server drops a message after 20 deliveries by default."""
+STRICT = (4, 3)
+"""From this release on, quorum queues deliver by the `priority` of messages, in 32 levels."""
+OWN_TIMEOUTS = (4, 3)
+"""From this release on, a consumer may set its own timeout for acknowledgements."""
+PRIORITIES = range(9, -1, -1)
+"""From the one that is delivered first."""
+USUAL = TaskMessage(uuid="-", task_name="-").priority
+"""The priority of most messages. Its lane exists in every queue."""
 
 logger = logging.getLogger("qtasks.rabbitmq")
 
@@ -46,19 +55,38 @@ class Names:
         """Exchange and queue: they keep delayed messages that find no queue."""
         self.delay = f"{self._prefix}:delay"
         """Headers exchange: the entry of the ladder."""
+        self.lanes = f"{self._prefix}:lanes"
+        """Exchange without a use but to exist: some queue has more lanes than the usual one."""
+        self.handed = f"{self._prefix}:handed"
+        """Headers exchange: it leads to the queues of long tasks."""
         self.commands = f"{self._prefix}:commands"
         """The stream of commands to all workers."""
         self.log = f"{self._prefix}:log"
         """The stream of a storage."""
 
-    def queue(self, name: str) -> str:
-        """Return the server's name of a task queue."""
-        return f"{self._prefix}:queue:{name}"
+    def queue(self, name: str, priority: int = USUAL) -> str:
+        """Return the server's name of a lane: the messages of one priority in a task queue."""
+        if priority == USUAL:
+            return f"{self._prefix}:queue:{name}"
+        return f"{self._prefix}:queue:{name}:{priority}"
 
     def of(self, queue: str) -> str | None:
-        """Return the task queue that the server calls `queue`, or None if it is not one of ours."""
-        name = queue.removeprefix(f"{self._prefix}:queue:")
-        return name if name != queue and is_name(name) else None
+        """Return the task queue of a lane that the server calls `queue`.
+
+        None: it is not one of ours.
+        """
+        rest = queue.removeprefix(f"{self._prefix}:queue:")
+        name = rest.partition(":")[0]
+        ours = rest != queue and is_name(name) and queue in self.all_lanes(name)
+        return name if ours else None
+
+    def all_lanes(self, queue: str) -> list[str]:
+        """Return the server's names of all lanes that a queue may have, the first one first."""
+        return [self.queue(queue, priority) for priority in PRIORITIES]
+
+    def handed_to(self, holder: str) -> str:
+        """Return the name of the queue in which a subscription holds its long tasks."""
+        return f"{self._prefix}:handed:{holder}"
 
     def level(self, level: int) -> str:
         """Return the name of a level of the ladder, which its queue and its exchange share."""
@@ -208,12 +236,17 @@ def command_methods(names: Names) -> list[Frame]:
     return [Queue.Declare(queue=names.commands, durable=True, arguments=dict(COMMANDS))]
 
 
-def queue_methods(names: Names, queue: str, version: tuple[int, ...]) -> list[Frame]:
-    """Return the methods that declare a task queue and bind it for delayed messages."""
-    from pamqp.commands import Queue
+def queue_methods(
+    names: Names, queue: str, version: tuple[int, ...], priority: int = USUAL
+) -> list[Frame]:
+    """Return the methods that declare a lane of a task queue and bind it for delayed messages."""
+    from pamqp.commands import Exchange, Queue
 
-    name = names.queue(queue)
-    return [
+    name = names.queue(queue, priority)
+    methods: list[Frame] = [
         Queue.Declare(queue=name, durable=True, arguments=quorum(version)),
         Queue.Bind(queue=name, exchange=names.due, routing_key=name),
     ]
+    if priority != USUAL:
+        methods.append(Exchange.Declare(exchange=names.lanes, exchange_type="fanout", durable=True))
+    return methods

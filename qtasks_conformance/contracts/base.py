@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -27,6 +29,23 @@ def needs(part: Part, *methods: str) -> None:
         pytest.skip(f"{guarantees.part} does not support {', '.join(sorted(missing))}")
 
 
+def awaits_of(task: asyncio.Task[Any]) -> list[str]:
+    """Return where each coroutine of a task waits, the outermost first.
+
+    `Task.print_stack` shows only the outermost one of a task that is suspended.
+    """
+    places: list[str] = []
+    awaiting: Any = task.get_coro()
+    while awaiting is not None:
+        kind = next((kind for kind in ("cr", "gi", "ag") if hasattr(awaiting, f"{kind}_frame")), "")
+        if not kind or (frame := getattr(awaiting, f"{kind}_frame")) is None:
+            break
+        code = frame.f_code
+        places.append(f"{code.co_qualname} ({code.co_filename}:{frame.f_lineno})")
+        awaiting = getattr(awaiting, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
+    return places
+
+
 asynchronous = pytest.mark.asyncio(loop_scope="function")
 
 
@@ -43,7 +62,7 @@ class Contract:
 
         def cancel_the_test() -> None:
             for task in asyncio.all_tasks() - mine:
-                task.print_stack()  # to stderr, which pytest shows
+                print(f"{task.get_name()} waits:", *awaits_of(task), file=sys.stderr, sep="\n  ")
                 task.cancel("the test hung")
 
         watch = loop.call_later(LIMIT, cancel_the_test)

@@ -78,10 +78,10 @@ class DeclaredBrokerContract(Contract):
         assert times == sorted(times), "`clock` went back: it must be the server's, not this host's"
 
     async def test_nothing_unknown_is_declared_unsupported(self, rig: Rig) -> None:
-        """`guarantees.unsupported` names optional methods only: no abstract ones, no others."""
+        """`guarantees.unsupported` names methods that may be refused: no needed ones, no others."""
         broker = await rig.broker()
         unknown = set(broker.guarantees.unsupported) - set(optional_methods(Broker))
-        assert not unknown, f"{sorted(unknown)} are not optional methods of a broker"
+        assert not unknown, f"{sorted(unknown)} are not methods that a broker may refuse"
 
 
 def optional_calls(broker: Broker) -> dict[str, Call]:

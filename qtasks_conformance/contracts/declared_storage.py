@@ -74,10 +74,10 @@ class DeclaredStorageContract(Contract):
         assert times == sorted(times), "`clock` went back: it must be the server's, not this host's"
 
     async def test_nothing_unknown_is_declared_unsupported(self, rig: Rig) -> None:
-        """`guarantees.unsupported` names optional methods only: no abstract ones, no others."""
+        """`guarantees.unsupported` names methods that may be refused: no needed ones, no others."""
         storage = await rig.storage()
         unknown = set(storage.guarantees.unsupported) - set(optional_methods(Storage))
-        assert not unknown, f"{sorted(unknown)} are not optional methods of a storage"
+        assert not unknown, f"{sorted(unknown)} are not methods that a storage may refuse"
 
 
 def optional_calls(storage: Storage) -> dict[str, Call]:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from qtasks_core.contracts.subscription import Subscription
-from qtasks_core.errors import NotSupported
 from qtasks_core.schemas import Command, Guarantees, Outcome, QueueDepth, TaskMessage
 
 if TYPE_CHECKING:
@@ -22,6 +21,9 @@ class Broker(ABC):
     raise `Closed`. The methods may run concurrently. A cancelled call may or may not have had its
     effect. It does not harm other calls, and the caller may make it again. Every broker's
     constructor takes `lease=` (seconds).
+
+    A method that the transport cannot do raises `NotSupported`, and `guarantees.unsupported` names
+    it. Only `start`, `stop`, `publish` and `subscribe` must work everywhere.
 
     Each call that needs an answer, including `publish`, raises `Unavailable` within a few seconds
     while the server is away. A frozen server counts as away. A call made when the server is back
@@ -90,22 +92,23 @@ class Broker(ABC):
         """
         return None
 
+    @abstractmethod
     async def depth(self, queue: str) -> QueueDepth:
         """Count the messages in a queue, as far as the transport knows. A new queue is empty."""
-        raise NotSupported(f"{type(self).__name__} cannot tell the depth of a queue yet")
 
+    @abstractmethod
     async def purge(self, queue: str) -> int:
         """Drop the messages of a queue that are not in flight, including delayed messages.
 
         Returns the number of dropped messages, or -1 if it is unknown. Messages that are published
         during the call may stay or be dropped.
         """
-        raise NotSupported(f"{type(self).__name__} cannot purge a queue yet")
 
+    @abstractmethod
     async def broadcast(self, command: Command) -> None:
         """Send a command to every worker of the namespace that listens at the time of the call."""
-        raise NotSupported(f"{type(self).__name__} has no control channel yet")
 
+    @abstractmethod
     def commands(self) -> AsyncIterator[Command]:
         """Iterate in order over the commands that are broadcast from about the first step on.
 
@@ -113,8 +116,8 @@ class Broker(ABC):
         resources. A step raises `Unavailable`; the caller then calls `commands` again. A step
         raises `Closed` when the broker stops.
         """
-        raise NotSupported(f"{type(self).__name__} has no control channel yet")
 
+    @abstractmethod
     async def migrate(self, namespace: str) -> list[str]:
         """Create or update everything that a namespace needs on the server, before workers use it.
 
@@ -126,7 +129,6 @@ class Broker(ABC):
         to add. Idempotent, and safe while other processes migrate or work. Raises the same errors
         as `start`.
         """
-        raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")
 
     def join(self, storage: Storage) -> Composition | None:
         """Return a joint composition with `storage`, or None if this broker has none with it.

@@ -9,15 +9,15 @@ from typing import ClassVar
 from msgspec import UNSET, UnsetType
 
 from qtasks_core.contracts.inbox import Inbox
-from qtasks_core.errors import NotSupported
 from qtasks_core.schemas import Claim, Guarantees, Outcome, Task, TaskPage, TaskQuery
 
 
 class Storage(ABC):
     """Keeps the newest record of each task, and notifies inboxes when a record is final.
 
-    A storage lives on one event loop, like a broker. The same rules hold for `Unavailable`, names
-    and forks. The key of a value has 1 to 200 characters of any script. The same holds for the key
+    A storage lives on one event loop, like a broker. The same rules hold for `Unavailable`,
+    `NotSupported`, names and forks. Only `start`, `stop`, `save`, `get` and `inbox` must work
+    everywhere. The key of a value has 1 to 200 characters of any script. The same holds for the key
     and owner of a claim. `qtasks_core.names.checked_id` refuses others. If a storage supports
     `expire`, its constructor takes `retention=` (seconds, None means for ever). That applies to
     records without a retention.
@@ -79,6 +79,7 @@ class Storage(ABC):
         """
         return None
 
+    @abstractmethod
     async def query(self, query: TaskQuery) -> TaskPage:
         """List records, newest first (by `created_at`, then uuid), one page at a time.
 
@@ -86,19 +87,19 @@ class Storage(ABC):
         existed at the first page and still matches. Saves in the meantime do not change that.
         Raises `Refused` if the cursor is invalid.
         """
-        raise NotSupported(f"{type(self).__name__} cannot list records yet")
 
+    @abstractmethod
     async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
         """Hold `key` for `ttl` seconds. Return None while another owner holds it.
 
         When the same owner claims again, it holds the key for `ttl` seconds from then on.
         """
-        raise NotSupported(f"{type(self).__name__} has no claims yet")
 
+    @abstractmethod
     async def release(self, claim: Claim) -> None:
         """Release a claim's key. Harmless if its owner has lost it."""
-        raise NotSupported(f"{type(self).__name__} has no claims yet")
 
+    @abstractmethod
     async def set(
         self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
     ) -> bool:
@@ -108,47 +109,47 @@ class Storage(ABC):
         `expect=None`, the key must have no value now. Without `expect`, the current value does not
         matter.
         """
-        raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
+    @abstractmethod
     async def get_value(self, key: str) -> bytes | None:
         """Return a shared value, or None if there is none."""
-        raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
+    @abstractmethod
     async def values(self, prefix: str) -> dict[str, bytes]:
         """Return the shared values whose key starts with `prefix`, by key."""
-        raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
+    @abstractmethod
     def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
         """Iterate over a shared value: its current value, then its new value after a change.
 
         If changes follow in quick succession, only the last one is certain to be seen. Steps are
         cancelled and fail as those of `Broker.commands`.
         """
-        raise NotSupported(f"{type(self).__name__} has no shared values yet")
 
+    @abstractmethod
     async def append(self, uuid: str, items: Sequence[bytes]) -> None:
         """Append progress or streamed results to a task, in order and all at once.
 
         The items are kept apart from the record and are deleted with it. The record need not exist
         yet.
         """
-        raise NotSupported(f"{type(self).__name__} keeps no streams yet")
 
+    @abstractmethod
     async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
         """Return the appended items after position `after`, with their positions.
 
         Positions are 1 or more and rise in the order of appending, so 0 asks for all items. They
         may have gaps.
         """
-        raise NotSupported(f"{type(self).__name__} keeps no streams yet")
 
+    @abstractmethod
     async def delete(self, uuids: Sequence[str]) -> int:
         """Delete records of any status, and the items that were appended to them.
 
         Returns how many of the records existed.
         """
-        raise NotSupported(f"{type(self).__name__} cannot delete records yet")
 
+    @abstractmethod
     async def expire(self) -> int:
         """Delete the final records whose retention has passed, and return their number.
 
@@ -157,8 +158,8 @@ class Storage(ABC):
         record counts as deleted from then on. It does not matter whether `expire` was called since.
         At most 10 s later, `get` does not find the record, and a first record may take its place.
         """
-        raise NotSupported(f"{type(self).__name__} cannot expire records yet")
 
+    @abstractmethod
     async def migrate(self, namespace: str) -> list[str]:
         """Create or update everything that a namespace needs on the server, before workers use it.
 
@@ -170,4 +171,3 @@ class Storage(ABC):
         nothing to add. Idempotent, and safe while other processes migrate or work. Raises the same
         errors as `start`.
         """
-        raise NotSupported(f"{type(self).__name__} has nothing to migrate yet")

@@ -33,7 +33,9 @@ def subject(rabbitmq_server: Service) -> Subject:
         driver="aiormq",
         url=rabbitmq_server.url,
         options=("lease", "retention", "cafile"),
-        least_broker=Least(survives="machine crash", counts_deliveries=True, order="queue"),
+        least_broker=Least(
+            survives="machine crash", counts_deliveries=True, priorities=True, order="queue"
+        ),
         least_storage=Least(survives="server crash", settle_confirmed=True),
     )
 

@@ -109,6 +109,6 @@ async def test_the_python_of_the_page() -> None:
     (block,) = [block for block in blocks_of(PAGE) if not block.file]
     async with app:
         async with app.worker():
-            failed = await divide.add_task(1, 0, timeout=10)
+            failed = await divide.add_task(1, 0, timeout=120)
         await run(block, names)
         assert [task.uuid for task in names["page"].tasks] == [failed.uuid]  # type: ignore[attr-defined]

@@ -102,10 +102,10 @@ async def test_the_first_task(monkeypatch: pytest.MonkeyPatch) -> None:
     async with names["app"].worker():
         for block in rest:
             await run(block, names)
-        assert (await names["words"].add_task("a b", timeout=10)).returning == ["A", "B"]
+        assert (await names["words"].add_task("a b", timeout=120)).returning == ["A", "B"]
         assert names["done"].returning == len("hello")
         assert names["order"].uuid == names["again"].uuid == names["sent"].uuid
-        ended = [await task.wait_result(10) for task in names["tasks"]]
+        ended = [await task.wait_result(120) for task in names["tasks"]]
         assert [task.returning for task in ended] == [2, 2]
         assert names["later"].status == "scheduled"
 

@@ -90,7 +90,7 @@ async def main() -> None:
         for task in (
             fork_thread, statuses, fork, close_stdout, use_closed, close_stderr, fail, again, fine,
         ):  # fmt: skip
-            ended = await task.add_task(timeout=10)
+            ended = await task.add_task(timeout=120)
             said = ended.error or ended.returning
             told.write(f"{task.__name__} {ended.status} {said}\n")
 

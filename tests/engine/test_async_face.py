@@ -48,11 +48,11 @@ async def test_async_and_plain_functions(app: QueueTasks) -> None:
         return threading.current_thread().name
 
     async with app.worker():
-        task = await add.add_task(1, y=2, timeout=5)
+        task = await add.add_task(1, y=2, timeout=120)
         assert (task.status, task.returning, task.args, task.kwargs) == (
             "success", 3, [1], {"y": 2},
         )  # fmt: skip
-        thread = await where.add_task(timeout=5)
+        thread = await where.add_task(timeout=120)
         assert thread.returning.startswith("qtasks-task")
     assert await add(2, 3) == 5, "a task called directly is its function"
 
@@ -67,7 +67,7 @@ async def test_the_function_runs_on_the_callers_loop_and_io_does_not(app: QueueT
         return asyncio.get_running_loop() is here
 
     async with app.worker():
-        assert (await look.add_task(timeout=5)).returning
+        assert (await look.add_task(timeout=120)).returning
     assert names != ["qtasks-io"]
 
 
@@ -86,8 +86,8 @@ async def test_waiting_later_by_handle_by_uuid_and_from_another_client(app: Queu
         with pytest.raises(TaskNotFinished):
             _ = task.returning
         waits = [
-            asyncio.create_task(task.wait_result(5)),
-            asyncio.create_task(AsyncResult(task.uuid, app=other).wait_result(5)),
+            asyncio.create_task(task.wait_result(120)),
+            asyncio.create_task(AsyncResult(task.uuid, app=other).wait_result(120)),
         ]
         await asyncio.sleep(0)
         release.set()
@@ -110,7 +110,7 @@ async def test_many_at_once(app: QueueTasks) -> None:
     async with app.worker(concurrency=7):
         mapped = await double.map([(n,) for n in range(1000)])
         mixed = await app.add_tasks([double.call(4), shout.call("a")])
-        done = await asyncio.gather(*(task.wait_result(20) for task in [*mapped, *mixed]))
+        done = await asyncio.gather(*(task.wait_result(120) for task in [*mapped, *mixed]))
     assert [task.returning for task in done] == [*range(0, 2000, 2), 8, "A"]
 
 
@@ -133,13 +133,13 @@ async def test_retries_end_in_success_or_error(app: QueueTasks) -> None:
         raise Reject("bad input")
 
     async with app.worker():
-        lucky = await third_time.add_task(timeout=5)
+        lucky = await third_time.add_task(timeout=120)
         assert (lucky.returning, lucky.attempt) == ("lucky", 3)
-        failed = await never.add_task(timeout=10)
+        failed = await never.add_task(timeout=120)
         assert (failed.status, failed.attempt, failed.dead) == ("error", 2, "failed 2 times")
         with pytest.raises(TaskFailed, match=r"(?s)ValueError: no.*in never"):
             _ = failed.returning
-        rejected = await hopeless.add_task(timeout=5)
+        rejected = await hopeless.add_task(timeout=120)
         assert (rejected.attempt, rejected.dead) == (1, "bad input")
 
 
@@ -152,10 +152,10 @@ async def test_delay_and_eta(app: QueueTasks) -> None:
         begin = monotonic()
         task = await now.add_task(delay=0.3)
         assert task.status == "scheduled"
-        assert 0.3 <= (await task.wait_result(5)).returning - begin < 2.3
+        assert 0.3 <= (await task.wait_result(120)).returning - begin < 2.3
         begin = monotonic()
         eta = datetime.now(UTC) + timedelta(seconds=0.3)
-        assert 0.29 <= (await now.add_task(eta=eta, timeout=5)).returning - begin < 2.3
+        assert 0.29 <= (await now.add_task(eta=eta, timeout=120)).returning - begin < 2.3
         with pytest.raises(ConfigurationError, match="time zone"):
             await now.add_task(eta=datetime(2030, 1, 1))
 
@@ -173,7 +173,7 @@ async def test_a_timeout_says_what_is_known_and_the_task_goes_on(app: QueueTasks
         async with app.worker() as worker:
             with pytest.raises(TaskTimeout, match=f"worker {worker.id} runs it"):
                 await slow.add_task(timeout=0.3)
-            assert (await AsyncResult(uuid, app=app).wait_result(5)).returning == 1
+            assert (await AsyncResult(uuid, app=app).wait_result(120)).returning == 1
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ async def test_arguments_that_cannot_be_sent_are_told_and_nothing_is(
         if not kwargs:
             with pytest.raises(error, match=says):
                 await two.map([("unsent",), args])
-        assert (await two.add_task("sent", timeout=5)).status == "success"
+        assert (await two.add_task("sent", timeout=120)).status == "success"
     assert runs == ["sent"]
 
 
@@ -238,7 +238,7 @@ async def test_options_out_of_bounds_are_told(app: QueueTasks, options: Any, say
     async with app.worker():
         with pytest.raises(ConfigurationError, match=says):
             await one.add_task(**options)
-        assert (await one.add_task(timeout=5)).returning == 1
+        assert (await one.add_task(timeout=120)).returning == 1
 
 
 @pytest.mark.parametrize(
@@ -273,11 +273,11 @@ async def test_the_limit_is_that_of_all_arguments() -> None:
     async with app.worker():
         sent = length.call("x" * 40, a="y" * 20).message(app)
         left = 100 - len(sent.args) - len(sent.kwargs)
-        most = await length.add_task("x" * (40 + left), a="y" * 20, timeout=5)
+        most = await length.add_task("x" * (40 + left), a="y" * 20, timeout=120)
         assert most.returning == 60 + left
         with pytest.raises(PayloadTooLarge, match="take 101 bytes, the limit is 100"):
             await length.add_task("x" * (41 + left), a="y" * 20)
-        assert (await length.add_task("x", timeout=5)).returning == 1
+        assert (await length.add_task("x", timeout=120)).returning == 1
 
 
 async def test_a_parameter_named_as_an_option_is_told_of_and_call_reaches_it(
@@ -293,8 +293,8 @@ async def test_a_parameter_named_as_an_option_is_told_of_and_call_reaches_it(
     ]
     async with app.worker():
         with pytest.raises(SignatureMismatch, match="missing a required argument: 'timeout'"):
-            await wait.add_task(timeout=5)
-        assert (await wait.call(timeout="1", key="2").add_task(timeout=5)).returning == "12"
+            await wait.add_task(timeout=120)
+        assert (await wait.call(timeout="1", key="2").add_task(timeout=120)).returning == "12"
 
 
 def test_the_names_of_options_are_the_same_wherever_they_are_listed() -> None:
@@ -318,7 +318,7 @@ async def test_what_has_no_annotation_comes_back_as_it_was(app: QueueTasks) -> N
         timedelta(days=-1, microseconds=5), datetime(2026, 1, 2, tzinfo=UTC), {1: "int key"},
     ]  # fmt: skip
     async with app.worker():
-        tasks = await asyncio.gather(*(echo.add_task(value, timeout=5) for value in values))
+        tasks = await asyncio.gather(*(echo.add_task(value, timeout=120) for value in values))
     for value, task in zip(values, tasks, strict=True):
         assert task.returning == value
         assert type(task.returning) is type(value)
@@ -333,7 +333,7 @@ async def test_an_unstorable_result_is_an_error_and_not_run_again(app: QueueTask
         return object()
 
     async with app.worker():
-        task = await odd.add_task(timeout=5)
+        task = await odd.add_task(timeout=120)
     assert (task.status, task.dead, len(runs)) == ("error", "unstorable result", 1)
 
 
@@ -346,12 +346,12 @@ async def test_a_router_finds_its_app(app: QueueTasks) -> None:
 
     app.include_router(router)
     async with app.worker():
-        assert (await one.add_task(timeout=5)).returning == 1
+        assert (await one.add_task(timeout=120)).returning == 1
         second = QueueTasks(app.name, "memory://")
         second.include_router(router)
         with pytest.raises(AmbiguousApp, match="using"):
             await one.add_task()
-        task: Task[int] = await one.using(app).add_task(timeout=5)
+        task: Task[int] = await one.using(app).add_task(timeout=120)
         assert task.returning == 1
 
 
@@ -373,13 +373,13 @@ async def test_a_stopped_app_no_longer_claims_its_routers() -> None:
         app = build()
         kept.append(app)
         async with app.worker():
-            assert (await one.add_task(timeout=5)).returning == 1
+            assert (await one.add_task(timeout=120)).returning == 1
     away = QueueTasks("away", "redis://127.0.0.1:1/0")
     away.include_router(router)
     with pytest.raises(Unavailable):
         await away.start(0.0)
     async with app.worker():
-        assert (await one.add_task(timeout=5)).returning == 1, "started again"
+        assert (await one.add_task(timeout=120)).returning == 1, "started again"
         other = build()
         with pytest.raises(AmbiguousApp, match="using"):
             await one.add_task()
@@ -432,11 +432,11 @@ async def test_a_task_that_waits_for_a_task(app: QueueTasks) -> None:
     app.include_router(blocking)
     async with app.worker(concurrency=2):
         for task in (outer, outer_blocking):
-            assert (await task.call(5.0).add_task(timeout=10)).returning == 2
-        assert "qtasks.asyncio" in str((await wrong.add_task(timeout=5)).error)
+            assert (await task.call(5.0).add_task(timeout=120)).returning == 2
+        assert "qtasks.asyncio" in str((await wrong.add_task(timeout=120)).error)
     async with app.worker(concurrency=1):
         for task in (outer, outer_blocking):
-            full = await task.call(0.2).add_task(timeout=10)
+            full = await task.call(0.2).add_task(timeout=120)
             assert "no worker has begun it; 1 alive for that queue" in str(full.error)
 
 
@@ -470,6 +470,6 @@ def test_loops_come_and_go() -> None:
 
     async def once() -> int:
         async with app.worker():
-            return (await one.add_task(timeout=5)).returning
+            return (await one.add_task(timeout=120)).returning
 
     assert [asyncio.run(once()) for _ in range(3)] == [1, 1, 1]

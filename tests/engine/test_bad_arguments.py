@@ -45,13 +45,13 @@ async def test_the_task_ends_with_the_arguments_name_and_no_retry(
     async def as_the_sender_knows_it(*args): ...  # type: ignore[no-untyped-def]
 
     async with app.worker(), sender:
-        task = await as_the_sender_knows_it.add_task(*args, timeout=5)
+        task = await as_the_sender_knows_it.add_task(*args, timeout=120)
         assert (task.status, task.attempt, task.dead) == ("error", 1, "bad arguments")
         assert task.error is not None
         assert task.error.startswith("BadArguments: draw"), "as of any exception, once"
         assert says in task.error
         assert runs == []
-        assert (await draw.add_task(Point(1), 2, timeout=5)).status == "success"
+        assert (await draw.add_task(Point(1), 2, timeout=120)).status == "success"
 
 
 async def test_another_encoding_is_not_taken_for_the_own(app: QueueTasks) -> None:
@@ -67,11 +67,11 @@ async def test_another_encoding_is_not_taken_for_the_own(app: QueueTasks) -> Non
         await app.submit(other, None)
         sent = await app.get_task("u")
         assert sent is not None
-        task = await sent.wait_result(timeout=5)
+        task = await sent.wait_result(timeout=120)
         assert (task.status, task.attempt, task.dead) == ("error", 1, "bad arguments")
         assert task.error is not None
         assert "are encoded as 'json', and this worker reads 'msgpack'" in task.error
-        assert (await note.add_task(1, timeout=5)).status == "success"
+        assert (await note.add_task(1, timeout=120)).status == "success"
     assert runs == [(1,)]
 
 
@@ -85,6 +85,6 @@ async def test_what_the_function_raises_itself_is_retried_as_ever(app: QueueTask
 
     async with app.worker():
         for error in ("type", "serialization"):
-            task = await odd.add_task(error, timeout=10)
+            task = await odd.add_task(error, timeout=120)
             assert (task.attempt, task.dead) == (2, "failed 2 times")
     assert len(runs) == 4

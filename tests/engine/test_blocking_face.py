@@ -43,19 +43,19 @@ def test_enqueue_wait_and_look(app: QueueTasks) -> None:
             add.add_task(1, 1, timeout=0.1)
         thread, stop = worker(app)
         try:
-            assert add.add_task(1, 2, timeout=5).returning == 3
+            assert add.add_task(1, 2, timeout=120).returning == 3
             task = add.add_task(3, 4)
-            assert task.wait_result(5).returning == 7
-            assert SyncResult(task.uuid, app=app).wait_result(5).returning == 7
+            assert task.wait_result(120).returning == 7
+            assert SyncResult(task.uuid, app=app).wait_result(120).returning == 7
             found = app.get_task(task.uuid)
             assert found is not None
             assert found.returning == 7
             mapped = add.map([(n, n) for n in range(100)])
-            assert sum(t.wait_result(5).returning for t in mapped) == 9900
+            assert sum(t.wait_result(120).returning for t in mapped) == 9900
             (called,) = app.add_tasks([add.call(5, 6)])
-            assert called.wait_result(5).returning == 11
+            assert called.wait_result(120).returning == 11
             with ThreadPoolExecutor(8) as pool:
-                sums = pool.map(lambda n: add.add_task(n, 1, timeout=10).returning, range(50))
+                sums = pool.map(lambda n: add.add_task(n, 1, timeout=120).returning, range(50))
                 assert sum(sums) == sum(range(1, 51))
         finally:
             stop.set()

@@ -31,7 +31,7 @@ async def test_a_dead_task_is_revived_once_however_often_it_is_asked() -> None:
         return x
 
     async with app.worker():
-        dead = await fail_first.add_task(7, timeout=10)
+        dead = await fail_first.add_task(7, timeout=120)
     without = [fail_first.name]
     async with app:
         first = await app.control(control.revive, [dead.uuid], without)
@@ -61,7 +61,7 @@ async def test_a_key_that_dies_a_second_time_is_revived_a_second_time() -> None:
 
     async with app.worker():
         for life in (1, 2):
-            dead = await fail_by_turns.add_task(key="k", timeout=10)
+            dead = await fail_by_turns.add_task(key="k", timeout=120)
             assert dead.status == "error"
             (outcome,) = await app.control(control.revive, [dead.uuid])
             assert outcome.current is not None
@@ -78,8 +78,8 @@ async def test_a_batch_has_an_outcome_for_each() -> None:
         return x / y
 
     async with app.worker():
-        dead = await divide.add_task(1, 0, timeout=10)
-        fine = await divide.add_task(1, 1, timeout=10)
+        dead = await divide.add_task(1, 0, timeout=120)
+        fine = await divide.add_task(1, 1, timeout=120)
         nobody = "01a20dfb-e3ce-7219-9105-d62351f4eea8"
         for operation in (control.revive, control.drop):
             outcomes = await app.control(operation, [nobody, dead.uuid, fine.uuid])
@@ -114,7 +114,7 @@ async def test_what_a_part_cannot_do_is_raised_where_it_was_asked(
     monkeypatch.setattr(MemoryStorage, "query", cannot)
     async with QueueTasks("control-cannot", "memory://") as app:
         with pytest.raises(NotSupported, match="lists nothing"):
-            await asyncio.wait_for(app.control(control.query, TaskQuery()), 5)
+            await asyncio.wait_for(app.control(control.query, TaskQuery()), 120)
 
 
 async def test_what_was_never_decoded_cannot_be_revived_but_dropped() -> None:
@@ -175,4 +175,4 @@ async def test_what_is_purged_ends_though_its_record_is_not_taken_with_its_argum
     async with app:
         task = await never.add_task("large")
         assert await app.control(control.purge, "default") == 1
-        assert (await task.wait_result(5)).status == "cancel"
+        assert (await task.wait_result(120)).status == "cancel"

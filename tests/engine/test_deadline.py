@@ -69,7 +69,7 @@ async def test_a_write_that_is_not_confirmed(pause: float) -> None:
         adding = [lost.add_task(timeout=time) for time in TIMES] + [
             asyncio.to_thread(blocking.add_task, timeout=time) for time in TIMES
         ]
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             errors = await asyncio.gather(*adding, return_exceptions=True)
         said = "no answer" if pause == 60.0 else "connection refused"
         await hears(lost, said)
@@ -127,7 +127,7 @@ async def test_a_caller_who_left_before_the_write_leaves_no_wait_behind() -> Non
             client.forget(waiter)
 
         thread.post(ask_and_leave)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             while await app.get_task(message.uuid) is None:  # noqa: ASYNC110  # in memory
                 await asyncio.sleep(0.01)
         assert not storage.waited_for
@@ -168,7 +168,7 @@ async def test_the_deadline_holds_for_an_app_that_starts_itself() -> None:
         AsyncResult(name, app=app).wait_result(1.2),
     ]
     errors = await asyncio.gather(*calls, return_exceptions=True)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 40  # not the 60 s of a start
     assert {str(error).partition("within")[2].partition(";")[0] for error in errors} == {
         " 0.2 s",
         " 1.2 s",
@@ -181,9 +181,9 @@ async def test_starts_at_once_wait_side_by_side() -> None:
     name = uuid4().hex
     app, _ = app_on(Silent(name, 1.0), name)
     began = time.monotonic()
-    starts = [app.start(0.5) for _ in range(5)]
+    starts = [app.start(0.5) for _ in range(30)]
     errors = await asyncio.gather(*starts, return_exceptions=True)
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 20  # not the 30 s of one after the other
     assert {str(error) for error in errors} == {"no answer within 1.0 s"}
 
 
@@ -217,7 +217,7 @@ async def test_what_has_ended_is_returned_however_short_the_wait() -> None:
     other = QueueTasks(name, MemoryBroker(name), MemoryStorage(name))
     other.starts_itself = True
     async with app.worker():
-        uuid = (await one.add_task(timeout=5)).uuid
+        uuid = (await one.add_task(timeout=120)).uuid
         assert (await AsyncResult(uuid, app=app).wait_result(0)).returning == 1
         assert (await AsyncResult(uuid, app=other).wait_result(0)).returning == 1
     await other.stop()

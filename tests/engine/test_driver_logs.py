@@ -119,7 +119,7 @@ async def test_an_outage_of_a_minute_and_a_time_without_one(
     setting = Setting(Pair(service.url, service.url, 30.0))
     async with setting.app() as app:
         with setting.worker() as worker:
-            await pid.using(app).add_task(timeout=40)
+            await pid.using(app).add_task(timeout=120)
             well = said(worker.output())
             assert well == [], "nothing is wrong"
             service.kill()

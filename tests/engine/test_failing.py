@@ -82,17 +82,17 @@ async def test_a_receive_that_fails(caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(RuntimeError, match="a bug"), caplog.at_level(logging.ERROR):  # noqa: PT012
             async with app.worker() as worker:
                 await begun.wait()
-                await asyncio.wait_for(worker.failed, 5)
+                await asyncio.wait_for(worker.failed, 120)
                 assert not worker.ready
                 waiting = await second.add_task()
                 go_on.set()
         assert [r.getMessage() for r in caplog.records] == [
             f"worker {worker.id} failed: RuntimeError: a bug"
         ]
-        assert (await running.wait_result(1)).returning == "first"
+        assert (await running.wait_result(120)).returning == "first"
         async with app.worker():
             # Long before the lease, which is 30 s.
-            assert (await waiting.wait_result(5)).returning == "second"
+            assert (await waiting.wait_result(120)).returning == "second"
 
 
 @pytest.mark.parametrize("call", ["receive", "get", "save", "inbox"])
@@ -120,15 +120,15 @@ async def test_a_part_that_takes_itself_for_cancelled(
 
             monkeypatch.setattr(MemoryInbox, "receive", cancelled)
             with pytest.raises(RuntimeError, match="although this call was not cancelled"):
-                await easy.add_task(timeout=5)
+                await easy.add_task(timeout=120)
         else:
             storage.fails = call
             with pytest.raises(RuntimeError, match="although this call was not cancelled"):  # noqa: PT012
                 async with app.worker() as worker:
                     await easy.add_task()
-                    await asyncio.wait_for(worker.failed, 5)
+                    await asyncio.wait_for(worker.failed, 120)
         async with app.worker():
-            assert (await easy.add_task(timeout=5)).returning == 1
+            assert (await easy.add_task(timeout=120)).returning == 1
 
 
 @pytest.mark.parametrize("call", ["get", "save"])
@@ -147,9 +147,9 @@ async def test_a_storage_that_fails(call: str, monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(RuntimeError, match="a bug"):  # noqa: PT012
             async with app.worker() as worker:
                 task = await easy.add_task()
-                await asyncio.wait_for(worker.failed, 5)
+                await asyncio.wait_for(worker.failed, 120)
         async with app.worker():
-            assert (await task.wait_result(5)).returning == 1
+            assert (await task.wait_result(120)).returning == 1
 
 
 async def test_a_subscription_that_cannot_be_opened() -> None:
@@ -162,7 +162,7 @@ async def test_a_subscription_that_cannot_be_opened() -> None:
     app = QueueTasks(name, Closed(name), MemoryStorage(name))
     with pytest.raises(RuntimeError, match="a bug"):
         async with app.worker() as worker:
-            await asyncio.wait_for(worker.failed, 5)
+            await asyncio.wait_for(worker.failed, 120)
 
 
 async def test_beside_a_host_another_worker_follows(caplog: pytest.LogCaptureFixture) -> None:
@@ -177,12 +177,12 @@ async def test_beside_a_host_another_worker_follows(caplog: pytest.LogCaptureFix
     async with app.worker() as worker:
         first = worker.id
         await easy.add_task()
-        await asyncio.wait_for(worker.failed, 5)
+        await asyncio.wait_for(worker.failed, 120)
         assert not worker.ready
-        assert (await easy.add_task(timeout=20)).returning == 1
+        assert (await easy.add_task(timeout=120)).returning == 1
         assert worker.ready
         assert worker.id != first
-        assert (await easy.add_task(timeout=20)).returning == 1
+        assert (await easy.add_task(timeout=120)).returning == 1
     said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
     assert said[0] == f"worker {first} failed: RuntimeError: a bug"
     assert said[1].startswith(f"another worker follows {first} in ")
@@ -204,8 +204,8 @@ async def test_a_worker_that_is_wrongly_configured_is_told_of_again(
     with pytest.raises(ConfigurationError, match="another kind"):  # noqa: PT012
         async with app.worker() as worker:
             await easy.add_task()
-            await asyncio.wait_for(worker.failed, 5)
-            async with asyncio.timeout(10):
+            await asyncio.wait_for(worker.failed, 120)
+            async with asyncio.timeout(120):
                 while caplog.text.count("nothing is received, since worker") < 2:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             assert not worker.ready

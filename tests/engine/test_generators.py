@@ -40,10 +40,10 @@ async def test_the_result_is_the_list_of_typed_yields(app: QueueTasks) -> None:
 
     async with app.worker():
         expected = [Point(0), Point(1)]
-        assert (await points.add_task(2, timeout=5)).returning == expected
-        assert (await plain.add_task(2, timeout=5)).returning == expected
-        assert (await plain.add_task(0, timeout=5)).returning == []
-        assert (await untyped.add_task(2, timeout=5)).returning == [(2, {2})]
+        assert (await points.add_task(2, timeout=120)).returning == expected
+        assert (await plain.add_task(2, timeout=120)).returning == expected
+        assert (await plain.add_task(0, timeout=120)).returning == []
+        assert (await untyped.add_task(2, timeout=120)).returning == [(2, {2})]
     assert list(plain(2)) == expected, "called directly it is its function"
 
 
@@ -62,9 +62,9 @@ async def test_each_yield_goes_through_the_handler(app: QueueTasks) -> None:
         yield from range(n)
 
     async with app.worker():
-        assert (await numbers.add_task(2, timeout=5)).returning == [Point(1), Point(2)]
-        assert (await plain.add_task(2, timeout=5)).returning == [Point(1), Point(2)]
-        assert (await texts.add_task(2, timeout=5)).returning == ["0", "1"]
+        assert (await numbers.add_task(2, timeout=120)).returning == [Point(1), Point(2)]
+        assert (await plain.add_task(2, timeout=120)).returning == [Point(1), Point(2)]
+        assert (await texts.add_task(2, timeout=120)).returning == ["0", "1"]
 
 
 async def test_a_generator_that_fails_is_closed_and_retried(app: QueueTasks) -> None:
@@ -81,7 +81,7 @@ async def test_a_generator_that_fails_is_closed_and_retried(app: QueueTasks) -> 
             closed.append("closed")
 
     async with app.worker():
-        task = await numbers.add_task(timeout=10)
+        task = await numbers.add_task(timeout=120)
     assert (task.error, task.attempt, closed) == ("ValueError: not 7", 2, ["closed"] * 2)
 
 

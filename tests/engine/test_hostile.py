@@ -126,10 +126,10 @@ async def test_its_task_fails_and_the_others_go_on(
         return "fine"
 
     async with app.worker():
-        ended = await misbehaving.add_task(what, timeout=10)
+        ended = await misbehaving.add_task(what, timeout=120)
         assert (ended.status, ended.attempt, ended.dead) == ("error", 1, dead)
         assert says in (ended.error or "")
-        assert (await fine.add_task(timeout=5)).returning == "fine"
+        assert (await fine.add_task(timeout=120)).returning == "fine"
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -148,7 +148,7 @@ async def test_a_decorator_that_is_not_async_is_told(app: QueueTasks, stored: bo
     async def decorated() -> None: ...
 
     async with app.worker():
-        ended = await decorated.add_task(timeout=5)
+        ended = await decorated.add_task(timeout=120)
     assert (ended.attempt, ended.dead) == (1, "unstorable result")
     assert "nobody has run the coroutine that it is; the task's function" in (ended.error or "")
 
@@ -165,9 +165,9 @@ async def test_the_limit_of_a_result_is_the_apps() -> None:
         return "x" * length
 
     async with app.worker():
-        assert (await text.add_task(90, timeout=5)).status == "success"
-        assert (await text.add_task(200, timeout=5)).dead == "unstorable result"
-        assert (await unstored.add_task(200, timeout=5)).status == "success"
+        assert (await text.add_task(90, timeout=120)).status == "success"
+        assert (await text.add_task(200, timeout=120)).dead == "unstorable result"
+        assert (await unstored.add_task(200, timeout=120)).status == "success"
 
 
 async def test_a_nested_argument_that_cannot_travel_is_told(app: QueueTasks) -> None:
@@ -218,6 +218,6 @@ async def test_an_exception_beyond_exception_fails_its_task(app: QueueTasks) -> 
         raise Unusual("there")
 
     async with app.worker():
-        assert "Unusual: hello" in ((await unusual.add_task(timeout=5)).error or "")
-        assert "Unusual: there" in ((await in_a_thread.add_task(timeout=5)).error or "")
+        assert "Unusual: hello" in ((await unusual.add_task(timeout=120)).error or "")
+        assert "Unusual: there" in ((await in_a_thread.add_task(timeout=120)).error or "")
     assert runs == [1, 2]

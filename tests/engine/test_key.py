@@ -51,7 +51,7 @@ async def test_the_second_call_is_the_first_task(apps: tuple[QueueTasks, QueueTa
     others = [await add.add_task(3, 4, key="order 8"), await subtract.add_task(5, 6, key="order 7")]
     assert len({first.uuid, *(task.uuid for task in others)}) == 3
     async with app.worker():
-        ends = [await task.wait_result(10) for task in (first, again, *others)]
+        ends = [await task.wait_result(120) for task in (first, again, *others)]
     assert [task.returning for task in ends] == [3, 3, 7, -1]
     assert sorted(ran) == [1, 3]
 
@@ -68,7 +68,7 @@ async def test_whoever_waits_gets_the_end(apps: tuple[QueueTasks, QueueTasks]) -
         return ran
 
     await count.add_task(key="k")
-    calls = [count.using(client).add_task(key="k", timeout=20) for client in (app, other) * 3]
+    calls = [count.using(client).add_task(key="k", timeout=120) for client in (app, other) * 3]
     waiting = asyncio.gather(*calls)
     async with app.worker():
         ends = await waiting
@@ -83,15 +83,15 @@ async def test_what_has_ended_is_returned_at_once(apps: tuple[QueueTasks, QueueT
         return x / y
 
     async with app.worker():
-        await divide.add_task(6, 3, key="fine", timeout=10)
+        await divide.add_task(6, 3, key="fine", timeout=120)
         with pytest.raises(TaskFailed):
-            _ = (await divide.add_task(1, 0, key="wrong", timeout=10)).returning
+            _ = (await divide.add_task(1, 0, key="wrong", timeout=120)).returning
     for client in (app, other):
         for timeout in (None, 10.0):
             fine = await divide.using(client).add_task(6, 3, key="fine", timeout=timeout)
             assert (fine.status, fine.returning) == ("success", 2.0)
         # The key of a failed task is taken too.
-        wrong = await divide.using(client).add_task(1, 1, key="wrong", timeout=10)
+        wrong = await divide.using(client).add_task(1, 1, key="wrong", timeout=120)
         with pytest.raises(TaskFailed, match="division by zero"):
             _ = wrong.returning
 
@@ -107,7 +107,7 @@ async def test_the_timeout_is_the_callers_own(apps: tuple[QueueTasks, QueueTasks
     with pytest.raises(TaskTimeout, match=task.uuid):
         await add.using(other).add_task(1, 2, key="k", timeout=0.2)
     async with app.worker():
-        assert (await add.using(other).add_task(1, 2, key="k", timeout=10)).returning == 3
+        assert (await add.using(other).add_task(1, 2, key="k", timeout=120)).returning == 3
 
 
 async def test_many_at_once_from_two_clients(apps: tuple[QueueTasks, QueueTasks]) -> None:
@@ -122,7 +122,7 @@ async def test_many_at_once_from_two_clients(apps: tuple[QueueTasks, QueueTasks]
 
     async with app.worker(concurrency=20):
         calls = [
-            note.using(client).add_task(n, key=None if n < 0 else str(n), timeout=20)
+            note.using(client).add_task(n, key=None if n < 0 else str(n), timeout=120)
             for n in (1, -1, 2, -1) * 25
             for client in apps
         ]
@@ -147,7 +147,7 @@ async def test_the_blocking_face_and_retries(tmp_path: Path) -> None:
         with app:
             first = add.add_task(1, 2, key="k", delay=0.1)
             assert first.status == "scheduled"
-            assert add.call(1, 2).add_task(key="k", timeout=20).returning == 3
+            assert add.call(1, 2).add_task(key="k", timeout=120).returning == 3
             assert add.add_task(1, 2, key="k").uuid == first.uuid
 
     async with app.worker():
@@ -187,7 +187,7 @@ async def test_a_refused_key_stays_free() -> None:
             await add.add_task(1, 2, key="k")
         broker.full = False
         async with app.worker():
-            assert (await add.add_task(1, 2, key="k", timeout=10)).returning == 3
+            assert (await add.add_task(1, 2, key="k", timeout=120)).returning == 3
 
 
 class Doubtful(MemoryBroker):
@@ -229,8 +229,8 @@ async def test_a_publish_of_unknown_outcome_is_repeated_and_runs_once(
         assert depth.ready is not None
         assert depth.ready >= 5, "four messages of one task, and the last"
         async with app.worker(concurrency=1):
-            await task.wait_result(10)
-            async with asyncio.timeout(10):
+            await task.wait_result(120)
+            async with asyncio.timeout(120):
                 while "last" not in ran:  # noqa: ASYNC110  # nothing tells of it
                     await asyncio.sleep(0.01)
     assert ran == ["keyed", "last"]
@@ -269,6 +269,6 @@ async def test_across_processes(tmp_path: Path) -> None:
         ):
             assert [await asyncio.to_thread(each.wait) for each in (a, b, c)] == [0, 0, 0]
         for at in range(50):
-            await note.add_task("late", key=str(at), timeout=20)
+            await note.add_task("late", key=str(at), timeout=120)
     assert len(ran) == 50
     assert "late" not in ran

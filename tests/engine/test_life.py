@@ -226,7 +226,7 @@ async def test_a_cancelled_wait_leaves_nothing_behind() -> None:
                 await asyncio.sleep(0.01)
         # The tasks themselves go on.
         async with app.worker():
-            assert (await never.add_task(timeout=5)).status == "success"
+            assert (await never.add_task(timeout=120)).status == "success"
 
 
 @pytest.mark.parametrize("url", ["memory://", "sqlite:///{}/tasks.db"])
@@ -242,7 +242,7 @@ async def test_calls_in_the_air_are_answered_when_their_app_stops(tmp_path: Path
         for _ in range(number % 10):
             await asyncio.sleep(0)
         await app.stop()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             errors = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(error) for error in errors} == {Closed}
 
@@ -293,7 +293,7 @@ async def test_a_frozen_storage_adds_little_to_a_timeout() -> None:
         began = time.monotonic()
         with pytest.raises(TaskTimeout, match="no record of it can be read"):
             await never.add_task(timeout=0.2)
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 40  # not the 60 s of a read
 
 
 class Garbage(MemoryStorage):
@@ -324,14 +324,14 @@ async def test_an_inbox_that_fails_ends_the_waits_and_is_replaced() -> None:
         return 1
 
     async with app:
-        waits = [asyncio.create_task(one.add_task(timeout=20)) for _ in range(3)]
+        waits = [asyncio.create_task(one.add_task(timeout=120)) for _ in range(3)]
         await asyncio.sleep(0.1)
         io_thread().post(storage.fail.set)
         errors = await asyncio.gather(*waits, return_exceptions=True)
         assert [str(error) for error in errors] == ["garbage"] * 3
         assert len({id(error) for error in errors}) == 3, "each waiter has an error of its own"
         async with app.worker():
-            assert (await one.add_task(timeout=5)).returning == 1
+            assert (await one.add_task(timeout=120)).returning == 1
 
 
 # -- the client's rest -----------------------------------------------------------------------
@@ -361,7 +361,7 @@ async def test_stopping_ends_each_wait_with_an_error_of_its_own(app: QueueTasks)
     async def never() -> None: ...
 
     async with app:
-        waits = [asyncio.create_task(never.add_task(timeout=20)) for _ in range(3)]
+        waits = [asyncio.create_task(never.add_task(timeout=120)) for _ in range(3)]
         await asyncio.sleep(0.1)
     errors = await asyncio.gather(*waits, return_exceptions=True)
     assert [type(error).__name__ for error in errors] == ["Closed"] * 3
@@ -396,7 +396,9 @@ async def test_two_apps_in_one_process() -> None:
     first.include_router(router)
     second.include_router(router)
     async with first.worker(), second.worker():
-        tasks = [await name_of.using(app).add_task(app.name, timeout=5) for app in (first, second)]
+        tasks = [
+            await name_of.using(app).add_task(app.name, timeout=120) for app in (first, second)
+        ]
         assert [task.returning for task in tasks] == [first.name, second.name]
         assert await first.get_task(tasks[1].uuid) is None
 
@@ -434,7 +436,7 @@ async def test_parts_that_cannot_be_had_are_told_and_another_app_goes_on(
                 async with QueueTasks("wrong", url):
                     pytest.fail("it started")
             assert "hidden" not in str(caught.value)
-            assert (await one.add_task(timeout=5)).returning == 1
+            assert (await one.add_task(timeout=120)).returning == 1
 
 
 async def test_a_thread_cannot_be_a_worker_process(app: QueueTasks) -> None:

@@ -24,7 +24,7 @@ async def test_a_coroutine_past_its_time_is_cancelled_and_fails(app: QueueTasks)
             raise
 
     async with app.worker():
-        task = await stuck.add_task(timeout=5)
+        task = await stuck.add_task(timeout=120)
         assert cancelled.is_set()
     assert (task.status, task.attempt) == ("error", 1)
     assert task.error == "TimeoutError: the run took longer than max_time=0.05 s"
@@ -43,7 +43,7 @@ async def test_it_is_retried_as_an_exception_is(app: QueueTasks) -> None:
         return "in time"
 
     async with app.worker():
-        task = await stuck_once.add_task(timeout=10)
+        task = await stuck_once.add_task(timeout=120)
     assert (task.returning, task.attempt) == ("in time", 2)
 
 
@@ -62,9 +62,9 @@ async def test_a_thread_past_its_time_is_over_for_the_queue(app: QueueTasks) -> 
 
     async with app.worker():
         try:
-            task = await stuck.add_task(timeout=5)
+            task = await stuck.add_task(timeout=120)
             assert (task.status, returned.is_set()) == ("error", False)
-            assert (await fine.add_task(timeout=5)).returning == "fine"
+            assert (await fine.add_task(timeout=120)).returning == "fine"
         finally:
             release.set()
         assert await asyncio.to_thread(returned.wait, 5)
@@ -94,9 +94,9 @@ async def test_what_ends_in_time_is_not_touched(app: QueueTasks) -> None:
             yield 1
 
     async with app.worker():
-        assert (await its_own.add_task(timeout=5)).error == "TimeoutError: of a server"
-        assert (await again.add_task(timeout=5)).returning == 2
-        assert (await endless.add_task(timeout=5)).status == "error"
+        assert (await its_own.add_task(timeout=120)).error == "TimeoutError: of a server"
+        assert (await again.add_task(timeout=120)).returning == 2
+        assert (await endless.add_task(timeout=120)).status == "error"
 
 
 async def test_a_run_that_is_given_back_is_no_timeout(app: QueueTasks) -> None:
@@ -114,7 +114,7 @@ async def test_a_run_that_is_given_back_is_no_timeout(app: QueueTasks) -> None:
             task = await slow.add_task()
             await begun.wait()
         async with app.worker():
-            assert (await task.wait_result(5)).returning == "second run"
+            assert (await task.wait_result(120)).returning == "second run"
 
 
 def test_a_time_that_never_suffices_is_refused(app: QueueTasks) -> None:

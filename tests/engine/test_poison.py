@@ -69,7 +69,7 @@ async def test_a_candidate_runs_alone_with_its_count_made_durable(app: QueueTask
         after = await neighbour.map([(n,) for n in range(10, 20)])
         async with app.worker(concurrency=20):
             for task in [*before, *candidates, *after]:
-                assert (await task.wait_result(10)).status == "success"
+                assert (await task.wait_result(120)).status == "success"
     assert counts == [1, 1, 1]
     assert all(not company[f"candidate {n}"] for n in range(3))
     assert any(company[f"neighbour {n}"] for n in range(20)), "neighbours run beside each other"
@@ -91,7 +91,7 @@ async def test_after_the_bound_it_is_dead(app: QueueTasks) -> None:
             [replace(record, status="process", execution="x", headers={"qtasks-lone-runs": "3"})]
         )
         async with app.worker():
-            done = await task.wait_result(5)
+            done = await task.wait_result(120)
     assert (done.status, done.dead) == ("error", "poison: its worker died 3 times running it alone")
     assert runs == []
 
@@ -138,9 +138,9 @@ async def test_a_long_candidate_does_not_hold_up_the_others(
     async with app, app.worker():
         long = await candidate.add_task()
         await asyncio.sleep(0.05)
-        assert (await neighbour.add_task(timeout=5)).status == "success"
+        assert (await neighbour.add_task(timeout=120)).status == "success"
         go_on.set()
-        assert (await long.wait_result(5)).status == "success"
+        assert (await long.wait_result(120)).status == "success"
 
 
 async def test_a_candidate_that_is_cancelled_while_it_waits_does_not_run(app: QueueTasks) -> None:
@@ -158,8 +158,8 @@ async def test_a_candidate_that_is_cancelled_while_it_waits_does_not_run(app: Qu
         await begun.wait()
         assert await second.cancel()
         go_on.set()
-        await first.wait_result(5)
-        assert (await second.wait_result(5)).status == "cancel"
+        await first.wait_result(120)
+        assert (await second.wait_result(120)).status == "cancel"
     assert runs == [1]
 
 
@@ -183,10 +183,10 @@ async def test_a_long_candidate_does_not_hold_up_the_others_though_another_waits
     async with app, app.worker(grace=1):
         candidates = await candidate.map([(1,), (2,), (3,)])
         await asyncio.sleep(0.05)
-        assert (await neighbour.add_task(timeout=5)).status == "success"
+        assert (await neighbour.add_task(timeout=120)).status == "success"
         assert running == {1}
         go_on.set()
-        ends = [await task.wait_result(5) for task in candidates]
+        ends = [await task.wait_result(120) for task in candidates]
     assert [end.returning for end in ends] == [[], [], []]
 
 
@@ -225,7 +225,7 @@ async def test_a_candidate_whose_lease_was_lost_while_it_waited_is_left_to_who_h
         assert await asyncio.to_thread(lost.wait, 5)
         await asyncio.sleep(0.05)
         go_on.set()
-        await first.wait_result(5)
+        await first.wait_result(120)
         await asyncio.sleep(0.05)
         assert runs == [1]
 

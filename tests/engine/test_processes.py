@@ -45,20 +45,20 @@ async def ended(pids: list[int]) -> None:
 async def test_arguments_and_results_are_typed_there(app: QueueTasks) -> None:
     box = processes.Box(2, Decimal("1.50"))
     async with app.worker():
-        wider = await processes.widen.using(app).add_task(box, by=3, timeout=20)
+        wider = await processes.widen.using(app).add_task(box, by=3, timeout=120)
         assert wider.returning == processes.Box(5, Decimal("1.50"))
         untyped = {"a": (1, {2}, Decimal("0.1")), "b": None}
-        assert (await processes.echo.using(app).add_task(untyped, timeout=20)).returning == untyped
-        assert (await processes.odds.using(app).add_task(6, timeout=20)).returning == [1, 3, 5]
-        assert (await processes.doubled.using(app).add_task(3, timeout=20)).returning == [0, 2, 4]
-        assert (await processes.shout.using(app).add_task("hi", timeout=20)).returning == "HI"
-        assert (await processes.nested.using(app).add_task(timeout=20)).returning == "inner"
+        assert (await processes.echo.using(app).add_task(untyped, timeout=120)).returning == untyped
+        assert (await processes.odds.using(app).add_task(6, timeout=120)).returning == [1, 3, 5]
+        assert (await processes.doubled.using(app).add_task(3, timeout=120)).returning == [0, 2, 4]
+        assert (await processes.shout.using(app).add_task("hi", timeout=120)).returning == "HI"
+        assert (await processes.nested.using(app).add_task(timeout=120)).returning == "inner"
 
 
 async def test_children_are_used_again_and_end_with_the_worker(app: QueueTasks) -> None:
     pid = processes.pid.using(app)
     async with app.worker():
-        tasks = [await task.wait_result(20) for task in await pid.map([()] * 40)]
+        tasks = [await task.wait_result(120) for task in await pid.map([()] * 40)]
         used = {task.returning for task in tasks}
         assert os.getpid() not in used
         assert 1 <= len(used) <= 2
@@ -69,15 +69,15 @@ async def test_what_the_function_raises_ends_its_task_alike(
     app: QueueTasks, tmp_path: Path
 ) -> None:
     async with app.worker():
-        refused = await processes.refuse.using(app).add_task(timeout=20)
+        refused = await processes.refuse.using(app).add_task(timeout=120)
         assert (refused.status, refused.error) == ("error", "Refusal: not today")
         assert refused.traceback is not None
         assert refused.traceback.startswith("Traceback (most recent call last):\n  File")
         assert "in refuse" in refused.traceback
         assert "qtasks/executors" not in refused.traceback
-        again = await processes.ask_again.using(app).add_task(str(tmp_path / "f"), timeout=20)
+        again = await processes.ask_again.using(app).add_task(str(tmp_path / "f"), timeout=120)
         assert (again.returning, again.attempt) == ("second", 2)
-        rejected = await processes.reject.using(app).add_task(timeout=20)
+        rejected = await processes.reject.using(app).add_task(timeout=120)
         assert (rejected.attempt, rejected.dead) == (1, "no use")
         wrong = await app_sends_wrong_arguments(app)
         assert (wrong.attempt, wrong.dead) == (1, "bad arguments")
@@ -92,7 +92,7 @@ async def app_sends_wrong_arguments(app: QueueTasks) -> Any:
 
     async with sender:
         arguments = {"width": 1, "price": "1"}, "one"
-        return await as_the_sender_knows_it.add_task(*arguments, timeout=20)
+        return await as_the_sender_knows_it.add_task(*arguments, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -120,32 +120,32 @@ async def app_sends_wrong_arguments(app: QueueTasks) -> Any:
 async def test_only_the_task_that_misbehaves_fails(app: QueueTasks, how: str, says: str) -> None:
     async with app.worker():
         neighbours = await processes.echo.using(app).map([(n,) for n in range(20)])
-        task = await processes.misbehave.using(app).add_task(how, timeout=20)
+        task = await processes.misbehave.using(app).add_task(how, timeout=120)
         assert (task.status, task.attempt) == ("error", 1)
         assert says in (task.error or "")
-        after = await processes.misbehave.using(app).add_task("not", timeout=20)
+        after = await processes.misbehave.using(app).add_task("not", timeout=120)
         assert after.returning == "well"
-        done = [await neighbour.wait_result(20) for neighbour in neighbours]
+        done = [await neighbour.wait_result(120) for neighbour in neighbours]
         assert [neighbour.returning for neighbour in done] == list(range(20))
 
 
 async def test_forks_and_a_closed_stdout(app: QueueTasks) -> None:
     async with app.worker():
-        assert (await processes.fork.using(app).add_task(timeout=20)).returning == "parent"
-        died = await processes.fork_and_die.using(app).add_task(timeout=20)
+        assert (await processes.fork.using(app).add_task(timeout=120)).returning == "parent"
+        died = await processes.fork_and_die.using(app).add_task(timeout=120)
         assert died.error == "ProcessDied: its process died (exit status 3)"
-        assert (await processes.close_stdout.using(app).add_task(timeout=20)).status == "success"
-        assert (await processes.pid.using(app).add_task(timeout=20)).status == "success"
+        assert (await processes.close_stdout.using(app).add_task(timeout=120)).status == "success"
+        assert (await processes.pid.using(app).add_task(timeout=120)).status == "success"
 
 
 async def test_one_that_cannot_hear_any_more_is_dead(app: QueueTasks) -> None:
     app = QueueTasks(app.name, "memory://", max_payload=1 << 27)
     app.include_router(processes.router)
     async with app.worker(concurrency=1):
-        child = (await processes.deafen.using(app).add_task(timeout=20)).returning
-        task = await processes.echo.using(app).add_task(bytes(1 << 26), timeout=20)
+        child = (await processes.deafen.using(app).add_task(timeout=120)).returning
+        task = await processes.echo.using(app).add_task(bytes(1 << 26), timeout=120)
         assert (task.error or "").startswith("ProcessDied: its process died (")
-        assert (await processes.pid.using(app).add_task(timeout=20)).returning != child
+        assert (await processes.pid.using(app).add_task(timeout=120)).returning != child
 
 
 async def test_arguments_and_results_that_no_socket_holds_at_once(app: QueueTasks) -> None:
@@ -154,7 +154,7 @@ async def test_arguments_and_results_that_no_socket_holds_at_once(app: QueueTask
     async with app.worker():
         tasks = await processes.echo.using(app).map([(bytes([n]) * 10_000_000,) for n in range(3)])
         for n, task in enumerate(tasks):
-            assert (await task.wait_result(30)).returning == bytes([n]) * 10_000_000
+            assert (await task.wait_result(120)).returning == bytes([n]) * 10_000_000
 
 
 async def test_its_death_is_noticed_beside_what_it_started(app: QueueTasks, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ async def test_its_death_is_noticed_beside_what_it_started(app: QueueTasks, tmp_
     died = processes.die_beside_what_it_started.using(app)
     try:
         async with app.worker():
-            task = await died.add_task(str(file), timeout=20)
+            task = await died.add_task(str(file), timeout=120)
             assert task.error == "ProcessDied: its process died (exit status 3)"
     finally:
         for pid in written(file):
@@ -179,13 +179,13 @@ async def test_one_that_does_not_answer_to_the_point_is_killed_and_leaves_nothin
     try:
         async with app.worker(concurrency=1):
             babble = processes.babble.using(app)
-            await babble.add_task(timeout=20)
+            await babble.add_task(timeout=120)
             before = held()
             for _ in range(3):
-                task = await babble.add_task(timeout=20)
+                task = await babble.add_task(timeout=120)
                 assert task.error == "ProcessDied: its process sent something that is no answer"
             assert held() <= before
-            assert (await processes.pid.using(app).add_task(timeout=20)).status == "success"
+            assert (await processes.pid.using(app).add_task(timeout=120)).status == "success"
     finally:
         gc.enable()
 
@@ -194,7 +194,7 @@ async def test_past_its_time_it_is_killed_with_what_it_started(
     app: QueueTasks, tmp_path: Path
 ) -> None:
     async with app.worker():
-        task = await processes.stuck.using(app).add_task(str(tmp_path / "pids"), timeout=20)
+        task = await processes.stuck.using(app).add_task(str(tmp_path / "pids"), timeout=120)
         assert task.error == "TimeoutError: the run took longer than max_time=0.3 s"
         await ended(await asyncio.to_thread(written, tmp_path / "pids"))
 
@@ -202,7 +202,7 @@ async def test_past_its_time_it_is_killed_with_what_it_started(
 async def test_waiting_for_a_free_process_is_no_time_of_the_run(app: QueueTasks) -> None:
     async with app.worker():
         tasks = await processes.brief.using(app).map([()] * 8)
-        assert {(await task.wait_result(20)).status for task in tasks} == {"success"}
+        assert {(await task.wait_result(120)).status for task in tasks} == {"success"}
 
 
 async def test_cancelled_it_is_killed(app: QueueTasks, tmp_path: Path) -> None:
@@ -211,8 +211,8 @@ async def test_cancelled_it_is_killed(app: QueueTasks, tmp_path: Path) -> None:
         pids = await asyncio.to_thread(written, tmp_path / "pid")
         assert await task.cancel()
         await ended(pids)
-        assert (await task.wait_result(20)).status == "cancel"
-        assert (await processes.pid.using(app).add_task(timeout=20)).status == "success"
+        assert (await task.wait_result(120)).status == "cancel"
+        assert (await processes.pid.using(app).add_task(timeout=120)).status == "success"
 
 
 async def test_past_the_grace_it_is_killed_and_given_back(app: QueueTasks, tmp_path: Path) -> None:
@@ -222,19 +222,19 @@ async def test_past_the_grace_it_is_killed_and_given_back(app: QueueTasks, tmp_p
             pids = await asyncio.to_thread(written, tmp_path / "pid")
         await ended(pids)
         async with app.worker():
-            assert (await task.wait_result(20)).status == "success"
+            assert (await task.wait_result(120)).status == "success"
 
 
 async def test_death_is_retried_as_an_exception_is(app: QueueTasks, tmp_path: Path) -> None:
     async with app.worker():
-        task = await processes.die_once.using(app).add_task(str(tmp_path / "f"), timeout=20)
+        task = await processes.die_once.using(app).add_task(str(tmp_path / "f"), timeout=120)
     assert (task.returning, task.attempt) == ("alive", 2)
 
 
 async def test_plugins_tell_exceptions_apart(app: QueueTasks) -> None:
     async with app.worker():
         for how, attempts in (("refuse", 2), ("die", 2), ("other", 1)):
-            task = await processes.fail.using(app).add_task(how, timeout=20)
+            task = await processes.fail.using(app).add_task(how, timeout=120)
             assert (task.status, task.attempt) == ("error", attempts)
 
 

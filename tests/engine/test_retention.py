@@ -47,7 +47,7 @@ async def test_a_short_retention_lets_nothing_run_twice(
         assert await app.control(expire) == 0
         # As after a worker that died between recording the end and settling.
         await app.control(publish, message)
-        await after.add_task(timeout=5)
+        await after.add_task(timeout=120)
     assert runs == [1]
 
 
@@ -66,7 +66,7 @@ async def test_a_cancel_outlives_the_wait_of_its_message(app: QueueTasks) -> Non
         assert await app.cancel(task.uuid)
         assert await app.control(expire) == 0
         async with app.worker(concurrency=1):
-            await after.add_task(timeout=5)
+            await after.add_task(timeout=120)
     assert runs == []
 
 
@@ -80,11 +80,11 @@ async def test_what_a_task_says_is_recorded(app: QueueTasks) -> None:
         return "kept"
 
     async with app.worker():
-        ended = await said.add_task(timeout=5)
+        ended = await said.add_task(timeout=120)
         returned: object = ended.returning
         assert (ended.status, returned, ended.record.returning) == ("success", None, None)
         assert ended.record.retention == 3600
-        assert (await unsaid.add_task(timeout=5)).returning == "kept"
+        assert (await unsaid.add_task(timeout=120)).returning == "kept"
         again = await app.get_task(ended.uuid)
     assert again is not None
     assert (again.record.retention, again.record.returning) == (3600, None)

@@ -165,7 +165,7 @@ async def test_a_part_that_cannot_stop_leaves_no_wait_and_no_other_part() -> Non
 
     await app.start()
     task = await never.add_task()
-    waiting = asyncio.create_task(task.wait_result(5))
+    waiting = asyncio.create_task(task.wait_result(120))
     await asyncio.sleep(0.05)
     with pytest.raises(Unavailable):
         await app.stop()

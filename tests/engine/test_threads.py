@@ -44,8 +44,8 @@ async def test_one_that_never_returns_keeps_no_place(app: QueueTasks) -> None:
     try:
         async with app.worker(concurrency=1):
             for _ in range(3):
-                assert (await stuck.add_task(timeout=10)).status == "error"
-            assert (await fine.add_task(timeout=10)).returning == 1
+                assert (await stuck.add_task(timeout=120)).status == "error"
+            assert (await fine.add_task(timeout=120)).returning == 1
         assert busy_threads() == 3
     finally:
         release.set()

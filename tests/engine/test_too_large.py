@@ -62,7 +62,7 @@ async def test_a_result_over_the_limit_is_an_error_and_harms_no_neighbour(
     async with app, app.worker():
         texts = ["a", "b" * 12_000, "c"]  # arguments and result together are over it
         handles = await echo.map([(text,) for text in texts])
-        ended = [await handle.wait_result(timeout=20) for handle in handles]
+        ended = [await handle.wait_result(timeout=120) for handle in handles]
         assert [task.status for task in ended] == ["success", "error", "success"]
         assert "too large" in str(ended[1].error)
         assert ended[1].dead == "unstorable result"
@@ -85,7 +85,7 @@ async def test_a_retry_whose_record_is_over_the_limit_runs_again() -> None:
         return "done"
 
     async with app, app.worker():
-        task = await fails.add_task("a", timeout=20)
+        task = await fails.add_task("a", timeout=120)
     assert task.returning == "done"
     assert runs == 2
 
@@ -149,7 +149,7 @@ async def test_a_poison_candidate_over_the_limit_ends_as_an_error(
         handle = await echo.add_task("a" * 30_000)
         uuid = handle.uuid
         async with app.worker():
-            ended = await handle.wait_result(timeout=20)
+            ended = await handle.wait_result(timeout=120)
         depth = await app.broker.depth("default")
     assert (ended.status, ended.dead) == ("error", "unstorable result")
     assert str(LARGEST) in str(ended.error)
@@ -169,7 +169,7 @@ async def test_a_poison_candidate_that_cannot_be_counted_does_not_run() -> None:
         runs.append(1)
 
     async with app, app.worker():
-        ended = await candidate.add_task(timeout=20)
+        ended = await candidate.add_task(timeout=120)
         depth = await app.broker.depth("default")
     assert (ended.status, ended.dead) == ("error", "unstorable record")
     assert str(LARGEST) in str(ended.error)

@@ -437,9 +437,9 @@ async def test_methods(app: QueueTasks) -> None:
     owner = app.task()(Shop.owner)
     size = app.task()(Shop.size)
     async with app.worker():
-        assert (await price.add_task(2, timeout=5)).returning == 6
-        assert (await owner.add_task(timeout=5)).returning == "Shop"
-        assert (await size.add_task(2, cls=5, timeout=5)).returning == 10
+        assert (await price.add_task(2, timeout=120)).returning == 6
+        assert (await owner.add_task(timeout=120)).returning == "Shop"
+        assert (await size.add_task(2, cls=5, timeout=120)).returning == 10
 
 
 def test_a_model_is_read_by_its_aliases_too() -> None:
@@ -659,12 +659,12 @@ async def test_through_a_queue(app: QueueTasks) -> None:
         return Point(1) if value is None else (value,)
 
     async with app.worker():
-        done = await total.add_task([ORDER], {"since": (2024, 1)}, timeout=10)
+        done = await total.add_task([ORDER], {"since": (2024, 1)}, timeout=120)
         assert done.returning == Page(ORDER.lines, 1)
-        ended = await wrong.add_task(timeout=10)
+        ended = await wrong.add_task(timeout=120)
         assert (ended.status, ended.dead) == ("error", "unstorable result")
         assert "Expected `int`, got `str`" in (ended.error or "")
-        ended = await untyped.add_task(None, timeout=10)
+        ended = await untyped.add_task(None, timeout=120)
         assert (ended.status, ended.dead) == ("error", "unstorable result")
         assert "Point would not come back as it is" in (ended.error or "")
-        assert exactly((await untyped.add_task({UID}, timeout=10)).returning) == exactly(({UID},))
+        assert exactly((await untyped.add_task({UID}, timeout=120)).returning) == exactly(({UID},))

@@ -66,7 +66,7 @@ def child(number: int, app: QueueTasks | None) -> None:
 
 
 def add(number: int) -> int:
-    return add_blocking.add_task(number, 1, timeout=30).returning
+    return add_blocking.add_task(number, 1, timeout=120).returning
 
 
 def say(*words: object) -> None:

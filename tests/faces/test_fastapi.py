@@ -146,7 +146,7 @@ async def test_a_default_app_says_where_it_writes_to_and_that_no_worker_was_ever
         with pytest.raises(TaskTimeout, match=f"uses the broker memory://{app.name}"):
             await asyncio.to_thread(lambda: app.wait(str(uuid4()), 0.1).result())
         async with app.worker():
-            assert (await add.add_task(1, 2, timeout=10)).returning == 3
+            assert (await add.add_task(1, 2, timeout=120)).returning == 3
         with pytest.raises(TaskTimeout, match="no worker for that queue is alive; this process's"):
             await add.add_task(1, 2, timeout=0.1)
 
@@ -176,11 +176,11 @@ async def client(app: QueueTasks) -> AsyncIterator[AsyncClient]:
         await asyncio.sleep(60)
 
     async def failed() -> None:
-        _ = (await fail.add_task("in a dependency", timeout=10)).returning
+        _ = (await fail.add_task("in a dependency", timeout=120)).returning
 
     @api.get("/failed")
     async def get_failed(reason: str) -> None:
-        return (await fail.add_task(reason, timeout=10)).returning
+        return (await fail.add_task(reason, timeout=120)).returning
 
     @api.get("/dependency")
     async def get_dependency(_: None = Depends(failed)) -> None: ...
@@ -199,7 +199,7 @@ async def client(app: QueueTasks) -> AsyncIterator[AsyncClient]:
 
         from qtasks import Task
 
-        record = (await fail.add_task("x", timeout=10)).record
+        record = (await fail.add_task("x", timeout=120)).record
         _ = Task(app, replace(record, status="cancel", error=None), lambda _: None).returning
 
     @api.get("/own")
@@ -339,13 +339,13 @@ async def test_a_cancelled_caller_does_not_cancel_its_task(turns: int) -> None:
         ran.append(number)
 
     async with app.worker():
-        caller = asyncio.create_task(note.add_task(turns, timeout=10))
+        caller = asyncio.create_task(note.add_task(turns, timeout=120))
         for _ in range(turns + 1):
             await asyncio.sleep(0)
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
-        await note.add_task(-1, timeout=10)
+        await note.add_task(-1, timeout=120)
         assert sorted(ran) == [-1, turns]
         assert not storage.waited_for
 
@@ -371,7 +371,7 @@ async def test_a_cancelled_start_leaves_nothing_started() -> None:
     starting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await starting
-    await asyncio.wait_for(release.wait(), 10)
+    await asyncio.wait_for(release.wait(), 120)
     assert ended == ["stopped"]
     assert not started(app)
 

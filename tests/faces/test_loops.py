@@ -84,7 +84,7 @@ def worker(app: QueueTasks) -> Iterator[None]:
 
 
 async def use(app: QueueTasks, number: int) -> int:
-    return (await add.using(app).add_task(number, 1, timeout=20)).returning
+    return (await add.using(app).add_task(number, 1, timeout=120)).returning
 
 
 @pytest.mark.parametrize("backend", PARTS, indirect=True)
@@ -125,7 +125,7 @@ def test_a_loop_that_is_closed_over_its_waits(app: QueueTasks) -> None:
     async def unknown() -> None: ...
 
     async def wait() -> None:
-        await unknown.using(app).add_task(timeout=30)
+        await unknown.using(app).add_task(timeout=120)
 
     loop = asyncio.new_event_loop()
     waiting = loop.create_task(wait())
@@ -168,7 +168,7 @@ def test_starlettes_test_client(app: QueueTasks) -> None:
 
     @api.get("/thread")
     def thread(x: float) -> float:
-        return halve.using(app).add_task(x, timeout=20).returning
+        return halve.using(app).add_task(x, timeout=120).returning
 
     for _ in range(3):
         with TestClient(api) as client:

@@ -48,7 +48,7 @@ def test_threads_that_first_use_it_at_once() -> None:
 
     def work(number: int) -> list[int]:
         barrier.wait()
-        return [add_blocking.add_task(number, n, timeout=30).returning for n in range(20)]
+        return [add_blocking.add_task(number, n, timeout=120).returning for n in range(20)]
 
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(work, range(16)))
@@ -59,7 +59,7 @@ def test_threads_that_first_use_it_at_once() -> None:
 def test_threads_that_end_while_others_go_on() -> None:
     held = sockets()
     for number in range(50):
-        thread = threading.Thread(target=lambda n=number: add_blocking.add_task(n, 1, timeout=30))
+        thread = threading.Thread(target=lambda n=number: add_blocking.add_task(n, 1, timeout=120))
         thread.start()
         thread.join()
         if number == 0:
@@ -78,7 +78,7 @@ def test_threads_that_each_enter_an_app_of_their_own(environment: dict[str, str]
             environment["QTASKS_STORAGE_URL"],
         )
         with app:
-            return add_blocking.using(app).add_task(number, 1, timeout=30).returning
+            return add_blocking.using(app).add_task(number, 1, timeout=120).returning
 
     with ThreadPoolExecutor(6) as pool:
         assert list(pool.map(work, range(30))) == list(range(1, 31))
@@ -95,7 +95,7 @@ def site(environ: dict[str, Any], respond: Respond) -> Iterable[bytes]:
     body: dict[str, Any] = {}
     try:
         if environ["PATH_INFO"] == "/add":
-            task = add_blocking.add_task(int(query["x"]), int(query["y"]), timeout=30)
+            task = add_blocking.add_task(int(query["x"]), int(query["y"]), timeout=120)
             body = {"sum": task.returning, "thread": threading.get_ident()}
         else:
             add_blocking.call(1, 1).add_task(queue="nobody", timeout=0.1)

@@ -204,6 +204,38 @@ async def test_what_is_no_command_is_passed_over(
     await commands.aclose()  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("fault", [ValueError("a fault of our own"), asyncio.CancelledError()])
+async def test_a_fault_in_reading_commands_is_told_to_all_who_wait(
+    brokers: list[KafkaBroker], monkeypatch: pytest.MonkeyPatch, fault: BaseException
+) -> None:
+    """Whatever ends the reading, no listener waits for ever; the next one reads again."""
+    broker, other, _ = brokers
+    hearing = [asyncio.ensure_future(anext(broker.commands())) for _ in range(2)]
+    listeners = broker._listening()
+    while len(listeners._heard) < 2:  # noqa: ASYNC110  nothing tells
+        await asyncio.sleep(0.01)
+
+    def fail(*_: object) -> None:
+        raise fault
+
+    with monkeypatch.context() as patched:
+        patched.setattr(listeners, "_pass_on", fail)
+        async with asyncio.timeout(MOST_SECONDS):
+            while not all(each.done() for each in hearing):
+                await other.broadcast(Command(name="ping"))
+                await asyncio.wait(hearing, timeout=0.1)
+    expected = Unavailable if isinstance(fault, asyncio.CancelledError) else ValueError
+    for each in hearing:
+        with pytest.raises(expected):
+            await each
+    again = asyncio.ensure_future(anext(broker.commands()))
+    async with asyncio.timeout(MOST_SECONDS):
+        while not again.done():
+            await other.broadcast(Command(name="ping"))
+            await asyncio.wait({again}, timeout=0.1)
+    assert again.result().name == "ping"
+
+
 async def test_the_topic_of_commands_stays_small(
     brokers: list[KafkaBroker], admin: AIOKafkaAdminClient, namespace: str
 ) -> None:

@@ -17,7 +17,7 @@ def run(directory: Path, text: str, *arguments: str, **environment: str) -> str:
     path = f"{ROOT}{os.pathsep}{directory}"
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
-        cwd=directory, capture_output=True, text=True, timeout=120,
+        cwd=directory, capture_output=True, text=True, timeout=900,
         env={**os.environ, "PYTHONPATH": path, **environment},
     )  # fmt: skip
     return ran.stdout + ran.stderr

@@ -41,7 +41,7 @@ def run(directory: Path, storage: str, *tests: str) -> str:
     (directory / "pytest.ini").write_text("[pytest]\n")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests],
-        cwd=directory, capture_output=True, text=True, timeout=60,
+        cwd=directory, capture_output=True, text=True, timeout=900,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{directory}"},
     )  # fmt: skip
     return ran.stdout + ran.stderr

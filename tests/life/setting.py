@@ -44,7 +44,7 @@ class Setting:
     async def begun(self, app: QueueTasks, task: Task[Any]) -> None:
         """Wait until a task's record says that it runs."""
         status = ""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             while status != "process":
                 await asyncio.sleep(0.02)
                 status = getattr(await app.get(task.uuid), "status", "")

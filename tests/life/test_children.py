@@ -42,7 +42,7 @@ async def test_the_script_of_the_worker_is_imported_by_its_name(
     crunch: AsyncTask[..., int, int], tmp_path: Path
 ) -> None:
     with worker(tmp_path) as process:
-        task = await crunch.add_task(str(tmp_path / "pid"), 0.0, timeout=30)
+        task = await crunch.add_task(str(tmp_path / "pid"), 0.0, timeout=120)
         child = task.returning
         assert child != process.pid
         process.wait_for("crunching in crunching\n")
@@ -56,7 +56,7 @@ async def test_children_of_a_worker_that_is_killed_notice(
     with worker(tmp_path) as process:
         # One will be busy for a minute, the other has nothing to do.
         await crunch.add_task(str(tmp_path / "busy"), 60.0)
-        idle = (await crunch.add_task(str(tmp_path / "idle"), 0.0, timeout=30)).returning
+        idle = (await crunch.add_task(str(tmp_path / "idle"), 0.0, timeout=120)).returning
         (busy,) = await asyncio.to_thread(written, tmp_path / "busy")
         process.kill()
         await asyncio.to_thread(until, lambda: gone(busy) and gone(idle), "their end")
@@ -88,7 +88,7 @@ async def test_an_idle_child_ends_though_a_thread_goes_on_in_it(
         raise AssertionError("the worker runs it")
 
     with worker(tmp_path) as process:
-        child = (await leave_a_thread.add_task(timeout=30)).returning
+        child = (await leave_a_thread.add_task(timeout=120)).returning
         process.kill()
         try:
             await asyncio.to_thread(until, lambda: gone(child), "its end")
@@ -107,7 +107,7 @@ async def test_signals_to_all_processes_leave_running_functions_alone(
             os.kill(pid, signal.SIGTERM)
         os.kill(child, signal.SIGINT)
         assert await asyncio.to_thread(process.wait) == 0
-        assert (await task.wait_result(10)).returning == child
+        assert (await task.wait_result(120)).returning == child
     assert gone(child)
 
 
@@ -119,7 +119,7 @@ async def test_a_script_that_forgets_who_imports_it_starts_no_worker_there(
     script.write_text(guarded.replace('if __name__ == "__main__":', "if True:"))
     assert script.read_text() != guarded
     with Process(str(script), environment={"CRUNCHING": str(tmp_path)}) as process:
-        task = await crunch.add_task(str(tmp_path / "pid"), 0.0, timeout=30)
+        task = await crunch.add_task(str(tmp_path / "pid"), 0.0, timeout=120)
         assert task.error is not None
         assert task.error.startswith("ConfigurationError: a worker would start in a child process")
         assert await asyncio.to_thread(process.terminate) == 0

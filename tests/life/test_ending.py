@@ -21,8 +21,8 @@ async def test_a_process_that_is_held_up_is_replaced(
     monkeypatch.setenv("PATIENCE", "1")
     async with setting.app() as app:
         with setting.worker(processes=1, max_tasks=1) as supervisor:
-            held = (await hold_up.using(app).add_task(how, timeout=30)).returning
-            assert (await pid.using(app).add_task(timeout=30)).returning != held
+            held = (await hold_up.using(app).add_task(how, timeout=120)).returning
+            assert (await pid.using(app).add_task(timeout=120)).returning != held
             said = supervisor.output()
             assert "the process is held up" in said or "Timeout (0:00:02)!" in said
             assert not alive(held)
@@ -34,7 +34,7 @@ async def test_one_process_that_is_held_up_ends(
     monkeypatch.setenv("PATIENCE", "1")
     async with setting.app() as app:
         with setting.worker() as worker:
-            await hold_up.using(app).add_task("a thread", timeout=30)
+            await hold_up.using(app).add_task("a thread", timeout=120)
             assert await asyncio.to_thread(worker.terminate) == 0
             assert "ends without what does not end (threads: Thread-" in worker.output()
 
@@ -58,7 +58,7 @@ async def test_a_stopped_process_whose_worker_was_over_is_killed(
     monkeypatch.setenv("PATIENCE", "1")
     async with setting.app() as app:
         with setting.worker(processes=1, max_tasks=1) as supervisor:
-            held = (await hold_up.using(app).add_task("a thread", timeout=30)).returning
+            held = (await hold_up.using(app).add_task("a thread", timeout=120)).returning
             await asyncio.to_thread(supervisor.wait_for, "has stopped")
             os.kill(held, signal.SIGSTOP)
             assert (await pid.using(app).add_task(timeout=60)).returning != held
@@ -113,5 +113,5 @@ async def test_children_of_tasks_have_default_signal_handlers(
     async with setting.app() as app:
         with setting.worker():
             for method in ("fork", "os.fork", "subprocess", "spawn", "forkserver"):
-                ended = await task.using(app).add_task(method, timeout=30)  # type: ignore[attr-defined]
+                ended = await task.using(app).add_task(method, timeout=120)  # type: ignore[attr-defined]
                 assert ended.returning == signal.SIGTERM, method

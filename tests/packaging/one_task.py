@@ -17,7 +17,7 @@ async def add(x: int, y: int) -> int:
 
 async def main() -> None:
     async with app.worker():
-        task = await add.add_task(1, 2, timeout=30)
+        task = await add.add_task(1, 2, timeout=120)
         print(task.status, task.returning, qtasks.__file__)
 
 

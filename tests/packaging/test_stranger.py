@@ -73,7 +73,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Installa
 def test_it_passes_the_kit(installed: Installation) -> None:
     ran = subprocess.run(
         [installed.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
-        cwd=installed.directory, capture_output=True, text=True, timeout=300,
+        cwd=installed.directory, capture_output=True, text=True, timeout=900,
         env={"PATH": "/usr/bin:/bin", "HOME": str(installed.directory)},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout[-5000:]

@@ -45,7 +45,7 @@ async def test_sql_enqueues_a_task(fresh: str, admin: asyncpg.Connection, schema
         task = await app.get_task(uuid)
         assert task is not None
         assert task.status == "scheduled"
-        finished = await task.wait_result(10)
+        finished = await task.wait_result(120)
         assert finished.returning == [[], {}]
         assert finished.created_at is not None
         late = await admin.fetchval(
@@ -85,7 +85,7 @@ async def test_a_trigger_enqueues_with_its_row(fresh: str, admin: asyncpg.Connec
         await admin.execute("INSERT INTO orders VALUES (6)")
         await undone.rollback()
         await admin.execute("INSERT INTO orders VALUES (7)")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             await done.wait()
     assert seen == [7]
 

@@ -145,7 +145,7 @@ async def test_a_final_save_leaves_the_indexes_alone(
         [Task(uuid=t.uuid, task_name="t", status="success", created_at=t.created_at) for t in new]
     )
     changes = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables WHERE relname = 'records'"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while True:
             row = await admin.fetchrow(changes)
             assert row is not None

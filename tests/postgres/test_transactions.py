@@ -107,7 +107,7 @@ async def test_tasks_are_those_of_committed_transactions(
             await asyncio.sleep(0.3)
             assert await admin.fetchval(counts) == 0
             waiting = [
-                asyncio.create_task(each.wait_result(20)) for each in (one, two, *more, *most)
+                asyncio.create_task(each.wait_result(120)) for each in (one, two, *more, *most)
             ]
         # Well before a worker would look for itself.
         async with asyncio.timeout(2):
@@ -128,7 +128,7 @@ async def test_a_key_is_taken_at_the_commit(fresh: str, app: QueueTasks) -> None
     other = await task.add_task(7, 8, key="order 7")
     assert (other.uuid, other.args) == (first.uuid, first.args)
     async with app.worker():
-        assert (await first.wait_result(20)).returning == 7
+        assert (await first.wait_result(120)).returning == 7
     async with plain(fresh) as transaction:
         late = await task.add_task(1, 1, key="order 7", transaction=transaction)
         assert late.returning == 7

@@ -16,7 +16,7 @@ ROWS = "SELECT count(*) FROM qtasks.records WHERE record IS NULL"
 
 async def rows(admin: asyncpg.Connection, count: int) -> None:
     """Wait until there are so many rows without a record."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(120):
         while await admin.fetchval(ROWS) != count:  # noqa: ASYNC110  # of another process
             await asyncio.sleep(0.02)
 
@@ -48,6 +48,6 @@ async def test_an_unknown_uuid_leaves_no_row(
             waited = asyncio.create_task(other.get_task((await one.add_task()).uuid))
             task = await waited
             assert task is not None
-            assert (await task.wait_result(20)).returning == 1
+            assert (await task.wait_result(120)).returning == 1
     await asyncio.wait(waits)
     assert await admin.fetchval(ROWS) == 0

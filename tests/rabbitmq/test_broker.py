@@ -154,7 +154,7 @@ async def test_what_was_settled_stays_settled_when_its_process_is_killed(
     child = await asyncio.create_subprocess_exec(
         sys.executable, "-c", SETTLE_AND_DIE, rabbitmq_server.url, namespace
     )
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         assert await child.wait() == -signal.SIGKILL
     subscription = await broker.subscribe({"q": 5})
     with pytest.raises(TimeoutError):

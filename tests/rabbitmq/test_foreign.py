@@ -81,7 +81,7 @@ async def test_odd_properties_in_the_stream_stop_no_process(
             stream = Names(namespace).log.encode()
             for flags, properties in ODD.values():
                 await publish_raw(channel, stream, b"foreign", flags, properties)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             (outcome,) = await writer.save([Task(uuid="u", task_name="t", status="success")])
             assert outcome.status == "done"
             await reader.start(namespace)

@@ -39,7 +39,7 @@ async def test_receivers_wait_and_many_publish_at_once(redis_server: Service, mo
         asyncio.create_task(subscription.receive({queue: 1}, 1))
         for subscription, queue in zip(subscriptions, queues, strict=True)
     ]
-    async with asyncio.timeout(30), Redis.from_url(redis_server.url) as server:
+    async with asyncio.timeout(120), Redis.from_url(redis_server.url) as server:
         await waits(server, name, most)
         outcomes = await asyncio.gather(
             *(broker.publish([message(queue)]) for queue in queues * 10)
@@ -55,7 +55,7 @@ async def test_too_many_receivers_are_told_how_many_it_takes(redis_server: Servi
     await broker.start(str(uuid4()))
     one, other = await broker.subscribe({"a": 1}), await broker.subscribe({"b": 1})
     receiving = asyncio.create_task(one.receive({"a": 1}, 1))
-    async with asyncio.timeout(30), Redis.from_url(redis_server.url) as server:
+    async with asyncio.timeout(120), Redis.from_url(redis_server.url) as server:
         await waits(server, name, 2)
         with pytest.raises(Unavailable, match=r"max_connections=2.*must be at least 3"):
             await other.receive({"b": 1}, 1)

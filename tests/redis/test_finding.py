@@ -218,7 +218,7 @@ async def test_a_failover_by_sentinel_under_load(
         online = replication.get("slave0", {}).get("state") == "online"
         return bool(online and int(told["num-slaves"]) and int(told["num-other-sentinels"]) == 2)
 
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(120):
         await until(in_step)
 
     async def lose_the_first(load: Load) -> None:
@@ -290,7 +290,7 @@ async def cluster(nodes: list[Service]) -> AsyncIterator[list[Redis]]:
                 return False
         return True
 
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(120):
         await until(agreed)
     yield clients
     for client in clients:

@@ -49,7 +49,7 @@ async def test_a_key_holds_across_lost_answers(
         task = await charge.add_task(5, key="order 7")
         assert left == (2 if lost is record_scripts.SAVE else 0), "what was saved is found"
         async with app.worker():
-            assert (await task.wait_result(20)).returning == 5
-            assert (await charge.add_task(6, key="order 7", timeout=20)).returning == 5
-            await charge.add_task(7, timeout=20)  # what was in the queue before has been received
+            assert (await task.wait_result(120)).returning == 5
+            assert (await charge.add_task(6, key="order 7", timeout=120)).returning == 5
+            await charge.add_task(7, timeout=120)  # what was in the queue before has been received
     assert ran == 2

@@ -70,7 +70,7 @@ async def child(x: int) -> int:
 
 @router.task()
 async def parent(x: int) -> int:
-    return (await child.add_task(x, timeout=20)).returning * 10
+    return (await child.add_task(x, timeout=120)).returning * 10
 
 
 @router.task()

@@ -49,7 +49,7 @@ async def test_nothing_runs_before_drain_and_then_all_does(tester: AsyncTester) 
     assert order.notes == [], "the function gets a decoded copy"
     assert (mail.task_name, mail.returning) == (send_mail.name, len("tea"))
     assert sent == ["ann@example.com"]
-    assert (await task.wait_result(timeout=20)).returning.notes == ["placed"]
+    assert (await task.wait_result(timeout=120)).returning.notes == ["placed"]
     assert await tester.drain() == []
 
 
@@ -195,7 +195,7 @@ async def test_retries_after_errors_with_backoff(tester: AsyncTester) -> None:
     for _ in range(3):
         await tester.drain()
         tester.travel(3600)
-    assert (await task.wait_result(timeout=20)).returning == "after 3"
+    assert (await task.wait_result(timeout=120)).returning == "after 3"
 
 
 async def test_errors_are_raised_with_their_tracebacks(tester: AsyncTester) -> None:
@@ -241,12 +241,12 @@ async def test_a_task_that_waits_for_another(tester: AsyncTester) -> None:
 
 async def test_an_ordinary_worker_for_code_that_waits(tester: AsyncTester) -> None:
     async with app.worker():
-        assert (await parent.add_task(1, timeout=20)).returning == 20
+        assert (await parent.add_task(1, timeout=120)).returning == 20
     assert await tester.drain() == []
 
 
 async def test_code_that_waits_while_the_test_drains(tester: AsyncTester) -> None:
-    waiting = asyncio.create_task(child.add_task(1, timeout=20))
+    waiting = asyncio.create_task(child.add_task(1, timeout=120))
     await asyncio.to_thread(until, lambda: bool(tester.enqueued(child)), "the call")
     await tester.drain()
     assert (await waiting).returning == 2
@@ -273,7 +273,7 @@ async def test_expires_and_retention_follow_the_same_clock(tester: AsyncTester) 
     fresh = await child.add_task(1)
     await tester.drain()
     assert await app.get_task(late.uuid) is None
-    assert (await fresh.wait_result(timeout=20)).returning == 2
+    assert (await fresh.wait_result(timeout=120)).returning == 2
 
 
 async def test_a_task_of_another_program(tester: AsyncTester) -> None:

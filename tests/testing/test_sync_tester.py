@@ -25,7 +25,7 @@ def test_plain_functions_run_in_the_thread_of_the_test(tester: SyncTester) -> No
     assert tester.enqueued(stamp, args=["a"])
     (done,) = tester.drain()
     assert (done.uuid, done.returning) == (task.uuid, "a")
-    assert task.wait_result(timeout=20).returning == "a"
+    assert task.wait_result(timeout=120).returning == "a"
     assert shop.threads == [threading.get_ident()]
 
 
@@ -84,7 +84,7 @@ def test_ctrl_c_in_a_task_ends_the_test(tester: SyncTester) -> None:
 
 def test_a_worker_for_code_that_waits(tester: SyncTester) -> None:
     with tester.worker():
-        assert stamp.add_task("a", timeout=20).returning == "a"
+        assert stamp.add_task("a", timeout=120).returning == "a"
     assert tester.drain() == []
 
 

@@ -346,7 +346,7 @@ async def test_stop_does_not_depend_on_tombstones(server: Server) -> None:
 
 
 async def receive(inbox_receive: Awaitable[T]) -> T:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         return await inbox_receive
 
 

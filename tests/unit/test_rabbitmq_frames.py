@@ -25,11 +25,15 @@ names = st.text(min_size=1, max_size=255).filter(lambda text: len(text.encode())
 sizes = st.integers(0, 2**32)
 
 
-@given(names, sizes, st.integers(1, 65535))
-def test_the_properties_of_a_message(name: str, size: int, channel: int) -> None:
-    properties = commands.Basic.Properties(delivery_mode=PERSISTENT, message_id=name)
+@given(names, sizes, st.integers(1, 65535), st.none() | st.integers(0, 9))
+def test_the_properties_of_a_message(
+    name: str, size: int, channel: int, priority: int | None
+) -> None:
+    properties = commands.Basic.Properties(
+        delivery_mode=PERSISTENT, message_id=name, priority=priority
+    )
     marshalled = frame.marshal(ContentHeader(body_size=size, properties=properties), channel)
-    assert properties_frame(channel, size, name) == marshalled
+    assert properties_frame(channel, size, name, priority) == marshalled
     assert read_properties(marshalled[HEAD:-1]) == Properties(size, {}, name)
 
 
@@ -48,7 +52,7 @@ def test_properties_with_headers(headers: dict[str, Any]) -> None:
 
 
 def test_a_name_that_is_no_text() -> None:
-    payload = properties_frame(1, 5, "ab")[HEAD:-1]
+    payload = properties_frame(1, 5, "ab", None)[HEAD:-1]
     found = read_properties(payload[:-2] + b"\xc3\x28")
     assert (found.size, found.headers) == (5, {})
     assert found.error.startswith("its properties: UnicodeDecodeError")

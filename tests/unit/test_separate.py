@@ -17,18 +17,15 @@ from qtasks_core import (
     DONE,
     LOST,
     Ack,
-    Broker,
     Completion,
     Delivery,
     Guarantees,
-    Inbox,
     Outcome,
     Raw,
     Release,
     Retry,
     Settlement,
     Status,
-    Storage,
     Subscription,
     Task,
     TaskMessage,
@@ -36,6 +33,7 @@ from qtasks_core import (
 from qtasks_core.errors import Unavailable
 from qtasks_core.records import FINAL, RANK, judge, record_of, taken, verdict_of
 from qtasks_core.separate import SeparateComposition
+from qtasks_memory import MemoryBroker, MemoryStorage
 
 
 class Crash(BaseException):
@@ -65,8 +63,11 @@ class World:
         return Delivery(message, message.queue, message.uuid)
 
 
-class FakeBroker(Broker):
+class FakeBroker(MemoryBroker):
+    """Only publishes, into a world that may end."""
+
     def __init__(self, world: World, refuses: frozenset[str] = frozenset()) -> None:
+        super().__init__()
         self.world = world
         self.refuses = refuses
         self.fails: Exception | None = None
@@ -74,12 +75,6 @@ class FakeBroker(Broker):
     @property
     def guarantees(self) -> Guarantees:
         return Guarantees(part="FakeBroker", survives="nothing", durability="")
-
-    async def start(self, namespace: str) -> None:
-        raise NotImplementedError
-
-    async def stop(self) -> None:
-        raise NotImplementedError
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
@@ -96,9 +91,6 @@ class FakeBroker(Broker):
                 self.world.queue.append(message)
                 outcomes.append(DONE)
         return outcomes
-
-    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        raise NotImplementedError
 
 
 class FakeSubscription(Subscription):
@@ -136,8 +128,11 @@ class FakeSubscription(Subscription):
         raise NotImplementedError
 
 
-class FakeStorage(Storage):
+class FakeStorage(MemoryStorage):
+    """Only saves and reads, in a world that may end."""
+
     def __init__(self, world: World) -> None:
+        super().__init__()
         self.world = world
         self.reads: list[list[str]] = []
         self.fails: Exception | None = None
@@ -145,12 +140,6 @@ class FakeStorage(Storage):
     @property
     def guarantees(self) -> Guarantees:
         return Guarantees(part="FakeStorage", survives="nothing", durability="")
-
-    async def start(self, namespace: str) -> None:
-        raise NotImplementedError
-
-    async def stop(self) -> None:
-        raise NotImplementedError
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         await asyncio.sleep(0)
@@ -171,9 +160,6 @@ class FakeStorage(Storage):
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         self.reads.append(list(uuids))
         return [self.world.records.get(uuid) for uuid in uuids]
-
-    async def inbox(self) -> Inbox:
-        raise NotImplementedError
 
 
 def composed(world: World) -> SeparateComposition:

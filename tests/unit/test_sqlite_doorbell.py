@@ -88,7 +88,7 @@ def ends(uuids: list[str], reply_to: str) -> list[Task]:
 
 async def arrivals(inbox: SqliteInbox, count: int) -> list[str]:
     arrived: list[str] = []
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while len(arrived) < count:
             arrived += [task.uuid for task in await inbox.receive()]
     return sorted(arrived)
@@ -101,7 +101,7 @@ async def test_a_sleeper_is_woken(house: House) -> None:
     began = time.monotonic()
     await house.broker.publish([TaskMessage(uuid="u", task_name="t")])
     assert [delivery.message for delivery in await waiting]
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
 
 
 async def test_a_flood_is_read_whole(house: House) -> None:
@@ -142,7 +142,7 @@ async def test_a_writer_that_dies_after_its_commit_has_rung(house: House, part: 
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert await child.wait() == 9
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(3):
         assert len(await waiting) == 1
 
 

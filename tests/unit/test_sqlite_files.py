@@ -120,7 +120,7 @@ async def test_a_file_that_is_removed_or_replaced_while_it_is_used(
             with suppress(Unavailable):  # its bells cannot be rung
                 await broker.publish([replace(MESSAGE, queue="other")])
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         with pytest.raises(ConfigurationError, match="removed or replaced"):
             await refused()
         errors = await asyncio.gather(*waiting, return_exceptions=True)
@@ -254,7 +254,7 @@ async def test_a_lock_that_another_process_keeps(tmp_path: Path) -> None:
 
     outcomes = await asyncio.gather(broker.publish([MESSAGE]), late(), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [Unavailable, Unavailable]
-    assert PATIENCE <= time.monotonic() - began < PATIENCE + 2.5
+    assert PATIENCE <= time.monotonic() - began < 4 * PATIENCE
     assert await storage.get(["u"]) == [None]
     other.execute("ROLLBACK")
     other.close()

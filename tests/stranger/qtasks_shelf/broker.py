@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from weakref import WeakSet
 
 from qtasks_core import (
     DONE,
     LOST,
     Broker,
+    Command,
     Delivery,
     Guarantees,
     Outcome,
+    QueueDepth,
     Release,
     Retry,
     Settlement,
@@ -23,7 +25,7 @@ from qtasks_core.errors import Closed
 from qtasks_core.options import LEASE_TIME
 from qtasks_core.receivers import Recent, repeat_key
 from qtasks_core.transactions import refuse_transaction
-from qtasks_core.wire import decode_message, encode_message
+from qtasks_core.wire import decode_command, decode_message, encode_command, encode_message
 from qtasks_shelf.shelf import Row, Shelf, connect
 
 
@@ -33,6 +35,7 @@ class ShelfBroker(Broker):
         self.lease = LEASE_TIME.checked("lease", lease)
         self._shelf: Shelf | None = None
         self._subscriptions: WeakSet[ShelfSubscription] = WeakSet()
+        self._listeners: set[asyncio.Queue[bytes]] = set()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -44,7 +47,6 @@ class ShelfBroker(Broker):
             counts_deliveries=True,
             atomic_retries=True,
             order="queue",
-            unsupported=("depth", "purge", "broadcast", "commands", "migrate"),
         )
 
     async def start(self, namespace: str) -> None:
@@ -53,6 +55,8 @@ class ShelfBroker(Broker):
     async def stop(self) -> None:
         for subscription in list(self._subscriptions):
             await subscription.close()
+        for listener in self._listeners:
+            listener.put_nowait(b"")
         self._shelf = None
 
     async def publish(
@@ -69,6 +73,43 @@ class ShelfBroker(Broker):
         subscription = ShelfSubscription(self.started(), self.lease)
         self._subscriptions.add(subscription)
         return subscription
+
+    async def depth(self, queue: str) -> QueueDepth:
+        rows = [row for row in self.started().rows.values() if row.queue == queue]
+        now = asyncio.get_running_loop().time()
+        later = [row for row in rows if row.wake_at > now]
+        in_flight = sum(row.holder != 0 for row in later)
+        return QueueDepth(len(rows) - len(later), len(later) - in_flight, in_flight)
+
+    async def purge(self, queue: str) -> int:
+        rows = self.started().rows
+        now = asyncio.get_running_loop().time()
+        free = [
+            n for n, r in rows.items() if r.queue == queue and not (r.holder and r.wake_at > now)
+        ]
+        for number in free:
+            del rows[number]
+        return len(free)
+
+    async def broadcast(self, command: Command) -> None:
+        for listener in self.started().listeners:
+            listener.put_nowait(encode_command(command))
+
+    async def commands(self) -> AsyncIterator[Command]:
+        shelf = self.started()
+        listener: asyncio.Queue[bytes] = asyncio.Queue()
+        shelf.listeners.add(listener)
+        self._listeners.add(listener)
+        try:
+            while data := await listener.get():
+                yield decode_command(data)
+        finally:
+            shelf.listeners.discard(listener)
+            self._listeners.discard(listener)
+        raise Closed("ShelfBroker is stopped")
+
+    async def migrate(self, namespace: str) -> list[str]:
+        return []  # a shelf needs nothing
 
     def started(self) -> Shelf:
         if self._shelf is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from itertools import count
+from typing import NamedTuple
 
 
 class Row:
@@ -18,6 +19,13 @@ class Row:
         self.deliveries = 0
 
 
+class Record(NamedTuple):
+    """The record of a task. It counts as deleted from the Unix time `expires_at` on."""
+
+    data: bytes
+    expires_at: float
+
+
 class Shelf:
     """The data of one namespace."""
 
@@ -25,9 +33,13 @@ class Shelf:
         self.rows: dict[int, Row] = {}
         self.numbers = count(1)
         self.waiting: set[asyncio.Event] = set()
-        self.records: dict[str, bytes] = {}
+        self.listeners: set[asyncio.Queue[bytes]] = set()
+        self.records: dict[str, Record] = {}
         self.boxes: dict[str, asyncio.Queue[bytes]] = {}
         self.watchers: defaultdict[str, set[str]] = defaultdict(set)
+        self.values: dict[str, bytes] = {}
+        self.claims: dict[str, tuple[str, float]] = {}
+        self.streams: defaultdict[str, list[bytes]] = defaultdict(list)
 
     def put(self, queue: str, data: bytes, delay: float) -> None:
         now = asyncio.get_running_loop().time()

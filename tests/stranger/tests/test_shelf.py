@@ -27,16 +27,9 @@ def subject() -> Subject:
             atomic_retries=True,
             counts_deliveries=True,
             order="queue",
-            lacks=("depth", "purge", "broadcast", "commands", "migrate"),
         ),
-        least_storage=Least(
-            settle_confirmed=True,
-            lacks=(
-                "query", "claim", "release", "set", "get_value", "values", "watch_value",
-                "append", "read", "delete", "expire", "migrate",
-            ),
-        ),
-    )  # fmt: skip
+        least_storage=Least(settle_confirmed=True),
+    )
 
 
 class TestShelfBroker(BrokerContract):
