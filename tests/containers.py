@@ -1,7 +1,7 @@
 """The integration tests with every server in a container: `make test-containers`.
 
 It uses the Docker engine that answers, else installs and starts one of its own, and stops that at
-the end. The images are those of `.env`, or stand-ins where no registry can be reached
+the end. The images are those of the recipes, or stand-ins where no registry can be reached
 (tests/services/stand_ins). `--short` only checks that containers start, survive a kill and go on
 after a freeze, and fetches, installs and builds nothing: where that cannot be done it says so.
 """
@@ -23,10 +23,10 @@ from typing import Any
 import docker.errors
 import requests
 
+from qtasks.testing.recipes import RECIPES
 from tests.services import SERVICES, NotReady, Unobtainable, stand_ins
 from tests.services.container import LABEL
 from tests.services.engine import Answering, Engine, connect
-from tests.services.images import image
 from tests.services.install import locate, one_at_a_time
 
 NOT_RUN = 77
@@ -101,7 +101,7 @@ class Images:
 
     def obtain(self, name: str) -> str:
         """Return the image of a server once the engine has it. Raises `Unobtainable`."""
-        official, standing_in = image(name), stand_ins.tag(name)
+        official, standing_in = RECIPES[name].chosen_image, stand_ins.tag(name)
         if stand_ins.stored(self._engine, official):
             print(f"image: {official}", flush=True)
             return official

@@ -24,7 +24,8 @@ LOOK_AT = {
         "qtasks_conformance", "qtasks_core", "tests/stranger", "docs/backends.md",
     ),
     "tests/services_test/": (
-        "tests/services", "tests/services_test", "tests/containers.py", ".env", "compose.yaml",
+        "qtasks/testing", "tests/services", "tests/services_test", "tests/containers.py", ".env",
+        "compose.yaml",
         ".ci/run", *(str(path.relative_to(ROOT)) for path in STAND_INS.glob("[!_]*/*")),
     ),
 }  # fmt: skip

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from qtasks.testing.errors import NotReady, Unobtainable
 GUARD = Path(__file__).with_name("guard.py")
 PREPARE_WITHIN = 60.0
 """Seconds that a preparing command may take."""
+OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""The range of ports that outgoing connections get."""
 _LOOK_EVERY = 0.02
 """Seconds between two looks at a preparing command."""
 
@@ -37,11 +41,24 @@ def found(program: str, package: str) -> str:
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """Return a free port of 127.0.0.1 below the range of outgoing connections.
+
+    A port from within that range could be taken by any client while its server is down, or a client
+    that tries it could be connected to itself. Raises `Unobtainable`.
+    """
+    try:
+        lowest = int(OUTGOING.read_text().split()[0])
+    except FileNotFoundError:  # not on Linux, where servers run in containers only
+        lowest = 49_152
+    for _ in range(200):
+        port = random.randrange(10_000, max(lowest, 11_000))
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise Unobtainable("found no free port")
 
 
 class GuardedProcess:
@@ -56,10 +73,12 @@ class GuardedProcess:
     ) -> None:
         if not hasattr(os, "pidfd_open") or not Path("/proc/self/stat").exists():
             raise Unobtainable("a server's own program is run on Linux only")
-        self._user = user if os.geteuid() == 0 else None
+        self.user = user if os.geteuid() == 0 else None
+        """Who runs the program. None: the user of this process."""
         self.directory = Path(tempfile.mkdtemp(prefix="qtasks-"))
-        if self._user:
-            shutil.chown(self.directory, self._user)
+        self._asking = threading.Lock()
+        if self.user:
+            shutil.chown(self.directory, self.user)
         self._guard = subprocess.Popen(
             [sys.executable, "-I", "-S", GUARD, self.directory, str(int(stop_signal))],
             stdin=subprocess.PIPE,
@@ -71,8 +90,8 @@ class GuardedProcess:
         """Write a file into the directory, and return its path."""
         path = self.directory / name
         path.write_text(text)
-        if self._user:
-            shutil.chown(path, self._user)
+        if self.user:
+            shutil.chown(path, self.user)
         return path
 
     def run(self, *argv: str) -> None:
@@ -86,16 +105,28 @@ class GuardedProcess:
         if state["code"] != 0:
             raise NotReady(f"{argv[0]} ended with {state['code']}: {self._printed()}")
 
-    def start(self, argv: tuple[str, ...], environment: Mapping[str, str] | None = None) -> None:
+    def start(self, argv: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         """Start a program. `environment` is added to that of this process."""
         log = str(self.directory / "output")
         env = {**os.environ, **(environment or {})}
-        self._ask("spawn", argv=argv, env=env, user=self._user, log=log)
+        self._ask("spawn", argv=argv, env=env, user=self.user, log=log)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all processes of the program. After SIGKILL, they are gone."""
+        self._ask("signal", number=int(number))
 
     def ended(self) -> str | None:
         """Return how the program ended and what it printed last, or None while it runs."""
         state = self._ask("poll")
         return None if state["running"] else f"ended with {state['code']}: {self._printed()}"
+
+    def detach(self) -> int:
+        """Let the program outlive this process; this object is done with it.
+
+        SIGTERM to the returned pid ends the program.
+        """
+        self._ask("detach")
+        return self._guard.pid
 
     def stop(self) -> None:
         """End all processes and remove the directory. Idempotent."""
@@ -106,9 +137,11 @@ class GuardedProcess:
         stdin, stdout = self._guard.stdin, self._guard.stdout
         if stdin is None or stdout is None or stdin.closed:
             raise NotReady("the server was stopped")
-        stdin.write(json.dumps({"do": verb, **arguments}).encode() + b"\n")
-        stdin.flush()
-        answer = json.loads(stdout.readline() or b'{"error": "its guard has ended"}')
+        with self._asking:
+            stdin.write(json.dumps({"do": verb, **arguments}).encode() + b"\n")
+            stdin.flush()
+            line = stdout.readline()
+        answer = json.loads(line or b'{"error": "its guard has ended"}')
         if "error" in answer:
             raise NotReady(answer["error"])
         return answer

@@ -123,33 +123,35 @@ def _start_container(recipe: Recipe) -> tuple[Container, str]:
         from testcontainers.core.container import DockerContainer
     except ImportError as error:
         raise Unobtainable("testcontainers is missing: pip install testcontainers") from error
-    image = os.environ.get(f"QTASKS_IMAGE_{recipe.name.upper()}") or recipe.image
     try:
-        container = DockerContainer(image)
+        container = DockerContainer(recipe.chosen_image)
     except DockerException as error:
         raise Unobtainable(f"no Docker engine answers ({error})") from error
+    port = recipe.port
     try:
-        for name, value in recipe.environment.items():
-            container.with_env(name, value)
-        if recipe.command:
-            container.with_command(list(recipe.command))
         if recipe.tells_its_address:
-            host, port = container.get_docker_client().host(), free_port()
-            container.with_bind_ports(recipe.port, port)
-            for name, value in recipe.environment_at(host, port).items():
-                container.with_env(name, value)
+            port = free_port()
+            container.with_bind_ports(port, port)
         else:
-            container.with_exposed_ports(recipe.port)
+            container.with_exposed_ports(port)
+        describe(container, recipe, container.get_docker_client().host(), port)
         container.start()
     except DockerException as error:
-        raise Unobtainable(f"{image}: {error}") from error
+        raise Unobtainable(f"{recipe.chosen_image}: {error}") from error
     started = Container(container)
     try:
         host = container.get_container_host_ip()
-        return started, recipe.url(host, int(container.get_exposed_port(recipe.port)))
+        return started, recipe.url(host, int(container.get_exposed_port(port)))
     except BaseException:
         started.stop()
         raise
+
+
+def describe(container: DockerContainer, recipe: Recipe, host: str, port: int) -> None:
+    """Set the environment and the command of a container, whose clients use this address."""
+    container.with_envs(**recipe.environment, **recipe.environment_at(host, port))
+    if recipe.command:
+        container.with_command(list(recipe.command))
 
 
 def _wait_until_ready(url: str, ended: Callable[[], str | None]) -> None:

@@ -11,6 +11,7 @@ from aiokafka.protocol.admin import CreateAclsRequest, DescribeAclsRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from msgspec.structs import replace
 
+from qtasks.testing.recipes import PASSWORD
 from qtasks_core import DONE, Ack, Retry, Task, TaskMessage
 from qtasks_core.errors import ConfigurationError
 from qtasks_kafka import KafkaBroker, KafkaStorage, control
@@ -18,7 +19,6 @@ from qtasks_kafka.connection import KEPT, topic_name
 from qtasks_kafka.control import commands_topic
 from qtasks_kafka.delays import CONFIG, delayed_topic
 from tests.services.kafka import asking
-from tests.services.native import PASSWORD
 from tests.services.secured_kafka import USER, SecuredKafka
 
 # Codes of Kafka's protocol.

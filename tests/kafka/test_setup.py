@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from qtasks.testing.recipes import PASSWORD
 from qtasks_core.errors import ConfigurationError
 from qtasks_kafka import KafkaBackend, KafkaStorage
-from tests.services.native import PASSWORD
 from tests.services.secured_kafka import OTHER, USER, Certificates, SecuredKafka
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from qtasks.testing.native import free_port
 from qtasks_core import Task
 from qtasks_core.errors import ConfigurationError, Unavailable
 from qtasks_rabbitmq import RabbitMQBackend, RabbitMQBroker, RabbitMQStorage
 from tests.rabbitmq.test_broker import collect, message
-from tests.services.native import free_port
 from tests.services.rabbitmq import RabbitMQServer
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from qtasks.testing.recipes import PASSWORD
 from qtasks_core import Ack, Task, TaskMessage
 from qtasks_core.errors import ConfigurationError
 from qtasks_rabbitmq import RabbitMQBroker, RabbitMQStorage, delays
@@ -16,7 +17,6 @@ from tests.rabbitmq.operator import operator
 from tests.rabbitmq.test_broker import collect, message
 from tests.rabbitmq.test_channels import patient
 from tests.services import Service
-from tests.services.native import PASSWORD
 from tests.services.rabbitmq import RabbitMQServer
 
 MOST_SECONDS = 30

@@ -6,7 +6,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
-from tests.services.native import PASSWORD
+from qtasks.testing.recipes import PASSWORD
 
 
 class Port(ABC):

@@ -13,13 +13,13 @@ import pytest
 from redis.asyncio import Redis
 from redis.crc import key_slot
 
+from qtasks.testing.recipes import PASSWORD
 from qtasks_core import DONE, Ack, Broker, Completion, Storage, Task, TaskMessage, TaskQuery
 from qtasks_core.errors import ConfigurationError, Unavailable
 from qtasks_core.separate import compose
 from qtasks_redis import RedisBackend, RedisBroker, RedisStorage
 from tests.redis.test_roles import OwnRedis, follow, port, until
 from tests.services import RedisServer, Service
-from tests.services.native import PASSWORD
 from tests.services.redis import NativeRedis
 from tests.services.service import Way
 
@@ -43,7 +43,7 @@ class NativeSentinel(NativeRedis):
             f"sentinel failover-timeout {SERVICE} 3000",
         )  # fmt: skip
         path = self.write("sentinel.conf", "\n".join(lines) + "\n")
-        return [self._program, str(path), "--sentinel"]
+        return [self.program, str(path), "--sentinel"]
 
 
 class NativeNode(NativeRedis):

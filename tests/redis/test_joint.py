@@ -236,19 +236,28 @@ async def test_two_deliveries_of_one_task_in_one_step(pair: Pair) -> None:
     assert await pair.broker.depth("default") == QueueDepth(0, 0, 0)
 
 
-async def test_a_large_result_is_replaced_and_its_neighbours_are_kept(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = pair.broker.started().server._replace(largest=2000)
-    monkeypatch.setattr(pair.broker.started(), "server", server)
-    monkeypatch.setattr(pair.storage.started(), "server", server)
-    large = message(args=b"x" * 3000)
+@pytest.fixture
+async def small(redis_server: Service, server: Redis) -> AsyncIterator[Pair]:
+    """A pair on a server that takes at most 1 MiB."""
+    before = await server.config_get("proto-max-bulk-len")
+    await server.config_set("proto-max-bulk-len", 2**20)
+    pair = Pair(redis_server.url, f"joint-{uuid4().hex[:8]}")
+    try:
+        yield await pair.start()
+    finally:
+        await pair.stop()
+        await server.config_set("proto-max-bulk-len", str(before["proto-max-bulk-len"]))
+
+
+async def test_a_large_result_is_replaced_and_its_neighbours_are_kept(small: Pair) -> None:
+    pair, much = small, b"x" * 2**20
+    large = message(args=much)
     outcomes = await pair.joint.submit([message(), large])
     assert [outcome.status for outcome in outcomes] == ["done", "refused"]
     await pair.joint.submit([message()])
     one, other = await pair.receive(2)
     completions = [
-        Completion(Ack(one), end(one, returning=b"x" * 3000)),
+        Completion(Ack(one), end(one, returning=much)),
         Completion(Ack(other), end(other)),
     ]
     assert await pair.joint.complete(pair.subscription, completions) == [DONE] * 2

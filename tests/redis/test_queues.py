@@ -119,7 +119,9 @@ async def test_a_due_message_is_ready_since_it_is_due(broker: RedisBroker) -> No
     assert 0.2 <= depth.oldest_age < 5
 
 
-async def test_purge_takes_all_levels_and_much(broker: RedisBroker, server: Redis) -> None:
+async def test_purge_takes_all_levels_and_much(redis_server: Service, server: Redis) -> None:
+    broker = RedisBroker(redis_server.url)
+    await broker.start(f"queues-{uuid4().hex[:8]}")
     subscription = await broker.subscribe({"default": 10})
     await broker.publish([message(9)])
     (held,) = await subscription.receive({"default": 1}, 1)
@@ -136,3 +138,4 @@ async def test_purge_takes_all_levels_and_much(broker: RedisBroker, server: Redi
     await broker.publish([later])
     (delivery,) = await subscription.receive({"default": 1}, 1)
     assert delivery.message == later
+    await broker.stop()

@@ -34,7 +34,7 @@ class User:
     async def may(self, *rights: str) -> None:
         named = [right.replace("NAME", self.namespace) for right in rights]
         await self._server.execute_command(  # type: ignore[no-untyped-call]
-            "ACL", "SETUSER", self.name, "reset", "on", ">sesame", *named
+            "ACL", "SETUSER", self.name, "reset", "resetchannels", "on", ">sesame", *named
         )
 
 

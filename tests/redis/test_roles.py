@@ -11,12 +11,12 @@ from uuid import uuid4
 import pytest
 from redis.asyncio import Redis
 
+from qtasks.testing.recipes import PASSWORD
 from qtasks_core import DONE, Ack, Task, TaskMessage
 from qtasks_core.errors import Unavailable
 from qtasks_redis import RedisBroker, RedisStorage
 from tests.redis.ports import Port
 from tests.services import RedisServer, Service
-from tests.services.native import PASSWORD
 from tests.services.service import Way
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from qtasks.testing.native import free_port
+from qtasks.testing.recipes import PASSWORD
 from qtasks_core import Task
 from qtasks_core.errors import ConfigurationError, Unavailable
 from qtasks_redis import RedisBackend
-from tests.services.native import PASSWORD, free_port
 from tests.services.redis import NativeRedis, RedisServer
 from tests.services.secured_kafka import Certificates
 from tests.services.service import Way

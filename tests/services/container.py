@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
-from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from tests.services.images import image
-from tests.services.native import free_port
-from tests.services.service import NotReady, Unobtainable, Way, in_containers
+from qtasks.testing.errors import NotReady, Unobtainable
+from qtasks.testing.native import free_port
+from qtasks.testing.recipes import Recipe
+from qtasks.testing.servers import describe
+from tests.services.service import Way, in_containers
 
 if TYPE_CHECKING:
     from testcontainers.core.container import DockerContainer
@@ -18,55 +19,44 @@ LABEL = "qtasks.run"
 
 
 class Contained(Way):
-    """The server in a container; a subclass knows its image's variables and its command."""
+    """The server in a container, with more variables in its environment."""
 
     how = "container"
-    name: str
 
     port: int  # where clients connect
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, recipe: Recipe, **environment: str) -> None:
+        self.recipe = recipe
+        self._environment = environment
         self._made: DockerContainer | None = None
-
-    @abstractmethod
-    def make(self, image: str) -> DockerContainer:
-        """Return the container, with all it needs but the port that is published."""
-
-    @abstractmethod
-    def url(self) -> str:
-        """Return the server's URL, once `port` is known."""
 
     @property
     def version(self) -> str:
         """The image, whose tag says the version."""
-        return image(self.name)
-
-    @property
-    def inside(self) -> int:
-        """The port that the server listens on inside; by default the one that is published."""
-        return self.port
+        return self.recipe.chosen_image
 
     def start(self) -> str:
         import docker.errors
+        from testcontainers.core.container import DockerContainer
 
         self.port = free_port()
+        image = self.recipe.chosen_image
+        inside = self.port if self.recipe.tells_its_address else self.recipe.port
         try:
-            self._made = made = self.make(image(self.name))
+            self._made = made = DockerContainer(image)
+            describe(made, self.recipe, "127.0.0.1", self.port)
+            made.with_envs(**self._environment)
             # On the loopback only: some of the servers ask for no password.
-            made.ports[f"{self.inside}/tcp"] = ("127.0.0.1", self.port)  # type: ignore[assignment]
+            made.ports[f"{inside}/tcp"] = ("127.0.0.1", self.port)  # type: ignore[assignment]
             made.with_kwargs(labels={LABEL: in_containers()})
             made.start()
         except docker.errors.DockerException as error:
             self.stop()
-            raise Unobtainable(f"{image(self.name)}: {error}") from error
-        except (TimeoutError, RuntimeError) as error:
-            self.stop()
-            raise NotReady(str(error)) from error
+            raise Unobtainable(f"{image}: {error}") from error
         except BaseException:
             self.stop()
             raise
-        return self.url()
+        return self.recipe.url("127.0.0.1", self.port)
 
     def listening(self) -> bool:
         with socket.socket() as client:
@@ -117,5 +107,5 @@ class Contained(Way):
 
     def _container(self) -> Any:
         if self._made is None:
-            raise NotReady(f"the container of {self.name} is not running")
+            raise NotReady(f"the container of {self.recipe.name} is not running")
         return self._made.get_wrapped_container()

@@ -11,9 +11,10 @@ import docker
 import docker.errors
 import requests
 
+from qtasks.testing.errors import NotReady, Unobtainable
 from tests.services.install import cache, need_program
 from tests.services.native import Native
-from tests.services.service import FromEnvironment, NotReady, Service, Unobtainable, Way
+from tests.services.service import FromEnvironment, Service, Way
 
 DEFAULT_SOCKET = "unix:///var/run/docker.sock"
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.services.service import Unobtainable
+from qtasks.testing.errors import Unobtainable
 
 INSTALL_WITHIN = 600.0  # seconds
 

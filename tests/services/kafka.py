@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 import tempfile
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from qtasks.testing.errors import NotReady
+from qtasks.testing.native import GuardedProcess
+from qtasks.testing.recipes import Kafka
 from tests.services.container import Contained
 from tests.services.install import cache, need_program, one_at_a_time, run
-from tests.services.native import Native, free_port
-from tests.services.service import NotReady, Service, Unobtainable, Way
+from tests.services.native import ByRecipe
+from tests.services.service import Service, Way
 
 if TYPE_CHECKING:
     from aiokafka.admin import AIOKafkaAdminClient
-    from testcontainers.core.container import DockerContainer
 
-VERSION = "4.3.1"
+VERSION = Kafka.image.rpartition(":")[2]
 
 # slf4j-simple is the one logger that needs no configuration file: warnings go to the output.
 POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0</modelVersion>
@@ -31,31 +31,6 @@ POM = f"""<project xmlns="http://maven.apache.org/POM/4.0.0"><modelVersion>4.0.0
 <dependency><groupId>org.slf4j</groupId><artifactId>slf4j-simple</artifactId>
 <version>1.7.36</version></dependency></dependencies></project>
 """
-
-SETTINGS = {
-    "process.roles": "broker,controller",
-    "node.id": "1",
-    "controller.listener.names": "CONTROLLER",
-    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-    # One broker, so one replica of everything.
-    "offsets.topic.replication.factor": "1",
-    "offsets.topic.num.partitions": "4",
-    "transaction.state.log.replication.factor": "1",
-    "transaction.state.log.min.isr": "1",
-    "transaction.state.log.num.partitions": "4",
-    "share.coordinator.state.topic.replication.factor": "1",
-    "share.coordinator.state.topic.min.isr": "1",
-    "share.coordinator.state.topic.num.partitions": "4",
-    # Short leases in tests, and no wait for members that do not come.
-    "group.min.session.timeout.ms": "500",
-    "group.initial.rebalance.delay.ms": "0",
-    # A topic that is deleted is gone soon, not in a minute.
-    "log.segment.delete.delay.ms": "1000",
-    # A broker killed and started again is refused until its old session has ended.
-    "broker.session.timeout.ms": "3000",
-    "broker.heartbeat.interval.ms": "500",
-}
-"""What the server is told wherever it runs; addresses and the directory are added."""
 
 
 def jars() -> Path:
@@ -78,81 +53,55 @@ def jars() -> Path:
     return lib
 
 
-class NativeKafka(Native):
+class KafkaOfTests(Kafka):
+    """Kafka from Maven Central, or the one of KAFKA_HOME, with short timeouts and few partitions.
+
+    `changed` may add to the settings of the server's own program.
+    """
+
+    settings: ClassVar[Mapping[str, str]] = {
+        **Kafka.settings,
+        "offsets.topic.num.partitions": "4",
+        "transaction.state.log.num.partitions": "4",
+        "share.coordinator.state.topic.num.partitions": "4",
+        # Short leases in tests.
+        "group.min.session.timeout.ms": "500",
+        # A topic that is deleted is gone soon, not in a minute.
+        "log.segment.delete.delay.ms": "1000",
+        # A broker killed and started again is refused until its old session has ended.
+        "broker.session.timeout.ms": "3000",
+        "broker.heartbeat.interval.ms": "500",
+    }
+    jvm = (*Kafka.jvm, "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn")
+
+    def __init__(self, changed: Callable[[dict[str, str]], dict[str, str]] | None = None) -> None:
+        self._changed = changed
+
+    def native_settings(self, process: GuardedProcess, port: int) -> dict[str, str]:
+        settings = super().native_settings(process, port)
+        return settings if self._changed is None else self._changed(settings)
+
+    def libraries(self) -> Path:
+        return jars()
+
+
+class NativeKafka(ByRecipe):
     """Kafka from Maven Central, or the one of KAFKA_HOME."""
 
-    def find(self) -> None:
-        self._java = need_program("java", "default-jre-headless")
-        self._jars = jars()
-        if not self.version:
-            raise Unobtainable(f"no kafka_2.13-*.jar in {self._jars}")
+    def __init__(self) -> None:
+        super().__init__()
+        self.recipe = KafkaOfTests(self.changed)
+
+    def changed(self, settings: dict[str, str]) -> dict[str, str]:
+        """Return the server's properties, to which a subclass adds."""
+        return settings
 
     @property
     def version(self) -> str:
         """The version in the name of the server's jar; the protocol does not tell it."""
-        names = " ".join(path.name for path in self._jars.glob("kafka_2.13-*.jar"))
+        names = " ".join(path.name for path in jars().glob("kafka_2.13-*.jar"))
         found = re.search(r"kafka_2\.13-([\d.]+)\.jar", names)
         return found[1] if found else ""
-
-    def prepare(self) -> str:
-        self.port, controller = free_port(), free_port()
-        text = "".join(f"{key}={value}\n" for key, value in self.settings(controller).items())
-        self._properties = str(self.write("server.properties", text))
-        identity = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        tool = ["kafka.tools.StorageTool", "format", f"--cluster-id={identity}"]
-        self.run([*self._jvm(128), *tool, f"--config={self._properties}"])
-        return f"kafka://127.0.0.1:{self.port}"
-
-    def settings(self, controller: int) -> dict[str, str]:
-        """Return the server's properties; `controller` is the port of its controller."""
-        return {
-            **SETTINGS,
-            "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
-            "log.dirs": str(self.directory / "data"),
-        }
-
-    def command(self) -> list[str]:
-        return [*self._jvm(512), "kafka.Kafka", self._properties]
-
-    def _jvm(self, megabytes: int) -> list[str]:
-        logger = "org.slf4j.simpleLogger.defaultLogLevel"
-        heap = f"-Xmx{megabytes}m"
-        return [self._java, heap, f"-D{logger}=warn", "-cp", f"{self._jars}/*"]
-
-
-class ContainedKafka(Contained):
-    """Apache Kafka in a container; the class of testcontainers fits another vendor's image.
-
-    The server calls itself by the address that it tells its clients, so inside it listens on the
-    port that is published.
-    """
-
-    CONTROLLER = 9093
-
-    def make(self, image: str) -> DockerContainer:
-        from testcontainers.core.container import DockerContainer
-        from testcontainers.core.wait_strategies import LogMessageWaitStrategy
-
-        settings = {
-            **SETTINGS,
-            "controller.quorum.voters": f"1@127.0.0.1:{self.CONTROLLER}",
-            "listeners": f"PLAINTEXT://0.0.0.0:{self.port},"
-            f"CONTROLLER://127.0.0.1:{self.CONTROLLER}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
-            "log.dirs": "/var/lib/kafka/data",
-        }
-        variables = {f"KAFKA_{k.upper().replace('.', '_')}": v for k, v in settings.items()}
-        java = os.environ.get("JDK_JAVA_OPTIONS", "")
-        return (
-            DockerContainer(image)
-            .with_envs(**variables, KAFKA_HEAP_OPTS="-Xmx512m", JDK_JAVA_OPTIONS=java)
-            .waiting_for(LogMessageWaitStrategy("Kafka Server started"))
-        )
-
-    def url(self) -> str:
-        return f"kafka://127.0.0.1:{self.port}"
 
 
 class KafkaServer(Service):
@@ -162,7 +111,7 @@ class KafkaServer(Service):
         return NativeKafka()
 
     def container(self) -> Way:
-        return ContainedKafka(self.name)
+        return Contained(KafkaOfTests(), JDK_JAVA_OPTIONS=os.environ.get("JDK_JAVA_OPTIONS", ""))
 
     async def probe(self, url: str) -> str:
         async with asking(url) as admin:

@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from tests.services.service import NotInContainers, NotReady, Unobtainable, Way, in_containers
-
-GUARD = Path(__file__).parents[2] / "qtasks" / "testing" / "guard.py"
-PREPARE_WITHIN = 60.0  # seconds
-PASSWORD = "qtasks-test"  # so that a test can get it wrong, and see that it is shown nowhere
-
-OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
-
-
-def free_port() -> int:
-    """Return a free port of 127.0.0.1 below the range of outgoing connections.
-
-    A port from within that range could be taken by any client while its server is down, or a
-    client that knocks there could be connected to itself.
-    """
-    try:
-        lowest = int(OUTGOING.read_text().split()[0])
-    except FileNotFoundError:  # not on Linux, where servers run in containers only
-        lowest = 49_152
-    for _ in range(200):
-        port = random.randrange(10_000, max(lowest, 11_000))
-        with socket.socket() as candidate:
-            try:
-                candidate.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise Unobtainable("found no free port")
+from qtasks.testing.errors import NotReady, Unobtainable
+from qtasks.testing.native import GuardedProcess, free_port
+from qtasks.testing.recipes import Launch, Recipe
+from tests.services.install import install_package
+from tests.services.service import NotInContainers, Way, in_containers
 
 
 class Native(Way):
@@ -55,12 +23,10 @@ class Native(Way):
     account: ClassVar[str | None] = None  # whom it runs as when we are root and it refuses root
     stop_signal: ClassVar[signal.Signals] = signal.SIGKILL
 
-    directory: Path
     port: int  # where clients connect
 
     def __init__(self) -> None:
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._talking = threading.Lock()
+        self._process: GuardedProcess | None = None
 
     @abstractmethod
     def find(self) -> None:
@@ -82,18 +48,9 @@ class Native(Way):
         name = type(self).__name__.removeprefix("Native").lower()
         if in_containers():
             raise NotInContainers(f"{name} is run natively: `make test` has the tests that need it")
-        if not hasattr(os, "pidfd_open") or not Path("/proc/self/stat").exists():
-            raise Unobtainable("native servers are run on Linux only")
         self.find()
-        self.directory = Path(tempfile.mkdtemp(prefix=f"qtasks-{name}-"))
-        if self.user:
-            shutil.chown(self.directory, self.user)
-        self._guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", GUARD, self.directory, str(int(self.stop_signal))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # an interrupt at the terminal is for the tests
-        )
+        self._process = self.process = self.make()
+        self.directory = self.process.directory
         try:
             url = self.prepare()
             self.restart()
@@ -102,29 +59,13 @@ class Native(Way):
             raise
         return url
 
-    @property
-    def user(self) -> str | None:
-        """Whom the server runs as, or None for the user that runs the tests."""
-        return self.account if os.geteuid() == 0 else None
+    def make(self) -> GuardedProcess:
+        """Return the process, with its directory and without a program."""
+        return GuardedProcess(self.account, self.stop_signal)
 
     def write(self, name: str, text: str) -> Path:
         """Write a file of the server's into its directory and return its path."""
-        path = self.directory / name
-        path.write_text(text)
-        if self.user:
-            shutil.chown(path, self.user)
-        return path
-
-    def run(self, argv: list[str]) -> None:
-        """Run a preparing command to its end as the server's user. Raises `NotReady`."""
-        self._spawn(argv)
-        deadline = time.monotonic() + PREPARE_WITHIN
-        while (state := self._ask("poll"))["running"]:
-            if time.monotonic() > deadline:
-                raise NotReady(f"{argv[0]} took over {PREPARE_WITHIN:.0f} s")
-            time.sleep(0.02)
-        if state["code"] != 0:
-            raise NotReady(f"{argv[0]} ended with {state['code']}: {self._log_tail()}")
+        return self.process.write(name, text)
 
     def listening(self) -> bool:
         with socket.socket() as client:
@@ -132,60 +73,57 @@ class Native(Way):
             return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def ended(self) -> str | None:
-        state = self._ask("poll")
-        return None if state["running"] else f"ended with {state['code']}: {self._log_tail()}"
+        return self._running().ended()
 
     def kill(self) -> None:
-        self._ask("signal", number=int(signal.SIGKILL))
+        self._running().signal(signal.SIGKILL)
 
     def restart(self) -> None:
-        self._spawn(self.command())
+        self._running().start(self.command(), self.environment())
 
     def freeze(self) -> None:
-        self._ask("signal", number=int(signal.SIGSTOP))
+        self._running().signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self._ask("signal", number=int(signal.SIGCONT))
+        self._running().signal(signal.SIGCONT)
 
     def detach(self) -> int | None:
-        self._ask("detach")
-        guard, self._guard = self._guard, None
-        return guard.pid if guard else None
+        process, self._process = self._running(), None
+        return process.detach()
 
     def stop(self) -> None:
-        if self._guard is None:
-            return
-        guard, self._guard = self._guard, None
-        with guard:  # closing its input is what ends it
-            pass
+        process, self._process = self._process, None
+        if process is not None:
+            process.stop()
 
-    def _spawn(self, argv: list[str]) -> None:
-        self._ask(
-            "spawn",
-            argv=argv,
-            env={**os.environ, **self.environment()},
-            user=self.user,
-            log=str(self.directory / "output"),
-        )
-
-    def _ask(self, verb: str, **arguments: object) -> Any:
-        guard = self._guard
-        if guard is None or guard.stdin is None or guard.stdout is None:
+    def _running(self) -> GuardedProcess:
+        if self._process is None:
             raise NotReady(f"{type(self).__name__} is not running")
-        with self._talking:
-            guard.stdin.write(json.dumps({"do": verb, **arguments}).encode() + b"\n")
-            guard.stdin.flush()
-            line = guard.stdout.readline()
-        if not line:
-            raise NotReady(f"the guard of {type(self).__name__} has ended")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise NotReady(answer["error"])
-        return answer
+        return self._process
 
-    def _log_tail(self) -> str:
+
+class ByRecipe(Native):
+    """The server as users of `qtasks.testing` get it; where it is missing, it is installed."""
+
+    recipe: Recipe
+
+    def find(self) -> None:
         try:
-            text = (self.directory / "output").read_text(errors="replace")
-        except FileNotFoundError:
-            return "it printed nothing"
-        return " | ".join(text.strip().splitlines()[-5:]) or "it printed nothing"
+            self.program = self.recipe.program()
+        except Unobtainable:
+            install_package(self.recipe.package, self.recipe.name)
+            self.program = self.recipe.program()
+
+    def make(self) -> GuardedProcess:
+        return GuardedProcess(self.recipe.account, self.recipe.stop_signal)
+
+    def prepare(self) -> str:
+        self.port = free_port()
+        self._launch: Launch = self.recipe.set_up(self.process, self.program, self.port)
+        return self.recipe.url("127.0.0.1", self.port)
+
+    def command(self) -> list[str]:
+        return self._launch.argv
+
+    def environment(self) -> Mapping[str, str]:
+        return self._launch.environment

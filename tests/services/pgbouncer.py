@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from tests.services.install import install_package
-from tests.services.native import Native, free_port
-from tests.services.service import Unobtainable, Way
+from qtasks.testing.native import free_port
+from tests.services.install import need_program
+from tests.services.native import Native
+from tests.services.service import Way
 
 
 class NativePgBouncer(Native):
@@ -23,12 +23,7 @@ class NativePgBouncer(Native):
         self._pool_mode = pool_mode
 
     def find(self) -> None:
-        if not shutil.which("pgbouncer") and not shutil.which("pgbouncer", path="/usr/sbin"):
-            install_package("pgbouncer", "pgbouncer")
-        found = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
-        if not found:
-            raise Unobtainable("pgbouncer is installed, but its program is not found")
-        self._program = found
+        self._program = need_program("pgbouncer", "pgbouncer")
 
     def prepare(self) -> str:
         self.port = free_port()

@@ -5,51 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from qtasks.testing.errors import NotReady
+from qtasks.testing.recipes import RECIPES
 from tests.services.container import Contained
-from tests.services.install import need_program
-from tests.services.native import Native, free_port
-from tests.services.service import NotInContainers, NotOurs, NotReady, Service, Way
-
-if TYPE_CHECKING:
-    from testcontainers.core.container import DockerContainer
+from tests.services.native import ByRecipe
+from tests.services.service import NotInContainers, NotOurs, Service, Way
 
 NEW_QUEUE_NOTED = 1.2  # seconds
-# No spinning schedulers: the machine is shared with the tests.
-QUIET = "+sbwt none +sbwtdcpu none +sbwtdio none"
 
 
-class NativeRabbitMQ(Native):
+class NativeRabbitMQ(ByRecipe):
     """Debian's rabbitmq-server, which wants to be its own user and shares what it is not told."""
 
-    account = "rabbitmq"
-
-    def find(self) -> None:
-        program = need_program("rabbitmq-server", "rabbitmq-server")
-        # Debian's wrapper in PATH writes to one log for all nodes; what it wraps does not.
-        wrapped = "/usr/lib/rabbitmq/bin/rabbitmq-server"
-        self._program = wrapped if os.access(wrapped, os.X_OK) else program
-
-    def prepare(self) -> str:
-        self.port, self._distribution, self._epmd = free_port(), free_port(), free_port()
-        self.write("enabled_plugins", "[].\n")
-        self.write("rabbitmq-env.conf", "")
-        self.write("rabbitmq.conf", "log.file.level = warning\ndisk_free_limit.absolute = 50MB\n")
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
-
-    def command(self) -> list[str]:
-        return [self._program]
+    recipe = RECIPES["rabbitmq"]
 
     def control(self, *arguments: str) -> str:
         """Run `rabbitmqctl` on the node and return what it prints."""
-        beside = f"{os.path.dirname(self._program)}/rabbitmqctl"
+        beside = f"{os.path.dirname(self.program)}/rabbitmqctl"
         done = subprocess.run(
             [beside if os.access(beside, os.X_OK) else "rabbitmqctl", "-q", *arguments],
             env={**os.environ, **self.environment()},
-            user=self.user,
+            user=self.process.user,
             cwd=self.directory,
             capture_output=True,
             text=True,
@@ -70,47 +48,9 @@ class NativeRabbitMQ(Native):
         time.sleep(NEW_QUEUE_NOTED)
         super().kill()
 
-    def environment(self) -> Mapping[str, str]:
-        below = self.directory
-        return {
-            "HOME": str(below),
-            "RABBITMQ_NODENAME": f"qtasks-{self.port}@localhost",
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODE_PORT": str(self.port),
-            "RABBITMQ_DIST_PORT": str(self._distribution),
-            "ERL_EPMD_PORT": str(self._epmd),
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "RABBITMQ_CONF_ENV_FILE": str(below / "rabbitmq-env.conf"),
-            "RABBITMQ_CONFIG_FILE": str(below / "rabbitmq"),
-            "RABBITMQ_ADVANCED_CONFIG_FILE": str(below / "advanced"),
-            "RABBITMQ_ENABLED_PLUGINS_FILE": str(below / "enabled_plugins"),
-            "RABBITMQ_FEATURE_FLAGS_FILE": str(below / "feature_flags"),
-            "RABBITMQ_MNESIA_BASE": str(below / "mnesia"),
-            "RABBITMQ_LOG_BASE": str(below / "log"),
-            "RABBITMQ_PID_FILE": str(below / "pid"),
-            # Its start script then becomes the server instead of waiting for it.
-            "RABBITMQ_ALLOW_INPUT": "true",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"-noinput {QUIET}",
-        }
-
 
 class ContainedRabbitMQ(Contained):
-    """RabbitMQ in a container; the class of testcontainers wants one more driver."""
-
-    inside = 5672
-
-    def make(self, image: str) -> DockerContainer:
-        from testcontainers.core.container import DockerContainer
-        from testcontainers.core.wait_strategies import LogMessageWaitStrategy
-
-        return (
-            DockerContainer(image)
-            .with_env("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", QUIET)
-            .waiting_for(LogMessageWaitStrategy("Server startup complete"))
-        )
-
-    def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+    """RabbitMQ in a container."""
 
     def control(self, *arguments: str) -> str:
         """Run `rabbitmqctl` in the container and return what it prints."""
@@ -129,7 +69,7 @@ class RabbitMQServer(Service):
         return NativeRabbitMQ()
 
     def container(self) -> Way:
-        return ContainedRabbitMQ(self.name)
+        return ContainedRabbitMQ(RECIPES[self.name])
 
     def control(self, *arguments: str) -> str:
         """Run `rabbitmqctl` on the server. Raises `NotOurs` if somebody else runs it."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from qtasks.testing.native import free_port
+from qtasks.testing.recipes import PASSWORD
 from tests.services.kafka import KafkaServer, NativeKafka
-from tests.services.native import PASSWORD, free_port
 from tests.services.service import Way
 
 USER = "worker"
@@ -20,11 +21,10 @@ OTHER = "other"
 class NativeSecuredKafka(NativeKafka):
     """The server of `SecuredKafka`, with certificates made for it."""
 
-    def settings(self, controller: int) -> dict[str, str]:
+    def changed(self, settings: dict[str, str]) -> dict[str, str]:
         self.tls, self.login, self.tls_login = free_port(), free_port(), free_port()
         self.certificates = Certificates(self.directory)
         made = self.certificates
-        settings = super().settings(controller)
         ports = {"SSL": self.tls, "SASL_PLAINTEXT": self.login, "SASL_SSL": self.tls_login}
         more = "".join(f",{name}://127.0.0.1:{port}" for name, port in ports.items())
         module = "org.apache.kafka.common.security.plain.PlainLoginModule"

@@ -12,13 +12,17 @@ from typing import Any
 import docker.errors
 import pytest
 
+from qtasks.testing.recipes import RECIPES
 from tests import containers
 from tests.containers import Images
 from tests.services import SERVICES, NotInContainers, RedisServer, Unobtainable, stand_ins
-from tests.services.images import FILE, image
 from tests.services.secured_kafka import SecuredKafka
 
-ROOT = FILE.parent
+ROOT = Path(__file__).parents[2]
+
+
+def image(name: str) -> str:
+    return RECIPES[name].chosen_image
 
 
 class Store:

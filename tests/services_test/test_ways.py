@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from qtasks.testing import native as running
+from qtasks.testing.recipes import RECIPES
 from tests.services import SERVICES, NotOurs, NotReady, RedisServer, Service, Unobtainable
 from tests.services import install as installing
-from tests.services import native as running
-from tests.services.images import FILE, image
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_url_in_the_environment_goes_first(
@@ -85,28 +87,24 @@ def test_ports_are_outside_the_range_of_outgoing_connections(
     assert all(running.free_port() < 49_152 for _ in range(50))
 
 
-def test_compose_takes_every_image_from_the_one_place() -> None:
-    compose = FILE.with_name("compose.yaml").read_text()
+def test_the_images_of_compose_are_those_of_the_recipes() -> None:
+    lines = [line.partition("=") for line in (ROOT / ".env").read_text().splitlines()]
+    images = {name: image for name, _, image in lines if not name.startswith("#")}
+    assert images == {f"QTASKS_IMAGE_{name.upper()}": r.image for name, r in RECIPES.items()}
+    assert list(RECIPES) == list(SERVICES)
+    compose = (ROOT / "compose.yaml").read_text()
     used = re.findall(r"^ +image: (.*)$", compose, re.MULTILINE)
     assert used == [f"${{QTASKS_IMAGE_{name.upper()}}}" for name in SERVICES]
-    assert all(":" in image(name) for name in SERVICES)
     published = re.findall(r'ports: \["([^"]*)"\]', compose)
     assert len(published) == len(SERVICES)
     assert all(port.startswith("127.0.0.1:") for port in published)
 
 
-def test_the_environment_goes_before_the_file_of_images(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_may_name_another_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QTASKS_IMAGE_KAFKA", "stand-in:1")
-    assert image("kafka") == "stand-in:1"
-
-
-def test_kafka_in_compose_is_the_native_one() -> None:
-    from tests.services.kafka import VERSION
-
-    assert image("kafka").endswith(f":{VERSION}")
+    assert RECIPES["kafka"].chosen_image == "stand-in:1"
 
 
 def test_scripts_are_well_formed() -> None:
-    root = FILE.parent
-    subprocess.run(["bash", "-n", root / ".ci" / "run"], check=True)
-    assert os.access(root / ".ci" / "run", os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

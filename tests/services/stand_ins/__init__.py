@@ -17,9 +17,9 @@ from typing import Any
 
 import docker.errors
 
+from qtasks.testing.errors import Unobtainable
 from tests.services import kafka
 from tests.services.install import need_program, one_at_a_time, run
-from tests.services.service import Unobtainable
 
 HERE = Path(__file__).parent
 NOT_IN_BASE = ("./var/cache/apt/archives/*.deb", "./var/lib/apt/lists/*")
