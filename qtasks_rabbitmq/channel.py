@@ -31,6 +31,7 @@ from qtasks_rabbitmq.frames import (
     PERSISTENT,
     Deliver,
     Properties,
+    content_of,
     framed,
     properties_frame,
     read_deliver,
@@ -214,7 +215,8 @@ class Channel:
         self.heard = self._loop.time()
         match received:
             case ContentBody():
-                self._take(received.value)
+                for payload in content_of(received.value):
+                    self._take(payload)
             case commands.Basic.Return():
                 self._content = received
             case commands.Basic.Ack():
@@ -297,7 +299,7 @@ class Channel:
 
     def _header(self, sending: Sending) -> bytes:
         """Return the frame of a message's properties."""
-        if sending.message_id and not sending.headers:
+        if not sending.headers:
             # Skip the driver, which builds and checks several objects for this.
             return properties_frame(
                 self._number, len(sending.body), sending.message_id, sending.priority
@@ -312,7 +314,7 @@ class Channel:
         return frame.marshal(header, self._number)
 
     def _take(self, value: bytes) -> None:
-        """Take the next frame of a message. `FrameReader` tells which frames come as a body."""
+        """Take the next frame of a message."""
         if self._content is None:
             self._content = read_deliver(value)
             return

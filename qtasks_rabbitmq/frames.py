@@ -5,13 +5,15 @@ is not UTF-8, or a time that Python cannot represent. Then it closes the connect
 The server then delivers the message again, and the connection breaks again.
 
 Two frames contain data from other programs: a delivery and its properties. `FrameReader` passes
-them to the driver as bodies, which the driver does not decode. `channel.py` decodes them with the
-functions below.
+them to the driver within bodies, which the driver does not decode. `channel.py` decodes them with
+the functions below. One such body has the frames of many messages, because each frame costs the
+driver more than all else that is done with a message.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import suppress
 from struct import pack
 from typing import Any, cast
@@ -19,6 +21,8 @@ from typing import Any, cast
 from msgspec import Struct
 from pamqp.header import ContentHeader
 
+CHUNK = 65536
+"""The most bytes to read from the socket at once."""
 HEAD = 7
 """Bytes of a frame before its payload: type, channel, size."""
 METHOD, HEADER, BODY = 1, 2, 3
@@ -29,16 +33,18 @@ CONNECTION_CLOSE = b"\x00\x0a\x00\x32"
 CHANNEL_CLOSE = b"\x00\x14\x00\x28"
 BLOCKED = b"\x00\x0a\x00\x3c"
 UNBLOCKED = b"\x00\x0a\x00\x3d"
-OURS = b"\x10\x80"
-"""Flags of a message without headers: it has a delivery mode (a byte) and an id."""
-OURS_BY_PRIORITY = b"\x18\x80"
-"""The same with a priority, a byte after the delivery mode."""
+HAS_HEADERS, HAS_MODE, HAS_PRIORITY, HAS_ID = 0x2000, 0x1000, 0x0800, 0x0080
+"""Flags of properties, which follow each other in this order."""
+OURS = pack(">H", HAS_MODE | HAS_ID)
+OURS_BY_PRIORITY = pack(">H", HAS_MODE | HAS_PRIORITY | HAS_ID)
 END = b"\xce"
 PERSISTENT = 2
 """The delivery mode of a message that survives a restart of the server."""
 TLS_ALERT = b"\x15\x03"
 OFFSET = b"\x0fx-stream-offsetl"
 """How the server encodes a record's offset among its headers: name, type, then eight bytes."""
+RECORD = pack(">HI", HAS_HEADERS | HAS_MODE, len(OFFSET) + 8) + OFFSET
+"""How the properties of a stream's record begin that has no other headers."""
 
 
 class FrameReader(asyncio.StreamReader):
@@ -49,6 +55,9 @@ class FrameReader(asyncio.StreamReader):
         self._frame = b""
         self._at = 0
         """How many bytes of the frame the driver has read."""
+        self._data = b""
+        self._start = 0
+        """How many bytes of the data are done with."""
         self.closed: tuple[int, str] | None = None
         """Code and text with which the server closed the connection."""
         self.blocked = ""
@@ -63,17 +72,26 @@ class FrameReader(asyncio.StreamReader):
         at, self._at = self._at, self._at + n
         return self._frame[at : at + n]
 
+    def at_eof(self) -> bool:
+        """Return whether everything was read."""
+        return super().at_eof() and self._start == len(self._data)
+
     async def _next(self) -> bytes:
-        head = await super().readexactly(HEAD)
+        await self._have(HEAD)
+        head = self._data[self._start : self._start + HEAD]
         if head.startswith(b"AMQP"):
+            self._start += HEAD
             return head  # another version of the protocol; the driver reports it
         if head.startswith(TLS_ALERT):
             self.tls = True
             raise asyncio.IncompleteReadError(head, HEAD + 1)
-        payload = await super().readexactly(int.from_bytes(head[3:]) + 1)
+        size = HEAD + int.from_bytes(head[3:]) + 1
+        await self._have(size)
+        if content := self._content(head[1:3]):
+            return content
+        payload = self._data[self._start + HEAD : self._start + size]
+        self._start += size
         kind, method = head[0], payload[:4]
-        if kind == HEADER or (kind == METHOD and method == DELIVER):
-            return bytes((BODY,)) + head[1:] + payload
         if kind == METHOD and method in (CONNECTION_CLOSE, CHANNEL_CLOSE):
             # The text quotes names. It is cut at 255 bytes, perhaps inside a character.
             end = 7 + payload[6]
@@ -86,6 +104,42 @@ class FrameReader(asyncio.StreamReader):
         elif kind == METHOD and method == UNBLOCKED:
             self.blocked = ""
         return head + payload
+
+    async def _have(self, size: int) -> None:
+        """Read until `size` bytes are here."""
+        while len(self._data) - self._start < size:
+            more = await self.read(CHUNK)
+            if not more:
+                raise asyncio.IncompleteReadError(self._data[self._start :], size)
+            self._data = self._data[self._start :] + more
+            self._start = 0
+
+    def _content(self, channel: bytes) -> bytes:
+        """Return the frames of messages that come next on a channel, as one body. May be empty.
+
+        It has all of them that are here completely. So the driver handles one frame for many.
+        """
+        data = self._data
+        at, most = self._start, len(data)
+        while at + HEAD < most and data[at + 1 : at + 3] == channel:
+            kind, end = data[at], at + HEAD + int.from_bytes(data[at + 3 : at + HEAD])
+            if end >= most or data[end : end + 1] != END:
+                break
+            if kind != HEADER and kind != BODY and data[at + HEAD : at + HEAD + 4] != DELIVER:
+                break
+            at = end + 1
+        frames = data[self._start : at]
+        self._start = at
+        return framed(BODY, int.from_bytes(channel), frames) if frames else b""
+
+
+def content_of(frames: bytes) -> Iterator[bytes]:
+    """Yield the payloads of the frames in a body from `FrameReader`."""
+    at, most = 0, len(frames)
+    while at < most:
+        end = at + HEAD + int.from_bytes(frames[at + 3 : at + HEAD])
+        yield frames[at + HEAD : end]
+        at = end + 1
 
 
 class Deliver(Struct, frozen=True, gc=False):
@@ -132,12 +186,15 @@ def framed(kind: int, channel: int, payload: bytes) -> bytes:
 
 def properties_frame(channel: int, size: int, message_id: str, priority: int | None) -> bytes:
     """Return the frame before the body of a persistent message. `size` is the body's, in bytes."""
-    name = message_id.encode()
-    if priority is None:
-        flags, values = OURS, bytes((PERSISTENT, len(name)))
-    else:
-        flags, values = OURS_BY_PRIORITY, bytes((PERSISTENT, priority, len(name)))
-    return framed(HEADER, channel, pack(">HHQ", BASIC, 0, size) + flags + values + name)
+    flags, values = HAS_MODE, bytes((PERSISTENT,))
+    if priority is not None:
+        flags |= HAS_PRIORITY
+        values += bytes((priority,))
+    if message_id:
+        name = message_id.encode()
+        flags |= HAS_ID
+        values += bytes((len(name),)) + name
+    return framed(HEADER, channel, pack(">HHQH", BASIC, 0, size, flags) + values)
 
 
 def read_properties(payload: bytes) -> Properties:
@@ -147,6 +204,9 @@ def read_properties(payload: bytes) -> Properties:
         at = 15 if flags == OURS else 16
         with suppress(UnicodeDecodeError):
             return Properties(size, {}, payload[at + 1 : at + 1 + payload[at]].decode())
+    if payload.startswith(RECORD, 12):  # nearly all records of a stream
+        at = 12 + len(RECORD)
+        return Properties(size, {"x-stream-offset": int.from_bytes(payload[at : at + 8])})
     header = ContentHeader()
     try:
         header.unmarshal(payload)

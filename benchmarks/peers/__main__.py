@@ -1,12 +1,12 @@
 """Compares the rates of QTasks and of other task queues on the same kind of server, in one run.
 
-    python -m benchmarks.peers --backend redis|postgres [--tasks 10000] [--only qtasks,taskiq]
+    python -m benchmarks.peers --backend redis|postgres|rabbitmq [--tasks 10000] [--only taskiq]
 
-Each peer has a no-op task, one worker and a new server. Postgres runs ANALYZE before the worker
-starts, since a server in use would have statistics. `enqueue`: by 100 concurrent callers, or by one
-if the client blocks. `process`: from the start of the first task until the result of the last
-enqueued task is stored, with no other load on the server. `round trip`: enqueue one task and wait
-for its result, in the peer's own way; the median.
+Each peer has a no-op task, one worker and a new server. With RabbitMQ, a Redis keeps the results.
+Postgres runs ANALYZE before the worker starts, since a server in use would have statistics.
+`enqueue`: by 100 concurrent callers, or by one if the client blocks. `process`: from the start of
+the first task until the result of the last enqueued task is stored, with no other load on the
+server. `round trip`: enqueue one task and wait for its result, in the peer's own way; the median.
 
 Install `benchmarks/peers/requirements.txt` first. A peer that is not installed is left out, with a
 note.
@@ -23,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from benchmarks.peers.peer import Peer
+from benchmarks.peers import rabbitmq
+from benchmarks.peers.peer import RESULTS, Peer
 from benchmarks.peers.postgres import PgQueuer, Procrastinate
 from benchmarks.peers.qtasks import QTasks
 from benchmarks.peers.redis import Celery, Dramatiq, Taskiq
@@ -35,7 +37,10 @@ from tests.services import SERVICES
 PEERS: dict[str, tuple[type[Peer], ...]] = {
     "redis": (QTasks, Taskiq, Dramatiq, Celery),
     "postgres": (QTasks, PgQueuer, Procrastinate),
+    "rabbitmq": (rabbitmq.QTasks, rabbitmq.Taskiq, rabbitmq.Dramatiq, rabbitmq.Celery),
 }
+KEEPS_RESULTS = {"rabbitmq": "redis"}
+"""The server with the results, if it is another one than the broker's."""
 ROUND_TRIPS = 30
 WORKER_LOG = "worker.log"
 """The file with the worker's output, in the client's temporary working directory."""
@@ -83,7 +88,11 @@ def print_rows(peers: list[type[Peer]], backend: str, tasks: int) -> None:
 
 def drivers(backend: str) -> str:
     """Return the versions of the drivers that the peers share."""
-    names = {"redis": ("redis", "hiredis"), "postgres": ("asyncpg", "psycopg")}[backend]
+    names = {
+        "redis": ("redis", "hiredis"),
+        "postgres": ("asyncpg", "psycopg"),
+        "rabbitmq": ("aiormq", "pika", "amqp", "redis"),
+    }[backend]
     installed = {dist.metadata["name"]: dist.version for dist in distributions()}
     return ", ".join(f"{name} {installed.get(name, '-')}" for name in names)
 
@@ -93,11 +102,12 @@ def run_alone(peer: type[Peer], backend: str, tasks: int) -> dict[str, float] | 
 
     If the peer fails, print the output of its worker and return None.
     """
-    service = SERVICES[backend]()
-    url = service.start()
-    try:
+    with ExitStack() as stack:
+        url = started(backend, stack)
+        results = KEEPS_RESULTS.get(backend)
+        own = {RESULTS: started(results, stack)} if results else {}
         with tempfile.TemporaryDirectory(prefix="qtasks-bench-") as directory:
-            environment = {**os.environ, "PEERS_BEGAN": f"{directory}/began"}
+            environment = {**os.environ, **own, "PEERS_BEGAN": f"{directory}/began"}
             client = subprocess.run(
                 [*command(backend, "client", peer.package, url), "--tasks", str(tasks)],
                 env=environment,
@@ -111,8 +121,14 @@ def run_alone(peer: type[Peer], backend: str, tasks: int) -> dict[str, float] | 
                 return None
         found: dict[str, float] = json.loads(client.stdout.splitlines()[-1])
         return found
-    finally:
-        service.stop()
+
+
+def started(backend: str, stack: ExitStack) -> str:
+    """Start a server until the end of `stack`, and return its URL."""
+    service = SERVICES[backend]()
+    url = service.start()
+    stack.callback(service.stop)
+    return url
 
 
 def command(backend: str, *role: str) -> list[str]:

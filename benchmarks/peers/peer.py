@@ -11,6 +11,9 @@ from collections.abc import Awaitable, Callable
 CONCURRENCY = 100
 """How many tasks the worker runs at once, and how many callers an asynchronous client has."""
 
+RESULTS = "PEERS_RESULTS"
+"""The environment variable with the URL of the server that keeps the results, if it is another."""
+
 _began = False
 
 
@@ -36,6 +39,7 @@ class Peer(ABC):
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.results = os.environ.get(RESULTS, url)
 
     @abstractmethod
     async def enqueue(self, count: int) -> None:

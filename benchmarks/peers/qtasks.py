@@ -9,13 +9,13 @@ from qtasks.asyncio import QueueTasks
 
 
 class QTasks(Peer):
-    """One URL for the broker and the storage."""
+    """The broker on one server, the storage on the same or on another."""
 
     package = "qtasks"
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.app = QueueTasks("peers", url)
+        self.app = QueueTasks("peers", broker=url, storage=self.results)
 
         @self.app.task(name="nothing")
         async def nothing() -> None:

@@ -16,11 +16,11 @@ class Taskiq(Peer):
     package = "taskiq"
 
     def __init__(self, url: str) -> None:
-        from taskiq_redis import RedisAsyncResultBackend, RedisStreamBroker
+        from taskiq_redis import RedisAsyncResultBackend
 
         super().__init__(url)
-        results: Any = RedisAsyncResultBackend(url)
-        self.broker = RedisStreamBroker(url).with_result_backend(results)
+        results: Any = RedisAsyncResultBackend(self.results)
+        self.broker = self.make_broker().with_result_backend(results)
 
         @self.broker.task(task_name="nothing")
         async def nothing() -> None:
@@ -28,6 +28,11 @@ class Taskiq(Peer):
 
         self.nothing = nothing
         self.handle: Any = None
+
+    def make_broker(self) -> Any:
+        from taskiq_redis import RedisStreamBroker
+
+        return RedisStreamBroker(self.url)
 
     async def start(self) -> None:
         await self.broker.startup()
@@ -61,13 +66,13 @@ class Dramatiq(Peer):
 
     def __init__(self, url: str) -> None:
         import dramatiq
-        from dramatiq.brokers.redis import RedisBroker
         from dramatiq.results import Results
         from dramatiq.results.backends import RedisBackend
 
         super().__init__(url)
-        self.broker = RedisBroker(url=url)
-        self.broker.add_middleware(Results(backend=RedisBackend(url=url), store_results=True))
+        self.broker = self.make_broker()
+        results = RedisBackend(url=self.results)
+        self.broker.add_middleware(Results(backend=results, store_results=True))
         dramatiq.set_broker(self.broker)
 
         def nothing() -> int:
@@ -76,6 +81,11 @@ class Dramatiq(Peer):
 
         self.actor: Any = dramatiq.actor(nothing, broker=self.broker)
         self.handle: Any = None
+
+    def make_broker(self) -> Any:
+        from dramatiq.brokers.redis import RedisBroker
+
+        return RedisBroker(url=self.url)
 
     async def enqueue(self, count: int) -> None:
         for _ in range(count):
@@ -109,7 +119,7 @@ class Celery(Peer):
         from celery import Celery as App
 
         super().__init__(url)
-        self.app = App("peers", broker=url, backend=url)
+        self.app = App("peers", broker=url, backend=self.results)
         self.app.conf.update(task_acks_late=True, broker_connection_retry_on_startup=True)
 
         @self.app.task(name="nothing")
