@@ -48,6 +48,7 @@ SETTINGS = {
     "share.coordinator.state.topic.num.partitions": "4",
     # Short leases in tests, and no wait for members that do not come.
     "group.min.session.timeout.ms": "500",
+    "group.share.min.record.lock.duration.ms": "1000",
     "group.initial.rebalance.delay.ms": "0",
     # A topic that is deleted is gone soon, not in a minute.
     "log.segment.delete.delay.ms": "1000",
