@@ -54,6 +54,8 @@ class ShareGroupKafkaBroker(KafkaBroker):
                 "of its partition pass (up to 4,000 where the server allows that)",
                 "a record is replaced by a copy before the server's limit of deliveries "
                 "(share.delivery.count.limit) archives it: after half of them",
+                "a crash of the server forgets the deliveries that were in flight, so they are not "
+                "counted",
                 "the shortest lease of all workers that have ever subscribed is the time after "
                 "which the server gives the messages of a frozen worker to others",
                 "an acknowledgement takes up to 0.1 s while the same worker waits for messages",

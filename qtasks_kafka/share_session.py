@@ -46,8 +46,8 @@ class Acquired:
     """A record that this session has acquired. It is the fence of its delivery."""
 
     __slots__ = (
-        "count", "leased", "lost", "offset", "place", "prior", "session", "settling", "until",
-        "value",
+        "count", "leased", "lost", "offset", "place", "prior", "replaced", "session", "settled",
+        "settling", "until", "value",
     )  # fmt: skip
 
     def __init__(
@@ -67,7 +67,11 @@ class Acquired:
         """The time of the loop until which the session renews the lock by itself."""
         self.lost = False
         self.settling: tuple[Hashable, Future[bool]] | None = None
-        """How it is or was settled, and whether the server has obeyed."""
+        """How it is or was settled, and the server's answer: whether it has obeyed."""
+        self.settled: Hashable = None
+        """How it was settled, once the server has obeyed."""
+        self.replaced: Hashable = None
+        """The retry whose new message exists."""
 
     def held(self, now: float) -> bool:
         """Return whether it is ours, and not settled.
@@ -215,14 +219,14 @@ class ShareSession:
             self._send(Acquired(self, place, offset, b"", count, 0), GAP)
         return records
 
-    def settle(self, record: Acquired, kind: int, key: Hashable) -> Future[bool]:
+    def settle(self, record: Acquired, kind: int, effect: Hashable) -> Future[bool]:
         """Accept or release a held record. The answer comes even if nobody waits for it.
 
-        The future says whether the server has obeyed. It fails with `Unavailable`. `key` tells
+        The future says whether the server has obeyed. It fails with `Unavailable`. `effect` tells
         this settlement from others of the record.
         """
         answer = self._send(record, kind)
-        record.settling = key, answer
+        record.settling = effect, answer
         return answer
 
     def renew(self, record: Acquired) -> Future[bool] | None:
@@ -239,7 +243,8 @@ class ShareSession:
     async def _renew_all(self) -> None:
         """Renew locks that end before the lease does: others may have asked for a shorter lock."""
         while self.holding():
-            await asyncio.sleep(self._lock_time / 4)
+            # A worker with a shorter lease may shorten the lock meanwhile.
+            await asyncio.sleep(min(self._lock_time / 4, 0.5))
             now = asyncio.get_running_loop().time()
             ending = now + self._lock_time / 2
             due = [
@@ -252,7 +257,6 @@ class ShareSession:
 
     def _send(self, record: Acquired, kind: int) -> Future[bool]:
         answer: Future[bool] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(_seen)
         self._outbox.append(_Ack(record, kind, answer))
         if self._sending is None or self._sending.done():
             self._sending = asyncio.create_task(self._send_all())
@@ -270,6 +274,7 @@ class ShareSession:
             for ack in (*acks, *self._outbox):
                 if not ack.answer.done():
                     ack.answer.set_exception(failure)
+                    ack.answer.exception()  # its caller may be gone, and asyncio would complain
             self._outbox = []
             if failure is not error:
                 raise
@@ -326,6 +331,8 @@ class ShareSession:
             ack.record.lost = True
         elif ack.kind == RENEW:
             ack.record.until = until
+        elif ack.record.settling is not None:
+            ack.record.settled = ack.record.settling[0]
         if not obeyed or ack.kind != RENEW:
             self._held.discard(ack.record)
         self.accepted = self.accepted or (obeyed and ack.kind == ACCEPT)
@@ -405,9 +412,3 @@ def _prior(headers: Iterable[tuple[str, bytes | None]]) -> int:
     """Return how often a record was delivered before it was copied. Others may write any header."""
     value = next((value for name, value in headers if name == PRIOR), None) or b"0"
     return int(value) if value.isdigit() and len(value) < 9 else 0
-
-
-def _seen(answer: Future[bool]) -> None:
-    """Mark the error of an answer as retrieved, in case its caller was cancelled."""
-    if not answer.cancelled():
-        answer.exception()

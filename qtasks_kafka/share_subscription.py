@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import Future, Task
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from qtasks_core import Delivery, Outcome, Release, Retry, Settlement, Subscription
 from qtasks_core.errors import Closed, QTasksError
-from qtasks_core.receivers import Leftovers, Recent, SettleCall
+from qtasks_core.receivers import Leftovers, SettleCall, effect_of
 from qtasks_core.wire import decode_message
 from qtasks_kafka.connection import PAUSE, Connection
 from qtasks_kafka.share_group import ShareGroup
@@ -23,6 +23,18 @@ logger = logging.getLogger("qtasks.kafka")
 
 IDLE = 1.0
 """Seconds that a record which no call has returned waits for one, before others get it."""
+
+
+class _Obeyed:
+    """The settlements that the server has obeyed, by their keys: each record knows its own."""
+
+    def __contains__(self, key: object) -> bool:
+        assert isinstance(key, tuple)
+        record, effect = key
+        return bool(record.settled == effect)
+
+
+_OBEYED = _Obeyed()
 
 
 class ShareSubscription(Subscription):
@@ -46,9 +58,6 @@ class ShareSubscription(Subscription):
         self._fetching: dict[ShareSession, Task[None]] = {}
         self._error: QTasksError | None = None
         """Why the last request failed, until a `receive` has raised it."""
-        self._obeyed = Recent()
-        self._replaced = Recent()
-        """Retries whose new message exists."""
         self._receiving = False
         self._idle: asyncio.TimerHandle | None = None
         self._giving_back: set[Task[None]] = set()
@@ -205,17 +214,16 @@ class ShareSubscription(Subscription):
             task.add_done_callback(self._giving_back.discard)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        call = SettleCall(settlements, self._obeyed)
+        call = SettleCall(settlements, _OBEYED)
         retries = {
             place: settlement
             for place, settlement in call.first.items()
             if isinstance(settlement, Retry) and settlement.delivery.fence.held(self._loop.time())
         }
-        refused = await self._replace(call, retries) if retries else {}
+        refused = await self._replace(retries) if retries else {}
         answers: dict[int, Future[bool]] = {}
         for place, settlement in call.first.items():
             record: Acquired = settlement.delivery.fence
-            key = call.keys[place]
             if place in refused:
                 call.answer(place, refused[place])
             elif record.settling is not None:
@@ -225,30 +233,26 @@ class ShareSubscription(Subscription):
                     answers[place] = record.settling[1]
             elif record.held(self._loop.time()):
                 kind = RELEASE if isinstance(settlement, Release) else ACCEPT
-                answers[place] = answer = record.session.settle(record, kind, key)
-                answer.add_done_callback(partial(self._note, key))
+                answers[place] = record.session.settle(record, kind, effect_of(settlement))
         if answers:
             await asyncio.wait(answers.values())
         for place, answer in answers.items():
-            key = call.keys[place]
-            if answer.result() and key in self._obeyed:
+            if answer.result() and call.keys[place] in _OBEYED:
                 call.done(place)
         if self._closed.done():
             self._leave_if_done()
         return call.outcomes()
 
-    def _note(self, key: Hashable, answer: Future[bool]) -> None:
-        if not answer.cancelled() and answer.exception() is None and answer.result():
-            self._obeyed.add(key)
-
-    async def _replace(
-        self, call: SettleCall, retries: Mapping[int, Settlement]
-    ) -> dict[int, Outcome]:
+    async def _replace(self, retries: Mapping[int, Settlement]) -> dict[int, Outcome]:
         """Publish the new messages of retries, and return those that cannot be obeyed.
 
         The server is asked first, because a receiver without the lock must not publish anything.
         """
-        new = {at: each for at, each in retries.items() if call.keys[at] not in self._replaced}
+        new = {
+            at: each
+            for at, each in retries.items()
+            if each.delivery.fence.replaced != effect_of(each)
+        }
         held = await self._renew([each.delivery.fence for each in new.values()])
         mine = {at: each for (at, each), ours in zip(new.items(), held, strict=True) if ours}
         refused: dict[int, Outcome] = {}
@@ -260,7 +264,7 @@ class ShareSubscription(Subscription):
             ]
             for at, outcome in zip(mine, await self._broker.append(records), strict=True):
                 if outcome.status == "done":
-                    self._replaced.add(call.keys[at])
+                    mine[at].delivery.fence.replaced = effect_of(mine[at])
                 else:
                     refused[at] = outcome
         return refused
