@@ -182,6 +182,9 @@ class ShareGroup:
             if not places:
                 continue
             session = self._sessions.get(node)
+            if session is not None and session.broken:
+                # An operator may have configured the group anew.
+                self._configured = await configured(self._connection, self._group, self._lease)
             if session is None or session.broken:
                 session = self._sessions[node] = ShareSession(
                     self._connection,

@@ -16,6 +16,7 @@ from aiokafka.record.memory_records import MemoryRecords
 
 from qtasks_core.errors import QTasksError, Unavailable
 from qtasks_kafka.connection import PAUSE, Connection
+from qtasks_kafka.settings import REQUEST
 from qtasks_kafka.share_protocol import (
     ACCEPT,
     AT_MOST,
@@ -143,12 +144,12 @@ class ShareSession:
     ) -> tuple[list[Acquired], bool]:
         """Acquire at most so many records, and return whether a partition has an error.
 
-        The leader of a partition may have changed. Raises `Unavailable`.
+        The leader of a partition may have changed. Raises `Unavailable`, `ConfigurationError`.
         """
         loop = asyncio.get_running_loop()
         async with self._turn:
-            if self._lock_time > self._longest_lock:
-                await self._configured()
+            if self._epoch == 0:
+                await self._open()
             patience = WAIT if wait and not self.holding() else HOLDING_WAIT
             if not wait and self._known >= set(places):
                 patience = 0.0  # the server has read how far the group has come in all of them
@@ -158,8 +159,11 @@ class ShareSession:
         records: list[Acquired] = []
         failed = False
         for topic, partitions, _ in answer.topics:
-            for number, error, _, _, _, _, data, ranges, _ in partitions:
-                failed = failed or error != 0
+            for number, error, said, _, _, _, data, ranges, _ in partitions:
+                try:
+                    self._connection.check(error, said or self._group)
+                except Unavailable:
+                    failed = True
                 records += self._acquired((topic, number), data or b"", ranges or [])
         for record in records:
             record.until = sent + self._lock_time
@@ -169,15 +173,21 @@ class ShareSession:
             self._renewing = asyncio.create_task(self._renew_all())
         return records, failed
 
-    async def _configured(self) -> None:
-        """Wait until this server knows the configuration of the group.
+    async def _open(self) -> None:
+        """Open the session, and wait until its server knows the configuration of the group.
 
         A partition that is fetched from before would start with the messages that come from then
         on. The lock time belongs to the same configuration, and each answer tells it.
         """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + REQUEST
+        await self._acquire([], 1, 0.0)
         while self._lock_time > self._longest_lock:
+            if loop.time() > deadline:
+                self.abandon()
+                raise Unavailable(f"Kafka at {self._connection.shown} still configures the group")
+            await asyncio.sleep(PAUSE)
             await self._acquire([], 1, 0.0)
-            await asyncio.sleep(0 if self._lock_time <= self._longest_lock else PAUSE)
 
     async def _acquire(self, places: Sequence[Place], most: int, patience: float) -> Any:
         """Ask for records of these partitions. Only the difference to the last request is sent."""
