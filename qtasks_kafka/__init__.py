@@ -5,6 +5,7 @@ from qtasks_core.urls import take_options
 from qtasks_kafka.broker import KafkaBroker
 from qtasks_kafka.log import KafkaLog
 from qtasks_kafka.settings import OURS
+from qtasks_kafka.share_broker import ShareGroupKafkaBroker
 from qtasks_kafka.storage import KafkaStorage
 
 
@@ -38,4 +39,24 @@ class KafkaBackend(Backend):
         return KafkaStorage(rest, **options)
 
 
-__all__ = ["KafkaBackend", "KafkaBroker", "KafkaLog", "KafkaStorage"]
+class KafkaShareBackend(KafkaBackend):
+    """Makes the parts of `kafka+share://HOST:PORT,HOST:PORT`: the broker is on a share group.
+
+    It has the options of `kafka://`. The storage is the same.
+    """
+
+    def broker(self, url: str) -> ShareGroupKafkaBroker:
+        """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
+        rest, options = take_options(url, OURS)
+        options.pop("retention", None)
+        return ShareGroupKafkaBroker(rest, **options)
+
+
+__all__ = [
+    "KafkaBackend",
+    "KafkaBroker",
+    "KafkaLog",
+    "KafkaShareBackend",
+    "KafkaStorage",
+    "ShareGroupKafkaBroker",
+]

@@ -27,6 +27,7 @@ from qtasks_kafka.writer import Writer
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
     from aiokafka.admin import AIOKafkaAdminClient
+    from aiokafka.conn import AIOKafkaConnection
 
 logger = logging.getLogger("qtasks.kafka")
 
@@ -37,6 +38,7 @@ LARGEST_MESSAGE = 4 * 1024 * 1024
 KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(LARGEST_MESSAGE)}
 """Settings of new topics. A task may wait for its worker for any time: age must not delete it."""
 
+_SERVERS = "bootstrap_servers"
 _LIMIT = "max.message.bytes"
 _EXISTS = 36
 _MISSING = (_UNKNOWN_TOPIC := 3, *(_UNAUTHORIZED := (29, 31)))
@@ -207,6 +209,15 @@ class Connection:
             request_timeout_ms=int(REQUEST * 1000),
             **self._settings,
         )
+
+    async def connect(self, host: str, port: int) -> AIOKafkaConnection:
+        """Return a new connection to one server of the cluster, which nobody else uses."""
+        from aiokafka.conn import create_conn
+
+        self.started()
+        settings = {name: value for name, value in self._settings.items() if name != _SERVERS}
+        link = await create_conn(host, port, request_timeout_ms=int(REQUEST * 1000), **settings)
+        return link
 
     async def ensure(
         self,

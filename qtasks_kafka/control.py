@@ -80,7 +80,7 @@ def commands_topic(namespace: str) -> str:
 
 async def depth(connection: Connection, namespace: str, topic: str) -> QueueDepth:
     """Count messages as the group's last commits show them."""
-    delayed = sum(map(len, (await _delayed(connection, namespace, topic)).values()))
+    delayed = sum(map(len, (await delayed_keys(connection, namespace, topic)).values()))
     places = places_of(topic, await connection.partitions(topic))
     if not places:
         return QueueDepth(ready=0, delayed=delayed, in_flight=0)
@@ -98,7 +98,7 @@ def workers_group(namespace: str) -> str:
     return topic_name(namespace, "workers")
 
 
-async def _delayed(
+async def delayed_keys(
     connection: Connection, namespace: str, target: str
 ) -> dict[TopicPartition, list[bytes]]:
     """Return the keys of the delayed messages to a topic."""
@@ -118,7 +118,17 @@ async def purge(connection: Connection, listeners: Listeners, namespace: str, to
     First, tombstones delete the delayed ones. Then the owner of each partition drops its
     undelivered records, and commits that. The records of partitions without an owner are deleted.
     """
-    waiting = await _delayed(connection, namespace, topic)
+    dropped = await drop_delayed(connection, namespace, topic)
+    left = set(places_of(topic, await connection.partitions(topic)))
+    if left:
+        async with looking(connection, workers_group(namespace)) as (looker, deadline):
+            dropped += await _purge(connection, listeners, looker, left, deadline)
+    return dropped
+
+
+async def drop_delayed(connection: Connection, namespace: str, topic: str) -> int:
+    """Delete the delayed messages to a topic by tombstones. Return their number."""
+    waiting = await delayed_keys(connection, namespace, topic)
     tombstones = [
         Record(place.topic, None, key, partition=place.partition)
         for place, keys in waiting.items()
@@ -127,12 +137,7 @@ async def purge(connection: Connection, listeners: Listeners, namespace: str, to
     for outcome in await connection.running_writer().write(tombstones):
         if outcome.refused is not None:
             raise outcome.refused
-    left = set(places_of(topic, await connection.partitions(topic)))
-    if not left:
-        return len(tombstones)
-    async with looking(connection, workers_group(namespace)) as (looker, deadline):
-        dropped = await _purge(connection, listeners, looker, left, deadline)
-    return len(tombstones) + dropped
+    return len(tombstones)
 
 
 async def _purge(

@@ -21,6 +21,7 @@ from qtasks_kafka.settings import REQUEST
 
 logger = logging.getLogger("qtasks.kafka")
 
+RUNS_AGAIN = "it all runs again once no worker has run for the server's offsets.retention.minutes"
 PERIOD = 10.0
 """Seconds between two deletions. Each takes one request per topic."""
 
@@ -28,8 +29,10 @@ PERIOD = 10.0
 class Floor:
     """Deletes finished records in one member's partitions, a little later, until `close`."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, without: str = RUNS_AGAIN) -> None:
+        """`without` tells an operator what follows if the user may not delete."""
         self._connection = connection
+        self._without = without
         self._done: dict[TopicPartition, int] = {}
         self._deleted: dict[TopicPartition, int] = {}
         self._refused: set[str] = set()
@@ -86,9 +89,8 @@ class Floor:
                 self._refused.add(topic)
                 logger.warning(
                     "what is done in %s cannot be deleted: %s. It needs the right to DELETE the "
-                    "topic, which must not be compacted. Without that it all runs again once no "
-                    "worker has run for the server's offsets.retention.minutes",
-                    topic, error,
+                    "topic, which must not be compacted. Without that %s",
+                    topic, error, self._without,
                 )  # fmt: skip
             else:
                 self._deleted.update(places)

@@ -74,6 +74,12 @@ class Looker:
             seen[place] = Seen(partition, end[place])
         return seen
 
+    async def kept(self, places: list[TopicPartition]) -> int:
+        """Return how many records these partitions have."""
+        first = await self._consumer.beginning_offsets(places)
+        end = await self._consumer.end_offsets(places)
+        return sum(end[place] - first[place] for place in places)
+
     async def owners(self) -> Owners:
         """Ask the group's coordinator which partitions have an owner."""
         from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment

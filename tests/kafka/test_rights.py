@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from qtasks.testing.recipes import PASSWORD
 from qtasks_core import DONE, Ack, Retry, Task, TaskMessage
 from qtasks_core.errors import ConfigurationError
-from qtasks_kafka import KafkaBroker, KafkaStorage, control
+from qtasks_kafka import KafkaBroker, KafkaStorage, ShareGroupKafkaBroker, control
 from qtasks_kafka.connection import KEPT, topic_name
 from qtasks_kafka.control import commands_topic
 from qtasks_kafka.delays import CONFIG, delayed_topic
@@ -24,7 +24,7 @@ from tests.services.secured_kafka import USER, SecuredKafka
 # Codes of Kafka's protocol.
 TOPIC, GROUP = 2, 3
 PREFIXED = 4
-READ, WRITE = 3, 4
+READ, WRITE, DESCRIBE_CONFIGS = 3, 4, 10
 ALLOW = 3
 
 
@@ -112,6 +112,33 @@ async def test_a_right_that_is_missing_is_named(
         assert "GroupAuthorizationFailed" in caught
         assert topic_name(namespace, "workers") in caught
         assert PASSWORD not in caught
+    finally:
+        await broker.stop()
+
+
+async def test_a_share_group_of_an_operator_is_used_with_the_least_rights(
+    secured: SecuredKafka, operator: AIOKafkaAdminClient, namespace: str
+) -> None:
+    """Without the right to configure the group, the error has the operator's command."""
+    await make_topics(operator, namespace)
+    await allow(operator, TOPIC, f"{namespace}.", READ, WRITE)
+    await allow(operator, GROUP, f"{namespace}.", READ)
+    broker = ShareGroupKafkaBroker(login(secured), lease=20.0)
+    await broker.start(namespace)
+    try:
+        group = topic_name(namespace, "workers")
+        command = f"kafka-configs.sh --alter --group {group} --add-config share.auto.offset.reset"
+        with pytest.raises(ConfigurationError, match=command) as caught:
+            await broker.subscribe({"q": 1})
+        assert PASSWORD not in str(caught.value)
+        await ShareGroupKafkaBroker(secured.url, lease=20.0).migrate(namespace)
+        await allow(operator, GROUP, f"{namespace}.", DESCRIBE_CONFIGS)
+        message = TaskMessage(uuid="u", task_name="n", queue="q")
+        assert await broker.publish([message]) == [DONE]
+        subscription = await broker.subscribe({"q": 1})
+        (delivery,) = await subscription.receive({"q": 1}, 1)
+        assert delivery.message == message
+        assert await subscription.settle([Ack(delivery)]) == [DONE]
     finally:
         await broker.stop()
 

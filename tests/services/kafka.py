@@ -66,6 +66,7 @@ class KafkaOfTests(Kafka):
         "share.coordinator.state.topic.num.partitions": "4",
         # Short leases in tests.
         "group.min.session.timeout.ms": "500",
+        "group.share.min.record.lock.duration.ms": "1000",
         # A topic that is deleted is gone soon, not in a minute.
         "log.segment.delete.delay.ms": "1000",
         # A broker killed and started again is refused until its old session has ended.
