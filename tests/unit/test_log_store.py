@@ -329,7 +329,7 @@ def spoil_the_middle(file: Path) -> None:
 def spoil_a_record(file: Path) -> None:
     connection = sqlite3.connect(file)
     connection.execute(
-        "UPDATE subjects SET data = substr(data, 1, 20) || X'00' || substr(data, 22)"
+        "UPDATE subjects SET data = CAST(substr(data, 1, 20) || X'00' || substr(data, 22) AS BLOB)"
     )
     connection.commit()
     connection.close()
@@ -469,11 +469,11 @@ async def test_callers_are_told_that_the_log_is_read_anew() -> None:
     server = Server()
     log = MemoryLog(server)
     async with started(log, None) as storage:
-        await storage.save([record()])
-        log.replaced = True
         inbox = await storage.inbox()
         waiting = asyncio.create_task(inbox.receive())
         await asyncio.sleep(0)
+        await storage.save([record()])
+        log.replaced = True
         await repeated(lambda: storage.save([record("success", execution="x")]))
         with pytest.raises(Unavailable, match="anew"):
             await waiting
