@@ -13,9 +13,9 @@ class KafkaBackend(Backend):
     """Makes the broker and the storage of `kafka://HOST:PORT,HOST:PORT`.
 
     Its options are `lease=SECONDS`, `partitions=N`, `replicas=N`, and for the storage
-    `retention=SECONDS` (`none` for ever). `kafka://USER:PASSWORD@…` logs in, with `sasl_mechanism`
-    (PLAIN by default). The default of `security_protocol` follows from the login and the `ssl_`
-    options:
+    `retention=SECONDS` (`none` for ever) and `directory=PATH`. `kafka://USER:PASSWORD@…` logs in,
+    with `sasl_mechanism` (PLAIN by default). The default of `security_protocol` follows from the
+    login and the `ssl_` options:
 
     - `ssl_cafile`: the authority that signed the server's certificate
     - `ssl_certfile`, `ssl_keyfile` and `ssl_password`: this client's certificate
@@ -29,7 +29,8 @@ class KafkaBackend(Backend):
     def broker(self, url: str) -> KafkaBroker:
         """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, OURS)
-        options.pop("retention", None)
+        for option in ("retention", "directory"):
+            options.pop(option, None)
         return KafkaBroker(rest, **options)
 
     def storage(self, url: str) -> KafkaStorage:
@@ -48,7 +49,8 @@ class KafkaShareBackend(KafkaBackend):
     def broker(self, url: str) -> ShareGroupKafkaBroker:
         """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, OURS)
-        options.pop("retention", None)
+        for option in ("retention", "directory"):
+            options.pop(option, None)
         return ShareGroupKafkaBroker(rest, **options)
 
 

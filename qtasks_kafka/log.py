@@ -1,10 +1,11 @@
-"""A log on one Kafka topic: an idempotent producer appends, readers start at the beginning."""
+"""A log on one compacted Kafka topic: an idempotent producer appends, every process reads it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -16,7 +17,7 @@ from qtasks_core import Guarantees
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_kafka.connection import Connection, close_consumer, topic_name
 from qtasks_kafka.settings import REQUEST
-from qtasks_log import Entry, Log
+from qtasks_log import Entry, Log, Replaced
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
@@ -31,6 +32,20 @@ QUIET = 0.5
 BESIDE = 1024
 """Bytes in a batch besides the record's value: its key, and the overhead of both."""
 LAYOUT_KEY = b"\nlayout"
+"""How the key of a layout begins. Each has its own key, so that compaction leaves the first one."""
+AT_ONCE = 2000
+"""Entries that one `read` returns at most."""
+HOUR = 3600.0
+COMPACTED = {
+    "cleanup.policy": "compact",
+    # Kafka never compacts the segment that is being written.
+    "segment.bytes": str(16 * 1024 * 1024),
+    # A reader must have read an entry before it is compacted. A process that was frozen for longer
+    # than half of it reads the log anew.
+    "min.compaction.lag.ms": str(int(HOUR * 1000)),
+}
+"""Settings of new topics, beside those of every topic."""
+_POLICY = ("cleanup.policy", "delete.retention.ms", "min.compaction.lag.ms")
 
 
 class Layout(Struct, frozen=True):
@@ -44,6 +59,22 @@ class Layout(Struct, frozen=True):
     partitions: int
     id: str
     """Identifies this log. If the topic was deleted and created again, the id differs."""
+
+
+class Policy(Struct, frozen=True):
+    """How the server cleans the topic. Times are in seconds; 0: this user may not read them."""
+
+    compacts: bool = True
+    keeps_tombstones: float = 0.0
+    compacts_after: float = 0.0
+
+
+class Position(Struct, frozen=True, array_like=True):
+    """Up to where a process has read which log, and when (Unix time)."""
+
+    id: str
+    at: float
+    offsets: list[int]
 
 
 class KafkaLog(Log):
@@ -63,6 +94,11 @@ class KafkaLog(Log):
         self._opening: asyncio.Task[AIOKafkaConsumer] | None = None
         """One attempt for all callers. Separate attempts would add up their timeouts."""
         self._positions: dict[TopicPartition, int] = {}
+        self._polled = 0.0
+        """When the log was read last, as Unix time: a clock that goes on while a machine sleeps."""
+        self._replaced = ""
+        """Why the reader has to forget what it has read, until it seeks."""
+        self._policy = Policy()
         self._retired: set[asyncio.Task[None]] = set()
 
     def _connect(self) -> Connection:
@@ -82,13 +118,13 @@ class KafkaLog(Log):
 
     @property
     def compacts(self) -> bool:
-        return False
+        return self._policy.compacts
 
     async def migrate(self, namespace: str) -> list[str]:
         connection = self._connect()
         try:
             await connection.start()
-            created = await connection.ensure([topic_name(namespace, "records")])
+            created = await connection.ensure([topic_name(namespace, "records")], COMPACTED)
         finally:
             await connection.stop()
         # The first start writes the layout.
@@ -102,7 +138,8 @@ class KafkaLog(Log):
     async def start(self, namespace: str) -> None:
         await self.stop()
         self._topic = topic_name(namespace, "records")
-        self._layout, self._positions = None, {}
+        self._layout, self._positions, self._replaced = None, {}, ""
+        self._polled = 0.0
         try:
             await self._connection.start()
             self._running = True
@@ -146,15 +183,17 @@ class KafkaLog(Log):
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST) as deadline:
                     self._connection.forget_topics()
-                    await self._connection.ensure([self._topic])
+                    await self._connection.ensure([self._topic], COMPACTED)
                     await asker.start()
                     await consumer.start()
                     layout = await self._find_layout(consumer, deadline)
-                    if layout != self._layout:
-                        if self._layout is not None:
-                            logger.warning("the topic %s was recreated", self._topic)
-                        self._layout, self._positions = layout, {}
-                    await self._seek(consumer, layout)
+                    self._policy = await self._read_policy()
+                    if self._layout is not None and layout != self._layout:
+                        self._replace(f"the topic {self._topic} was recreated")
+                    self._layout = layout
+                    if not await self._seek(consumer, layout, self._positions):
+                        self._replace(f"entries of the topic {self._topic} are gone")
+                    self._check_pause()
         except BaseException:
             self._close(consumer, asker)
             raise
@@ -189,20 +228,103 @@ class KafkaLog(Log):
                             return layout
             made = Layout(await writer.partitions(self._topic), uuid7().hex)
             value = msgspec.json.encode(made)
-            await writer.write([Record(self._topic, value, LAYOUT_KEY, partition=0)])
+            key = LAYOUT_KEY + made.id.encode()
+            await writer.write([Record(self._topic, value, key, partition=0)])
 
-    async def _seek(self, consumer: AIOKafkaConsumer, layout: Layout) -> None:
-        """Continue after the last read records, as far as they still exist."""
+    async def _read_policy(self) -> Policy:
+        from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+
+        topic = ConfigResource(ConfigResourceType.TOPIC, self._topic, dict.fromkeys(_POLICY))
+        for answer in await self._connection.started().describe_configs([topic]):
+            for code, _, _, _, entries in answer.resources:
+                if code == 0:
+                    settings = {name: value for name, value, *_ in entries}
+                    policy = Policy(
+                        "compact" in settings["cleanup.policy"],
+                        int(settings["delete.retention.ms"]) / 1000,
+                        int(settings["min.compaction.lag.ms"]) / 1000,
+                    )
+                    if not policy.compacts:
+                        logger.warning(
+                            "the topic %s grows for ever: set its cleanup.policy to compact, "
+                            "and its min.compaction.lag.ms to %s",
+                            self._topic, COMPACTED["min.compaction.lag.ms"],
+                        )  # fmt: skip
+                    elif not policy.compacts_after:
+                        logger.warning(
+                            "the topic %s may be compacted before it is read: "
+                            "set its min.compaction.lag.ms to %s",
+                            self._topic, COMPACTED["min.compaction.lag.ms"],
+                        )  # fmt: skip
+                    return policy
+        return Policy()
+
+    async def _seek(
+        self,
+        consumer: AIOKafkaConsumer,
+        layout: Layout,
+        positions: Mapping[TopicPartition, int],
+    ) -> bool:
+        """Go on at these positions, and at the beginning of other partitions.
+
+        Return whether all positions are in the log. If not, go on at the beginning.
+        """
         from aiokafka.structs import TopicPartition
 
         places = [TopicPartition(self._topic, number) for number in range(layout.partitions)]
         consumer.assign(places)
         first = await consumer.beginning_offsets(places)
         ends = await consumer.end_offsets(places)
-        for place in places:
-            position = max(first[place], self._positions.get(place, 0))
-            self._positions[place] = min(position, ends[place])
-            consumer.seek(place, self._positions[place])
+        fits = all(first[p] <= positions[p] <= ends[p] for p in places if p in positions)
+        self._positions = {p: (fits and positions.get(p)) or first[p] for p in places}
+        for place, position in self._positions.items():
+            consumer.seek(place, position)
+        return fits
+
+    def _replace(self, why: str) -> None:
+        """Make the reader forget what it has read."""
+        self._replaced = why
+        self._positions = {}
+
+    def _check_pause(self) -> None:
+        """Make the reader begin again if entries that it has not read may be compacted by now."""
+        now, lag = time.time(), self._policy.compacts_after
+        if self._policy.compacts and lag and self._polled and now - self._polled > lag / 2:
+            self._replace(f"it was not read for {now - self._polled:.0f} s")
+        self._polled = now
+
+    @property
+    def position(self) -> bytes:
+        layout = self._layout
+        assert layout is not None
+        offsets = {place.partition: offset for place, offset in self._positions.items()}
+        ordered = [offsets.get(number, 0) for number in range(layout.partitions)]
+        return msgspec.msgpack.encode(Position(layout.id, time.time(), ordered))
+
+    async def seek(self, position: bytes | None) -> bool:
+        from aiokafka.structs import TopicPartition
+
+        consumer, layout = await self._open(), self._layout
+        assert layout is not None
+        self._replaced = ""
+        wanted: dict[TopicPartition, int] = {}
+        if position is not None:
+            at = msgspec.msgpack.decode(position, type=Position)
+            # Kafka forgets tombstones some time after it has compacted them. A reader from before
+            # would keep what they have deleted. It has an hour to read the rest.
+            age = time.time() - at.at
+            remembered = not self.compacts or 0 <= age < self._policy.keeps_tombstones - HOUR
+            if at.id == layout.id and remembered and len(at.offsets) == layout.partitions:
+                wanted = {TopicPartition(self._topic, n): o for n, o in enumerate(at.offsets)}
+        self._polled = time.time()
+        try:
+            with self._connection.reaching():
+                async with asyncio.timeout(REQUEST):
+                    fits = await self._seek(consumer, layout, wanted)
+        except BaseException:
+            self._retire()
+            raise
+        return fits and (position is None or bool(wanted))
 
     async def stop(self) -> None:
         self._running = False
@@ -244,7 +366,7 @@ class KafkaLog(Log):
             for entry in entries
         ]
         try:
-            await self._connection.ensure([self._topic])
+            await self._connection.ensure([self._topic], COMPACTED)
             written = await writer.write(records)
         except Unavailable:
             self._retire()
@@ -257,9 +379,14 @@ class KafkaLog(Log):
     async def read(self) -> list[Entry]:
         consumer = await self._open()
         while True:
+            self._check_pause()
+            if self._replaced:
+                raise Replaced(self._replaced)
             try:
                 with self._connection.reaching():
-                    batches = await consumer.getmany(timeout_ms=int(QUIET * 1000))
+                    batches = await consumer.getmany(
+                        timeout_ms=int(QUIET * 1000), max_records=AT_ONCE
+                    )
                     if not batches and await self._moved(consumer):
                         return []
             except asyncio.CancelledError:
@@ -280,9 +407,9 @@ class KafkaLog(Log):
         for tp, records in batches.items():
             for record in records:
                 self._positions[tp] = record.offset + 1  # type: ignore[attr-defined]
-                if record.key == LAYOUT_KEY:  # type: ignore[attr-defined]
-                    continue
                 name = (record.key or b"").decode(errors="replace")  # type: ignore[attr-defined]
+                if name.startswith("\nlayout"):
+                    continue
                 # Split at the last line feed: a uuid may contain line feeds.
                 partition_key, _, key = name.rpartition("\n")
                 entries.append(Entry(partition_key, key, record.value))  # type: ignore[attr-defined]
@@ -318,12 +445,14 @@ class KafkaLog(Log):
 
     def reached(self, mark: object) -> bool:
         assert isinstance(mark, dict)
-        return all(self._positions.get(tp, 0) >= end for tp, end in mark.items())
+        return not self._replaced and all(
+            self._positions.get(tp, 0) >= end for tp, end in mark.items()
+        )
 
 
 def _layout_of(record: Any) -> Layout | None:
     """Return the layout in a record, or None if the record has no valid layout."""
-    if record.key != LAYOUT_KEY:
+    if not (record.key or b"").startswith(LAYOUT_KEY):
         return None
     try:
         layout = msgspec.json.decode(record.value or b"", type=Layout)

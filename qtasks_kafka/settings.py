@@ -18,7 +18,7 @@ LEASE_TIME = seconds(0.001, 2**31 // 1000)
 AT_LEAST_ONE = integer(1)
 OURS = {
     "lease": LEASE_TIME, "partitions": AT_LEAST_ONE, "replicas": AT_LEAST_ONE,
-    "retention": RETENTION_TIME,
+    "retention": RETENTION_TIME, "directory": TEXT,
 }  # fmt: skip
 """Options that `KafkaBackend` takes from a URL for the constructors."""
 _TLS = {

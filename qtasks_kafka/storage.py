@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qtasks_core.records import RETENTION
 from qtasks_kafka.log import KafkaLog
-from qtasks_log.storage import LogStorage
+from qtasks_log import MEMORY, LogStorage
 
 
 class KafkaStorage(LogStorage):
-    """Keeps records in the topic `NAMESPACE.records`, and reads the whole topic at the start.
+    """Keeps records in the compacted topic `NAMESPACE.records`, which every process reads.
+
+    Recent records stay in memory, up to `memory` bytes, the others in a file. With `directory`, the
+    file is kept there, and the next start reads only what came after. A second process on the
+    machine starts with a copy. Without it, each start reads all.
 
     `retention` is in seconds, None means for ever. It applies to final records without a retention.
-    Raises `ConfigurationError` if the URL or an option is wrong.
+    Raises `ConfigurationError` if the URL or an option is wrong, or the directory cannot be used.
     """
 
     driver_loggers = ("aiokafka",)
@@ -23,6 +29,8 @@ class KafkaStorage(LogStorage):
         partitions: int = 8,
         replicas: int | None = None,
         retention: float | None = RETENTION,
+        directory: str | Path | None = None,
+        memory: int = MEMORY,
     ) -> None:
         log = KafkaLog(url, partitions=partitions, replicas=replicas)
-        super().__init__(log, retention=retention)
+        super().__init__(log, retention=retention, directory=directory, memory=memory)

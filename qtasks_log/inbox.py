@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from asyncio import Future
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from uuid_utils import uuid7
 
@@ -19,10 +19,12 @@ from qtasks_log.reader import Reader
 class Inboxes:
     """Which inboxes want which final records."""
 
-    def __init__(self, reader: Reader, record: Callable[[str], Task | None]) -> None:
+    def __init__(
+        self, reader: Reader, records: Callable[[Sequence[str]], Awaitable[list[Task | None]]]
+    ) -> None:
         self.reader = reader
-        self.record = record
-        """Returns the record of a uuid, as far as the log has been read."""
+        self.records = records
+        """Returns the records of uuids, as far as the log has been read."""
         self.addresses: dict[str, LogInbox] = {}
         self.watchers: defaultdict[str, set[LogInbox]] = defaultdict(set)
 
@@ -61,11 +63,12 @@ class LogInbox(Inbox):
         """Note the uuids, then check the records already read. The reader brings the rest."""
         self._started()
         for uuid in uuids:
-            record = self._inboxes.record(uuid)
-            if record is not None and record.status in FINAL:
-                self.put(record)
-            else:
-                self._inboxes.watchers[uuid].add(self)
+            self._inboxes.watchers[uuid].add(self)
+        found = [task for task in await self._inboxes.records(uuids) if task is not None]
+        final = [task for task in found if task.status in FINAL]
+        self.forget([task.uuid for task in final])
+        for task in final:
+            self.put(task)
 
     def forget(self, uuids: Iterable[str]) -> None:
         watchers = self._inboxes.watchers

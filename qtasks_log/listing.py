@@ -1,22 +1,14 @@
-"""Listing and expiring records. The work is done in turns, so that many records block nobody."""
+"""What is there of a record, and which records have to be deleted."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
-from heapq import heappush, heappushpop
-from typing import TypeAlias
+from collections.abc import Iterable
 
-from qtasks_core import Task, TaskPage, TaskQuery
-from qtasks_core.queries import cursor_at, fits, place_of
+from qtasks_core import Task
 from qtasks_log.entries import Claiming, Deletion, Setting
+from qtasks_log.store import Records
 from qtasks_log.view import Proposal, View
-
-_LOOKED_AT = 5000
-"""Subjects to look at in one turn of the loop."""
-
-Records: TypeAlias = View[Task | Deletion]
 
 
 def record_of(proposal: Proposal[Task | Deletion] | None) -> Task | None:
@@ -36,60 +28,37 @@ def exists(proposal: Proposal[Task | Deletion] | None) -> bool:
     return proposal is not None and isinstance(proposal.content, Task)
 
 
-async def _in_turns(subjects: list[str]) -> AsyncIterator[str]:
-    for at, subject in enumerate(subjects, 1):
-        yield subject
-        if at % _LOOKED_AT == 0:
-            await asyncio.sleep(0)
+def deletions(records: Records, uuids: Iterable[str], retention: float) -> dict[str, Deletion]:
+    """Return by uuid what to propose for expired records, and for old streams without a record.
 
-
-async def page_of(records: Records, query: TaskQuery) -> TaskPage:
-    """Return a page, by one look at each record. Raises `Refused` if the cursor is invalid."""
-    end = None if query.cursor is None else place_of(query.cursor)
-    newest: list[tuple[float, str, Task]] = []
-    """The last item is one more than the page has, and says that there is another page."""
-    async for uuid in _in_turns(records.subjects()):
-        task = record_of(records.get(uuid))
-        if task is None or not fits(task, query):
-            continue
-        if end is not None and (task.created_at, uuid) >= end:
-            continue
-        if len(newest) <= query.limit:
-            heappush(newest, (task.created_at, uuid, task))
-        else:
-            heappushpop(newest, (task.created_at, uuid, task))
-    newest.sort(reverse=True)
-    shown = newest[: query.limit]
-    more = len(newest) > len(shown)
-    return TaskPage([task for _, _, task in shown], cursor_at(shown[-1][:2]) if more else None)
-
-
-async def deletions_of_expired(records: Records) -> dict[str, Deletion]:
-    """Return by uuid what to propose, so that no newer record is deleted in its place."""
+    It names what it deletes, so that it cannot delete a newer record.
+    """
     found: dict[str, Deletion] = {}
-    async for uuid in _in_turns(records.subjects()):
+    for uuid in uuids:
         current = records.get(uuid)
-        if current is not None and is_over(current) and isinstance(current.content, Task):
-            found[uuid] = Deletion(current.key)
-    return found
-
-
-async def deletions_of_orphans(records: Records, before: float) -> dict[str, Deletion]:
-    """Return by uuid what to propose for streams without a record that are older than `before`."""
-    found: dict[str, Deletion] = {}
-    async for uuid in _in_turns(records.streams()):
-        if exists(records.get(uuid)):
-            continue
-        stream = records.stream(uuid)
-        if stream and stream[-1].appended_at < before:
+        if current is not None and isinstance(current.content, Task):
+            if is_over(current):
+                found[uuid] = Deletion(current.key)
+        elif (stream := records.stream(uuid)) and stream[-1].appended_at < time.time() - retention:
             found[uuid] = Deletion("")
     return found
 
 
-def spent(view: View[Setting] | View[Claiming], before: float) -> dict[str, list[str]]:
+def deleted(records: Records, uuids: Iterable[str]) -> list[str]:
+    """Return the uuids whose deletion is still in the log."""
+    return [
+        uuid
+        for uuid in uuids
+        if (current := records.get(uuid)) is not None and isinstance(current.content, Deletion)
+    ]
+
+
+def spent(
+    view: View[Setting] | View[Claiming], subjects: Iterable[str], before: float
+) -> dict[str, list[str]]:
     """Return by subject the keys to discard if the current one was over before this time."""
     found: dict[str, list[str]] = {}
-    for subject in view.subjects():
+    for subject in subjects:
         current = view.get(subject)
         if current is not None and current.over_at is not None and current.over_at < before:
             found[subject] = view.all_keys(subject)

@@ -22,13 +22,20 @@ class Entry(Struct, frozen=True, gc=False):
     value: bytes | None
 
 
+class Replaced(Exception):
+    """`Log.read` cannot go on: entries that it has not returned are gone, or it is another log."""
+
+
 class Log(ABC):
     """An append-only, durable log of one namespace. Every process reads it from its beginning.
+
+    A process that has kept what it read before goes on at its old position.
 
     A log lives on one event loop. It raises `Unavailable` like a broker, and reconnects when it is
     called again. Then reading continues after the last returned entry. A log may compact: it
     removes entries whose key comes again later. It must not remove entries that a running reader is
-    about to read. It removes nothing else, whatever its age: a reader that starts later needs it.
+    about to read: `read` raises `Replaced` if that may have happened. It removes nothing else,
+    whatever its age: a reader that starts later needs it.
     """
 
     @property
@@ -76,7 +83,25 @@ class Log(ABC):
     async def read(self) -> list[Entry]:
         """Wait for at least one more entry. Return the available entries in the log's order.
 
-        One call at a time. Cancelling it skips nothing.
+        At most some 2,000 at a time: the caller keeps them in memory. One call at a time.
+        Cancelling it skips nothing. Raises `Replaced` if the caller has to forget all that it has
+        read, and must `seek`.
+        """
+
+    @property
+    @abstractmethod
+    def position(self) -> bytes:
+        """The position after the last entry that `read` has returned, for `seek`.
+
+        Some hundred bytes. It also says which log it belongs to.
+        """
+
+    @abstractmethod
+    async def seek(self, position: bytes | None) -> bool:
+        """Go on reading at a position of this log, perhaps of another process; None: its beginning.
+
+        Return whether that is possible. It is not if the position is of another log, or if a reader
+        there would miss entries or tombstones. Then reading goes on at the beginning.
         """
 
     @abstractmethod

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from asyncio import Future
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from qtasks_core.errors import Closed, Unavailable
-from qtasks_log.log import Entry, Log
+from qtasks_log.log import Entry, Log, Replaced
 
 logger = logging.getLogger("qtasks.log")
 
@@ -20,15 +20,24 @@ T = TypeVar("T")
 
 
 class Reader:
-    """Passes every entry of a log to `take`, in the log's order.
+    """Passes the entries of a log to `take` in the log's order, those of one `Log.read` at once.
 
     If reading fails, all waiting callers get the error. The next caller that waits starts it again,
-    and it continues at its position.
+    and it continues at its position. If `take` fails, or the log has been replaced, then it first
+    calls `restart`, which forgets what was taken and seeks the beginning of the log.
     """
 
-    def __init__(self, log: Log, take: Callable[[Entry], None]) -> None:
+    def __init__(
+        self,
+        log: Log,
+        take: Callable[[list[Entry]], Awaitable[None]],
+        restart: Callable[[], Awaitable[None]],
+    ) -> None:
         self._log = log
         self._take = take
+        self._restart = restart
+        self._lost = False
+        """Whether what was taken is of no use any more."""
         self._task: asyncio.Task[None] | None = None
         self._open = True
         self._reads = 0
@@ -56,22 +65,46 @@ class Reader:
             self._task = asyncio.create_task(self._read())
             self._task.add_done_callback(self._ended)
 
+    def lose(self, error: BaseException) -> None:
+        """Read the log anew at the next call: what was taken is lost."""
+        self._lost = True
+        self._fail_waiting(error)
+        if self._task is not None:
+            self._task.cancel()
+
     async def _read(self) -> None:
         while True:
-            entries = await self._log.read()
+            if self._lost:
+                await self._restart()
+                self._reads += 1
+                self._lost = False
+                self._notice_marks()
+            try:
+                entries = await self._log.read()
+            except Replaced as replaced:
+                logger.warning("reading the log anew: %s", replaced)
+                self._lost = True
+                self._fail_waiting(Unavailable(f"the log is being read anew: {replaced}"))
+                continue
             self._reads += 1
-            for entry in entries:
-                self._take(entry)
-            for mark, reached in self._marks:
-                if not reached.done() and self._log.reached(mark):
-                    reached.set_result(None)
+            self._lost = True  # unless all of them are taken
+            await self._take(entries)
+            self._lost = False
+            self._notice_marks()
             # A log with many entries may return them without ever suspending.
             await asyncio.sleep(0)
+
+    def _notice_marks(self) -> None:
+        for mark, reached in self._marks:
+            if not reached.done() and self._log.reached(mark):
+                reached.set_result(None)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.warning("reading the log ended, the next call goes on: %s", error)
             self._fail_waiting(error)
+        elif self._lost and self._waiting and self._open:
+            self.keep_reading()
 
     def _fail_waiting(self, error: BaseException) -> None:
         for waiter in self._waiting:
@@ -119,7 +152,7 @@ class Reader:
         async with self._marking:
             self._gathering = None
             mark = await self._log.mark()
-        if self._log.reached(mark):
+        if not self._lost and self._log.reached(mark):
             return
         reached: Future[None] = asyncio.get_running_loop().create_future()
         self._marks.append((mark, reached))

@@ -14,7 +14,7 @@ from collections import defaultdict
 from msgspec import UNSET, UnsetType
 
 from qtasks_core import Claim
-from qtasks_log.entries import Claiming, Setting
+from qtasks_log.entries import Claiming, Content, Setting
 from qtasks_log.reader import Reader
 from qtasks_log.view import View
 
@@ -26,12 +26,6 @@ def getting(values: Values, key: str) -> bytes | None:
     """Return a value."""
     current = values.get(key)
     return None if current is None else current.content.value
-
-
-def listing(values: Values, prefix: str) -> dict[str, bytes]:
-    """Return the values whose key starts with a prefix."""
-    found = {key: getting(values, key) for key in values.subjects() if key.startswith(prefix)}
-    return {key: value for key, value in found.items() if value is not None}
 
 
 def setting(
@@ -66,15 +60,15 @@ def releasing(claims: Claims, claim: Claim) -> Claiming | None:
     return Claiming(None, 0.0, current.key)
 
 
-def over_at(content: Setting | Claiming) -> float | None:
-    """Return when an entry that was just read is over, by this process's monotonic clock.
+def over_since(content: Content, since: float) -> float | None:
+    """Return when an entry is over that this process has read at `since`, a monotonic time.
 
     The time of a claim starts when a reader reads it, which is after its owner has sent it. So no
     reader takes it for over too early, and the clocks of machines need not agree.
     """
-    if isinstance(content, Setting):
-        return time.monotonic() if content.value is None else None
-    return time.monotonic() + content.ttl
+    if isinstance(content, Claiming):
+        return since + content.ttl
+    return since if isinstance(content, Setting) and content.value is None else None
 
 
 class Watchers:
@@ -83,9 +77,12 @@ class Watchers:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._bells: defaultdict[str, set[Future[None]]] = defaultdict(set)
+        self.rings = 0
+        """How many changes there were, of any key."""
 
     def ring(self, key: str) -> None:
         """Wake all that wait for this key."""
+        self.rings += 1
         for bell in self._bells.pop(key, ()):
             if not bell.done():
                 bell.set_result(None)

@@ -8,6 +8,7 @@ import time
 from asyncio import Future
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
@@ -24,7 +25,7 @@ from qtasks_core import (
     TaskPage,
     TaskQuery,
 )
-from qtasks_core.errors import Closed, Refused, WireError
+from qtasks_core.errors import Closed, Refused, Unavailable, WireError
 from qtasks_core.names import checked_id
 from qtasks_core.options import checked_retention
 from qtasks_core.records import FINAL, RETENTION, expiry_of, refused_by, retention_note
@@ -34,7 +35,9 @@ from qtasks_log.entries import Content, Deletion, Items, Setting, decode, encode
 from qtasks_log.inbox import Inboxes, LogInbox
 from qtasks_log.log import Entry, Log
 from qtasks_log.reader import Reader
+from qtasks_log.store import MEMORY, Store
 from qtasks_log.sweeper import Sweeper
+from qtasks_log.table import Table
 from qtasks_log.view import Change, Judged, View
 
 logger = logging.getLogger("qtasks.log")
@@ -45,45 +48,69 @@ compacts. A proposal that follows such an entry arrives before: no call waits th
 _AT_ONCE = 1000
 """Deletions in one append."""
 _NOTES = (
-    "every process reads the whole log at its start and keeps its records in memory",
-    "deleted and expired records leave that memory, but not the log: it grows until it is deleted",
+    "every process reads the log at its start: all of it, unless `directory=` keeps what it read "
+    "before; it has recent records in memory, the others in a file",
     "do not limit the age or the size of the log: it would lose records, values and claims",
     "the time of a claim counts from when a process reads it in the log, so the clocks of machines "
     "need not agree; a process that was just started may wait for the whole time before it takes "
     "over the claim of a dead owner",
+)
+_COMPACTS = "the log is compacted: it has what is alive, and for a while what is deleted"
+_GROWS = (
+    "deleted and expired records leave that memory and file, but not the log: it grows until it is "
+    "deleted"
 )
 
 
 class LogStorage(Storage):
     """Keeps records in a log. Every process reads it from its beginning into its own view.
 
+    Recent records stay in memory, up to `memory` bytes; the others are in a file. `directory` keeps
+    that file, so that the next start goes on where this one has stopped. It belongs to one process
+    at a time; others on the machine start with a copy. None: a temporary file.
+
     `retention` is in seconds, None means for ever. It applies to final records without a retention.
     All processes of an app must have the same one.
     """
 
-    def __init__(self, log: Log, *, retention: float | None = RETENTION) -> None:
+    def __init__(
+        self,
+        log: Log,
+        *,
+        retention: float | None = RETENTION,
+        directory: str | Path | None = None,
+        memory: int = MEMORY,
+    ) -> None:
         self._log = log
         self._retention = checked_retention(retention)
+        self._directory = None if directory is None else Path(directory)
+        self._memory = memory
+        self._namespace = ""
         self._open = False
         self._reset()
 
     def _reset(self) -> None:
-        self._records: listing.Records = View()
-        self._values: shared.Values = View()
-        self._claims: shared.Claims = View()
-        self._reader = Reader(self._log, self._take)
-        self._inboxes = Inboxes(self._reader, self._record)
+        self._store = self._new_store()
+        self._reader = Reader(self._log, self._take, self._read_anew)
+        self._inboxes = Inboxes(self._reader, self._records)
         self._watchers = shared.Watchers(self._reader)
         self._sweeper = Sweeper(self._log)
-        # Each proposal has a unique key. With one key for all repeats of a save, compaction would
-        # keep the last repeat. A loser before that one would then win.
-        self._writer = f"{uuid7().hex}."
-        self._sequence = count()
         self._saves: dict[str, tuple[Save, int, Task]] = {}
         self._changes: dict[str, Future[bool]] = {}
         """By key: the proposals, apart from saves, that are on their way through the log."""
         self.undecodable = 0
         """How many entries of the log were skipped because this release cannot read them."""
+
+    def _new_store(self) -> Store:
+        # Each proposal has a unique key. With one key for all repeats of a save, compaction would
+        # keep the last repeat. A loser before that one would then win. When the log is read anew,
+        # the keys begin anew too: what a half compacted log makes of old proposals is no reason to
+        # write tombstones.
+        self._writer = f"{uuid7().hex}."
+        self._sequence = count()
+        name = f"{self._log.guarantees.part}-{self._namespace}"
+        table = Table(self._directory, name, f"{name} {self._retention}")
+        return Store(table, retention=self._retention, memory=self._memory, failed=self._lose)
 
     @property
     def guarantees(self) -> Guarantees:
@@ -91,15 +118,25 @@ class LogStorage(Storage):
         return replace(
             told,
             retention=self._retention,
-            notes=(*told.notes, retention_note(self._retention), *_NOTES),
+            notes=(
+                *told.notes,
+                retention_note(self._retention),
+                *_NOTES,
+                _COMPACTS if self._log.compacts else _GROWS,
+            ),
         )
 
     async def start(self, namespace: str) -> None:
         """Connect and read the log to its end. From here on, this view judges as all others do."""
+        self._namespace = namespace
         self._reset()
         self._open = True
         try:
             await self._log.start(namespace)
+            position = await self._store.open()
+            if position is not None and not await self._log.seek(position):
+                logger.info("what was kept of the log is of no use, the log is read anew")
+                await self._read_anew()
             await self._reader.catch_up()
         except BaseException:
             await self.stop()
@@ -110,8 +147,28 @@ class LogStorage(Storage):
             self._open = False
             await self._inboxes.close()
             await self._reader.stop()
+            await self._store.close()
             await self._sweeper.stop()
         await self._log.stop()
+
+    def _lose(self, error: Unavailable) -> None:
+        logger.warning("reading the log anew: %s", error)
+        self._reader.lose(error)
+
+    async def _read_anew(self) -> None:
+        """Forget all that was read, and seek the beginning of the log."""
+        error = Unavailable("the log is being read anew; try again")
+        for save, _, _ in self._saves.values():
+            save.fail(error)
+        for change in self._changes.values():
+            if not change.done():
+                change.set_exception(error)
+        self._saves.clear()
+        self._changes.clear()
+        await self._store.close(damaged=True)
+        self._store = self._new_store()
+        await self._store.open()
+        await self._log.seek(None)
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         """Append a proposal for each task, and wait until all are read back and judged."""
@@ -154,65 +211,81 @@ class LogStorage(Storage):
         self._started()
         if uuids:
             await self._reader.catch_up()
-        return [self._record(uuid) for uuid in uuids]
+        return await self._records(uuids)
 
-    def _record(self, uuid: str) -> Task | None:
-        return listing.record_of(self._records.get(uuid))
+    async def _records(self, uuids: Sequence[str]) -> list[Task | None]:
+        """Return the records of uuids, as far as the log has been read."""
+        records = (store := self._store).records
+        await store.load(uuids, records)
+        return [listing.record_of(records.get(uuid)) for uuid in uuids]
 
     async def inbox(self) -> Inbox:
         self._started()
         return LogInbox(self._inboxes)
 
     async def query(self, query: TaskQuery) -> TaskPage:
-        await self._caught_up()
-        return await listing.page_of(self._records, query)
+        store = await self._caught_up()
+        return await store.page(query)
 
     async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
         checked_id(key, "the key of a claim")
         checked_id(owner, "the owner of a claim")
-        await self._caught_up()
-        while (claiming := shared.claiming(self._claims, key, owner, ttl)) is not None:
+        claims = (store := await self._caught_up()).claims
+        await store.load([key], claims)
+        while (claiming := shared.claiming(claims, key, owner, ttl)) is not None:
             began = time.time()
             if await self._propose(key, claiming):
                 return Claim(key, owner, began + ttl)
+            await store.load([key], claims)
         return None
 
     async def release(self, claim: Claim) -> None:
-        await self._caught_up()
-        while (releasing := shared.releasing(self._claims, claim)) is not None:
+        claims = (store := await self._caught_up()).claims
+        await store.load([claim.key], claims)
+        while (releasing := shared.releasing(claims, claim)) is not None:
             if await self._propose(claim.key, releasing):
                 return
+            await store.load([claim.key], claims)
 
     async def set(
         self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
     ) -> bool:
         checked_id(key, "the key of a value")
-        await self._caught_up()
-        while isinstance(setting := shared.setting(self._values, key, value, expect), Setting):
+        values = (store := await self._caught_up()).values
+        await store.load([key], values)
+        while isinstance(setting := shared.setting(values, key, value, expect), Setting):
             if await self._propose(key, setting):
                 return True
+            await store.load([key], values)
         return setting
 
     async def get_value(self, key: str) -> bytes | None:
         checked_id(key, "the key of a value")
-        await self._caught_up()
-        return shared.getting(self._values, key)
+        store = await self._caught_up()
+        return await self._value(store, key)
+
+    async def _value(self, store: Store, key: str) -> bytes | None:
+        await store.load([key], store.values)
+        return shared.getting(store.values, key)
 
     async def values(self, prefix: str) -> dict[str, bytes]:
-        await self._caught_up()
-        return shared.listing(self._values, prefix)
+        store = await self._caught_up()
+        return await store.values_beginning(prefix)
 
     async def watch_value(self, key: str) -> AsyncIterator[bytes | None]:
         checked_id(key, "the key of a value")
-        values, watchers = self._values, self._watchers  # a later start makes others
+        watchers = self._watchers  # a later start makes others
         await self._caught_up()
         seen: bytes | UnsetType | None = UNSET
         while True:
-            value = shared.getting(values, key)
+            rings = watchers.rings
+            value = await self._value(self._store, key)
+            if watchers is not self._watchers:
+                raise Closed("LogStorage was stopped")
             if value != seen:
                 seen = value
                 yield value
-            else:
+            elif watchers.rings == rings:
                 await watchers.wait(key)
 
     async def append(self, uuid: str, items: Sequence[bytes]) -> None:
@@ -222,31 +295,41 @@ class LogStorage(Storage):
             await self._append([self._entry(uuid, Items(tuple(items), time.time()))])
 
     async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
-        await self._caught_up()
-        items = [item for some in self._records.stream(uuid) for item in some.items]
+        store = await self._caught_up()
+        await store.load([uuid], store.records)
+        items = [item for some in store.records.stream(uuid) for item in some.items]
         return list(enumerate(items, 1))[max(after, 0) :]
 
     async def delete(self, uuids: Sequence[str]) -> int:
-        await self._caught_up()
-        existing = [
-            uuid
-            for uuid in dict.fromkeys(uuids)
-            if listing.exists(self._records.get(uuid)) or self._records.stream(uuid)
-        ]
-        return await self._delete(dict.fromkeys(existing, Deletion()))
+        store = await self._caught_up()
+        count = 0
+        unique = list(dict.fromkeys(uuids))
+        for at in range(0, len(unique), _AT_ONCE):
+            some = unique[at : at + _AT_ONCE]
+            await store.load(some, store.records)
+            existing = [
+                uuid
+                for uuid in some
+                if listing.exists(store.records.get(uuid)) or store.records.stream(uuid)
+            ]
+            count += await self._delete(dict.fromkeys(existing, Deletion()))
+        return count
 
     async def expire(self) -> int:
-        await self._caught_up()
-        count = await self._delete(await listing.deletions_of_expired(self._records))
-        orphans = await listing.deletions_of_orphans(self._records, time.time() - self._retention)
-        await self._delete(orphans)
+        store = await self._caught_up()
+        count = 0
+        async for uuids in store.due(store.records, time.time()):
+            count += await self._delete(listing.deletions(store.records, uuids, self._retention))
+            if self._log.compacts:
+                # Whoever deleted these has died before it could write the tombstones.
+                for uuid in listing.deleted(store.records, uuids):
+                    self._sweeper.discard(uuid, store.records.needless(uuid))
         if self._log.compacts:
-            before = time.monotonic() - GRACE
-            for key, needless in (
-                *listing.spent(self._values, before).items(),
-                *listing.spent(self._claims, before).items(),
-            ):
-                self._sweeper.discard(key, needless)
+            for view in (store.values, store.claims):
+                async for subjects in store.due(view, time.time() - GRACE):
+                    before = time.monotonic() - GRACE
+                    for key, needless in listing.spent(view, subjects, before).items():
+                        self._sweeper.discard(key, needless)
         return count
 
     async def migrate(self, namespace: str) -> list[str]:
@@ -254,11 +337,7 @@ class LogStorage(Storage):
 
     async def _delete(self, deletions: Mapping[str, Deletion]) -> int:
         """Delete records and streams. Return how many of the records existed."""
-        waiting = list(deletions.items())
-        count = 0
-        for at in range(0, len(waiting), _AT_ONCE):
-            count += sum(await self._propose_all(waiting[at : at + _AT_ONCE]))
-        return count
+        return sum(await self._propose_all(list(deletions.items()))) if deletions else 0
 
     async def _propose(self, subject: str, content: Content) -> bool:
         """Propose a change, and return whether it won."""
@@ -276,7 +355,7 @@ class LogStorage(Storage):
             return await self._reader.wait(asyncio.gather(*changes))
         finally:
             for entry in entries:
-                del self._changes[entry.key]
+                self._changes.pop(entry.key, None)
 
     async def _append(self, entries: Sequence[Entry]) -> None:
         for refused in await self._log.append(entries):
@@ -286,49 +365,70 @@ class LogStorage(Storage):
     def _entry(self, subject: str, content: Content) -> Entry:
         return Entry(subject, f"{self._writer}{next(self._sequence)}", encode(content))
 
-    async def _caught_up(self) -> None:
-        """Read all entries that are durable now. Raises `Closed` and `Unavailable`."""
+    async def _caught_up(self) -> Store:
+        """Read all entries that are durable now. Raises `Closed` and `Unavailable`.
+
+        Return what has read them. If the log is read anew meanwhile, the caller must not look at
+        what is only half read.
+        """
         self._started()
         await self._reader.catch_up()
+        return self._store
 
     def _started(self) -> None:
         if not self._open:
             raise Closed("LogStorage is not started")
 
-    def _take(self, entry: Entry) -> None:
-        """Put the next entry of the log into the view, and notify all that wait for it."""
-        if entry.value is None:
-            for view in (self._records, self._values, self._claims):
-                view.discard(entry.partition_key, entry.key)
-            return
-        own = self._saves.get(entry.key)
-        try:
-            content = own[2] if own is not None else decode(entry.value)
-        except WireError as error:
-            self._skip(entry, error)
-            return
-        if isinstance(content, Task):
-            self._take_record(entry, content, own)
-        elif isinstance(content, Items):
-            self._records.append(entry.partition_key, entry.key, content)
-        elif isinstance(content, Deletion):
-            judged = self._judged(self._records, entry, content)
-            self._tell(entry, judged.judgement == "accept" and listing.exists(judged.before))
-        elif isinstance(content, Setting):
-            judged_value = self._judged(self._values, entry, content, shared.over_at(content))
-            self._tell(entry, judged_value.judgement != "refuse")
-            self._watchers.ring(entry.partition_key)
-        else:
-            judged_claim = self._judged(self._claims, entry, content, shared.over_at(content))
-            self._tell(entry, judged_claim.judgement != "refuse")
+    async def _take(self, entries: Sequence[Entry]) -> None:
+        """Put the next entries of the log into the views, and notify all that wait for them."""
+        store, position = self._store, self._log.position
+        decoded: list[tuple[Entry, Content | None]] = []
+        for entry in entries:
+            try:
+                decoded.append((entry, self._content(entry)))
+            except WireError as error:
+                self._skip(entry, error)
+        missing = store.missing(
+            (entry.partition_key, entry.key, content) for entry, content in decoded
+        )
+        await store.load(missing)
+        for entry, content in decoded:
+            if content is None:
+                store.discard(entry.partition_key, entry.key)
+            else:
+                self._take_content(store, entry, content)
+        await store.took(position)
 
-    def _take_record(self, entry: Entry, task: Task, own: tuple[Save, int, Task] | None) -> None:
+    def _content(self, entry: Entry) -> Content | None:
+        """Return the content of an entry, None for a tombstone. Raises `WireError`."""
+        if entry.value is None:
+            return None
+        own = self._saves.get(entry.key)
+        return own[2] if own is not None else decode(entry.value)
+
+    def _take_content(self, store: Store, entry: Entry, content: Content) -> None:
+        if isinstance(content, Task):
+            self._take_record(store, entry, content)
+        elif isinstance(content, Items):
+            size = len(entry.value or b"")
+            store.records.append(entry.partition_key, entry.key, content, size)
+        elif isinstance(content, Deletion):
+            judged = self._judged(store.records, entry, content)
+            self._tell(entry, judged.judgement == "accept" and listing.exists(judged.before))
+        else:
+            over_at = shared.over_since(content, time.monotonic())
+            judged_change = self._judged(store.view_of(content), entry, content, over_at)
+            self._tell(entry, judged_change.judgement != "refuse")
+            if isinstance(content, Setting):
+                self._watchers.ring(entry.partition_key)
+
+    def _take_record(self, store: Store, entry: Entry, task: Task) -> None:
         final = task.status in FINAL
         over_at = expiry_of(task, self._retention) if final else None
-        judged = self._judged(self._records, entry, task, over_at)
+        judged = self._judged(store.records, entry, task, over_at)
         if judged.judgement == "accept" and final:
             self._inboxes.push(task)
-        if own is not None:
+        if (own := self._saves.get(entry.key)) is not None:
             save, at, _ = own
             save.set(at, *self._outcome(judged))
 
@@ -345,7 +445,7 @@ class LogStorage(Storage):
     ) -> Judged[Change]:
         """Put a proposal into a view, and drop what it made needless."""
         subject = entry.partition_key
-        judged = view.propose(subject, entry.key, content, over_at)
+        judged = view.propose(subject, entry.key, content, over_at, len(entry.value or b""))
         if not self._log.compacts:
             view.keep_current_only(subject)
         elif entry.key.startswith(self._writer):
@@ -373,6 +473,11 @@ class Save:
         """The items that an expired record refused, and how to delete that record."""
         self._missing = set(places)
         self.judged: Future[None] = asyncio.get_running_loop().create_future()
+
+    def fail(self, error: Unavailable) -> None:
+        """Finish the wait: it will not be known who won."""
+        if not self.judged.done():
+            self.judged.set_exception(error)
 
     def set(self, at: int, outcome: Outcome, expired: Deletion | None = None) -> None:
         """Note the outcome of one item. The last one finishes the wait."""

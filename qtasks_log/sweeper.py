@@ -14,6 +14,8 @@ logger = logging.getLogger("qtasks.log")
 
 LINGER = 0.05
 """Seconds to collect tombstones, so that they share an append and saves go first."""
+_AT_ONCE = 1000
+"""Tombstones in one append."""
 LAST_SWEEP = 2.0
 """Seconds that `stop` allows for writing the remaining tombstones."""
 
@@ -37,8 +39,9 @@ class Sweeper:
     async def _sweep(self) -> None:
         """Write the tombstones. Those that fail are tried again with the next ones."""
         while self.needless:
-            await asyncio.sleep(LINGER)
-            batch = list(islice(self.needless.values(), 1000))
+            if len(self.needless) < _AT_ONCE:
+                await asyncio.sleep(LINGER)
+            batch = list(islice(self.needless.values(), _AT_ONCE))
             try:
                 await self._log.append(batch)
             except Unavailable as error:

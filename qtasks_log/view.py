@@ -5,11 +5,13 @@ proposal with its own key. Every reader judges the proposals in the log's order.
 subject (a uuid, the key of a value or claim) follows from the proposals that have no tombstone. It
 does not matter whether compaction has already removed the others, so all readers of a log agree.
 This works only if a tombstone never changes the state: `needless` ensures that.
+
+A view has only the subjects in memory: `Store` has the others in a table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -39,84 +41,130 @@ class Judged(NamedTuple, Generic[Change]):
     before: Proposal[Change] | None
 
 
-class View(Generic[Change]):
-    """The proposals of each subject in the log's order, nearly always one, and the current one."""
+class Subject(Generic[Change]):
+    """The proposals of one subject in the log's order, nearly always one, and its stream."""
+
+    __slots__ = ("current", "size", "standing", "stream")
 
     def __init__(self) -> None:
-        self._standing: dict[str, list[Proposal[Change]]] = {}
-        self._current: dict[str, Proposal[Change]] = {}
-        self._streams: dict[str, dict[str, tuple[int, Items]]] = {}
-        """By uuid and by the key of the entry: its place and its items."""
-        self._places = count()
+        self.standing: list[Proposal[Change]] = []
+        self.current: Proposal[Change] | None = None
+        self.stream: dict[str, tuple[int, Items]] = {}
+        """By the key of the entry: its place and its items."""
+        self.size = 0
+        """About how many bytes its entries have."""
+
+    @property
+    def empty(self) -> bool:
+        """Say whether nothing is left of it."""
+        return not self.standing and not self.stream
+
+    def has(self, key: str) -> bool:
+        """Say whether an entry with this key is here."""
+        return key in self.stream or any(key == proposal.key for proposal in self.standing)
+
+    def deleted_at(self) -> int:
+        """Return the place of the last deletion that counted, -1 if there was none."""
+        chain = accepted(self.standing)
+        return max((p.place for p in chain if isinstance(p.content, Deletion)), default=-1)
+
+    def items(self) -> list[Items]:
+        """Return the items of its stream since the last deletion."""
+        since = self.deleted_at()
+        return [items for place, items in self.stream.values() if place > since]
+
+
+class View(Generic[Change]):
+    """The subjects of one kind that are in memory. A plain view has all of them.
+
+    A `Store` moves subjects to its table and back. Whoever reads or changes a subject has loaded it
+    before. `changed` are those whose state the table does not have yet.
+    """
+
+    def __init__(self, places: Iterator[int] | None = None) -> None:
+        self.loaded: dict[str, Subject[Change]] = {}
+        """The one that was used last comes last."""
+        self.changed: dict[str, Subject[Change]] = {}
+        self.size = 0
+        """About how many bytes the entries of the loaded subjects have."""
+        self.places = count() if places is None else places
 
     def get(self, subject: str) -> Proposal[Change] | None:
         """Return the current proposal of a subject. It may be a deletion, or over."""
-        return self._current.get(subject)
+        state = self.loaded.get(subject)
+        return None if state is None else state.current
 
     def subjects(self) -> list[str]:
-        """Return all subjects that have a current proposal."""
-        return list(self._current)
+        """Return all loaded subjects that have a current proposal."""
+        return [subject for subject, state in self.loaded.items() if state.current is not None]
 
     def propose(
-        self, subject: str, key: str, content: Change, over_at: float | None = None
+        self,
+        subject: str,
+        key: str,
+        content: Change,
+        over_at: float | None = None,
+        size: int = 0,
     ) -> Judged[Change]:
         """Take the next proposal of the log, and say whether it is the current one now.
 
-        If a proposal with this key is already in the view, the new one is only a repeat.
+        If a proposal with this key is already in the view, the new one is only a repeat. `size` is
+        in bytes.
         """
-        before = self._current.get(subject)
-        standing = self._standing.setdefault(subject, [])
-        if any(key == other.key for other in standing):
-            return Judged("repeat", before)
-        proposal = Proposal(key, content, over_at, next(self._places))
-        standing.append(proposal)
+        state = self._changing(subject, size)
+        before = state.current
+        for other in state.standing:
+            if key == other.key:
+                return Judged("repeat", before)
+        proposal = Proposal(key, content, over_at, next(self.places))
+        state.standing.append(proposal)
         judgement = judge(proposal, before)
         if judgement == "accept":
-            self._current[subject] = proposal
+            state.current = proposal
         return Judged(judgement, before)
 
-    def append(self, subject: str, key: str, items: Items) -> None:
+    def append(self, subject: str, key: str, items: Items, size: int = 0) -> None:
         """Take the next items of a stream. Nothing can refuse them."""
-        self._streams.setdefault(subject, {}).setdefault(key, (next(self._places), items))
+        stream = self._changing(subject, size).stream
+        if key not in stream:
+            stream[key] = next(self.places), items
 
     def stream(self, subject: str) -> list[Items]:
         """Return the items of a stream since the last deletion."""
-        since = self._deleted_at(subject)
-        entries = self._streams.get(subject, {}).values()
-        return [items for place, items in entries if place > since]
+        state = self.loaded.get(subject)
+        return [] if state is None else state.items()
 
     def streams(self) -> list[str]:
-        """Return all subjects that have a stream, perhaps of deleted items."""
-        return list(self._streams)
-
-    def _deleted_at(self, subject: str) -> int:
-        chain = accepted(self._standing.get(subject, ()))
-        return max((p.place for p in chain if isinstance(p.content, Deletion)), default=-1)
+        """Return all loaded subjects that have a stream, perhaps of deleted items."""
+        return [subject for subject, state in self.loaded.items() if state.stream]
 
     def keep_current_only(self, subject: str) -> None:
-        """Forget all but the current proposal: without compaction, no reader needs the others."""
-        current = self._current[subject]
-        if isinstance(current.content, Deletion):
-            del self._standing[subject], self._current[subject]
-            self._streams.pop(subject, None)
-        else:
-            self._standing[subject] = [current]
+        """Forget all but the current proposal: without compaction, no reader needs the others.
 
-    def discard(self, subject: str, key: str) -> None:
-        """Apply a tombstone of the log."""
-        if (stream := self._streams.get(subject)) is not None:
-            stream.pop(key, None)
-            if not stream:
-                del self._streams[subject]
-        standing = [p for p in self._standing.get(subject, ()) if p.key != key]
-        if standing:
-            self._standing[subject] = standing
-            # The current one changes here only for a reader of a half compacted log. It reads a
-            # loser whose winner is gone, and then the tombstone of that loser.
-            self._current[subject] = accepted(standing)[-1]
+        The caller has just proposed something.
+        """
+        state = self.loaded[subject]
+        if len(state.standing) == 1 and type(state.standing[0].content) is not Deletion:
+            return
+        current = state.current
+        assert current is not None
+        if isinstance(current.content, Deletion):
+            state.standing, state.current, state.stream = [], None, {}
         else:
-            self._standing.pop(subject, None)
-            self._current.pop(subject, None)
+            state.standing = [current]
+
+    def discard(self, subject: str, key: str) -> bool:
+        """Apply a tombstone of the log. Return whether its entry was here."""
+        state = self.loaded.get(subject)
+        if state is None or not state.has(key):
+            return False
+        self._changing(subject)
+        state.stream.pop(key, None)
+        state.standing = [p for p in state.standing if p.key != key]
+        # The current one changes here only for a reader that starts or goes on in a half compacted
+        # log. It has a loser whose winner is gone, and reads the tombstone of that loser.
+        state.current = accepted(state.standing)[-1] if state.standing else None
+        return True
 
     def needless(self, subject: str) -> list[str]:
         """Return the keys that the current proposal made needless, in the order to discard them.
@@ -126,24 +174,53 @@ class View(Generic[Change]):
         first. So the remaining ones are always the last links of the same chain. A deletion is
         itself needless, after all before it.
         """
-        current = self._current[subject]
-        standing = self._standing[subject]
+        state = self.loaded[subject]
+        current, standing = state.current, state.standing
+        assert current is not None
         earlier = standing[: standing.index(current)]
         superseded = [proposal.key for proposal in accepted(earlier)]
         chain = set(superseded)
         losers = [proposal.key for proposal in earlier if proposal.key not in chain]
-        since = self._deleted_at(subject)
-        stream = self._streams.get(subject, {})
-        losers += [key for key, (place, _) in stream.items() if place < since]
+        if state.stream:
+            since = state.deleted_at()
+            losers += [key for key, (place, _) in state.stream.items() if place < since]
         last = [current.key] if isinstance(current.content, Deletion) else []
         return losers + superseded + last
 
     def all_keys(self, subject: str) -> list[str]:
         """Return the keys of all proposals of a subject, in the order to discard them."""
-        standing = self._standing.get(subject, [])
+        state = self.loaded.get(subject)
+        standing = [] if state is None else state.standing
         chain = [proposal.key for proposal in accepted(standing)]
         losers = [proposal.key for proposal in standing if proposal.key not in chain]
         return losers + chain
+
+    def touch(self, subject: str) -> bool:
+        """Note the use of a subject. Return whether it is loaded."""
+        state = self.loaded.pop(subject, None)
+        if state is None:
+            return False
+        self.loaded[subject] = state
+        return True
+
+    def load(self, subject: str, state: Subject[Change]) -> None:
+        """Take a subject from the table."""
+        self.loaded[subject] = state
+        self.size += state.size
+
+    def unload(self, subject: str) -> None:
+        """Drop a subject that the table has, or of which nothing is left."""
+        self.size -= self.loaded.pop(subject).size
+
+    def _changing(self, subject: str, size: int = 0) -> Subject[Change]:
+        """Return a subject that is about to change."""
+        state = self.loaded.get(subject)
+        if state is None:
+            state = self.loaded[subject] = Subject()
+        self.changed[subject] = state
+        state.size += size
+        self.size += size
+        return state
 
 
 def judge(new: Proposal[Change], current: Proposal[Change] | None) -> Judgement:

@@ -7,7 +7,8 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from uuid_utils import uuid7
@@ -16,7 +17,7 @@ from qtasks_core import Guarantees
 from qtasks_core.batches import split
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.receivers import Shielded
-from qtasks_log import Entry, Log
+from qtasks_log import Entry, Log, Replaced
 from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
 from qtasks_rabbitmq.servers import servers_of
 from qtasks_rabbitmq.topology import NOT_FOUND, Names, declare
@@ -50,6 +51,20 @@ class Mark:
         self.reached = False
 
 
+class First(NamedTuple):
+    """The first record of a stream: its offset, and the SHA-256 of its body."""
+
+    offset: int
+    digest: bytes
+
+
+class Position(msgspec.Struct, frozen=True, array_like=True):
+    """Up to where a process has read which stream."""
+
+    first: First | None
+    next: int
+
+
 logger = logging.getLogger("qtasks.rabbitmq")
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Record)
@@ -68,8 +83,10 @@ class RabbitMQLog(Log):
         self._reader: Channel | None = None
         self._next = 0
         """The offset after the last returned record."""
-        self._first: tuple[int, bytes] | None = None
-        """Offset and body of the first record. They differ if the stream was created again."""
+        self._first: First | None = None
+        """The first record. It differs if the stream was created again, or truncated."""
+        self._replaced = False
+        """Whether the reader has to forget what it has read, until it seeks."""
         self._arrived: deque[tuple[int, int, bytes]] = deque()
         self._bell = asyncio.Event()
         self._opening: Shielded[Channel] = Shielded()
@@ -131,7 +148,7 @@ class RabbitMQLog(Log):
         self._names = Names(namespace)
         self._stream = self._names.log
         if self._writing is None:
-            self._next, self._first = 0, None
+            self._next, self._first, self._replaced = 0, None, False
             self._writing = Connection(self._url, "log writer", HEARTBEAT, self._create)
             self._reading = Connection(self._url, "log reader", HEARTBEAT, self._consume)
         await self._writing.channel()
@@ -162,12 +179,32 @@ class RabbitMQLog(Log):
                 raise Closed("RabbitMQLog is not started")
             if self._reader is None or self._reader.lost is not None:
                 self._reader = await self._opening.run(self._reading.channel)
+            if self._replaced:
+                raise Replaced(f"the stream {self._stream} was created again or truncated")
             if self._arrived:
                 reached, entries = await self._collect(self._reading, self._reader)
                 if entries or reached:
                     return entries
             else:
                 await self._bell.wait()
+
+    @property
+    def position(self) -> bytes:
+        return msgspec.msgpack.encode(Position(self._first, self._next))
+
+    async def seek(self, position: bytes | None) -> bool:
+        if self._reading is None:
+            raise Closed("RabbitMQLog is not started")
+        at = Position(None, 0)
+        if position is not None:
+            at = msgspec.msgpack.decode(position, type=Position)
+        await self._opening.abandon()
+        self._reading.discard("seeking")
+        self._next, self._first, self._replaced = at.next, at.first, False
+        self._arrived.clear()
+        self._reader = await self._opening.run(self._reading.channel)
+        replaced, self._replaced = self._replaced, False
+        return not replaced
 
     async def mark(self) -> object:
         """Write a mark record and return the mark, because a stream's end cannot be queried."""
@@ -181,7 +218,7 @@ class RabbitMQLog(Log):
         return mark
 
     def reached(self, mark: object) -> bool:
-        return isinstance(mark, Mark) and mark.reached
+        return isinstance(mark, Mark) and mark.reached and not self._replaced
 
     async def _append(self, bodies: Sequence[bytes]) -> list[str | None]:
         """Publish records. Return for each None, or why it is too large for the server."""
@@ -215,7 +252,7 @@ class RabbitMQLog(Log):
         while self._arrived:
             offset, _, body = self._arrived.popleft()
             self._next = offset + 1
-            self._first = self._first or (offset, body)
+            self._first = self._first or First(offset, sha256(body).digest())
             record = _decode(offset, body)
             if record is None:
                 continue
@@ -241,8 +278,7 @@ class RabbitMQLog(Log):
         self._arrived.clear()
         if self._next and await self._read_first(channel) != self._first:
             # Old offsets mean nothing in a new stream, which may never reach them.
-            logger.warning("the stream %s was recreated; it is read from its start", self._stream)
-            self._next, self._first = 0, None
+            self._next, self._first, self._replaced = 0, None, True
         channel.on_delivery = partial(self._arrive, channel)
         channel.on_lost = self._bell.set
         offset: dict[str, Any] = {"x-stream-offset": self._next or "first"}
@@ -251,17 +287,18 @@ class RabbitMQLog(Log):
             Basic.Consume(queue=self._stream, arguments=offset),
         )
 
-    async def _read_first(self, channel: Channel) -> tuple[int, bytes]:
-        """Return offset and body of the stream's first record."""
+    async def _read_first(self, channel: Channel) -> First:
+        """Return the stream's first record."""
         from pamqp.commands import Basic, Confirm
 
         from qtasks_rabbitmq.channel import Sending
 
-        found: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+        found: asyncio.Future[First] = asyncio.get_running_loop().create_future()
 
         def arrive(arrival: Arrival) -> None:
             if not found.done():
-                found.set_result((arrival.headers.get("x-stream-offset", 0), arrival.body))
+                offset = arrival.headers.get("x-stream-offset", 0)
+                found.set_result(First(offset, sha256(arrival.body).digest()))
 
         def lose() -> None:
             if not found.done():

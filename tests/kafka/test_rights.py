@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from qtasks.testing.recipes import PASSWORD
 from qtasks_core import DONE, Ack, Retry, Task, TaskMessage
 from qtasks_core.errors import ConfigurationError
-from qtasks_kafka import KafkaBroker, KafkaStorage, ShareGroupKafkaBroker, control
+from qtasks_kafka import KafkaBroker, KafkaStorage, ShareGroupKafkaBroker, control, log
 from qtasks_kafka.connection import KEPT, topic_name
 from qtasks_kafka.control import commands_topic
 from qtasks_kafka.delays import CONFIG, delayed_topic
@@ -50,7 +50,7 @@ async def make_topics(operator: AIOKafkaAdminClient, namespace: str) -> None:
     """Do what an operator does for workers that may create nothing."""
     topics = {
         topic_name(namespace, "queue", "q"): KEPT,
-        topic_name(namespace, "records"): KEPT,
+        topic_name(namespace, "records"): {**KEPT, **log.COMPACTED},
         delayed_topic(namespace): {**KEPT, **CONFIG},
         commands_topic(namespace): {**KEPT, **control.CONFIG},
     }

@@ -6,11 +6,14 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from uuid import uuid4
 from zlib import crc32
+
+import msgspec
 
 from qtasks_core import Guarantees
 from qtasks_core.errors import Unavailable
-from qtasks_log import Entry, Log
+from qtasks_log import Entry, Log, Replaced
 
 
 class Partition:
@@ -56,6 +59,8 @@ class Server:
     logs: dict[str, list[Partition]] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
+    identity: str = field(default_factory=lambda: uuid4().hex)
+
     def log(self, namespace: str) -> list[Partition]:
         fresh = [Partition() for _ in range(self.partitions)]
         return self.logs.setdefault(namespace, fresh)
@@ -95,6 +100,9 @@ class MemoryLog(Log):
         self.largest = largest
         self.appends = 0
         self.marks = 0
+        self.seeks: list[bytes | None] = []
+        self.replaced = False
+        """Set by a test: the log has lost entries that this reader would have read."""
         self._positions: list[int] = []
 
     @property
@@ -149,6 +157,9 @@ class MemoryLog(Log):
             await asyncio.sleep(self.pause())
             if self.read_fails():
                 raise Unavailable("read failed")
+            if self.replaced:
+                self.replaced = False
+                raise Replaced("the log lost entries")
             for number, partition in enumerate(self._partitions):
                 found = partition.after(self._positions[number])[: self.chunk]
                 if found:
@@ -159,6 +170,24 @@ class MemoryLog(Log):
                     self._positions[number] = partition.end
                     return []
             await self.server.changed.wait()
+
+    @property
+    def position(self) -> bytes:
+        return msgspec.json.encode((self.server.identity, self._positions))
+
+    async def seek(self, position: bytes | None) -> bool:
+        await asyncio.sleep(self.pause())
+        self.seeks.append(position)
+        self._positions = [0] * len(self._partitions)
+        if position is None:
+            return True
+        identity, positions = msgspec.json.decode(position, type=tuple[str, list[int]])
+        ends = [partition.end for partition in self._partitions]
+        fits = [at <= end for at, end in zip(positions, ends, strict=False)]
+        if identity != self.server.identity or len(positions) != len(ends) or not all(fits):
+            return False
+        self._positions = positions
+        return True
 
     async def mark(self) -> object:
         self.marks += 1

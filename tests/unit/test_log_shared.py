@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from qtasks_core import DONE, Claim, Status, Task, TaskQuery
 from qtasks_core.errors import Closed, ConfigurationError, Refused, Unavailable
-from qtasks_log import Entry, LogStorage, listing, shared
+from qtasks_log import Entry, LogStorage, listing, shared, store, table
 from qtasks_log import storage as module
 from qtasks_log.entries import Claiming, encode
 from tests.unit.memory_log import MemoryLog, Server
@@ -71,7 +71,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for each in (module, listing, shared):
+    for each in (module, listing, shared, store, table):
         monkeypatch.setattr(each, "time", clock)
     return clock
 
@@ -195,13 +195,13 @@ async def test_what_is_over_for_long_is_forgotten(server: Server, clock: Clock) 
         assert await storage.claim("held", "mine", 2 * module.GRACE) is not None
         clock.ahead += module.GRACE / 2
         assert await storage.expire() == 0
-        assert sorted(storage._claims.subjects()) == ["held", "over"]
+        assert sorted(storage._store.claims.subjects()) == ["held", "over"]
         clock.ahead += module.GRACE / 2 + 31.0
         assert await storage.expire() == 0
         await storage.stop()
         assert await other.values("") == {"kept": b"1"}
-        assert other._values.subjects() == ["kept"]
-        assert other._claims.subjects() == ["held"]
+        assert other._store.values.subjects() == ["kept"]
+        assert other._store.claims.subjects() == ["held"]
         assert await other.set("gone", b"2", expect=None)
         assert await other.claim("over", "theirs", 30.0) is not None
     compact(server)
@@ -289,33 +289,6 @@ async def test_nothing_works_before_the_start() -> None:
 # -- records: lists, deletion, expiry
 
 
-async def test_long_lists_are_looked_at_in_turns(
-    storage: LogStorage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(listing, "_LOOKED_AT", 10)
-    records = [record(uuid=f"u{at}", created_at=float(at % 40)) for at in range(100)]
-    await storage.save(records)
-    turns = 0
-
-    async def count_turns() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await asyncio.sleep(0)
-
-    await storage.query(TaskQuery())
-    counting = asyncio.create_task(count_turns())
-    page = await listing.page_of(storage._records, TaskQuery(limit=30))
-    counting.cancel()
-    assert turns >= 9
-    expected = sorted(records, key=lambda task: (task.created_at, task.uuid), reverse=True)
-    shown = page.tasks
-    while page.cursor is not None:
-        page = await storage.query(TaskQuery(limit=30, cursor=page.cursor))
-        shown += page.tasks
-    assert shown == expected
-
-
 @pytest.mark.parametrize("compacts", [True, False])
 async def test_nothing_is_left_of_a_deleted_record(server: Server, compacts: bool) -> None:
     log = [MemoryLog(server, compacts=compacts) for _ in range(3)]
@@ -329,7 +302,7 @@ async def test_nothing_is_left_of_a_deleted_record(server: Server, compacts: boo
         assert await storage.delete(["u", "only a stream"]) == 0
         await other.stop()
         await storage.read("u", 0)
-        assert storage._records.subjects() == storage._records.streams() == []
+        assert storage._store.records.subjects() == storage._store.records.streams() == []
     if compacts:
         compact(server)
         assert server.entries() == []
@@ -398,7 +371,8 @@ async def test_expire_never_deletes_a_newer_record(server: Server, clock: Clock)
         await storage.save([record("success", finished_at=clock.time())])
         clock.ahead += 101.0
         await storage.get(["u"])
-        deletions = await listing.deletions_of_expired(storage._records)
+        deletions = listing.deletions(storage._store.records, ["u"], 100.0)
+        assert deletions
         assert await other.save([record()]) == [DONE]
         assert await storage._delete(deletions) == 0
         assert await other.get(["u"]) == [record()]
@@ -484,4 +458,4 @@ async def _processes(rng: random.Random, compacts: bool, faults: float) -> None:
         partition.compact(rng.randint(0, partition.end), drop_tombstones=rng.randint(0, 20))
     async with started(server) as fresh:
         assert await fresh.get_value("count") == b"18"
-        assert shared.claiming(fresh._claims, "lock", "anyone", 1.0) is not None
+        assert shared.claiming(fresh._store.claims, "lock", "anyone", 1.0) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from itertools import count
 from typing import Any, ClassVar
 
@@ -66,7 +67,9 @@ class Writer:
 class LogMachine(RuleBasedStateMachine):
     """Writers that propose, read, discard and crash, on a log that is compacted meanwhile.
 
-    The oracle judges all proposals in the order of the log and never forgets one.
+    The oracle judges all proposals in the order of the log and never forgets one. A reader that
+    was kept on a disk goes on in a log that has been compacted before and behind its position. Only
+    the tombstones behind it must still be there.
     """
 
     compacts: ClassVar[bool] = True
@@ -80,6 +83,7 @@ class LogMachine(RuleBasedStateMachine):
         self.stream: list[Items] = []
         self.names = count()
         self.writers = [self.writer() for _ in range(3)]
+        self.kept: list[tuple[int, View[Any]]] = []
 
     def writer(self) -> Writer:
         writer = Writer(f"w{next(self.names)}.", self)
@@ -119,18 +123,33 @@ class LogMachine(RuleBasedStateMachine):
     def crash(self, who: int) -> None:
         self.writers[who] = self.writer()
 
+    @rule(who=st.integers(0, 2))
+    def keep(self, who: int) -> None:
+        """Keep what a process has read, as the file of a storage does."""
+        writer = self.writers[who]
+        self.kept = [*self.kept[-2:], (writer.position, deepcopy(writer.view))]
+
     @precondition(lambda self: self.partition.end > 0)
     @rule(data=st.data())
     def compact(self, data: st.DataObject) -> None:
         """Clean what every running reader has passed: all of it or, in a crash, its beginning."""
         passed = min(writer.position for writer in self.writers)
         cleaned_to = passed - data.draw(st.integers(0, passed))
-        drop_tombstones = data.draw(st.integers(0, cleaned_to))
+        known = min([cleaned_to, *(position for position, _ in self.kept)])
+        drop_tombstones = data.draw(st.integers(0, known))
         self.partition.compact(passed, cleaned_to, drop_tombstones)
 
     @invariant()
     def a_new_reader_has_the_oracles_state(self) -> None:
         self.agree(self.writer())
+
+    @invariant()
+    def a_kept_reader_has_the_oracles_state(self) -> None:
+        for position, view in self.kept:
+            reader = Writer(f"w{next(self.names)}.", self)
+            reader.position, reader.view = position, deepcopy(view)
+            reader.read(EVERYTHING)
+            self.agree(reader)
 
     def agree(self, reader: Writer) -> None:
         assert state_of(reader.view.get(UUID)) == state_of(self.current)
