@@ -1,15 +1,18 @@
 """Assigns partitions to members: evenly, and as far as possible each member keeps its partitions.
 
-Members keep partitions with records in flight rather than idle ones. A move would run these records
-twice. aiokafka's own sticky assignor does not fit. It keeps its state in the class, which all
-consumers of a process share. It also cannot tell busy partitions from idle ones.
+A partition with records in flight never moves, because these would run twice. If another member
+should have it, its owner is told: it owes the partition. It delivers no more from there, and asks
+for a new assignment once nothing is in flight. So a rebalance never waits for tasks.
+
+aiokafka's own sticky assignor does not fit. It keeps its state in the class, which all consumers of
+a process share. It also cannot tell busy partitions from idle ones.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 from aiokafka.coordinator.protocol import (
@@ -17,6 +20,8 @@ from aiokafka.coordinator.protocol import (
     ConsumerProtocolMemberMetadata,
 )
 from msgspec import Struct
+
+T = TypeVar("T")
 
 
 class Holdings(Struct, frozen=True):
@@ -28,13 +33,23 @@ class Holdings(Struct, frozen=True):
     """False: the member finishes its records in flight and must get no other partition."""
 
 
+Places: TypeAlias = list[tuple[str, int]]
+"""Partitions, as (topic, number)."""
+
+
 class KeepingAssignor:
     """Assigns partitions if the group elects its member. Each consumer has its own instance."""
 
     name = "qtasks-keeping"
 
-    def __init__(self, holdings: Callable[[], Holdings]) -> None:
+    def __init__(self, holdings: Callable[[], Holdings], owing: Callable[[Places], None]) -> None:
+        """Start with two functions of the member.
+
+        `holdings` returns what it has, for each join. `owing` is called with each assignment,
+        before the driver uses it: with the partitions that the member owes to others.
+        """
         self._holdings = holdings
+        self._owing = owing
 
     def metadata(self, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
         """Return the data that this member sends to the elected member."""
@@ -43,27 +58,37 @@ class KeepingAssignor:
         )
 
     def on_assignment(self, assignment: ConsumerProtocolMemberAssignment) -> None:
-        """Do nothing: `Membership` remembers its partitions."""
+        """Tell the member which of its partitions it owes to others."""
+        self._owing(_decoded(_places, assignment.user_data, []))
 
     def assign(
         self, cluster: Any, members: Mapping[str, ConsumerProtocolMemberMetadata]
     ) -> dict[str, ConsumerProtocolMemberAssignment]:
         """Distribute the partitions of all topics among the members that want them."""
-        holdings = {name: _read(metadata.user_data) for name, metadata in members.items()}
+        holdings = {
+            name: _decoded(_holdings, metadata.user_data, Holdings())
+            for name, metadata in members.items()
+        }
         subscribed: defaultdict[str, list[str]] = defaultdict(list)
         for name in sorted(members):
             for topic in members[name].subscription:
                 subscribed[topic].append(name)
         dealt: dict[str, dict[str, list[int]]] = {name: {} for name in members}
+        owed: dict[str, Places] = {name: [] for name in members}
         load = dict.fromkeys(members, 0)
         for topic in sorted(subscribed):
             numbers = sorted(cluster.partitions_for_topic(topic) or ())
-            owners = deal(topic, numbers, subscribed[topic], holdings, load)
+            fair = deal(topic, numbers, subscribed[topic], holdings, load)
+            owners = keep_busy(topic, fair, subscribed[topic], holdings)
             for number, name in owners.items():
+                if name != fair[number]:
+                    owed[name].append((topic, number))
                 dealt[name].setdefault(topic, []).append(number)
-                load[name] += 1
+                load[fair[number]] += 1
         return {
-            name: ConsumerProtocolMemberAssignment(0, sorted(topics.items()), b"")
+            name: ConsumerProtocolMemberAssignment(
+                0, sorted(topics.items()), msgspec.msgpack.encode(owed[name])
+            )
             for name, topics in dealt.items()
         }
 
@@ -104,8 +129,21 @@ def deal(
     return owners
 
 
-def _read(user_data: bytes | None) -> Holdings:
+def keep_busy(
+    topic: str, fair: Mapping[int, str], names: list[str], holdings: Mapping[str, Holdings]
+) -> dict[int, str]:
+    """Return the fair owners of one topic's partitions, but each busy one stays where it is."""
+    busy = {n: name for name in names for t, n in holdings[name].busy if t == topic}
+    return {number: busy.get(number, name) for number, name in fair.items()}
+
+
+_holdings = msgspec.msgpack.Decoder(Holdings)
+_places = msgspec.msgpack.Decoder(Places)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[T], user_data: bytes | None, default: T) -> T:
+    """Return what a member or an assignment says; `default` if it says nothing that we know."""
     try:
-        return msgspec.msgpack.decode(user_data or b"", type=Holdings)
+        return decoder.decode(user_data or b"")
     except msgspec.MsgspecError:
-        return Holdings()
+        return default

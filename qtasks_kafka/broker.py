@@ -36,7 +36,7 @@ from qtasks_kafka.subscription import KafkaSubscription
 
 if TYPE_CHECKING:
     from qtasks_kafka.delays import DelayMover
-    from qtasks_kafka.writer import Record
+    from qtasks_kafka.writer import Record, Written
 
 
 class KafkaBroker(Broker):
@@ -81,8 +81,8 @@ class KafkaBroker(Broker):
                 "a message waits for the worker that has its partition, though another be idle",
                 "delivery counts are known only of what was in flight at a commit: with the first "
                 "messages of a partition that was taken over, and whenever tasks have ended",
-                "when workers come and go, a task that runs longer than the rebalance waits for "
-                "it (half the lease, at most 5 s) may run again where its partition went",
+                "when another worker gets a partition in which tasks run, their messages are "
+                "copied to a partition that stays: a crash at that moment leaves both",
                 "finished records are deleted from their topics while workers run, up to the "
                 "group's committed offsets; where the user may not DELETE them, they are "
                 "kept, and run again once the server has forgotten the offsets of a group "
@@ -140,6 +140,10 @@ class KafkaBroker(Broker):
             await self._ensure_delayed()
         written = await writer.write(records)
         return [DONE if w.refused is None else Outcome("refused", str(w.refused)) for w in written]
+
+    async def copy(self, records: Sequence[Record]) -> list[Written]:
+        """Append copies of records to the topics that they are in."""
+        return await self._connection.running_writer().write(records)
 
     async def _ensure_delayed(self) -> None:
         from qtasks_kafka.delays import CONFIG, delayed_topic

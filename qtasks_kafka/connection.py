@@ -33,6 +33,10 @@ logger = logging.getLogger("qtasks.kafka")
 
 PAUSE = 0.05
 """Seconds between attempts while the cluster is changing."""
+LONG_POLL_MS = 2500
+"""Milliseconds that the server may wait for records before it answers a fetch."""
+GROWTH_MS = 10_000
+"""Milliseconds within which the members of a group notice that a topic has grown."""
 LARGEST_MESSAGE = 4 * 1024 * 1024
 """The largest batch, in bytes, of topics created here. The server's default is just under 1 MiB."""
 KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(LARGEST_MESSAGE)}
@@ -190,7 +194,6 @@ class Connection:
         settings = {**defaults, **self._settings, **options}
         consumer: AIOKafkaConsumer = self._driver.AIOKafkaConsumer(
             enable_auto_commit=False,
-            metadata_max_age_ms=10_000,  # notice a growing topic within this time
             consumer_timeout_ms=2000,  # the fetcher also wakes up for new work
             **settings,
         )
@@ -370,9 +373,26 @@ def _led(topics: list[Any]) -> bool:
     )
 
 
-def heartbeat_ms(lease: float) -> int:
-    """Return the milliseconds between heartbeats. Each may tell a member of a rebalance."""
-    return max(50, min(1000, int(lease * 1000) // 4))
+def heartbeat_ms(lease: float, longest: float) -> int:
+    """Return the milliseconds between heartbeats: a quarter of the lease, or `longest` seconds.
+
+    Each may tell a member of a rebalance.
+    """
+    return max(50, int(min(longest, lease / 4) * 1000))
+
+
+def drop_abandoned(consumer: AIOKafkaConsumer) -> None:
+    """Close connections with a fetch that the driver has given up: it opens new ones.
+
+    After a rebalance, that is the last fetch of the old partitions. The server answers the next
+    request on the connection only after the fetch, so a long poll would hold up the takeover.
+    """
+    from aiokafka.client import ConnectionGroup
+
+    for (_, group), connection in list(consumer._client._conns.items()):
+        fetches = group == ConnectionGroup.DEFAULT
+        if fetches and any(answer.done() for *_, answer in connection._requests):
+            connection.close()
 
 
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:

@@ -17,7 +17,7 @@ from uuid_utils import uuid7
 from qtasks_core import Command, QueueDepth
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable, WireError
 from qtasks_core.wire import decode_command, encode_command
-from qtasks_kafka.connection import Connection, close_consumer, topic_name
+from qtasks_kafka.connection import LONG_POLL_MS, Connection, close_consumer, topic_name
 from qtasks_kafka.looking import Looker, in_flight, looking, places_of
 from qtasks_kafka.settings import REQUEST
 from qtasks_kafka.writer import Record
@@ -35,8 +35,6 @@ CONFIG = {
 }
 KEYS = 64
 """Keys of commands. Compaction keeps the last record of each, so the topic stays small."""
-WAIT_MS = 2500
-"""Milliseconds that the server may wait for a command before it answers that there is none."""
 ASK_AGAIN = 1.0
 """Seconds after which the owners of partitions are asked again to purge them."""
 PATIENCE = 5.0
@@ -310,7 +308,7 @@ class Listeners:
 
     async def _connect(self) -> AIOKafkaConsumer:
         consumer = self._connection.consumer(
-            group_id=None, fetch_max_wait_ms=WAIT_MS, auto_offset_reset="latest"
+            group_id=None, fetch_max_wait_ms=LONG_POLL_MS, auto_offset_reset="latest"
         )
         try:
             # While the server is away, this fails before `ensure`, whose lock publishers wait for.

@@ -26,9 +26,12 @@ from qtasks_core import Raw
 from qtasks_core.errors import ConfigurationError, QTasksError
 from qtasks_core.wire import decode_message
 from qtasks_kafka.connection import (
+    GROWTH_MS,
+    LONG_POLL_MS,
     LONGEST_PREFIX,
     Connection,
     close_consumer,
+    drop_abandoned,
     heartbeat_ms,
     is_topic,
     topic_name,
@@ -142,6 +145,8 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         self._heap: list[tuple[float, int, TopicPartition, bytes | int]] = []
         self._waiting: dict[TopicPartition, Waiting] = {}
         self._new: set[TopicPartition] = set()
+        self._consumer: AIOKafkaConsumer | None = None
+        self._assigned = asyncio.Event()
         self._moving = asyncio.Lock()
         self._task: Task[None] | None = None
         self._told: dict[str, float] = {}
@@ -171,11 +176,14 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         consumer = self._connection.consumer(
             group_id=self._group,
             session_timeout_ms=session,
-            heartbeat_interval_ms=heartbeat_ms(self._lease),
+            heartbeat_interval_ms=heartbeat_ms(self._lease, 3.0),
+            metadata_max_age_ms=GROWTH_MS,
             rebalance_timeout_ms=session + 5000,
             request_timeout_ms=session + 10_000,
             max_poll_interval_ms=2**31 - 1,
+            fetch_max_wait_ms=LONG_POLL_MS,
         )
+        self._consumer = consumer
         try:
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST):
@@ -200,6 +208,10 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         """Note the partitions that are ours now."""
         self._forget()
         self._new = set(assigned)
+        if self._consumer is not None:
+            # Not before `_take` knows where to begin, and not on the connection that it uses.
+            self._consumer.pause(*self._new)
+        self._assigned.set()
 
     def _forget(self) -> None:
         self._waiting = {}
@@ -209,8 +221,19 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
     # --- the loop ------------------------------------------------------------------------------
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
-        """Wait for records, until the next message is due."""
-        for tp, records in (await consumer.getmany(timeout_ms=self._wait_ms())).items():
+        """Wait for records, until the next message is due or partitions are assigned."""
+        self._assigned.clear()
+        getting = asyncio.create_task(consumer.getmany(timeout_ms=self._wait_ms()))
+        assigned = asyncio.create_task(self._assigned.wait())
+        try:
+            await asyncio.wait({getting, assigned}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            getting.cancel()  # it takes no record before it returns
+            assigned.cancel()
+            await asyncio.wait({getting, assigned})
+        if getting.cancelled():
+            return
+        for tp, records in getting.result().items():
             waiting = self._waiting.get(tp)
             if waiting is None:
                 continue  # read before `_take` has set the position
@@ -275,6 +298,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         if not self._new:
             return
         new = self._new
+        drop_abandoned(consumer)
         async with asyncio.timeout(REQUEST):
             ends = await consumer.end_offsets(new)
             first = await consumer.beginning_offsets(new)
@@ -293,6 +317,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
             waiting.position = max(begin[tp] or 0, first[tp])
             waiting.end = ends[tp]
             consumer.seek(tp, waiting.position)
+        consumer.resume(*new)
 
     async def _move(self, consumer: AIOKafkaConsumer) -> None:
         """Append due messages to their queues, then their tombstones to this topic."""

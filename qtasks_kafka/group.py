@@ -3,6 +3,9 @@
 aiokafka revokes all partitions at each rebalance and forgets positions. Here a partition that comes
 back keeps its records in flight. Each owner writes its name into the metadata of its commits, from
 the takeover on. The name shows that nobody else had the partition in between.
+
+A rebalance does not wait for records in flight, so a long task stops no other worker. Their
+partitions stay here, and the assignment says which of them this member owes to another one.
 """
 
 from __future__ import annotations
@@ -25,8 +28,16 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from uuid_utils import uuid7
 
 from qtasks_core.errors import Closed, QTasksError, Unavailable
-from qtasks_kafka.assignor import Holdings, KeepingAssignor
-from qtasks_kafka.connection import PAUSE, Connection, close_consumer, heartbeat_ms
+from qtasks_kafka.assignor import Holdings, KeepingAssignor, Places
+from qtasks_kafka.connection import (
+    GROWTH_MS,
+    LONG_POLL_MS,
+    PAUSE,
+    Connection,
+    close_consumer,
+    drop_abandoned,
+    heartbeat_ms,
+)
 from qtasks_kafka.floor import Floor
 from qtasks_kafka.settings import REQUEST
 from qtasks_kafka.watermark import Partition, owner_of, restored
@@ -37,8 +48,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("qtasks.kafka")
 
-SILENCE = 4.0
-"""Seconds without an answer to a fetch (two per second) after which the server is unreachable."""
+SILENCE = LONG_POLL_MS / 1000 + 2.0
+"""Seconds without an answer to a fetch after which the server is unreachable."""
+SHORT_POLL_MS = 500
+"""While records come, the driver fetches the other partitions without those that it has records of.
+The next records of these wait until the server has answered, so it must not wait long."""
+CALM = 10.0
+"""Seconds without a record after which the server may wait for `LONG_POLL_MS`."""
 
 
 class Membership:
@@ -60,14 +76,17 @@ class Membership:
         self._to_take: set[TopicPartition] = set()
         self.epoch = 0
         """Rises when records that are fetched but not delivered become invalid."""
-        self._idle: Future[None] | None = None
+        self.owed: frozenset[TopicPartition] = frozenset()
+        """Partitions that other members get once nothing is in flight there."""
+        self._to_owe: frozenset[TopicPartition] = frozenset()
+        self._overdue: asyncio.TimerHandle | None = None
         self._wanting = self._told_wanting = True
         """What this member wants, and what it has told the group when it joined last."""
         self._closed = False
         self._polling_since = 0.0
         self.partitions: dict[TopicPartition, Partition] = {}
         self._retired: set[asyncio.Task[None]] = set()
-        self._polled = self._polling_since = self._confirmed_at = 0.0
+        self._polled = self._polling_since = self._confirmed_at = self._came = 0.0
         self.changed: Future[None] = asyncio.get_running_loop().create_future()
         """Done at the next assignment, then replaced. A waiting `poll` should then start again."""
 
@@ -88,15 +107,18 @@ class Membership:
         session = int(self._lease * 1000)
         consumer = self._connection.consumer(
             group_id=self._group,
-            partition_assignment_strategy=[KeepingAssignor(self._holdings)],
+            partition_assignment_strategy=[KeepingAssignor(self._holdings, self._note_owed)],
             session_timeout_ms=session,
-            heartbeat_interval_ms=heartbeat_ms(self._lease),
-            rebalance_timeout_ms=session + int(self.patience * 1000) + 2000,
-            # The answer to a join takes as long as the slowest member's patience.
-            request_timeout_ms=session + int((self.patience + REQUEST) * 1000) + 2000,
+            # After a crash, the messages of the dead member wait for the next heartbeat of all.
+            heartbeat_interval_ms=heartbeat_ms(self._lease, 1.0),
+            metadata_max_age_ms=GROWTH_MS,
+            # A member commits before it joins.
+            rebalance_timeout_ms=session + int(REQUEST * 1000),
+            # The answer to a join takes until the slowest member has joined, or was given up.
+            request_timeout_ms=session + int(2 * REQUEST * 1000),
             # A worker without a free slot does not poll, possibly for hours.
             max_poll_interval_ms=2**31 - 1,
-            fetch_max_wait_ms=500,
+            fetch_max_wait_ms=SHORT_POLL_MS,
             # If offsets are gone, the topic was truncated or created again. `_take_over` checks
             # that.
             auto_offset_reset="none",
@@ -111,8 +133,8 @@ class Membership:
         return consumer
 
     @property
-    def patience(self) -> float:
-        """Seconds for which a rebalance waits for records in flight here."""
+    def rest(self) -> float:
+        """Seconds without a call of `receive` after which this member wants no partitions."""
         return min(self._lease / 2, 5.0)
 
     def _retire(self) -> None:
@@ -129,13 +151,11 @@ class Membership:
         """Set whether this member wants partitions, or only those with records in flight."""
         if wanting != self._wanting:
             self._wanting = wanting
-            if self._consumer is not None:
-                self._coordinator.request_rejoin()
+            self._rejoin()
 
     async def close(self) -> None:
         """Commit finished records and leave the group. Idempotent."""
         self._wanting = False
-        self.notice_idle(force=True)
         confirmed = False
         if self._consumer is not None and self._assigned.is_set():
             try:
@@ -154,22 +174,21 @@ class Membership:
     def _holdings(self) -> Holdings:
         """Return this member's partitions, for the member that assigns."""
         self._told_wanting = self._wanting
-        busy = [tuple(tp) for tp, p in self.partitions.items() if p.in_flight]
+        if not self._is_member:
+            return Holdings(wanting=self._wanting)
+        late = self.owed if self._is_late() else frozenset()
+        busy = [tuple(tp) for tp, p in self.partitions.items() if p.in_flight and tp not in late]
         idle = [tuple(tp) for tp, p in self.partitions.items() if not p.in_flight]
         return Holdings(busy, idle, self._wanting)
 
     # --- called by the driver ------------------------------------------------------------------
 
     async def let_go(self) -> None:
-        """Before other members may get the partitions, wait for records in flight, and commit.
-
-        Heartbeats and commits continue meanwhile.
-        """
+        """Before other members may get idle partitions, commit what is finished."""
         self.epoch += 1
         if not self._is_member:
             self._lose_all()
         elif self._assigned.is_set():
-            await self._wait_until_idle()
             try:
                 await self.confirm([p for p in self.partitions.values() if p.unconfirmed])
             except QTasksError as error:
@@ -180,6 +199,9 @@ class Membership:
     def note_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Note the partitions that are ours now. The next call takes them over."""
         self._to_take = set(assigned)
+        # Not before the takeover knows where to begin, and not on the connection that it uses.
+        self._running().pause(*self._to_take)
+        self._owe(self._to_owe)
         self._floor.forget()
         for tp in self.partitions.keys() - self._to_take:
             self.partitions.pop(tp).lost = True
@@ -192,22 +214,50 @@ class Membership:
         if not changed.done():
             changed.set_result(None)
 
-    async def _wait_until_idle(self) -> None:
-        if not self._wanting or not self.in_flight:
-            return
-        self._idle = asyncio.get_running_loop().create_future()
-        await asyncio.wait({self._idle}, timeout=self.patience)
-        self._idle = None
+    def _note_owed(self, owed: Places) -> None:
+        """Note what the next assignment owes."""
+        self._to_owe = frozenset(TopicPartition(*place) for place in owed)
 
-    def notice_idle(self, *, force: bool = False) -> None:
-        """Let a waiting rebalance continue if no record is in flight any more."""
-        if self._idle is not None and not self._idle.done() and (force or not self.in_flight):
-            self._idle.set_result(None)
+    def _owe(self, owed: frozenset[TopicPartition]) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+        self.owed = owed
+        if owed:
+            # `extend` moves records away long before. Without it, their leases end here.
+            loop = asyncio.get_running_loop()
+            self._overdue = loop.call_later(self._lease, self._rejoin)
+
+    def _is_late(self) -> bool:
+        loop = asyncio.get_running_loop()
+        return self._overdue is not None and loop.time() >= self._overdue.when()
+
+    def _rejoin(self) -> None:
+        if self._consumer is not None:
+            self._coordinator.request_rejoin()
+
+    def pay(self) -> None:
+        """Let others have the owed partitions, if no record is in flight there any more."""
+        if self.owed and not any(
+            partition.in_flight for tp, partition in self.partitions.items() if tp in self.owed
+        ):
+            self._rejoin()
 
     @property
     def in_flight(self) -> int:
         """The number of deliveries that are not settled."""
         return sum(partition.in_flight for partition in self.partitions.values())
+
+    def owes(self, partition: Partition) -> bool:
+        """Return whether another member should have this partition."""
+        return bool(self.owed) and any(self.partitions.get(tp) is partition for tp in self.owed)
+
+    def kept(self, topic: str) -> tuple[int, Partition] | None:
+        """Return a partition of a topic, with its number, that this member keeps; None without."""
+        for tp, partition in self.partitions.items():
+            if tp.topic == topic and tp not in self.owed:
+                return tp.partition, partition
+        return None
 
     def others(self, topic: str) -> list[int]:
         """Return the partitions of a topic that are not ours."""
@@ -229,7 +279,9 @@ class Membership:
             await self._await_assignment()
         consumer = self._running()
         epoch = self.epoch
-        places = [tp for tp in self.partitions if tp.topic in topics]
+        calm = time.monotonic() - self._came > CALM
+        consumer._fetcher._fetch_max_wait_ms = LONG_POLL_MS if calm else SHORT_POLL_MS
+        places = [tp for tp in self.partitions if tp.topic in topics and tp not in self.owed]
         if time.monotonic() - self._polled > REQUEST / 2:
             self._polling_since = time.monotonic()
         try:
@@ -240,7 +292,7 @@ class Membership:
             # Without a partition, the driver would take records of any partition. This call returns
             # when things change.
             batches = batches or await consumer.getmany(
-                *(places or [TopicPartition("", 0)]), timeout_ms=1000, max_records=limit
+                *(places or [TopicPartition("", 0)]), timeout_ms=LONG_POLL_MS, max_records=limit
             )
         except asyncio.CancelledError:
             raise  # the driver has taken no record yet
@@ -252,6 +304,8 @@ class Membership:
             raise
         finally:
             self._polled = time.monotonic()
+        if batches:
+            self._came = self._polled
         # From here on, nothing is awaited, and nothing raises without a rewind first: the driver's
         # positions are already after these records.
         if batches and epoch != self.epoch:
@@ -396,6 +450,7 @@ class Membership:
     async def _take_over(self) -> None:
         """Read which records are finished in new partitions, and write our name into them."""
         consumer, epoch = self._running(), self.epoch
+        drop_abandoned(consumer)
         taking = sorted(self._to_take)
         committed = await self._coordinator.fetch_committed_offsets(taking)
         first = await consumer.beginning_offsets(taking)
@@ -427,7 +482,8 @@ class Membership:
             self._to_take = set()
             self._polling_since = time.monotonic()
             self._rewind()
-        self.notice_idle()
+            consumer.resume(*consumer.assignment() - self.owed)
+        self.pay()
 
     async def _commit(self, places: dict[TopicPartition, Partition]) -> None:
         """Send one commit, with the generation in which these partitions are ours.
@@ -453,8 +509,8 @@ class Membership:
         for partition in self.partitions.values():
             partition.lost = True
         self.partitions = {}
+        self._owe(frozenset())
         self.epoch += 1
-        self.notice_idle()
 
     def _running(self) -> AIOKafkaConsumer:
         if self._consumer is None:

@@ -15,7 +15,7 @@ from uuid_utils import uuid7
 
 from qtasks_core import Guarantees
 from qtasks_core.errors import Closed, ConfigurationError, Unavailable
-from qtasks_kafka.connection import Connection, close_consumer, topic_name
+from qtasks_kafka.connection import LONG_POLL_MS, Connection, close_consumer, topic_name
 from qtasks_kafka.settings import REQUEST
 from qtasks_log import Entry, Log, Replaced
 
@@ -176,7 +176,7 @@ class KafkaLog(Log):
         """Open the log at its last position, or a new log that has replaced it."""
         # If offsets are gone, the topic was created again or truncated. This method checks that.
         consumer = self._connection.consumer(
-            group_id=None, fetch_max_wait_ms=500, auto_offset_reset="none"
+            group_id=None, fetch_max_wait_ms=LONG_POLL_MS, auto_offset_reset="none"
         )
         asker = self._connection.consumer(group_id=None)
         try:

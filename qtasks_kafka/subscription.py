@@ -23,10 +23,15 @@ from qtasks_core.wire import decode_message
 from qtasks_kafka.watermark import Partition
 
 if TYPE_CHECKING:
+    from aiokafka.structs import ConsumerRecord
+
     from qtasks_kafka.group import Membership
-    from qtasks_kafka.writer import Record
+    from qtasks_kafka.writer import Record, Written
 
 logger = logging.getLogger("qtasks.kafka")
+
+_DELIVERED = "delivered"
+"""Header of a copy: how often its original was delivered."""
 
 
 class Publisher(Protocol):
@@ -40,6 +45,9 @@ class Publisher(Protocol):
 
     async def append(self, records: Sequence[Record]) -> list[Outcome]:
         """Append records. They are durable when the call returns."""
+
+    async def copy(self, records: Sequence[Record]) -> list[Written]:
+        """Append copies of records to the topics that they are in."""
 
 
 class Fence(NamedTuple):
@@ -74,6 +82,8 @@ class KafkaSubscription(Subscription):
         self._obeyed = Recent()
         """How deliveries were settled, even if the group does not know it yet."""
         self._receiving = False
+        self._moving: asyncio.Future[None] | None = None
+        """Done once no copy can come that is not noted yet. Until then, nothing is delivered."""
         self._resting: asyncio.TimerHandle | None = None
         self._passing: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -87,6 +97,8 @@ class KafkaSubscription(Subscription):
             while not self._closed.done():
                 if any(self._fetched.values()):
                     await self._member.recheck()
+                if self._moving is not None:
+                    await asyncio.wait({self._moving})
                 deliveries = self._take(wanted, limit)
                 if deliveries:
                     await self._announce(deliveries)
@@ -115,7 +127,7 @@ class KafkaSubscription(Subscription):
             await self.leave()
         elif not self._receiving and self._resting is None:
             loop = asyncio.get_running_loop()
-            self._resting = loop.call_later(self._member.patience, self._member.want, False)
+            self._resting = loop.call_later(self._member.rest, self._member.want, False)
 
     def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         """Deliver fetched records, unless a rebalance has come in between."""
@@ -130,7 +142,8 @@ class KafkaSubscription(Subscription):
                     self._look_again(queue)
                     continue
                 fetched.popleft()
-                count = partition.deliver(record.offset)
+                before = _delivered_before(record) if record.headers else 0
+                count = partition.deliver(record.offset, before)
                 if count is not None:
                     value = record.value or b""
                     fence = Fence(partition, record.offset, record.topic, record.partition, value)
@@ -200,7 +213,7 @@ class KafkaSubscription(Subscription):
         finished: set[int] = set()
         touched: set[Partition] = set()
         for place, settlement in call.first.items():
-            partition, offset, *_ = settlement.delivery.fence
+            partition, offset = _place(settlement.delivery)
             if place in refused:
                 call.answer(place, refused[place])
             elif not partition.lost:
@@ -209,13 +222,13 @@ class KafkaSubscription(Subscription):
                     self._obeyed.add(call.keys[place])
                 if partition.unconfirmed:
                     touched.add(partition)
-        self._member.notice_idle()
         if touched:
             await self._member.confirm(touched)
+        self._member.pay()
         if not self._member.in_flight:
             await self._idle()
         for place, settlement in call.first.items():
-            partition, offset, *_ = settlement.delivery.fence
+            partition, offset = _place(settlement.delivery)
             obeyed = place in finished or call.keys[place] in self._obeyed
             if obeyed and partition.settled(offset):
                 call.done(place)
@@ -226,7 +239,7 @@ class KafkaSubscription(Subscription):
 
         The group is asked first, because a receiver without the lease must not append anything.
         """
-        await self._member.confirm({s.delivery.fence.partition for s in settlements.values()})
+        await self._member.confirm({_place(s.delivery)[0] for s in settlements.values()})
         mine = {place: s for place, s in settlements.items() if _mine(s.delivery)}
         sent = await self._broker.append([self._replacement(s) for s in mine.values()])
         answers = zip(mine, sent, strict=True)
@@ -242,10 +255,46 @@ class KafkaSubscription(Subscription):
         return Record(fence.topic, fence.value, partition=fence.number)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        """Ask the group with a commit: heartbeats run by themselves, but they tell us nothing."""
-        if held := {d.fence.partition for d in deliveries if _mine(d)}:
+        """Ask the group with a commit: heartbeats run by themselves, but they tell us nothing.
+
+        Deliveries from a partition that another member should have are moved to one that we keep.
+        """
+        if held := {_place(d)[0] for d in deliveries if _mine(d)}:
             await self._member.confirm(held)
+            if self._moving is None and any(map(self._member.owes, held)):
+                self._moving = asyncio.get_running_loop().create_future()
+                try:
+                    await self._move([d for d in deliveries if _mine(d)])
+                finally:
+                    self._moving.set_result(None)
+                    self._moving = None
         return [delivery if _mine(delivery) else None for delivery in deliveries]
+
+    async def _move(self, deliveries: list[Delivery]) -> None:
+        """Copy records in flight out of the owed partitions, and finish the originals there."""
+        from qtasks_kafka.writer import Record
+
+        moving: list[tuple[Partition, int, Partition, Record]] = []
+        for delivery in deliveries:
+            fence: Fence = delivery.fence
+            partition, offset = _place(delivery)
+            kept = self._member.kept(fence.topic)
+            if kept is not None and self._member.owes(partition):
+                number, target = kept
+                count = str(partition.open.get(offset, 1)).encode()
+                headers = ((_DELIVERED, count),)
+                copy = Record(fence.topic, fence.value, headers=headers, partition=number)
+                moving.append((partition, offset, target, copy))
+        written = await self._broker.copy([copy for *_, copy in moving])
+        touched: set[Partition] = set()
+        for (partition, offset, target, _), copied in zip(moving, written, strict=True):
+            # A rebalance or a settlement may have come in between. Then both records stay.
+            if copied.offset >= target.position and partition.holds(offset) and not target.lost:
+                partition.move(offset, target, copied.offset)
+                touched.add(partition)
+        if touched:
+            await self._member.confirm(touched)
+        self._member.pay()
 
     async def drop(self, topic: str, ends: Mapping[int, int]) -> dict[int, int]:
         """Drop undelivered records before these offsets of a topic. See `Membership.drop`."""
@@ -325,7 +374,23 @@ class KafkaSubscription(Subscription):
         self._left(self)
 
 
+def _place(delivery: Delivery) -> tuple[Partition, int]:
+    """Return the partition and the offset of a delivered record, or of the copy of it."""
+    partition, offset, *_ = delivery.fence
+    while offset in partition.moved:
+        partition, offset = partition.moved[offset]
+    return partition, offset
+
+
 def _mine(delivery: Delivery) -> bool:
     """Return whether a delivery is still to be settled here."""
-    partition, offset, *_ = delivery.fence
-    return bool(partition.holds(offset))
+    partition, offset = _place(delivery)
+    return partition.holds(offset)
+
+
+def _delivered_before(record: ConsumerRecord) -> int:
+    """Return how often the original of a copied record was delivered; 0 without an original."""
+    for name, value in record.headers:
+        if name == _DELIVERED and value is not None and value.isdigit():
+            return int(value)
+    return 0

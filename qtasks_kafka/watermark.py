@@ -26,6 +26,13 @@ class Partition:
         """Unfinished offsets, ascending, and how often each was delivered."""
         self.returning = deque(self.open)
         """The unfinished offsets that wait to be fetched (again)."""
+        self.ahead: dict[int, int | None] = {}
+        """Copies at offsets that fetching has not reached. They are in flight already.
+
+        Each has the number of its deliveries, or None once it is finished.
+        """
+        self.moved: dict[int, tuple[Partition, int]] = {}
+        """The copies that have replaced records of this partition: their partitions and offsets."""
         self.expected = self.next_fetch
         """The next offset that fetching should bring."""
         self._looked_at: int | None = None
@@ -53,13 +60,17 @@ class Partition:
     @property
     def in_flight(self) -> int:
         """The number of records that are delivered and not settled."""
-        return 0 if self.lost else len(self.open) - len(self.returning)
+        if self.lost:
+            return 0
+        ahead = sum(count is not None for count in self.ahead.values()) if self.ahead else 0
+        return len(self.open) - len(self.returning) + ahead
 
     def begin(self, first: int) -> None:
         """Note the first offset of the log. Records before it cannot be fetched."""
         while self.returning and self.returning[0] < first:
             del self.open[self.returning.popleft()]
         self.position = max(self.position, first)
+        self._reach(first)
 
     def fetch_from(self, offset: int, *, again: bool = False) -> None:
         """Note that fetching continues at `offset`. With `again`, it checks a gap."""
@@ -74,11 +85,12 @@ class Partition:
         """
         return offset > self.expected and self._looked_at != self.expected
 
-    def deliver(self, offset: int) -> int | None:
+    def deliver(self, offset: int, before: int = 0) -> int | None:
         """Note that a fetched record is delivered. Return the known number of its deliveries.
 
-        None: it must not be delivered, because it is finished or in flight. Raises `ValueError` if
-        that would pass offsets that may hold a record.
+        `before` is how often its original was delivered, if the record is a copy. None: it must not
+        be delivered, because it is finished or in flight. Raises `ValueError` if that would pass
+        offsets that may hold a record.
         """
         if self.skips(offset):
             raise ValueError(f"offset {offset} comes, and {self.expected} has not")
@@ -93,8 +105,24 @@ class Partition:
         if offset < self.position:
             return None
         self.position = offset + 1
-        self.open[offset] = 1
-        return 1
+        if self.ahead and self._reach(offset + 1):
+            return None
+        self.open[offset] = 1 + before
+        return 1 + before
+
+    def move(self, offset: int, target: Partition, copy: int) -> None:
+        """Replace a record in flight by its copy, which fetching has not reached yet."""
+        target.ahead[copy] = self.open.pop(offset)
+        self.unconfirmed.add(offset)
+        self.moved[offset] = (target, copy)
+
+    def _reach(self, end: int) -> int:
+        """Count the copies before `end` as delivered here. Return their number."""
+        reached = sorted(offset for offset in self.ahead if offset < end)
+        for offset in reached:
+            if (count := self.ahead.pop(offset)) is not None:
+                self.open[offset] = count
+        return len(reached)
 
     def take_back(self, offset: int) -> None:
         """Note that the last record that `deliver` allowed was not delivered after all."""
@@ -112,22 +140,26 @@ class Partition:
         self.returning = deque(offset for offset in self.returning if offset >= end)
         undelivered = max(0, end - self.position)
         self.position += undelivered
-        return len(dropped) + undelivered
+        return len(dropped) + undelivered - self._reach(end)
 
     def holds(self, offset: int) -> bool:
         """Return whether a delivered record is still to be settled here."""
-        return not self.lost and offset in self.open
+        return not self.lost and (offset in self.open or self.ahead.get(offset) is not None)
 
     def finish(self, offset: int) -> bool:
         """Mark a record as finished; the next commit tells the group. False: it already was."""
         if self.open.pop(offset, None) is None:
-            return False
+            if self.ahead.get(offset) is None:
+                return False
+            # A successor delivers it again. Its final record or its next attempt is saved already.
+            self.ahead[offset] = None
         self.unconfirmed.add(offset)
         return True
 
     def settled(self, offset: int) -> bool:
         """Return whether a delivered record is finished and the group knows it."""
-        return offset not in self.open and offset not in self.unconfirmed
+        unfinished = offset in self.open or self.ahead.get(offset) is not None
+        return not unfinished and offset not in self.unconfirmed
 
     def metadata(self, owner: str) -> str:
         """Return the metadata for a commit: the owner, and what is finished above `watermark`."""

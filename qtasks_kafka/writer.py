@@ -44,8 +44,11 @@ class Written(NamedTuple):
 
     refused: QTasksError | None
     """Why the server refuses it: `PayloadTooLarge` or `ConfigurationError`. None: it is durable."""
-    timestamp: int
+    timestamp: int = -1
     """Milliseconds of the server's clock, on a topic with LogAppendTime; else -1."""
+    partition: int = -1
+    offset: int = -1
+    """The record's place in its topic; -1 if it was refused."""
 
 
 class Cluster(Protocol):
@@ -146,24 +149,26 @@ class Writer:
     ) -> None:
         """Send records without an outcome, and note outcomes. Some may need another call."""
         batches = await self._batches(producer, records, written)
-        futures: list[tuple[Future[Any], list[int]]] = []
+        futures: list[tuple[Future[Any], int, list[int]]] = []
         for (topic, partition), batch in batches:
             future = await producer.send_batch(batch.builder, topic, partition=partition)
             future.add_done_callback(_seen)
-            futures.append((future, batch.members))
+            futures.append((future, partition, batch.members))
         if futures:
-            await asyncio.wait([future for future, _ in futures])
-        for future, members in futures:
+            await asyncio.wait([future for future, *_ in futures])
+        for future, partition, members in futures:
             error = future.exception()
             if error is None:
-                outcome: Written | None = Written(None, future.result().timestamp)
+                first, stamp = future.result().offset, future.result().timestamp
+                for offset, at in enumerate(members, first):
+                    written[at] = Written(None, stamp, partition, offset)
             else:
                 # The server counts batches, and it has not counted this one. This producer's next
                 # batches to that partition would be out of order.
                 self._drop(producer)
                 outcome = self._refusal(error, [records[at] for at in members])
-            for at in members:
-                written[at] = outcome
+                for at in members:
+                    written[at] = outcome
 
     def _refusal(self, error: BaseException, records: Sequence[Record]) -> Written | None:
         """Return why records are refused, or None if they must be sent again."""
@@ -173,12 +178,12 @@ class Writer:
         if name in _TOO_LARGE:
             self._connection.forget_topics()
             if len(records) == 1:
-                return Written(_too_large(records[0], None), -1)
+                return Written(_too_large(records[0], None))
             # The limit is unknown or was lowered. Each record may fit alone.
             self._single.update(record.topic for record in records)
             return None
         if isinstance(translated := self._connection.translated(error), ConfigurationError):
-            return Written(translated, -1)
+            return Written(translated)
         raise error
 
     async def _batches(
@@ -197,7 +202,7 @@ class Writer:
                 continue
             largest, size = self._connection.largest(record.topic), record.size
             if largest is not None and size > largest:
-                written[at] = Written(_too_large(record, largest), -1)
+                written[at] = Written(_too_large(record, largest))
                 too_large.add(record.topic)
                 continue
             if record.topic not in sizes:

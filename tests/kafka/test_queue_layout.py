@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 
 from qtasks_core import DONE, Ack, Delivery, Subscription, TaskMessage
@@ -110,3 +111,25 @@ async def test_a_queue_made_anew_is_served_without_a_restart(
         await publish(publisher, ["more"])
         (delivery,) = await receive(subscription, {"more"})
         await settle(subscription, [delivery])
+
+
+async def test_a_deleted_topic_is_told_and_work_goes_on(
+    kafka_server: Service,
+    admin: AIOKafkaAdminClient,
+    namespace: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    topic = topic_name(namespace, "queue", "q")
+    url = kafka_server.url
+    async with started(url, namespace) as publisher, started(url, namespace) as worker:
+        subscription = await worker.subscribe({"q": 1000})
+        await publish(publisher, [f"old{n}" for n in range(20)])
+        *done, held = await receive(subscription, {f"old{n}" for n in range(20)})
+        await settle(subscription, done)
+        await admin.delete_topics([topic])
+        await publish(publisher, [f"new{n}" for n in range(12)])
+        received = await receive(subscription, {f"new{n}" for n in range(12)})
+        await settle(subscription, [held])
+        await settle(subscription, received)
+    told = [r.getMessage() for r in caplog.records if r.name == "qtasks.kafka"]
+    assert any(topic in line and "read from its beginning" in line for line in told), told

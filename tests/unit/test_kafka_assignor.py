@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtasks_kafka.assignor import Holdings, deal
+from qtasks_kafka.assignor import Holdings, deal, keep_busy
 
 NUMBERS = list(range(8))
 
@@ -27,6 +27,29 @@ def test_the_busy_ones_stay_when_another_comes() -> None:
     holdings = {"old": Holdings(held([1, 3, 5, 7]), held([0, 2, 4, 6])), "new": Holdings()}
     owners = deal("t", NUMBERS, ["new", "old"], holdings, {"old": 0, "new": 0})
     assert [n for n, name in owners.items() if name == "old"] == [1, 3, 5, 7]
+
+
+@given(st.data(), st.integers(1, 6))
+def test_a_busy_partition_never_moves(data: st.DataObject, members: int) -> None:
+    """And each member that has busy ones keeps one of them for good, to move tasks to."""
+    names = [f"m{n}" for n in range(members)]
+    who = st.sampled_from([*names, None])
+    has = {number: data.draw(who) for number in NUMBERS}
+    busy = {number for number in NUMBERS if has[number] and data.draw(st.booleans())}
+    holdings = {
+        name: Holdings(
+            held([n for n in NUMBERS if has[n] == name and n in busy]),
+            held([n for n in NUMBERS if has[n] == name and n not in busy]),
+            data.draw(st.booleans()),
+        )
+        for name in names
+    }
+    fair = deal("t", NUMBERS, names, holdings, dict.fromkeys(names, 0))
+    owners = keep_busy("t", fair, names, holdings)
+    assert all(owners[number] == has[number] for number in busy)
+    assert owners.keys() == fair.keys()
+    for name in {has[number] for number in busy}:
+        assert any(owners[n] == fair[n] == name for n in busy)
 
 
 def test_who_wants_nothing_keeps_what_is_in_flight() -> None:

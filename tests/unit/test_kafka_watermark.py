@@ -102,6 +102,51 @@ def test_a_gap_is_not_passed_before_it_was_looked_at_twice() -> None:
     assert partition.skips(8)
 
 
+@given(st.data())
+def test_a_record_that_was_moved_is_settled_once(data: st.DataObject) -> None:
+    """Whatever comes first: its end, fetching that reaches the copy, or a purge."""
+    old, new = Partition(0), Partition(0)
+    for offset in range(3):
+        old.deliver(offset)
+    copies = {0: 5, 1: 6, 2: 8}
+    for offset, copy in copies.items():
+        old.move(offset, new, copy)
+        assert old.moved[offset] == (new, copy)
+    assert (old.in_flight, new.in_flight, old.watermark) == (0, 3, 3)
+    delivered: list[int] = []
+    steps = [("fetch", n) for n in range(12)] + [("end", copy) for copy in copies.values()]
+    for what, offset in data.draw(st.permutations(steps)):
+        if what == "end":
+            assert new.holds(offset)
+            assert new.finish(offset)
+            assert not new.finish(offset)
+            assert not new.holds(offset)
+        elif data.draw(st.booleans()):
+            new.drop(offset)
+            new.fetch_from(new.next_fetch)
+        else:
+            while (at := new.expected) <= offset:
+                if new.deliver(at) is not None:
+                    delivered.append(at)
+    assert not set(delivered) & set(copies.values())
+    for offset in delivered:
+        new.finish(offset)
+    new.drop(12)
+    assert (new.in_flight, new.watermark) == (0, 12)
+    assert restored(new.watermark, new.metadata("me")).position == 12
+
+
+def test_the_copy_of_a_record_keeps_its_count() -> None:
+    old, new = Partition(7, {3: 2}), Partition(0)
+    old.fetch_from(3)
+    assert old.deliver(3) == 3
+    old.move(3, new, 0)
+    assert new.deliver(0) is None
+    assert new.open == {0: 3}
+    heir = restored(0, "")  # its owner died before it committed
+    assert heir.deliver(0, 3) == 4
+
+
 @given(st.integers(0, 60), st.sets(st.integers(0, 39)), st.sets(st.integers(0, 39)))
 def test_dropping_keeps_what_is_in_flight(end: int, done: set[int], again: set[int]) -> None:
     """Offsets 0 to 39 were delivered, some are done, and some of the rest wait to be fetched."""
