@@ -20,7 +20,7 @@ from typing import Any
 from qtasks.testing.errors import NotReady, Unobtainable
 
 GUARD = Path(__file__).with_name("guard.py")
-PREPARE_WITHIN = 60.0
+PREPARE_WITHIN = 180.0
 """Seconds that a preparing command may take."""
 OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
 """The range of ports that outgoing connections get."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("qtasks.testing")
 
-START_WITHIN = 60.0
+START_WITHIN = 180.0
 """Seconds in which a started server has to answer."""
 _PROBE = 1.0
 """Seconds that a client tries to connect before the server itself is looked at."""

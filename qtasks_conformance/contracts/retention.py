@@ -73,12 +73,14 @@ class RetentionContract(Contract):
         storage, other = await rig.storage(), await rig.storage()
         if storage.guarantees.retention is None:
             pytest.skip("the guarantees declare no retention: records stay until they are deleted")
+        kept = finished_record(rig, "success", 0.0, retention=3600.0)
         record = finished_record(rig, "success", 0.0, retention=1.0)
-        assert_done(await storage.save([record]))
-        again = replace(rig.record("new"), uuid=record.uuid, execution="another publishing")
-        (outcome,) = await other.save([again])
+        assert_done(await storage.save([kept, record]))
+        first = replace(rig.record("new"), execution="another publishing")
+        (outcome,) = await other.save([replace(first, uuid=kept.uuid)])
         assert outcome.status == "refused"
-        assert outcome.current == record
+        assert outcome.current == kept
+        again = replace(first, uuid=record.uuid)
         await until_gone(other, record.uuid)
         assert_done(await other.save([again]))
         assert await storage.get([record.uuid]) == [again]
