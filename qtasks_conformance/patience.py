@@ -32,7 +32,7 @@ class Patience(float):
 
 PATIENCE = Patience(os.environ.get("QTASKS_CONFORMANCE_PATIENCE", "30"))
 """Seconds for what must happen at some time."""
-SOON = Patience(min(10.0, PATIENCE))
+SOON = Patience(max(min(10.0, PATIENCE), PATIENCE / 3))
 """Seconds for what must happen long before a long lease ends, even with a rebalance."""
 
 SHARE = 1 / 3

@@ -13,14 +13,14 @@ from uuid_utils import uuid7
 from qtasks_conformance.commands import Setup
 from qtasks_conformance.elsewhere import Elsewhere, InProcess, Process
 from qtasks_conformance.subject import Subject
-from qtasks_conformance.waiting import retry_call
+from qtasks_conformance.waiting import PATIENCE, retry_call
 from qtasks_core import Broker, Inbox, Status, Storage, Task, TaskMessage
 from qtasks_core.schemas import LONGEST_ID
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Broker | Storage)
 
-LONG_LEASE = 30.0
+LONG_LEASE = max(30.0, float(PATIENCE))
 """Seconds: longer than any test that must not lose a lease."""
 SCRIPTS = ("ü", "中", "🦀", "marks")
 """Characters of two, three and four bytes in UTF-8, and those that are special to some server."""
