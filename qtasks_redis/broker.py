@@ -32,7 +32,7 @@ from qtasks_redis.connection import (
     fitting,
 )
 from qtasks_redis.control import COMMANDS
-from qtasks_redis.keys import Keys, milliseconds
+from qtasks_redis.keys import Keys, milliseconds, packed
 from qtasks_redis.listening import Listeners
 from qtasks_redis.options import LEASE_TIME, checked, place_of
 from qtasks_redis.scripts import PUBLISH
@@ -68,6 +68,8 @@ class RedisBroker(Broker):
         self._server = UNKNOWN
         self._subscriptions: WeakSet[RedisSubscription] = WeakSet()
         self._listeners = Listeners()
+        self._joined = False
+        """Whether the records are on the same server."""
 
     @property
     def guarantees(self) -> Guarantees:
@@ -120,16 +122,17 @@ class RedisBroker(Broker):
         outcomes, taken = fitting(encoded, connection.server.largest)
         for part in split([len(encoded[at]) for at in taken], MOST_ITEMS, MOST_BYTES):
             keys = Keys(connection)
-            args: list[str | bytes] = []
+            sent: list[int] = []
             for at in taken[part]:
                 message = messages[at]
                 position = keys.queue(message.queue, message.priority)
-                args += (position, milliseconds(message.delay), encoded[at])
+                sent += (position, milliseconds(message.delay))
+            args = [packed(sent), *(encoded[at] for at in taken[part])]
             await connection.run(PUBLISH, keys.keys, args)
         return outcomes
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        subscription = RedisSubscription(self.started, self._lease)
+        subscription = RedisSubscription(self.started, self._lease, lambda: self._joined)
         self.started()
         self._subscriptions.add(subscription)
         return subscription
@@ -156,6 +159,7 @@ class RedisBroker(Broker):
 
     def join(self, storage: Storage) -> Composition | None:
         if isinstance(storage, RedisStorage) and place_of(storage.url) == place_of(self._url):
+            self._joined = True
             return RedisComposition(self, storage, self.started)
         return None
 

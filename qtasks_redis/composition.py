@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qtasks_core import DONE, LOST, Broker, Completion, Outcome, Retry, Subscription, TaskMessage
+from qtasks_core import (
+    DONE,
+    LOST,
+    Broker,
+    Completion,
+    Outcome,
+    Retry,
+    Subscription,
+    Task,
+    TaskMessage,
+)
 from qtasks_core.receivers import effect_of
-from qtasks_core.records import record_of, refused_by, taken
+from qtasks_core.records import record_of, refused_by, taken, verdicts_of
 from qtasks_core.separate import SeparateComposition
 from qtasks_core.transactions import refuse_transaction
 from qtasks_core.wire import encode_message, encode_task
@@ -16,10 +27,17 @@ from qtasks_redis.joint_scripts import COMPLETE, SUBMIT
 from qtasks_redis.keys import RecordKeys, milliseconds
 from qtasks_redis.records import decode
 from qtasks_redis.storage import RedisStorage, parts
-from qtasks_redis.subscription import RedisSubscription, settling
+from qtasks_redis.subscription import Fence, RedisSubscription, settling
 
 if TYPE_CHECKING:
-    from qtasks_core import Settlement, Task
+    from qtasks_core import Delivery, Settlement, Verdict
+
+
+_NO_SETTLEMENT = 0, "", "", 0, 0
+_NO_RECORD = "", 0, "", 0, "", ""
+"""What is sent of a completion that has only one of the two."""
+_SEEN_WITHIN = 1.0
+"""Seconds for which `admit` relies on what the script that took a delivery has seen."""
 
 
 class RedisComposition(SeparateComposition):
@@ -59,22 +77,36 @@ class RedisComposition(SeparateComposition):
             return await super().submit(messages)
         outcomes = [DONE] * len(messages)
         for part in parts([m.uuid for m in messages], [sum(map(len, two)) for two in encoded]):
-            uuids = [messages[at].uuid for at in part]
-            keys = RecordKeys(connection, uuids, self._storage.retention)
+            keys = RecordKeys(connection, self._storage.retention)
             for at in part:
                 message, (data, record) = messages[at], encoded[at]
                 keys.save(records[at], record)
-                keys.args += (
+                keys.sent += (
                     keys.queue(message.queue, message.priority),
                     milliseconds(message.delay),
-                    data,
                     "once" if message.submission else "",
                 )
+                keys.values.append(data)
             answers = await connection.run(SUBMIT, keys.keys, keys.args)
             for at, answer in zip(part, answers, strict=True):
                 if answer != 1:
                     outcomes[at] = taken(decode(messages[at].uuid, answer))
         return outcomes
+
+    async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
+        """Read only the records that the script that took the deliveries has not seen to be first.
+
+        Such a record says no more than its message does.
+        """
+        if self._joint() is None:
+            return await super().admit(deliveries)
+        since = asyncio.get_running_loop().time() - _SEEN_WITHIN
+        messages = [
+            d.message
+            for d in deliveries
+            if isinstance(d.message, TaskMessage) and not _is_first(d, since)
+        ]
+        return verdicts_of(deliveries, await self._records(messages) if messages else {})
 
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]
@@ -95,9 +127,7 @@ class RedisComposition(SeparateComposition):
         uuids = [str(at) if c.task is None else c.task.uuid for at, c in enumerate(completions)]
         for part in parts(uuids, [sum(map(len, two)) for two in encoded]):
             tasks = [_recorded(completions[at]) for at in part]
-            keys = RecordKeys(
-                connection, [task.uuid for task in tasks if task], self._storage.retention
-            )
+            keys = RecordKeys(connection, self._storage.retention)
             asked: list[Settlement] = []
             for at, task in zip(part, tasks, strict=True):
                 asked += _add(keys, completions[at].settlement, task, *encoded[at])
@@ -130,6 +160,17 @@ class RedisComposition(SeparateComposition):
         return DONE if saved == 1 else refused_by(decode(task.uuid, saved))
 
 
+def _is_first(delivery: Delivery, since: float) -> bool:
+    """Whether the task has begun no run, as far as its records were looked at since then.
+
+    A message with a key is never seen so: its record says which submission has the key.
+    """
+    fence, message = delivery.fence, delivery.message
+    if not isinstance(fence, Fence) or fence.settled is not None or fence.first_at < since:
+        return False
+    return isinstance(message, TaskMessage) and not message.submission
+
+
 def _recorded(completion: Completion) -> Task | None:
     """Return the record to save. A retry of a delivery that is known to be lost has none."""
     settlement = completion.settlement
@@ -148,12 +189,19 @@ def _add(
     record: bytes,
 ) -> list[Settlement]:
     """Add the arguments of one completion. Return its settlement if the server must decide it."""
-    asked = settlement is not None and settlement.delivery.fence.settled is None
-    args = settling(keys, settlement, message) if settlement is not None and asked else ()
-    keys.args += (str(len(args)), "0" if task is None else "1", *args)
-    if task is not None:
+    if settlement is None or settlement.delivery.fence.settled is not None:
+        keys.sent += _NO_SETTLEMENT
+        asked = []
+    else:
+        keys.sent += settling(keys, settlement)
+        asked = [settlement]
+        if message:
+            keys.values.append(message)
+    if task is None:
+        keys.sent += _NO_RECORD
+    else:
         keys.save(task, record)
-    return [settlement] if settlement is not None and asked else []
+    return asked
 
 
 def _too_large(connection: Connection, encoded: Sequence[tuple[bytes, bytes]]) -> bool:

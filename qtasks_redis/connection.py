@@ -118,7 +118,9 @@ class Connection:
         seconds, microseconds = await self.call("TIME")
         return int(seconds) + int(microseconds) / 1e6
 
-    async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes]) -> Any:
+    async def run(
+        self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int]
+    ) -> Any:
         """Run a script. Send its source if the server does not have it."""
         from redis.exceptions import NoScriptError
 

@@ -14,7 +14,8 @@ from qtasks_core.errors import Closed, Unavailable, WireError
 from qtasks_core.receivers import Awaited
 from qtasks_core.wire import decode_task
 from qtasks_redis.connection import Connection, ended
-from qtasks_redis.keys import INBOX, WATCH
+from qtasks_redis.keys import INBOX, WATCH, WATCHED, milliseconds
+from qtasks_redis.record_scripts import WATCH as WATCH_SCRIPT
 
 if TYPE_CHECKING:
     from redis.asyncio.connection import AbstractConnection
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _PING_AFTER: Final = 2.0
 """Seconds of silence after which the inbox sends a PING, while it waits for results."""
 _PONG_WITHIN: Final = 2.5
+_WATCHED_FOR: Final = 30.0
+"""Seconds for which savers push the records of watched tasks after the last inbox has asked."""
+_ASK_AGAIN_AFTER: Final = 10.0
 _MOST_TO_UNWATCH: Final = 64
 _NAMED: Final = b"="
 """The start of a push that names a record by its key instead of containing it."""
@@ -52,6 +56,8 @@ class RedisInbox(Inbox):
         self._reader: asyncio.Task[None] | None = None
         self._silence: asyncio.Timeout | None = None
         """The reader's timer. It is set only while a record is awaited."""
+        self._asked = -math.inf
+        """When this inbox last asked for pushes, by the loop's clock."""
 
     async def open(self) -> None:
         """Connect, subscribe, and read the awaited records. Raises `Unavailable`."""
@@ -70,6 +76,8 @@ class RedisInbox(Inbox):
                     *(connection.key(WATCH, uuid) for uuid in self._awaited.watched),
                 ]
             )
+            if self._awaited.watched:
+                await self._ask_for_pushes()
             self._take(await self._get(list(self._awaited.uuids)))
         except BaseException:
             await self._hang_up()
@@ -113,12 +121,25 @@ class RedisInbox(Inbox):
         line = self._line
         try:
             await self._subscribe([self._connection.key(WATCH, uuid) for uuid in new])
+            if asyncio.get_running_loop().time() > self._asked + _ASK_AGAIN_AFTER:
+                await self._ask_for_pushes()
             self._take(await self._get(list(uuids)))
         except BaseException:
             # Unread records are read after the next reconnect, so force one.
             if line is not None:
                 await line.disconnect(nowait=True)
             raise
+
+    async def _ask_for_pushes(self) -> bool:
+        """Have savers push the records of watched tasks. Return whether they may not have done so.
+
+        Most programs watch no task, so a saver pushes only while an inbox has asked for it.
+        """
+        now = asyncio.get_running_loop().time()
+        key = self._connection.key(WATCHED, "")
+        there = await self._connection.run(WATCH_SCRIPT, [key], [milliseconds(_WATCHED_FOR)])
+        before, self._asked = self._asked, now
+        return not there or now - before >= _WATCHED_FOR
 
     def forget(self, uuids: Iterable[str]) -> None:
         self._awaited.forget(uuids)
@@ -161,10 +182,14 @@ class RedisInbox(Inbox):
 
     async def _follow(self, line: AbstractConnection) -> None:
         asked = False
+        loop = asyncio.get_running_loop()
         while True:
             patience = None
             if self._awaited.uuids:
                 patience = _PONG_WITHIN if asked else _PING_AFTER
+            is_due = self._awaited.watched and loop.time() > self._asked + _ASK_AGAIN_AFTER
+            if is_due and await self._ask_for_pushes():
+                self._take(await self._get(list(self._awaited.watched)))
             try:
                 async with asyncio.timeout(patience) as self._silence:
                     reply = await line.read_response(timeout=math.inf, disconnect_on_error=False)

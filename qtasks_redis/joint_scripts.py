@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from qtasks_redis.record_scripts import RECORDS
+from qtasks_redis.record_scripts import SAVING
 from qtasks_redis.scripts import QUEUES, Script
 
 SUBMIT = Script(
     QUEUES
-    + RECORDS
+    + SAVING
     + """
--- KEYS: the set of pairs, the records, their groups and the queues. ARGV: where the uuid begins in
--- a record's key, the start of the watchers' channels, and for each message: the arguments of its
--- record (`save`), position of its queue in KEYS, delay, message, and `once` if a message that has
--- a record must not be published. Returns for each 1, or the record that has the uuid already.
+-- KEYS: the set of pairs, the groups of the records, the queues. ARGV: what is sent, and two for
+-- each message: its record, the message. Sent for each message: what `save` needs, the position of
+-- its queue in KEYS, its delay, and `once` if a message that has a record must not be published.
+-- Returns for each 1, or the record that has the uuid already.
 local answers = {}
-for i = 1, (#ARGV - 2) / (SAVED + 4) do
-  local key, a = KEYS[i + 1], (i - 1) * (SAVED + 4) + 3
-  local m = a + SAVED
-  local there = ARGV[m + 3] == 'once' and redis.call('GET', key)
+for i = 1, (#ARGV - 1) / 2 do
+  local a = (i - 1) * (SAVED + 3) + ITEMS
+  local uuid, m = sent[a], a + SAVED
+  local key = RECORD .. uuid
+  local there = sent[m + 2] == 'once' and redis.call('GET', key)
   if not there then
-    enqueue(tonumber(ARGV[m]), tonumber(ARGV[m + 1]), ARGV[m + 2])
+    enqueue(sent[m], sent[m + 1], ARGV[i * 2 + 1])
     -- A first record replaces no other.
-    if redis.call('SET', key, ARGV[a + 3], 'NX') then
-      index(KEYS[tonumber(ARGV[a])], ARGV[a + 1], string.sub(key, UUID))
+    if redis.call('SET', key, ARGV[i * 2], 'NX') then
+      index(KEYS[sent[a + 1]], sent[a + 2], uuid)
     end
   end
   answers[i] = there or 1
@@ -34,31 +35,31 @@ return answers
 
 COMPLETE = Script(
     QUEUES
-    + RECORDS
+    + SAVING
     + """
--- KEYS: the set of pairs, the records, their groups and the queues. ARGV: where the uuid begins in
--- a record's key, the start of the watchers' channels, and for each completion: the number of
--- arguments of its settlement, 1 if it has a record, then the arguments of both (`settle`, `save`).
--- A retry is recorded only if it took effect. Returns two for each: the answer of `save` and the
--- answer of `settle`, 0 if it was not called.
-local answers, lifted_record = {}, false
-local a, next_record = 3, 2
-while a <= #ARGV do
-  local length, has_record, s = tonumber(ARGV[a]), ARGV[a + 1] == '1', a + 2
-  local record, what = s + length, length > 0 and ARGV[s + 2]
-  local saved, settled = 0, 0
-  local key
-  if has_record then
-    key = KEYS[next_record]
-    next_record = next_record + 1
-    lifted_record = lifted_record or lift_record(key, record)
+-- KEYS: the set of pairs, the groups of the records, the queues. ARGV: what is sent, and for each
+-- completion the message if it is a retry, and the record if there is one. Sent for each: the first
+-- five arguments of `settle` (position 0: no settlement), and what `save` needs (uuid '': no
+-- record). A retry is recorded only if it took effect. Returns two for each: the answer of `save`
+-- and the answer of `settle`, 0 if it was not called.
+local answers, lifted_record, next_value = {}, false, 2
+for s = ITEMS, #sent, 5 + SAVED do
+  local at, what, record = sent[s], sent[s + 2], s + 5
+  local saved, settled, message, value = 0, 0, nil, nil
+  if what == 'retry' then
+    message = ARGV[next_value]
+    next_value = next_value + 1
   end
-  if what == 'retry' then settled = settle(s) end
-  if has_record and (what ~= 'retry' or settled == 1) then saved = save(key, record) end
-  if what and what ~= 'retry' then settled = settle(s) end
+  if sent[record] ~= '' then
+    value = ARGV[next_value]
+    next_value = next_value + 1
+    lifted_record = lifted_record or lift_record(RECORD .. sent[record], value)
+  end
+  if message then settled = settle(at, sent[s + 1], what, sent[s + 3], sent[s + 4], message) end
+  if value and (not message or settled == 1) then saved = save(record, value) end
+  if at > 0 and not message then settled = settle(at, sent[s + 1], what) end
   answers[#answers + 1] = saved
   answers[#answers + 1] = settled
-  a = record + (has_record and SAVED or 0)
 end
 delete_settled()
 finish()

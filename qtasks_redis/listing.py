@@ -161,7 +161,7 @@ async def delete(connection: Connection, uuids: Sequence[str]) -> int:
         for uuid in part:
             keys.one(RECORD, uuid)
             keys.one(STREAM, uuid)
-        args: list[str | bytes] = [str(len(connection.key(RECORD, "")) + 1), ""]
+        args: list[str | bytes | int] = [len(connection.key(RECORD, "")) + 1]
         for value in values:
             args += _seen(keys, value)
         answers = await connection.run(DELETE, keys.keys, args)
@@ -171,7 +171,7 @@ async def delete(connection: Connection, uuids: Sequence[str]) -> int:
     return count
 
 
-def _seen(keys: Keys, value: bytes | None) -> tuple[str | bytes, ...]:
+def _seen(keys: Keys, value: bytes | None) -> tuple[str | bytes | int, ...]:
     """Return the arguments of the script for a record with this value."""
     if value is None:
         return b"", "0", ""
@@ -186,7 +186,7 @@ def _seen(keys: Keys, value: bytes | None) -> tuple[str | bytes, ...]:
 async def expire(connection: Connection) -> int:
     """Delete the expired records. Return their number."""
     record = connection.key(RECORD, "")
-    starts = str(len(record) + 1), record, connection.key(STREAM, "")
+    starts = record, connection.key(STREAM, "")
     count = 0
     pairs = await pairs_in(connection)
     for start in range(0, len(pairs), _MERGED):

@@ -7,6 +7,10 @@ these with it:
     index:PAIR:CLASS:expires  a sorted set: uuids of final records -> the time at which they expire
     pairs                     a set of all `index:PAIR`
 
+and one key tells that a push to watchers is worth its time:
+
+    watched                   exists while any inbox watches tasks of other clients
+
 PAIR is a queue and the name of a task. CLASS is a status, or `dead` for a dead letter. So each
 record is in one group, and every filter selects whole groups. When a record expires by its TTL,
 its rows stay until a reader finds them or `expire` removes them.
@@ -15,7 +19,7 @@ its rows stay until a reader finds them or `expire` removes them.
 from __future__ import annotations
 
 from qtasks_core.records import FIRST_BEGUN, FIRST_FINAL, RANKS
-from qtasks_redis.scripts import Script
+from qtasks_redis.scripts import FIRST, Script
 
 CLOCK = """
 local function clock()
@@ -27,11 +31,33 @@ RECORDS = (
     f"{CLOCK}local RANKS, FIRST_BEGUN, FIRST_FINAL = {RANKS}, {FIRST_BEGUN}, {FIRST_FINAL}"
     """
 local PAIRS = KEYS[1]
-local UUID = tonumber(ARGV[1])  -- where the uuid begins in a record's key
-local FINAL = ARGV[2]  -- the start of the channel of a record's watchers
-local SAVED = 6  -- arguments of one record
 local CLASSES = {'new', 'scheduled', 'process', 'retry', 'success', 'error', 'cancel'}
+
+local function rank(order)
+  return tonumber(order) % RANKS
+end
+
+-- Remove rows of this class from all pairs: these records had another queue or another name.
+local function remove_elsewhere(class, uuids)
+  for _, pair in ipairs(redis.call('SMEMBERS', PAIRS)) do
+    redis.call('ZREM', pair .. ':' .. class, unpack(uuids))
+  end
+end
+"""
+)
+SAVING = (
+    RECORDS
+    + FIRST
+    + """
+-- What the caller sent, packed into one argument: many arguments take the server and the driver
+-- much longer. It begins with the start of a record's key, those of the channels of watchers and of
+-- inboxes, and the key that exists while there are watchers. Records are arguments of their own.
+local sent = cmsgpack.unpack(ARGV[1])
+local RECORD, FINAL, INBOX, WATCHED = sent[1], sent[2], sent[3], sent[4]
+local ITEMS = 5  -- where the rest begins
+local SAVED = 6  -- what is sent of one record
 local SMALL = 65536
+local OVER = 'over'  -- instead of the tenths of a second, if the time has passed already
 local boxes, added, removed, ending = {}, {}, {}, {}
 
 local function list(lists, key)
@@ -49,7 +75,6 @@ local function send(channel, box)
 end
 
 local function push(channel, item)
-  if channel == '' then return end
   local box = boxes[channel]
   if not box then
     box = {size = 0}
@@ -64,22 +89,21 @@ local function push(channel, item)
   box.size = box.size + #item
 end
 
-local function push_final(key, uuid, record, inbox)
+local watched
+local function push_final(key, uuid, value, inbox)
+  if watched == nil then watched = redis.call('EXISTS', WATCHED) == 1 end
+  if inbox == '' and not watched then return end
   -- A large record is only named, so that the server need not hold it for each listener.
-  local body = #record > SMALL and '=' .. key or record
+  local body = '=' .. key
+  if #value <= SMALL then body = string.sub(value, 14 + string.sub(value, 11, 13)) end
   local item = struct.pack('>I4', #body) .. body
-  push(inbox, item)
-  redis.pcall('PUBLISH', FINAL .. uuid, item)
-end
-
-local function rank(order)
-  return tonumber(order) % RANKS
+  if inbox ~= '' then push(INBOX .. inbox, item) end
+  if watched then redis.pcall('PUBLISH', FINAL .. uuid, item) end
 end
 
 -- On a full server a small record of a task that has begun is taken all the same, or no task could
 -- end: after a first write, which changes nothing here, a script may use memory.
-local function lift_record(key, a)
-  local value = ARGV[a + 3]
+local function lift_record(key, value)
   if #value > SMALL or rank(string.sub(value, 1, 10)) < FIRST_BEGUN then return false end
   if redis.call('PTTL', key) >= 0 then return false end
   redis.call('PERSIST', key)
@@ -92,46 +116,44 @@ local function index(group, created, uuid)
   rows[#rows + 1] = uuid
 end
 
--- Remove rows of this class from all pairs: these records had another queue or another name.
-local function remove_elsewhere(class, uuids)
-  for _, pair in ipairs(redis.call('SMEMBERS', PAIRS)) do
-    redis.call('ZREM', pair .. ':' .. class, unpack(uuids))
+-- Save a record. What is sent of it begins at sent[a]: uuid, the position of its group in KEYS,
+-- `created_at`, the rank of its status, and for a final record the milliseconds to keep it ('' for
+-- ever) and the address of its inbox ('' for none). `value` is its head and the record. The head is
+-- ten digits of order, three of length, and the execution. Returns 1 (done), or what is there
+-- instead. No uuid may come twice in one call of a script.
+local function save(a, value)
+  local uuid, begun = sent[a], sent[a + 3] >= FIRST_BEGUN
+  local key = RECORD .. uuid
+  local there = redis.call('GETRANGE', key, '0', '9')
+  local stored = FIRST[there]
+  if there ~= '' and not (stored and begun) then
+    local length = 13 + tonumber(string.sub(value, 11, 13))
+    local head = string.sub(value, 1, length)
+    if redis.call('GETRANGE', key, 0, length - 1) == head then return 1 end
+    local order, stored_order = tonumber(string.sub(head, 1, 10)), tonumber(there)
+    stored = stored_order % RANKS
+    if stored >= FIRST_FINAL or order < stored_order or not begun then
+      return redis.call('GET', key)
+    end
   end
-end
-
--- Save a record. Its arguments begin at ARGV[a]: the position of its group in KEYS, `created_at`,
--- length of its head, head and record, and for a final record the milliseconds to keep it ('' for
--- ever) and the channel of its inbox. The head is ten digits of order, three of length, and the
--- execution. Returns 1 (done), or what is there instead. No uuid may come twice in one call of a
--- script.
-local function save(key, a)
-  local length, value = tonumber(ARGV[a + 2]), ARGV[a + 3]
-  local head, there = string.sub(value, 1, length), redis.call('GETRANGE', key, 0, length - 1)
-  if there == head then return 1 end
-  local order, stored = tonumber(string.sub(head, 1, 10)), tonumber(string.sub(there, 1, 10))
-  if stored and (
-    stored % RANKS >= FIRST_FINAL or order < stored or order % RANKS < FIRST_BEGUN
-  ) then
-    return redis.call('GET', key)
-  end
-  local group, keep, uuid = KEYS[tonumber(ARGV[a])], ARGV[a + 4], string.sub(key, UUID)
+  local group, keep = KEYS[sent[a + 1]], sent[a + 4]
   if keep == '' then
     redis.call('SET', key, value)
   else
-    redis.call('SET', key, value, 'PX', math.max(tonumber(keep), 1))
+    redis.call('SET', key, value, 'PX', keep)
     -- Records that expire within one tenth of a second have one row.
-    local uuids = list(list(ending, group), math.ceil(tonumber(keep) / 100))
+    local uuids = list(list(ending, group), keep == '1' and OVER or string.sub(keep, 1, -3))
     uuids[#uuids + 1] = uuid
   end
-  if stored and stored % RANKS ~= order % RANKS then
-    local rows = list(list(removed, group), stored % RANKS)
+  if stored and stored ~= sent[a + 3] then
+    local rows = list(list(removed, group), stored)
     rows[#rows + 1] = uuid
   elseif stored and not redis.call('ZSCORE', group, uuid) then
-    remove_elsewhere(CLASSES[stored % RANKS + 1], {uuid})
+    remove_elsewhere(CLASSES[stored + 1], {uuid})
   end
-  index(group, ARGV[a + 1], uuid)
-  if order % RANKS >= FIRST_FINAL then
-    push_final(key, uuid, string.sub(value, length + 1), ARGV[a + 5])
+  index(group, sent[a + 2], uuid)
+  if sent[a + 3] >= FIRST_FINAL then
+    push_final(key, uuid, value, sent[a + 5])
   end
   return 1
 end
@@ -152,7 +174,8 @@ local function finish()
   local now = next(ending) and clock()
   for group, times in pairs(ending) do
     for tenths, uuids in pairs(times) do
-      redis.call('ZADD', group .. ':expires', now + tenths * 100, table.concat(uuids, '\\0'))
+      local over = now + (tenths == OVER and 0 or 100 + 100 * (tonumber(tenths) or 0))
+      redis.call('ZADD', group .. ':expires', over, table.concat(uuids, '\\0'))
     end
   end
   for channel, box in pairs(boxes) do send(channel, box) end
@@ -161,18 +184,28 @@ end
 )
 
 SAVE = Script(
-    RECORDS
+    SAVING
     + """
--- KEYS: the set of pairs, the records, their groups. ARGV: where the uuid begins in a record's key,
--- the start of the watchers' channels, and the arguments of each record. Returns the answers of
--- `save`.
-local answers, count = {}, (#ARGV - 2) / SAVED
-for i = 1, count do
-  if lift_record(KEYS[i + 1], i * SAVED - 3) then break end
+-- KEYS: the set of pairs, the groups of the records. ARGV: what is sent (`save`), the records.
+-- Returns the answers of `save`.
+local answers = {}
+for i = 2, #ARGV do
+  if lift_record(RECORD .. sent[(i - 2) * SAVED + ITEMS], ARGV[i]) then break end
 end
-for i = 1, count do answers[i] = save(KEYS[i + 1], i * SAVED - 3) end
+for i = 2, #ARGV do answers[i - 1] = save((i - 2) * SAVED + ITEMS, ARGV[i]) end
 finish()
 return answers
+"""
+)
+
+WATCH = Script(
+    """
+-- KEYS: the key that tells of watchers. ARGV: for how many milliseconds. Returns whether there were
+-- any. After a first write that changes nothing, a full server takes the other.
+local there = redis.call('EXISTS', KEYS[1])
+redis.call('PERSIST', KEYS[1])
+redis.call('SET', KEYS[1], '', 'PX', ARGV[1])
+return there
 """
 )
 
@@ -283,14 +316,14 @@ DELETE = Script(
     RECORDS
     + """
 -- KEYS: the set of pairs, the index of streams, then two a record: record, stream; then the groups.
--- ARGV: where the uuid begins in a record's key, an unused one, and three for each record: its head
--- as the caller read it, the position of its group in KEYS (0 if it is unknown), its class.
+-- ARGV: where the uuid begins in a record's key, and three for each record: its head as the caller
+-- read it, the position of its group in KEYS (0 if it is unknown), its class.
 -- Returns for each 1 (deleted), 0 (there is none), or 2 (it is no longer as the caller read it).
 local answers = {}
-for i = 1, (#ARGV - 2) / 3 do
+for i = 1, (#ARGV - 1) / 3 do
   local key, items = KEYS[i * 2 + 1], KEYS[i * 2 + 2]
-  local head, group, class = ARGV[i * 3], KEYS[tonumber(ARGV[i * 3 + 1])], ARGV[i * 3 + 2]
-  local uuid = string.sub(key, UUID)
+  local head, group, class = ARGV[i * 3 - 1], KEYS[tonumber(ARGV[i * 3])], ARGV[i * 3 + 1]
+  local uuid = string.sub(key, ARGV[1])
   local there = redis.call('GETRANGE', key, 0, math.max(#head, 1) - 1)
   if there ~= head then
     answers[i] = 2
@@ -315,10 +348,10 @@ return answers
 EXPIRE = Script(
     RECORDS
     + """
--- KEYS: the set of pairs, the index of streams, the pairs. ARGV: where the uuid begins in a
--- record's key, the starts of a record's and of a stream's key, and how many records at most.
--- Returns how many have expired, and how many fewer than that were looked at.
-local records, streams, left = ARGV[2], ARGV[3], tonumber(ARGV[4])
+-- KEYS: the set of pairs, the index of streams, the pairs. ARGV: the starts of a record's and of a
+-- stream's key, and how many records at most. Returns how many have expired, and how many fewer
+-- than that were looked at.
+local records, streams, left = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local now, count = clock(), 0
 
 local function expire_one(group, class_rank, uuid)

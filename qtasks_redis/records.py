@@ -74,4 +74,4 @@ def keep_of(task: Task, retention: float) -> str:
     expires_at = expiry_of(task, retention)
     if expires_at is None:
         return ""
-    return str(min(math.ceil((expires_at - time.time()) * 1000), _LONGEST))
+    return str(min(max(math.ceil((expires_at - time.time()) * 1000), 1), _LONGEST))

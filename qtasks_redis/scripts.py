@@ -6,7 +6,7 @@ are passed one after the other:
     stream   the messages that are receivable or in flight, in order
     cursor   the id of the last message that was delivered for the first time
     leases   a sorted set of the holders: `id:count:holder` -> the time when its lease runs out
-    delayed  a sorted set: message -> the time at which it is due
+    delayed  a sorted set: the digit of the priority and the message -> the time at which it is due
     bell     a list with at most one token; idle receivers block on it, a token wakes one of them
     levels   a set of the priorities that have messages, without the usual one
 
@@ -14,13 +14,15 @@ The keys of a level end in the name of the queue. Those of other priorities than
 a colon and the priority behind it. Neither names of queues nor names of apps have a colon.
 
 `id:count:holder` is the token that proves ownership. A takeover makes a new token, and the old one
-is no longer found. A released message is a lease that has run out. Times are in milliseconds. All
-keys of a namespace have one hash tag, so they are in one slot of a cluster.
+is no longer found. A released message is a lease of nobody that has run out. Times are in
+milliseconds. All keys of a namespace have one hash tag, so they are in one slot of a cluster.
 """
 
 from __future__ import annotations
 
 from hashlib import sha1
+
+from qtasks_core.records import FIRST_BEGUN, RANKS
 
 QUEUES = """
 local STREAM, CURSOR, LEASES, DELAYED, BELL, LEVELS, ALL = 0, 1, 2, 3, 4, 5, 6
@@ -41,6 +43,17 @@ end
 -- The key of another level of the same queue, made of that of the usual one.
 local function at_level(key, priority)
   return priority == USUAL and key or key .. ':' .. priority
+end
+
+-- The priority of the level whose keys begin at KEYS[at].
+local priorities = {}
+local function priority_of(at)
+  local found = priorities[at]
+  if not found then
+    found = string.match(KEYS[at + STREAM], ':stream:[^:]+:(%d)$') or USUAL
+    priorities[at] = found
+  end
+  return found
 end
 
 local function add(stream, levels, priority, message)
@@ -70,8 +83,7 @@ end
 
 local function enqueue(at, delay, message)
   if delay == 0 then
-    local priority = string.match(KEYS[at + STREAM], ':stream:[^:]+:(%d)$') or USUAL
-    add(KEYS[at + STREAM], KEYS[at + LEVELS], priority, message)
+    add(KEYS[at + STREAM], KEYS[at + LEVELS], priority_of(at), message)
     ring(at)
     return
   end
@@ -79,28 +91,30 @@ local function enqueue(at, delay, message)
   local due = now + delay + 1
   local before = earliest(KEYS[at + DELAYED])
   -- The same message published again keeps its first time.
-  redis.call('ZADD', KEYS[at + DELAYED], 'NX', due, message)
+  redis.call('ZADD', KEYS[at + DELAYED], 'NX', due, priority_of(at) .. message)
   if due < before then ring(at) end
 end
 
--- Settle the delivery whose arguments begin at ARGV[a]: position of its queue in KEYS, token, what;
--- for `retry` also position of the queue, delay and message of the new one. Returns 1 or -1 (lost).
+-- Settle a delivery of the level whose keys begin at KEYS[at]. `what` is `ack`, `release` or
+-- `retry`; a retry has a new message, the position of its level, and its delay. Returns 1 or -1
+-- (lost). A lease that has run out is not lost before another receiver takes it over, with a new
+-- token.
 local settled = {}
-local function settle(a)
-  local at, token, what = tonumber(ARGV[a]), ARGV[a + 1], ARGV[a + 2]
-  if tonumber(redis.call('ZSCORE', KEYS[at + LEASES], token) or 0) <= now then return -1 end
-  lift(at)
+local function settle(at, token, what, target, delay, message)
+  lifted = true
+  if redis.call('ZREM', KEYS[at + LEASES], token) == 0 then return -1 end
   if what == 'release' then
-    redis.call('ZADD', KEYS[at + LEASES], 0, token)
+    redis.call('ZADD', KEYS[at + LEASES], 0, string.match(token, '^.-:%d+:'))
     ring(at)
     return 1
   end
-  if what == 'retry' then
-    enqueue(tonumber(ARGV[a + 3]), tonumber(ARGV[a + 4]), ARGV[a + 5])
+  if what == 'retry' then enqueue(target, delay, message) end
+  local ids = settled[at]
+  if not ids then
+    ids = {}
+    settled[at] = ids
   end
-  redis.call('ZREM', KEYS[at + LEASES], token)
-  settled[at] = settled[at] or {}
-  table.insert(settled[at], string.match(token, '^(.-):'))
+  ids[#ids + 1] = string.sub(token, 1, string.find(token, ':', 1, true) - 1)
   return 1
 end
 
@@ -123,37 +137,35 @@ class Script:
 PUBLISH = Script(
     QUEUES
     + """
--- ARGV, three a message: position of its queue in KEYS, delay, message.
-for a = 1, #ARGV, 3 do
-  enqueue(tonumber(ARGV[a]), tonumber(ARGV[a + 1]), ARGV[a + 2])
-end
+-- ARGV: two for each message, packed: position of its queue in KEYS, delay; then the messages.
+local sent = cmsgpack.unpack(ARGV[1])
+for i = 2, #ARGV do enqueue(sent[i * 2 - 3], sent[i * 2 - 2], ARGV[i]) end
 """
 )
 
+_RANKS = ", ".join(f"['{RANKS + rank:010d}'] = {rank}" for rank in range(FIRST_BEGUN))
+FIRST = f"local FIRST = {{{_RANKS}}}  -- the orders of the first records of first attempts\n"
+
 TAKE = Script(
     QUEUES
+    + FIRST
     + """
--- ARGV: holder, lease, limit, then two a queue: how many, and the earliest due time the caller
--- knew. Returns: milliseconds until something here may change by itself, the earliest due time of
--- each queue, and five for each delivery: number of its queue from 0, priority of its level, token,
--- count, message.
-local holder, lease, limit = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local change, dues, taken = FAR, {}, {}
-
-local function priority_of(message)
-  -- A message has a priority only if it is not the usual one.
-  if not string.find(message, 'priority', 1, true) then return USUAL end
-  local read, fields = pcall(cmsgpack.unpack, string.sub(message, 2))
-  local priority = read and type(fields) == 'table' and fields.priority
-  if type(priority) ~= 'number' or not string.find(priority, '^%d$') then return USUAL end
-  return tostring(priority)
-end
+-- ARGV: holder, lease, limit, the start of a record's key ('' if records are elsewhere), then two a
+-- queue: how many, and the earliest due time the caller knew. Returns: milliseconds until something
+-- here may change by itself; the earliest due time of each queue; three for each level that had
+-- deliveries: number of its queue from 0, its priority, how many; and four for each delivery: its
+-- token, count and message, and 1 if the task has no record but a first one of its first attempt.
+local holder, lease, limit, records = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
+local change, dues, levels_taken, taken = FAR, {}, {}, {}
+-- Numbers are slow to write as text, so that is done once.
+local over_at, first = string.format('%.0f', now + lease), ':1:' .. holder
 
 local function promote(at)
   local due = redis.call('ZRANGEBYSCORE', KEYS[at + DELAYED], '-inf', now, 'LIMIT', 0, 1000)
   if #due > 0 then lift(at) end
-  for _, message in ipairs(due) do
-    local priority = priority_of(message)
+  for _, member in ipairs(due) do
+    local priority, message = string.match(member, '^(%d)(.*)$')
+    if not priority then priority, message = USUAL, member end
     add(at_level(KEYS[at + STREAM], priority), KEYS[at + LEVELS], priority, message)
   end
   if #due > 0 then redis.call('ZREM', KEYS[at + DELAYED], unpack(due)) end
@@ -163,31 +175,38 @@ local function take(queue, at, priority, want)
   local stream = at_level(KEYS[at + STREAM], priority)
   local cursor = at_level(KEYS[at + CURSOR], priority)
   local leases = at_level(KEYS[at + LEASES], priority)
-  local held, got, last = {}, 0, nil
-  local function hold(entry, count)
-    local token, n = entry[1] .. ':' .. count .. ':' .. holder, #taken
-    held[#held + 1] = now + lease
-    held[#held + 1] = token
-    taken[n + 1], taken[n + 2], taken[n + 3] = queue, priority, token
-    taken[n + 4], taken[n + 5] = count, entry[2][2]
+  local tokens, got, last = {}, 0, nil
+  local function hold(entry, token, count)
+    local n = #taken
+    tokens[#tokens + 1] = token
+    taken[n + 1], taken[n + 2], taken[n + 3], taken[n + 4] = token, count, entry[2][2], 0
   end
   local over = redis.call('ZRANGEBYSCORE', leases, '-inf', now, 'LIMIT', 0, want)
   for _, token in ipairs(over) do
     local id, count = string.match(token, '^(.-):(%d+):')
     local entry = redis.call('XRANGE', stream, id, id)[1]
-    if entry then hold(entry, count + 1) end
+    if entry then hold(entry, id .. ':' .. count + 1 .. ':' .. holder, count + 1) end
   end
   got = #over
   if got < want then
     local after = redis.call('GET', cursor) or '0-0'
     local fresh = redis.call('XRANGE', stream, '(' .. after, '+', 'COUNT', want - got)
-    for _, entry in ipairs(fresh) do hold(entry, 1) end
+    for _, entry in ipairs(fresh) do hold(entry, entry[1] .. first, 1) end
     if #fresh > 0 then last = fresh[#fresh][1] end
     got = got + #fresh
   end
-  if #held > 0 then lift(at) end
-  -- The new holders first: were the server to refuse what follows, nothing would be lost.
-  if #held > 0 then redis.call('ZADD', leases, unpack(held)) end
+  if #tokens > 0 then
+    local n, held = #levels_taken, {}
+    levels_taken[n + 1], levels_taken[n + 2], levels_taken[n + 3] = queue, priority, #tokens
+    -- Backwards: the server looks for the places in a small set from its beginning.
+    for i = #tokens, 1, -1 do
+      held[#held + 1] = over_at
+      held[#held + 1] = tokens[i]
+    end
+    lift(at)
+    -- The new holders first: were the server to refuse what follows, nothing would be lost.
+    redis.call('ZADD', leases, unpack(held))
+  end
   if #over > 0 then redis.call('ZREM', leases, unpack(over)) end
   if last then redis.call('SET', cursor, last) end
   change = math.min(change, earliest(leases))
@@ -211,9 +230,31 @@ local function take_by_priority(queue, at, want, levels)
   return got
 end
 
+-- What follows the 4 bytes of a message's head, if its first field is a uuid of 36 bytes.
+local UUID = '\\164uuid\\217\\036'
+
+-- Note which tasks have at most a first record, of the first attempt.
+local function look_at_records()
+  for start = 1, #taken, 2000 do
+    local keys, places = {}, {}
+    for n = start, math.min(start + 1999, #taken), 4 do
+      local message = taken[n + 2]
+      if string.sub(message, 5, 11) == UUID then
+        keys[#keys + 1] = records .. string.sub(message, 12, 47)
+        places[#places + 1] = n + 3
+      end
+    end
+    if #keys > 0 then
+      for i, value in ipairs(redis.call('MGET', unpack(keys))) do
+        if not value or FIRST[string.sub(value, 1, 10)] then taken[places[i]] = 1 end
+      end
+    end
+  end
+end
+
 for queue = 0, #KEYS / ALL - 1 do
   local at = queue * ALL + 1
-  local want = math.min(tonumber(ARGV[4 + queue * 2]), limit)
+  local want = math.min(tonumber(ARGV[5 + queue * 2]), limit)
   promote(at)
   local got = 0
   if want > 0 then
@@ -228,22 +269,25 @@ for queue = 0, #KEYS / ALL - 1 do
   local due = earliest(KEYS[at + DELAYED])
   -- There may be more than the caller can take; and of a new earliest due time every sleeper must
   -- hear, so each passes the token on once.
-  if got == want or due < tonumber(ARGV[5 + queue * 2]) then ring(at) end
+  if got == want or due < tonumber(ARGV[6 + queue * 2]) then ring(at) end
   dues[queue + 1] = due
   change = math.min(change, due)
 end
-return {math.max(change - now, 0), dues, taken}
+if records ~= '' then look_at_records() end
+return {math.max(change - now, 0), dues, levels_taken, taken}
 """
 )
 
 SETTLE = Script(
     QUEUES
     + """
--- ARGV: the arguments of each settlement (`settle`). Returns 1 or -1 (lost) for each.
-local answers, a = {}, 1
-while a <= #ARGV do
-  answers[#answers + 1] = settle(a)
-  a = a + (ARGV[a + 2] == 'retry' and 6 or 3)
+-- ARGV: five for each settlement, packed: the arguments of `settle` but the message; then the
+-- messages of the retries. Returns 1 or -1 (lost) for each.
+local sent, answers, message = cmsgpack.unpack(ARGV[1]), {}, 2
+for a = 1, #sent, 5 do
+  answers[#answers + 1] =
+    settle(sent[a], sent[a + 1], sent[a + 2], sent[a + 3], sent[a + 4], ARGV[message])
+  if sent[a + 2] == 'retry' then message = message + 1 end
 end
 delete_settled()
 return answers

@@ -114,7 +114,7 @@ class RedisStorage(Storage):
         sizes = [len(encoded[at]) for at in taken]
         for part in parts([tasks[at].uuid for at in taken], sizes):
             places = [taken[place] for place in part]
-            keys = RecordKeys(connection, [tasks[at].uuid for at in places], self.retention)
+            keys = RecordKeys(connection, self.retention)
             for at in places:
                 keys.save(tasks[at], encoded[at])
             answers = await connection.run(SAVE, keys.keys, keys.args)

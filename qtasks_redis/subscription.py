@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from secrets import token_hex
@@ -22,7 +24,7 @@ from qtasks_core.errors import Closed, Unavailable
 from qtasks_core.receivers import Leftovers, Shielded, effect_of
 from qtasks_core.wire import decode_message, encode_message
 from qtasks_redis.connection import MOST_BYTES, MOST_ITEMS, Connection, ended, fitting
-from qtasks_redis.keys import Keys, milliseconds
+from qtasks_redis.keys import RECORD, Keys, milliseconds, packed
 from qtasks_redis.scripts import EXTEND, RING, SETTLE, TAKE
 
 _MOST_TAKEN = 1000
@@ -31,14 +33,18 @@ _MOST_TAKEN = 1000
 class Fence:
     """Proof that this receiver holds a delivery, and the state of its settlement."""
 
-    __slots__ = ("priority", "settled", "token", "unsure", "until")
+    __slots__ = ("first_at", "priority", "settled", "token", "unsure", "until")
 
-    def __init__(self, token: bytes, priority: int, until: float) -> None:
+    def __init__(
+        self, token: str, priority: int, until: float, first_at: float = -math.inf
+    ) -> None:
         self.token = token
         self.priority = priority
         """The level of the queue in which the message is."""
         self.until = until
         """Nobody else can take over the delivery before this time of the loop's clock."""
+        self.first_at = first_at
+        """When the task had no record, or a first one of its first attempt, by the same clock."""
         self.settled: Hashable = None
         """The effect of its settlement; None: not settled."""
         self.unsure: Hashable = None
@@ -52,13 +58,20 @@ class RedisSubscription(Subscription):
     waits for a token any more, the bell is rung again.
     """
 
-    def __init__(self, connection: Callable[[], Connection], lease: float) -> None:
+    def __init__(
+        self,
+        connection: Callable[[], Connection],
+        lease: float,
+        has_records: Callable[[], bool],
+    ) -> None:
         self._connection = connection
+        self._has_records = has_records
+        """Whether the records are on the same server, so that the script may look at them."""
         self._lease = lease
         self._holder = token_hex(4)
         self._loop = asyncio.get_running_loop()
         self._open = True
-        self._fetching: Shielded[float] = Shielded()
+        self._fetching: Shielded[None] = Shielded()
         self._leftovers = Leftovers()
         self._known: dict[str, int] = {}
         """The last known earliest due time of each queue, in the server's milliseconds."""
@@ -66,43 +79,62 @@ class RedisSubscription(Subscription):
         self._bells: frozenset[str] = frozenset()
         """The queues on whose bells the blocking read waits."""
         self._asleep = False
+        self._emptied: frozenset[str] = frozenset()
+        """The queues in which the last fetch has left nothing."""
+        self._empty_until = 0.0
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         queues = {queue: most for queue, most in wanted.items() if most > 0}
         if not queues or limit < 1:
             raise ValueError("receive must want at least one delivery")
         while self._open:
-            collecting = self._fetching.pending is not None
-            if not collecting and (deliveries := self._take_leftovers(queues, limit)):
-                return deliveries
-            pause = await self._fetching.run(lambda: self._fetch(queues, limit))
+            if self._fetching.pending is None:
+                if deliveries := self._take_leftovers(queues, limit):
+                    return deliveries
+                if (pause := self._rest(queues)) > 0:
+                    self._emptied = frozenset()
+                    await self._sleep(frozenset(queues), pause)
+                    continue
+            await self._fetching.run(lambda: self._fetch(queues, limit))
             if self._open and (deliveries := self._take_leftovers(queues, limit)):
                 return deliveries
-            # A cancelled call may have asked for another queue, so do not sleep after its fetch.
-            if self._open and pause > 0 and not collecting:
-                await self._sleep(frozenset(queues), pause)
         raise Closed("the subscription is closed")
+
+    def _rest(self, queues: Mapping[str, int]) -> float:
+        """Return the seconds for which nothing can be in these queues unless their bells ring."""
+        return self._empty_until - self._loop.time() if self._emptied.issuperset(queues) else 0.0
 
     def _take_leftovers(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         return self._leftovers.take(wanted, limit, self._loop.time())
 
-    async def _fetch(self, wanted: Mapping[str, int], limit: int) -> float:
-        """Fetch receivable messages. Return the seconds until a delay or a lease may finish."""
+    async def _fetch(self, wanted: Mapping[str, int], limit: int) -> None:
+        """Fetch receivable messages. Note the time at which a delay or a lease may finish."""
         connection = self._connection()
         names = list(wanted)
-        args = [self._holder, milliseconds(self._lease), str(min(limit, _MOST_TAKEN))]
+        records = connection.key(RECORD, "") if self._has_records() else ""
+        args: list[str | int] = [
+            self._holder, milliseconds(self._lease), min(limit, _MOST_TAKEN), records,
+        ]  # fmt: skip
         for name in names:
-            args += (str(wanted[name]), str(self._known.get(name, 0)))
-        until = self._loop.time() + self._lease
-        change, dues, taken = await connection.run(TAKE, _keys_of(connection, names), args)
+            args += (wanted[name], self._known.get(name, 0))
+        asked = self._loop.time()
+        until = asked + self._lease
+        change, dues, levels, taken = await connection.run(TAKE, _keys_of(connection, names), args)
         self._known.update(zip(names, dues, strict=True))
         deliveries: list[Delivery] = []
-        for at in range(0, len(taken), 5):
-            queue, priority, token, count, data = taken[at : at + 5]
-            fence = Fence(token, int(priority), until)
-            deliveries.append(Delivery(decode_message(data), names[queue], fence, count))
+        left = iter(taken)
+        for at in range(0, len(levels), 3):
+            queue, priority = names[levels[at]], int(levels[at + 1])
+            for _ in range(levels[at + 2]):
+                token, count, data, first = next(left), next(left), next(left), next(left)
+                fence = Fence(token.decode(), priority, until, asked if first else -math.inf)
+                deliveries.append(Delivery(decode_message(data), queue, fence, count))
         self._leftovers.add(deliveries, until)
-        return float(change) / 1000
+        got = Counter(delivery.queue for delivery in deliveries)
+        all_taken = len(deliveries) < min(limit, _MOST_TAKEN)
+        self._emptied = frozenset(n for n in names if all_taken and got[n] < wanted[n])
+        # A lease that starts meanwhile must not run out unnoticed.
+        self._empty_until = asked + min(change / 1000, self._lease)
 
     async def _sleep(self, queues: frozenset[str], seconds: float) -> None:
         """Wait until a bell rings or `seconds` have passed.
@@ -117,9 +149,7 @@ class RedisSubscription(Subscription):
             self._listening = asyncio.create_task(self._listen(queues))
         self._asleep = True
         try:
-            # A lease that starts during this sleep must not run out unnoticed.
-            bounded = min(seconds, self._lease)
-            done, _ = await asyncio.wait({self._listening}, timeout=bounded)
+            done, _ = await asyncio.wait({self._listening}, timeout=seconds)
         finally:
             self._asleep = False
         if done and self._open:
@@ -163,11 +193,12 @@ class RedisSubscription(Subscription):
     ) -> list[Settlement]:
         """Return the settlements that the server has accepted."""
         keys = Keys(self._connection())
-        args: list[str | bytes] = []
-        for settlement, data in zip(settlements, encoded, strict=True):
-            args += settling(keys, settlement, data)
+        sent: list[str | int] = []
+        for settlement in settlements:
+            sent += settling(keys, settlement)
+        messages = [data for data in encoded if data]
         with self.asking(settlements):
-            answers = await self._connection().run(SETTLE, keys.keys, args)
+            answers = await self._connection().run(SETTLE, keys.keys, [packed(sent), *messages])
         return [
             settlement
             for settlement, answer in zip(settlements, answers, strict=True)
@@ -201,7 +232,7 @@ class RedisSubscription(Subscription):
             return []
         connection = self._connection()
         keys = Keys(connection)
-        args: list[str | bytes] = [milliseconds(self._lease)]
+        args: list[str | int] = [milliseconds(self._lease)]
         for delivery in deliveries:
             fence = delivery.fence
             args += (keys.queue(delivery.queue, fence.priority), fence.token)
@@ -231,15 +262,15 @@ class RedisSubscription(Subscription):
         await connection.run(RING, _keys_of(connection, queues), ())
 
 
-def settling(keys: Keys, settlement: Settlement, data: bytes) -> tuple[str | bytes, ...]:
-    """Return the arguments of the script for a settlement. `data` is the message of a retry."""
+def settling(keys: Keys, settlement: Settlement) -> tuple[str | int, ...]:
+    """Return what a script is sent for a settlement. The message of a retry is sent apart."""
     delivery = settlement.delivery
     position, token = keys.queue(delivery.queue, delivery.fence.priority), delivery.fence.token
     if isinstance(settlement, Retry):
         message = settlement.message
         target = keys.queue(message.queue, message.priority)
-        return position, token, "retry", target, milliseconds(message.delay), data
-    return position, token, "release" if isinstance(settlement, Release) else "ack"
+        return position, token, "retry", target, milliseconds(message.delay)
+    return position, token, "release" if isinstance(settlement, Release) else "ack", 0, 0
 
 
 def _keys_of(connection: Connection, queues: Iterable[str]) -> list[str]:

@@ -4,9 +4,10 @@
 
 Each peer has a no-op task, one worker and a new server. With RabbitMQ, a Redis keeps the results.
 Postgres runs ANALYZE before the worker starts, since a server in use would have statistics.
-`enqueue`: by 100 concurrent callers, or by one if the client blocks. `process`: from the start of
-the first task until the result of the last enqueued task is stored, with no other load on the
-server. `round trip`: enqueue one task and wait for its result, in the peer's own way; the median.
+`enqueue`: by 100 concurrent callers, or by one if the client blocks. `bulk`: as many again, in the
+peer's way for many tasks, if it has one. `process`: from the start of the first task until the
+result of the last enqueued task is stored, with no other load on the server. `round trip`: enqueue
+one task and wait for its result, in the peer's own way; the median.
 
 Install `benchmarks/peers/requirements.txt` first. A peer that is not installed is left out, with a
 note.
@@ -31,11 +32,11 @@ from benchmarks.peers import rabbitmq
 from benchmarks.peers.peer import RESULTS, Peer
 from benchmarks.peers.postgres import PgQueuer, Procrastinate
 from benchmarks.peers.qtasks import QTasks
-from benchmarks.peers.redis import Celery, Dramatiq, Taskiq
+from benchmarks.peers.redis import Celery, Dramatiq, Saq, Streaq, Taskiq
 from tests.services import SERVICES
 
 PEERS: dict[str, tuple[type[Peer], ...]] = {
-    "redis": (QTasks, Taskiq, Dramatiq, Celery),
+    "redis": (QTasks, Taskiq, Streaq, Saq, Dramatiq, Celery),
     "postgres": (QTasks, PgQueuer, Procrastinate),
     "rabbitmq": (rabbitmq.QTasks, rabbitmq.Taskiq, rabbitmq.Dramatiq, rabbitmq.Celery),
 }
@@ -67,7 +68,8 @@ def main() -> None:
 def print_rows(peers: list[type[Peer]], backend: str, tasks: int) -> None:
     """Print a row for each peer, with the ratios to the first one."""
     print(f"\n{backend}: {tasks} no-op tasks, {os.cpu_count()} cores, {drivers(backend)}, one run")
-    print(f"  {'':22}{'enqueue':>12}{'process':>12}{'round trip':>14}  the first is … times better")
+    heads = f"{'enqueue':>12}{'bulk':>12}{'process':>12}{'round trip':>14}"
+    print(f"  {'':22}{heads}  the first is … times better")
     first: dict[str, float] | None = None
     for peer in peers:
         try:
@@ -79,9 +81,9 @@ def print_rows(peers: list[type[Peer]], backend: str, tasks: int) -> None:
         if found is None:
             continue
         first = first or found
-        row = f"{found['enqueue']:10,.0f}/s{found['process']:10,.0f}/s{found['trip']:11.1f} ms"
-        ratios = [first["enqueue"] / found["enqueue"], first["process"] / found["process"],
-                  found["trip"] / first["trip"]]  # fmt: skip
+        rates = "enqueue", "bulk", "process"
+        row = "".join(f"{found[rate]:10,.0f}/s" for rate in rates) + f"{found['trip']:11.1f} ms"
+        ratios = [*(first[rate] / found[rate] for rate in rates), found["trip"] / first["trip"]]
         shown = "  ".join(f"{ratio:6.1f}" for ratio in ratios)
         print(f"  {label:22}{row}  {shown}  {peer.notes}", flush=True)
 
@@ -142,6 +144,9 @@ async def measure(peer: Peer, options: argparse.Namespace) -> None:
     begin = time.perf_counter()
     await peer.enqueue(options.tasks)
     took = time.perf_counter() - begin
+    begin = time.perf_counter()
+    await peer.bulk(options.tasks)
+    bulk = time.perf_counter() - begin
     if options.backend == "postgres":
         await analyze(peer.url)
     with open(WORKER_LOG, "w") as log:  # noqa: ASYNC230
@@ -157,7 +162,8 @@ async def measure(peer: Peer, options: argparse.Namespace) -> None:
         worker.terminate()
         worker.wait(30)
     await peer.stop()
-    found = {"enqueue": options.tasks / took, "process": options.tasks / (finished - began)}
+    found = {"enqueue": options.tasks / took, "bulk": options.tasks / bulk}
+    found["process"] = 2 * options.tasks / (finished - began)
     print(json.dumps({**found, "trip": statistics.median(trips) * 1000}))
 
 

@@ -45,6 +45,10 @@ class Peer(ABC):
     async def enqueue(self, count: int) -> None:
         """Enqueue `count` tasks; return when all are enqueued."""
 
+    async def bulk(self, count: int) -> None:
+        """Enqueue `count` tasks in the peer's documented way for many; by default as `enqueue`."""
+        await self.enqueue(count)
+
     @abstractmethod
     async def last(self) -> None:
         """Wait until the task that was enqueued last has finished and its result is stored."""

@@ -34,6 +34,9 @@ class QTasks(Peer):
         await by_callers(self.nothing.add_task, count - 1)
         self.handle = await self.nothing.add_task()
 
+    async def bulk(self, count: int) -> None:
+        self.handle = (await self.nothing.map([()] * count))[-1]
+
     async def last(self) -> None:
         await self.handle.wait_result(timeout=600)
 

@@ -58,6 +58,95 @@ class Taskiq(Peer):
         asyncio.run(receive())
 
 
+class Streaq(Peer):
+    """Streams with a consumer group; results in keys."""
+
+    package = "streaq"
+    notes = "bulk by enqueue_many"
+
+    def __init__(self, url: str) -> None:
+        from streaq import Worker
+
+        super().__init__(url)
+        self.worker: Any = Worker(redis_url=url, concurrency=CONCURRENCY)
+
+        @self.worker.task(name="nothing")
+        async def nothing() -> None:
+            begun()
+
+        self.nothing: Any = nothing
+        self.handle: Any = None
+
+    async def start(self) -> None:
+        await self.worker.__aenter__()
+
+    async def stop(self) -> None:
+        await self.worker.__aexit__(None, None, None)
+
+    async def enqueue(self, count: int) -> None:
+        async def add() -> None:
+            await self.nothing.enqueue()
+
+        await by_callers(add, count - 1)
+        self.handle = await self.nothing.enqueue()
+
+    async def bulk(self, count: int) -> None:
+        tasks = [self.nothing.enqueue() for _ in range(count)]
+        await self.worker.enqueue_many(tasks)
+        self.handle = tasks[-1]
+
+    async def last(self) -> None:
+        await self.handle.result(600)
+
+    def work(self) -> None:
+        self.worker.run_sync()
+
+
+class Saq(Peer):
+    """A list; each job and its result in one key."""
+
+    package = "saq"
+    notes = "concurrent callers, at most 20 at the server at once, its default"
+
+    async def start(self) -> None:
+        self.queue = self._queue()
+        await self.queue.connect()
+        self.job: Any = None
+
+    async def stop(self) -> None:
+        await self.queue.disconnect()
+
+    async def enqueue(self, count: int) -> None:
+        await by_callers(lambda: self.queue.enqueue("nothing"), count - 1)
+        self.job = await self.queue.enqueue("nothing")
+
+    async def last(self) -> None:
+        while not self.job.completed:
+            try:
+                await self.job.refresh(until_complete=1)
+            except TimeoutError:
+                continue
+
+    def work(self) -> None:
+        from saq import Worker
+
+        async def nothing(_: Any) -> None:
+            begun()
+
+        async def receive() -> None:
+            functions: Any = [("nothing", nothing)]
+            await Worker(self._queue(), functions, concurrency=CONCURRENCY).start()
+
+        asyncio.run(receive())
+
+    def _queue(self) -> Any:
+        from redis.asyncio import Redis
+        from saq.queue.redis import RedisQueue
+
+        # The driver's default of 100 is too few for a worker that runs 100 tasks.
+        return RedisQueue(Redis.from_url(self.url, max_connections=2 * CONCURRENCY))
+
+
 class Dramatiq(Peer):
     """A list, and a set of messages in flight; a plain function in threads."""
 

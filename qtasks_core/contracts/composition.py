@@ -34,7 +34,8 @@ class Composition(ABC):
         """Say which deliveries still have to run, with the record that decided each of them.
 
         The record may be None if it is the first one of the message (`new`, `scheduled`): then it
-        says no more than the message does.
+        says no more than the message does. A verdict may rely on a record that was read when the
+        delivery was received, for at most a second.
         """
 
     @abstractmethod

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 from redis.asyncio import Redis
@@ -26,7 +27,8 @@ from qtasks_core import (
 )
 from qtasks_core.contracts.composition import Composition
 from qtasks_core.errors import Unavailable
-from qtasks_redis import RedisBroker, RedisStorage, connection
+from qtasks_core.wire import encode_message
+from qtasks_redis import RedisBroker, RedisStorage, composition, connection
 from qtasks_redis.composition import RedisComposition
 from tests.services import Service
 
@@ -84,6 +86,10 @@ def message(**fields: object) -> TaskMessage:
 def end(delivery: Delivery, **fields: object) -> Task:
     told = delivery.message
     assert isinstance(told, TaskMessage)
+    return end_of(told, **fields)
+
+
+def end_of(told: TaskMessage, **fields: object) -> Task:
     fields = {"status": "success", "reply_to": told.reply_to, "finished_at": time.time(), **fields}
     return Task(uuid=told.uuid, task_name="a", **fields)  # type: ignore[arg-type]
 
@@ -114,6 +120,50 @@ async def test_each_step_of_many_tasks_is_one_call(pair: Pair, server: Redis) ->
         arrived += await inbox.receive()
     assert {task.status for task in arrived} == {"success"}
     assert await pair.broker.depth("default") == QueueDepth(0, 0, 0)
+
+
+async def test_first_records_are_seen_when_their_messages_are_taken(
+    pair: Pair, server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [message() for _ in range(5)]
+    await pair.joint.submit(messages)
+    now = ("success", "cancel", "retry", "new", "new")
+    records = [
+        Task(uuid=m.uuid, task_name="a", status=status, execution="e")  # type: ignore[arg-type]
+        for m, status in zip(messages, now, strict=True)
+    ]
+    await pair.storage.save(records[:3])
+    deliveries = await pair.receive(5)
+    expected = ["final", "cancelled", "stale", "run", "run"]
+    assert [verdict for verdict, _ in await pair.joint.admit(deliveries)] == expected
+    before = await server.info("commandstats")
+    assert await pair.joint.admit(deliveries[3:]) == [("run", None)] * 2
+    after = await server.info("commandstats")
+    assert after["cmdstat_mget"]["calls"] == before["cmdstat_mget"]["calls"]
+    # What was seen may be old by now: a delivery can wait in the subscription.
+    await pair.storage.save([end(deliveries[3], status="cancel")])
+    monkeypatch.setattr(composition, "_SEEN_WITHIN", 0.0)
+    assert [verdict for verdict, _ in await pair.joint.admit(deliveries[3:])] == [
+        "cancelled",
+        "run",
+    ]
+
+
+async def test_a_message_of_another_program_is_admitted_by_its_record(pair: Pair) -> None:
+    """Its fields may have another order, and its uuid may be any text."""
+    first, other = message(), message()
+    named = replace(message(), uuid="n" * 60)
+    await pair.joint.submit([first, other, named])
+    await pair.broker.purge("default")
+    await pair.storage.save([end_of(m, status="cancel") for m in (other, named)])
+    fields = msgspec.msgpack.decode(encode_message(other)[1:])
+    mixed = b"\x01" + msgspec.msgpack.encode(dict(reversed(fields.items())))
+    connection = pair.broker.started()
+    for data in (mixed, encode_message(named), encode_message(first)):
+        await connection.call("XADD", connection.key("stream", "default"), "*", "m", data)
+    await pair.broker.publish([first])
+    admitted = await pair.joint.admit(await pair.receive(4))
+    assert [verdict for verdict, _ in admitted] == ["cancelled", "cancelled", "run", "run"]
 
 
 async def test_nobody_sees_half_a_step(pair: Pair, server: Redis) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from uuid import uuid4
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -25,6 +26,15 @@ def priorities(deliveries: list[Delivery]) -> list[int]:
 @pytest.fixture
 async def broker(redis_server: Service) -> AsyncIterator[RedisBroker]:
     broker = RedisBroker(redis_server.url, lease=0.5)
+    await broker.start(f"queues-{uuid4().hex[:8]}")
+    yield broker
+    await broker.stop()
+
+
+@pytest.fixture
+async def patient(redis_server: Service) -> AsyncIterator[RedisBroker]:
+    """Its leases hold on a slow machine."""
+    broker = RedisBroker(redis_server.url, lease=300.0)
     await broker.start(f"queues-{uuid4().hex[:8]}")
     yield broker
     await broker.stop()
@@ -70,14 +80,40 @@ async def test_a_level_without_messages_costs_nothing(broker: RedisBroker, serve
     assert not await server.exists(key("levels", "default"))
 
 
-async def test_a_priority_that_cannot_be_read_is_the_usual_one(broker: RedisBroker) -> None:
-    """Another program may have written it. It still comes, and says what is wrong with it."""
-    connection = broker.started()
-    for text in (b"priority", b"\x01\x81\xa8priority\xa1x", b"\x01\x81\xa8priority\x0c"):
-        await connection.call("ZADD", connection.key("delayed", "default"), 1, text)
-    await broker.publish([message(6)])
-    taken = await (await broker.subscribe({"default": 9})).receive({"default": 9}, 9)
-    assert [delivery.fence.priority for delivery in taken] == [6, 5, 5, 5]
+async def test_a_delayed_message_keeps_its_priority(broker: RedisBroker) -> None:
+    """Whatever its arguments are."""
+    args = msgspec.msgpack.encode({"priority": 1})
+    sent = [message(at, delay=0.1, args=args) for at in (0, 9, 5, 7)]
+    await broker.publish(sent)
+    subscription = await broker.subscribe({"default": 9})
+    taken: list[Delivery] = []
+    while len(taken) < 4:
+        taken += await subscription.receive({"default": 9}, 9)
+    assert [d.fence.priority for d in taken] == priorities(taken)
+    assert sorted(priorities(taken)) == [0, 5, 7, 9]
+
+
+async def test_a_queue_that_was_emptied_is_not_asked_again(
+    patient: RedisBroker, server: Redis
+) -> None:
+    """Its bell tells of the next message."""
+
+    async def asked() -> int:
+        stats = await server.info("commandstats")
+        return sum(stats.get(f"cmdstat_{name}", {}).get("calls", 0) for name in ("eval", "evalsha"))
+
+    subscription = await patient.subscribe({"default": 9, "other": 9})
+    await patient.publish([message(), message()])
+    assert len(await subscription.receive({"default": 9, "other": 9}, 9)) == 2
+    # A receiver that slept would have taken the token that woke it.
+    await server.delete(patient.started().key("bell", "default"))
+    before = await asked()
+    receiving = asyncio.create_task(subscription.receive({"default": 7}, 7))
+    done, _ = await asyncio.wait({receiving}, timeout=0.1)
+    assert not done
+    assert await asked() == before
+    await patient.publish([last := message()])
+    assert [delivery.message for delivery in await receiving] == [last]
 
 
 async def test_a_backlog_does_not_keep_the_next_queue_waiting(broker: RedisBroker) -> None:
@@ -119,23 +155,20 @@ async def test_a_due_message_is_ready_since_it_is_due(broker: RedisBroker) -> No
     assert 0.2 <= depth.oldest_age < 5
 
 
-async def test_purge_takes_all_levels_and_much(redis_server: Service, server: Redis) -> None:
-    broker = RedisBroker(redis_server.url)
-    await broker.start(f"queues-{uuid4().hex[:8]}")
-    subscription = await broker.subscribe({"default": 10})
-    await broker.publish([message(9)])
+async def test_purge_takes_all_levels_and_much(patient: RedisBroker, server: Redis) -> None:
+    subscription = await patient.subscribe({"default": 10})
+    await patient.publish([message(9)])
     (held,) = await subscription.receive({"default": 1}, 1)
-    await broker.publish([message(at % 10) for at in range(3000)])
-    await broker.publish([message(at % 10, delay=60.0) for at in range(1200)])
+    await patient.publish([message(at % 10) for at in range(3000)])
+    await patient.publish([message(at % 10, delay=60.0) for at in range(1200)])
     assert await subscription.extend([held]) == [held]
-    assert await broker.purge("default") == 4200
-    depth = await broker.depth("default")
+    assert await patient.purge("default") == 4200
+    depth = await patient.depth("default")
     assert depth == QueueDepth(0, 0, 1, None)
     assert await subscription.settle([Ack(held)]) == [DONE]
-    key = broker.started().key
+    key = patient.started().key
     assert await server.xlen(key("stream", "default")) == 0
     later = message(4)
-    await broker.publish([later])
+    await patient.publish([later])
     (delivery,) = await subscription.receive({"default": 1}, 1)
     assert delivery.message == later
-    await broker.stop()
