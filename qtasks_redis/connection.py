@@ -289,9 +289,8 @@ async def connect(url: str, namespace: str) -> Connection:
             "socket_connect_timeout": CONNECT_WITHIN,
             **parse_url(rest),
         }
-        if find is not None:
-            kind = connection_class(find, arguments["connection_class"])
-            arguments["connection_class"] = kind
+        kind = connection_class(arguments["connection_class"], find)
+        arguments["connection_class"] = kind
         return Redis.from_pool(ConnectionPool(**arguments))
 
     within = options.get("socket_timeout", ANSWER_WITHIN)

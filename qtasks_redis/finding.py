@@ -163,6 +163,7 @@ async def _ask(address: Address, given: dict[str, Any], *command: str) -> Any:
         socket_connect_timeout=_ASK_WITHIN,
         **options,
     )
+    await _read_files(line)
     try:
         async with asyncio.timeout(_ASK_WITHIN):
             await line.connect()
@@ -172,13 +173,32 @@ async def _ask(address: Address, given: dict[str, Any], *command: str) -> Any:
         await line.disconnect(nowait=True)
 
 
-def connection_class(find: Find, driver_class: type[Any]) -> type[Any]:
-    """Return one of the driver's classes of connections, whose `connect` finds the server first."""
+def connection_class(driver_class: type[Any], find: Find | None) -> type[Any]:
+    """Return one of the driver's classes of connections, whose `connect` prepares itself first.
 
-    class Found(driver_class):  # type: ignore[misc]  # it has no type
+    It finds the server, and reads the files of TLS.
+    """
+    if find is None and not issubclass(driver_class, _tls_class()):
+        return driver_class
+
+    class Prepared(driver_class):  # type: ignore[misc]  # it has no type
         async def connect(self) -> None:
             if not self.is_connected:
-                self.host, self.port = await find()
+                if find is not None:
+                    self.host, self.port = await find()
+                await _read_files(self)
             await super().connect()
 
-    return Found
+    return Prepared
+
+
+def _tls_class() -> type[Any]:
+    from redis.asyncio.connection import SSLConnection
+
+    return SSLConnection
+
+
+async def _read_files(line: Any) -> None:
+    """Make the TLS context of a connection, if it has one, in a thread: it takes 50 ms."""
+    if isinstance(line, _tls_class()):
+        await asyncio.to_thread(line.ssl_context.get)
