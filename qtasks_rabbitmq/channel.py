@@ -5,6 +5,11 @@ batch of publishes at once and waits once. It passes on deliveries without a tas
 replies to methods by their order, so a cancelled call closes nothing. It counts the confirms
 itself.
 
+The driver has no public way to plug in a channel. So this one uses four inner parts of its
+connection: it is registered in `channels`, gets frames by `put` of its `frames`, writes a
+`ChannelFrame` to `write_queue`, and hears of the end by `closing`. `pyproject.toml` allows the
+releases of aiormq that have them.
+
 This module imports the driver. Only `connection.py` imports this module, and only to connect.
 """
 

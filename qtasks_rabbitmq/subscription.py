@@ -316,7 +316,7 @@ class RabbitMQSubscription(Subscription):
         await self._handing.finish()
         if self._resting is not None:
             await asyncio.wait({self._resting})
-        for lane in self._by_source.values():
+        for lane in list(self._by_source.values()):
             if not lane.lost:
                 try:
                     await lane.give_back()

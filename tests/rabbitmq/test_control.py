@@ -50,7 +50,7 @@ async def test_a_purge_keeps_the_time_and_the_count_of_other_delayed_messages(
     assert await broker.purge("q") == 150
     assert await broker.purge("q") == 0
     deliveries = await collect(subscription, "other", 50)
-    assert 4.0 <= loop.time() - before <= 7.0
+    assert 4.0 <= loop.time() - before <= MOST_SECONDS
     assert uuids(deliveries) == {m.uuid for m in kept}
     assert {delivery.count for delivery in deliveries} == {1}
     assert (await broker.depth("q")).delayed == 0

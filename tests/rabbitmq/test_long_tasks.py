@@ -108,7 +108,8 @@ async def test_what_a_dead_holder_held_is_delivered_again(
     subscription._connection.discard("as if the process had died")  # type: ignore[attr-defined]
     (again,) = await collect(other, "q", 1)
     assert again.message == held.message
-    assert again.count == 2
+    # From 4.0 on, the server's own count survives the way back, and is added.
+    assert again.count in (2, 3)
     assert await subscription.extend([held]) == [None]
 
 
