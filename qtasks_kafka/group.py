@@ -236,7 +236,7 @@ class Membership:
         if self._consumer is not None:
             self._coordinator.request_rejoin()
 
-    def pay(self) -> None:
+    def release_owed(self) -> None:
         """Let others have the owed partitions, if no record is in flight there any more."""
         if self.owed and not any(
             partition.in_flight for tp, partition in self.partitions.items() if tp in self.owed
@@ -483,7 +483,7 @@ class Membership:
             self._polling_since = time.monotonic()
             self._rewind()
             consumer.resume(*consumer.assignment() - self.owed)
-        self.pay()
+        self.release_owed()
 
     async def _commit(self, places: dict[TopicPartition, Partition]) -> None:
         """Send one commit, with the generation in which these partitions are ours.

@@ -224,7 +224,7 @@ class KafkaSubscription(Subscription):
                     touched.add(partition)
         if touched:
             await self._member.confirm(touched)
-        self._member.pay()
+        self._member.release_owed()
         if not self._member.in_flight:
             await self._idle()
         for place, settlement in call.first.items():
@@ -281,7 +281,7 @@ class KafkaSubscription(Subscription):
             kept = self._member.kept(fence.topic)
             if kept is not None and self._member.owes(partition):
                 number, target = kept
-                count = str(partition.open.get(offset, 1)).encode()
+                count = str(partition.count_of(offset)).encode()
                 headers = ((_DELIVERED, count),)
                 copy = Record(fence.topic, fence.value, headers=headers, partition=number)
                 moving.append((partition, offset, target, copy))
@@ -294,7 +294,7 @@ class KafkaSubscription(Subscription):
                 touched.add(partition)
         if touched:
             await self._member.confirm(touched)
-        self._member.pay()
+        self._member.release_owed()
 
     async def drop(self, topic: str, ends: Mapping[int, int]) -> dict[int, int]:
         """Drop undelivered records before these offsets of a topic. See `Membership.drop`."""
@@ -391,6 +391,6 @@ def _mine(delivery: Delivery) -> bool:
 def _delivered_before(record: ConsumerRecord) -> int:
     """Return how often the original of a copied record was delivered; 0 without an original."""
     for name, value in record.headers:
-        if name == _DELIVERED and value is not None and value.isdigit():
+        if name == _DELIVERED and value is not None and value.isdigit() and len(value) < 10:
             return int(value)
     return 0

@@ -3,6 +3,9 @@
 Kafka commits one offset per partition. The commit's metadata tells what is finished above it. It
 contains the position after the newest delivered record. It also contains the open records before
 that position, and how often each was delivered. A successor delivers only those again.
+
+A record in flight can be replaced by a copy in another partition. The copy is in flight from then
+on, although it comes after the position.
 """
 
 from __future__ import annotations
@@ -112,9 +115,13 @@ class Partition:
 
     def move(self, offset: int, target: Partition, copy: int) -> None:
         """Replace a record in flight by its copy, which fetching has not reached yet."""
-        target.ahead[copy] = self.open.pop(offset)
-        self.unconfirmed.add(offset)
+        target.ahead[copy] = self.count_of(offset)
+        self.finish(offset)
         self.moved[offset] = (target, copy)
+
+    def count_of(self, offset: int) -> int:
+        """Return how often a record in flight was delivered."""
+        return self.open.get(offset) or self.ahead.get(offset) or 1
 
     def _reach(self, end: int) -> int:
         """Count the copies before `end` as delivered here. Return their number."""
@@ -151,7 +158,6 @@ class Partition:
         if self.open.pop(offset, None) is None:
             if self.ahead.get(offset) is None:
                 return False
-            # A successor delivers it again. Its final record or its next attempt is saved already.
             self.ahead[offset] = None
         self.unconfirmed.add(offset)
         return True
@@ -162,15 +168,20 @@ class Partition:
         return not unfinished and offset not in self.unconfirmed
 
     def metadata(self, owner: str) -> str:
-        """Return the metadata for a commit: the owner, and what is finished above `watermark`."""
+        """Return the metadata for a commit: the owner, and what is finished above `watermark`.
+
+        An offset with the count 0 is a finished copy after `position`. Copies in flight there are
+        left out, so a successor delivers them.
+        """
         start = previous = self.watermark
         data = bytearray()
         position = self.position
         room = (METADATA_LIMIT - len(owner) - 16) * 4 // 5
-        for offset, count in self.open.items():
+        copies = sorted(offset for offset, count in self.ahead.items() if count is None)
+        for offset, count in [*self.open.items(), *((copy, 0) for copy in copies)]:
             piece = _varint(offset - previous) + _varint(count)
             if len(data) + len(piece) > room:
-                position = offset  # after a crash, the rest runs again
+                position = min(position, offset)  # after a crash, the rest runs again
                 break
             data += piece
             previous = offset
@@ -189,12 +200,14 @@ def restored(watermark: int, metadata: str) -> Partition:
         return Partition(watermark)
     _, _, ahead, encoded = metadata.split(" ")
     numbers = _varints(b85decode(encoded))
-    open_: dict[int, int] = {}
+    counts: dict[int, int] = {}
     offset = watermark
     for delta, count in zip(numbers, numbers, strict=True):
         offset += delta
-        open_[offset] = count
-    return Partition(watermark + int(ahead), open_)
+        counts[offset] = count
+    partition = Partition(watermark + int(ahead), {at: n for at, n in counts.items() if n})
+    partition.ahead.update(dict.fromkeys(at for at, n in counts.items() if not n))
+    return partition
 
 
 def _varint(number: int) -> bytes:

@@ -136,6 +136,40 @@ def test_a_record_that_was_moved_is_settled_once(data: st.DataObject) -> None:
     assert restored(new.watermark, new.metadata("me")).position == 12
 
 
+@given(st.sets(st.integers(0, 60)), st.integers(0, 60), st.sets(st.integers(0, 60)))
+def test_a_successor_delivers_no_copy_that_is_finished(
+    copies: set[int], fetched: int, finished: set[int]
+) -> None:
+    """Nor one that was moved on, to yet another partition."""
+    old, new, third = Partition(0), Partition(0), Partition(0)
+    for offset, copy in enumerate(sorted(copies)):
+        old.deliver(offset)
+        old.move(offset, new, copy)
+    for offset in range(fetched):
+        new.deliver(offset)
+    for offset in finished:
+        new.finish(offset)
+    moved_on = copies - finished
+    for place, copy in enumerate(sorted(moved_on)):
+        new.move(copy, third, 1000 + place)
+    assert third.in_flight == len(moved_on)
+    assert new.in_flight == len(new.open)
+    again = [*new.open, *range(new.position, 65)]
+    heir = restored(new.watermark, new.metadata("me"))
+    delivered = [o for o in range(new.watermark, 65) if heir.deliver(o) is not None]
+    assert delivered == [offset for offset in again if offset not in copies]
+    assert (heir.in_flight, heir.position) == (len(delivered), 65)
+
+
+def test_a_successor_delivers_copies_that_are_in_flight() -> None:
+    """Their receiver may be dead."""
+    old, new = Partition(0), Partition(0)
+    old.deliver(0)
+    old.move(0, new, 4)
+    heir = restored(new.watermark, new.metadata("me"))
+    assert [offset for offset in range(6) if heir.deliver(offset)] == [0, 1, 2, 3, 4, 5]
+
+
 def test_the_copy_of_a_record_keeps_its_count() -> None:
     old, new = Partition(7, {3: 2}), Partition(0)
     old.fetch_from(3)
