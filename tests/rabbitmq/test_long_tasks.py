@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
@@ -16,12 +16,22 @@ from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.lane import Lane
 from qtasks_rabbitmq.topology import Names
 from tests.rabbitmq.test_broker import collect, message
+from tests.rabbitmq.test_channels import patient
 from tests.rabbitmq.test_topology import user
 from tests.services.rabbitmq import RabbitMQServer
 
 __all__ = ["user"]  # a fixture
 TIMEOUT = 12.0
+LEASE = 9.0
 MOST_SECONDS = 120
+
+
+@pytest.fixture
+async def broker(rabbitmq_server: RabbitMQServer, namespace: str) -> AsyncIterator[RabbitMQBroker]:
+    broker = RabbitMQBroker(rabbitmq_server.url, lease=LEASE)
+    await broker.start(namespace)
+    yield broker
+    await broker.stop()
 
 
 @pytest.fixture
@@ -54,7 +64,7 @@ async def extend_until(
     async with asyncio.timeout(MOST_SECONDS):
         while not enough(held):
             await asyncio.sleep(0.5)
-            answers = await subscription.extend(held)
+            answers = await patient(subscription.extend, held)
             held = [answer for answer in answers if answer is not None]
             assert len(held) == len(answers)
     return held
@@ -137,7 +147,7 @@ async def test_without_the_right_to_hand_over_nothing_else_is_lost(
 ) -> None:
     """The user may not create queues. It is said once, and the lease holds as long as it can."""
     await broker.publish([message()])
-    limited = RabbitMQBroker(user, lease=3.0)
+    limited = RabbitMQBroker(user, lease=LEASE)
     await limited.start(namespace)
     try:
         subscription = await limited.subscribe({"q": 1})
@@ -156,7 +166,7 @@ async def test_a_task_that_runs_longer_than_the_timeout_runs_once(
     rabbitmq_server: RabbitMQServer, namespace: str, known: float
 ) -> None:
     runs: list[str] = []
-    broker = RabbitMQBroker(rabbitmq_server.url, lease=3.0)
+    broker = RabbitMQBroker(rabbitmq_server.url, lease=LEASE)
     app = QueueTasks(namespace, broker=broker, storage=MemoryStorage())
 
     @app.task()
