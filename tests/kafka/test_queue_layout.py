@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
 
 from qtasks_core import DONE, Ack, Delivery, Subscription, TaskMessage
@@ -113,11 +112,8 @@ async def test_a_queue_made_anew_is_served_without_a_restart(
         await settle(subscription, [delivery])
 
 
-async def test_a_deleted_topic_is_told_and_work_goes_on(
-    kafka_server: Service,
-    admin: AIOKafkaAdminClient,
-    namespace: str,
-    caplog: pytest.LogCaptureFixture,
+async def test_work_goes_on_after_a_topic_was_deleted(
+    kafka_server: Service, admin: AIOKafkaAdminClient, namespace: str
 ) -> None:
     topic = topic_name(namespace, "queue", "q")
     url = kafka_server.url
@@ -131,5 +127,3 @@ async def test_a_deleted_topic_is_told_and_work_goes_on(
         received = await receive(subscription, {f"new{n}" for n in range(12)})
         await settle(subscription, [held])
         await settle(subscription, received)
-    told = [r.getMessage() for r in caplog.records if r.name == "qtasks.kafka"]
-    assert any(topic in line and "read from its beginning" in line for line in told), told
