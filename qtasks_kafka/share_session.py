@@ -47,8 +47,8 @@ class Acquired:
     """A record that this session has acquired. It is the fence of its delivery."""
 
     __slots__ = (
-        "count", "leased", "lost", "offset", "place", "prior", "replaced", "session", "settled",
-        "settling", "until", "value",
+        "count", "leased", "lost", "offset", "place", "prior", "replaced", "sent", "session",
+        "settled", "settling", "until", "value",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +69,8 @@ class Acquired:
         self.lost = False
         self.settling: tuple[Hashable, Future[bool]] | None = None
         """How it is or was settled, and the server's answer: whether it has obeyed."""
+        self.sent = False
+        """Whether the server may know how it is settled."""
         self.settled: Hashable = None
         """How it was settled, once the server has obeyed."""
         self.replaced: Hashable = None
@@ -313,6 +315,8 @@ class ShareSession:
         by_place = {
             place: list(some) for place, some in groupby(open_, lambda ack: ack.record.place)
         }
+        for ack in open_:
+            ack.record.sent = ack.record.sent or (ack.kind != RENEW and not self.broken)
         renewing = any(ack.kind == RENEW for ack in open_)
         answer = await self._ask(
             lambda: Call(

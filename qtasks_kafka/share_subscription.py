@@ -25,6 +25,9 @@ IDLE = 1.0
 """Seconds that a record which no call has returned waits for one, before others get it."""
 
 
+UNANSWERED = Outcome("unknown", "the connection broke before the server had answered")
+
+
 class _Obeyed:
     """The settlements that the server has obeyed, by their keys: each record knows its own."""
 
@@ -149,7 +152,7 @@ class ShareSubscription(Subscription):
                 if not records:
                     await asyncio.sleep(PAUSE)
             topics = {topic_id: topic for topic, ((topic_id, _), *_) in places.items()}
-            worn = [record for record in records if record.count > self._group.limit // 2]
+            worn = [record for record in records if record.count > self._group.worn]
             copied = await self._copy(worn, topics) if worn else set()
         except QTasksError as error:
             self._group.stale()
@@ -228,9 +231,10 @@ class ShareSubscription(Subscription):
                 call.answer(place, refused[place])
             elif record.settling is not None:
                 # An earlier call was cancelled before it had its answer, or it was another one.
-                # Without an answer the session was lost, and so was the record.
                 if not _failed(record.settling[1]):
                     answers[place] = record.settling[1]
+                elif record.sent:
+                    call.answer(place, UNANSWERED)
             elif record.held(self._loop.time()):
                 kind = RELEASE if isinstance(settlement, Release) else ACCEPT
                 answers[place] = record.session.settle(record, kind, effect_of(settlement))
