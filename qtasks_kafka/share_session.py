@@ -131,9 +131,14 @@ class ShareSession:
         self._outbox: list[_Ack] = []
         self._sending: Task[None] | None = None
         self._renewing: Task[None] | None = None
-        self.broken = False
+        self._abandoned = False
         self.accepted = False
         """Whether a record was accepted since somebody has cleared this."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether its connection was lost, and with it all that it held."""
+        return self._abandoned or (self._link is not None and not self._link.connected())
 
     def holding(self) -> bool:
         """Return whether a record is held."""
@@ -282,7 +287,11 @@ class ShareSession:
                     acks = self._take_acks()
                     await self._acknowledge(acks)
         except BaseException as error:
-            failure = error if isinstance(error, QTasksError) else Unavailable("it was closed")
+            failure = (
+                error
+                if isinstance(error, QTasksError)
+                else Unavailable("the session was closed before the server had answered")
+            )
             for ack in (*acks, *self._outbox):
                 if not ack.answer.done():
                     ack.answer.set_exception(failure)
@@ -373,7 +382,7 @@ class ShareSession:
 
     def abandon(self) -> None:
         """Close the connection. The server then releases all records that are held here."""
-        self.broken = True
+        self._abandoned = True
         self._held.clear()
         if self._link is not None:
             self._link.close()
