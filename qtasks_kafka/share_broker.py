@@ -52,8 +52,10 @@ class ShareGroupKafkaBroker(KafkaBroker):
                 "a log has no priorities",
                 "an unfinished task lets at most share.partition.max.record.locks later messages "
                 "of its partition pass (up to 4,000 where the server allows that)",
-                "a record is replaced by a copy before the server's limit of deliveries "
-                "(share.delivery.count.limit) archives it: after half of them",
+                "a record is replaced by a copy at its third delivery, before the server's limit "
+                "of deliveries (share.delivery.count.limit, 5 by default) archives it",
+                "if the connection breaks before the server has answered a settle, the first call "
+                "raises `Unavailable`, and its repeat is `unknown`",
                 "a crash of the server forgets the deliveries that were in flight, so they are not "
                 "counted",
                 "the shortest lease of all workers that have ever subscribed is the time after "

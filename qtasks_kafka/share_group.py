@@ -56,6 +56,8 @@ DEFAULT_LOCK = 30_000
 PURGED = 500
 """How many records are purged together."""
 _WITHOUT_MEMBERS = ("Empty", "Dead")
+JOIN = 2 * REQUEST
+"""Seconds within which a server that has just started must know its groups."""
 LOOK_AGAIN = 10.0
 """Seconds after which new partitions of a topic are noticed."""
 
@@ -63,12 +65,12 @@ LOOK_AGAIN = 10.0
 class Configured(NamedTuple):
     """How a group is configured."""
 
-    limit: int = DEFAULT_LIMIT
-    """After so many deliveries the server archives a record: nobody gets it any more."""
     lock: float = inf
     """The longest time in seconds for which the server locks an acquired record."""
     changed: Sequence[str] = ()
     """What was changed, as `name=value`."""
+    limit: int = int(WISHES[LIMIT])
+    """After so many deliveries the server archives a record: nobody gets it any more."""
 
 
 class ShareGroup:
@@ -98,7 +100,7 @@ class ShareGroup:
         """Configure the group and join it. Raises `Unavailable`, `ConfigurationError`."""
         self._configured = await configured(self._connection, self._group, self._lease)
         with self._connection.reaching():
-            async with asyncio.timeout(REQUEST):
+            async with asyncio.timeout(JOIN):
                 while True:
                     try:
                         await self._beat()
@@ -197,9 +199,13 @@ class ShareGroup:
         return found
 
     @property
-    def limit(self) -> int:
-        """After so many deliveries the server archives a record: nobody gets it any more."""
-        return self._configured.limit
+    def worn(self) -> int:
+        """A record that the server has delivered more often is replaced by a copy.
+
+        An operator may have set the lowest limit, 2. If a worker dies before it has made the copy,
+        the next one makes it, so the default of 5 allows for three deaths.
+        """
+        return min(2, self._configured.limit // 2)
 
     def stale(self) -> None:
         """Ask for the leaders before the next use: a request has failed."""
@@ -240,10 +246,12 @@ async def configured(connection: Connection, group: str, lease: float) -> Config
         # Another lock time than the default shows whether a server knows all of this.
         lock = min(int(lease * 1000), lock - 1)
         wanted = {RESET: "earliest", LOCK: str(lock)}
+        wishes = {name: value for name, value in WISHES.items() if found.get(name, value) != value}
+        if wishes and (await _alter(connection, group, wanted | wishes))[0] == 0:
+            return Configured(lock / 1000, _settings(wanted | wishes))
     elif lock > lease * 1000:
         lock = int(lease * 1000)
         wanted = {LOCK: str(lock)}
-    changed = [f"{name}={value}" for name, value in wanted.items()]
     if wanted:
         code, said = await _alter(connection, group, wanted)
         if code == INVALID_CONFIG:
@@ -252,20 +260,17 @@ async def configured(connection: Connection, group: str, lease: float) -> Config
                 f"server's group.share.min.record.lock.duration.ms, 15 s by default ({said})"
             )
         if code:
+            settings = ",".join(_settings(wanted))
             raise ConfigurationError(
                 f"Kafka at {connection.shown}: the group {group} must be configured, and this user "
                 f"may not do that ({said}). Give it ALTER_CONFIGS on the group, or let an operator "
-                f"run: kafka-configs.sh --alter --group {group} --add-config {','.join(changed)}"
+                f"run: kafka-configs.sh --alter --group {group} --add-config {settings}"
             )
-    for name, value in WISHES.items():
-        if found.get(name, value) != value:
-            code, said = await _alter(connection, group, {name: value})
-            if code:
-                logger.debug("the group %s keeps %s=%s: %s", group, name, found[name], said)
-            else:
-                changed.append(f"{name}={value}")
-    limit = WISHES[LIMIT] if f"{LIMIT}={WISHES[LIMIT]}" in changed else found.get(LIMIT)
-    return Configured(int(limit or DEFAULT_LIMIT), lock / 1000, changed)
+    return Configured(lock / 1000, _settings(wanted), int(found.get(LIMIT, DEFAULT_LIMIT)))
+
+
+def _settings(wanted: Mapping[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in wanted.items()]
 
 
 async def _described(connection: Connection, group: str) -> Mapping[str, str]:

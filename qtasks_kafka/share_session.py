@@ -47,8 +47,8 @@ class Acquired:
     """A record that this session has acquired. It is the fence of its delivery."""
 
     __slots__ = (
-        "count", "leased", "lost", "offset", "place", "prior", "replaced", "session", "settled",
-        "settling", "until", "value",
+        "count", "leased", "lost", "offset", "place", "prior", "replaced", "sent", "session",
+        "settled", "settling", "until", "value",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +69,8 @@ class Acquired:
         self.lost = False
         self.settling: tuple[Hashable, Future[bool]] | None = None
         """How it is or was settled, and the server's answer: whether it has obeyed."""
+        self.sent = False
+        """Whether the server may know how it is settled."""
         self.settled: Hashable = None
         """How it was settled, once the server has obeyed."""
         self.replaced: Hashable = None
@@ -129,9 +131,14 @@ class ShareSession:
         self._outbox: list[_Ack] = []
         self._sending: Task[None] | None = None
         self._renewing: Task[None] | None = None
-        self.broken = False
+        self._abandoned = False
         self.accepted = False
         """Whether a record was accepted since somebody has cleared this."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether its connection was lost, and with it all that it held."""
+        return self._abandoned or (self._link is not None and not self._link.connected())
 
     def holding(self) -> bool:
         """Return whether a record is held."""
@@ -280,7 +287,11 @@ class ShareSession:
                     acks = self._take_acks()
                     await self._acknowledge(acks)
         except BaseException as error:
-            failure = error if isinstance(error, QTasksError) else Unavailable("it was closed")
+            failure = (
+                error
+                if isinstance(error, QTasksError)
+                else Unavailable("the session was closed before the server had answered")
+            )
             for ack in (*acks, *self._outbox):
                 if not ack.answer.done():
                     ack.answer.set_exception(failure)
@@ -313,6 +324,8 @@ class ShareSession:
         by_place = {
             place: list(some) for place, some in groupby(open_, lambda ack: ack.record.place)
         }
+        for ack in open_:
+            ack.record.sent = ack.record.sent or (ack.kind != RENEW and not self.broken)
         renewing = any(ack.kind == RENEW for ack in open_)
         answer = await self._ask(
             lambda: Call(
@@ -369,7 +382,7 @@ class ShareSession:
 
     def abandon(self) -> None:
         """Close the connection. The server then releases all records that are held here."""
-        self.broken = True
+        self._abandoned = True
         self._held.clear()
         if self._link is not None:
             self._link.close()

@@ -25,6 +25,9 @@ IDLE = 1.0
 """Seconds that a record which no call has returned waits for one, before others get it."""
 
 
+UNANSWERED = Outcome("unknown", "the connection broke before the server had answered")
+
+
 class _Obeyed:
     """The settlements that the server has obeyed, by their keys: each record knows its own."""
 
@@ -84,8 +87,9 @@ class ShareSubscription(Subscription):
         raise Closed("the subscription is closed")
 
     def _take(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
-        taken = self._leftovers.take(wanted, limit, self._loop.time())
-        return [delivery for delivery in taken if not delivery.fence.session.broken]
+        now = self._loop.time()
+        taken = self._leftovers.take(wanted, limit)
+        return [delivery for delivery in taken if delivery.fence.held(now)]
 
     async def _fetch(self, wanted: Mapping[str, int], limit: int) -> None:
         """Fetch once, and wait for an answer. What comes is kept in the leftovers.
@@ -97,17 +101,16 @@ class ShareSubscription(Subscription):
             for queue, most in wanted.items():
                 asked = self._ask(sources, {queue: most}, limit, wait=False)
                 if asked:
-                    await asyncio.wait({*asked, self._closed}, return_when="FIRST_COMPLETED")
-                    while not self._closed.done() and (left := {t for t in asked if not t.done()}):
-                        await asyncio.wait({*left, self._closed}, return_when="FIRST_COMPLETED")
+                    await asyncio.wait(asked)
                 if self._leftovers or self._error or self._closed.done():
                     return
         self._ask(sources, wanted, limit, wait=True)
-        waiting = set(self._fetching.values())
-        if not waiting:  # no partition has a leader
+        if self._fetching:
+            waiting = {*self._fetching.values(), self._closed}
+            await asyncio.wait(waiting, return_when="FIRST_COMPLETED")
+        else:  # no partition has a leader
             self._group.stale()
-            waiting = {asyncio.create_task(asyncio.sleep(PAUSE))}
-        await asyncio.wait({*waiting, self._closed}, return_when="FIRST_COMPLETED")
+            await asyncio.wait({self._closed}, timeout=PAUSE)
 
     def _ask(
         self,
@@ -117,8 +120,10 @@ class ShareSubscription(Subscription):
         *,
         wait: bool,
     ) -> list[Task[None]]:
-        """Start a request to each server that has none under way. Together they ask for no more
-        than is wanted, but for one record from each server."""
+        """Start a request to each server that has none under way.
+
+        Together they ask for no more records than are wanted, but each for one at least.
+        """
         topics = {self._topics[queue]: queue for queue in wanted}
         idle = [
             (session, {topic: some for topic, some in places.items() if topic in topics})
@@ -148,20 +153,20 @@ class ShareSubscription(Subscription):
                 self._group.stale()
                 if not records:
                     await asyncio.sleep(PAUSE)
-            topics = {topic_id: topic for topic, ((topic_id, _), *_) in places.items()}
-            worn = [record for record in records if record.count > self._group.limit // 2]
-            copied = await self._copy(worn, topics) if worn else set()
         except QTasksError as error:
             self._group.stale()
             self._error = error
             return
+        topics = {topic_id: topic for topic, ((topic_id, _), *_) in places.items()}
+        worn = [record for record in records if record.count > self._group.worn]
+        copied = await self._copy(worn, topics) if worn else set()
         queues = {topic: queue for queue, topic in self._topics.items()}
         for record in records:
             if record not in copied:
                 queue = queues[topics[record.place[0]]]
                 count = record.prior + record.count
                 delivery = Delivery(decode_message(record.value), queue, record, count)
-                self._leftovers.add([delivery], record.until)
+                self._leftovers.add([delivery])
 
     async def _copy(
         self, records: Sequence[Acquired], topics: Mapping[bytes, str]
@@ -169,7 +174,8 @@ class ShareSubscription(Subscription):
         """Replace records by copies, and return those: the server counts a copy anew.
 
         It archives a record after a number of deliveries, so that nobody gets it any more. How
-        often a task may be delivered is decided by the engine alone.
+        often a task may be delivered is decided by the engine alone. A record that cannot be
+        copied now is copied at its next delivery.
         """
         copies = [
             Record(
@@ -180,7 +186,11 @@ class ShareSubscription(Subscription):
             )
             for record in records
         ]
-        written = await self._connection.running_writer().write(copies)
+        try:
+            written = await self._connection.running_writer().write(copies)
+        except QTasksError as error:
+            logger.debug("messages that were delivered often could not be copied: %s", error)
+            return set()
         copied = {r for r, w in zip(records, written, strict=True) if w.refused is None}
         for record in copied:
             record.session.settle(record, ACCEPT, ACCEPT)
@@ -228,9 +238,10 @@ class ShareSubscription(Subscription):
                 call.answer(place, refused[place])
             elif record.settling is not None:
                 # An earlier call was cancelled before it had its answer, or it was another one.
-                # Without an answer the session was lost, and so was the record.
                 if not _failed(record.settling[1]):
                     answers[place] = record.settling[1]
+                elif record.sent:
+                    call.answer(place, UNANSWERED)
             elif record.held(self._loop.time()):
                 kind = RELEASE if isinstance(settlement, Release) else ACCEPT
                 answers[place] = record.session.settle(record, kind, effect_of(settlement))

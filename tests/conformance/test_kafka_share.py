@@ -21,6 +21,8 @@ from qtasks_kafka.connection import topic_name
 from tests.services import Service
 
 LEASE = 2.0
+SLACK = 6.0
+"""Seconds. The first group on a server makes it create the topic with the state of such groups."""
 
 
 @pytest.fixture
@@ -36,6 +38,7 @@ def subject(kafka_server: Service) -> Subject:
         broker=Part("qtasks_kafka:ShareGroupKafkaBroker", {"url": url, "lease": LEASE}),
         storage=Part("qtasks_kafka:KafkaStorage", {"url": url}),
         lease=LEASE,
+        slack=SLACK,
         inject=inject,
         server=kafka_server,
         driver="aiokafka",

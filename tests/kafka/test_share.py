@@ -13,9 +13,11 @@ from uuid_utils import uuid7
 
 from qtasks_core import Ack, Delivery, Release, Subscription, TaskMessage
 from qtasks_core.errors import ConfigurationError
+from qtasks_core.wire import encode_message
 from qtasks_kafka import ShareGroupKafkaBroker, share_group
 from qtasks_kafka.connection import topic_name
 from qtasks_kafka.control import workers_group
+from qtasks_kafka.share_session import PRIOR
 from tests.services import Service
 
 LEASE = 60.0
@@ -46,7 +48,7 @@ async def test_a_message_outlives_the_servers_limit_of_deliveries(
     sent = message()
     await broker.publish([sent])
     subscription = await broker.subscribe({"q": 1})
-    for times in range(1, 3 * int(share_group.WISHES[share_group.LIMIT])):
+    for times in range(1, 2 * int(share_group.WISHES[share_group.LIMIT])):
         (delivery,) = await receive(subscription)
         assert (delivery.message, delivery.count) == (sent, times)
         (outcome,) = await subscription.settle([Release(delivery)])
@@ -161,3 +163,18 @@ async def test_migrate_configures_the_group(kafka_server: Service, namespace: st
     assert f"group {workers_group(namespace)}: share.auto.offset.reset=earliest" in done
     assert f"group {workers_group(namespace)}: share.record.lock.duration.ms=20000" in done
     assert await broker.migrate(namespace) == []
+
+
+@pytest.mark.parametrize("value", [b"many", b"-1", b"9" * 30, None])
+async def test_a_foreign_header_is_no_count_of_deliveries(
+    broker: ShareGroupKafkaBroker, kafka_server: Service, namespace: str, value: bytes | None
+) -> None:
+    subscription = await broker.subscribe({"q": 1})
+    servers = kafka_server.url.removeprefix("kafka://")
+    producer = AIOKafkaProducer(bootstrap_servers=servers)
+    await producer.start()
+    topic = topic_name(namespace, "queue", "q")
+    await producer.send_and_wait(topic, encode_message(message()), headers=[(PRIOR, value)])
+    await producer.stop()
+    (delivery,) = await receive(subscription)
+    assert delivery.count == 1
