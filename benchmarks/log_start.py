@@ -155,16 +155,21 @@ def measure(backend: str, tasks: int) -> None:
         kept = f"{url}{'&' if '?' in url else '?'}directory={directory}"
         child("fill", url, namespace, tasks)
         empty = child("start", url, f"{namespace}-empty", 0)["memory"]
-        bare = child(backend, url, namespace, tasks)
         print(f"\n{backend}: {tasks:,} tasks, two records each")
-        rows = [("bare read", bare), ("from nothing", child("start", url, namespace, tasks))]
-        rows.append(("keeps what it reads", child("start", kept, namespace, tasks)))
-        rows.append(("from what was kept", child("start", kept, namespace, tasks)))
-        for name, row in rows:
+        bare = 0.0
+        for name, what, at in (
+            ("bare read", backend, url),
+            ("from nothing", "start", url),
+            ("keeps what it reads", "start", kept),
+            ("from what was kept", "start", kept),
+        ):
+            row = child(what, at, namespace, tasks)
             took, more = row["first get"], row["memory"] - empty
+            bare = bare or took
             print(
-                f"  {name:20} {took:7.2f} s   {took / bare['first get']:5.2f} x bare"
-                f"   {row['cpu']:6.2f} s of CPU   {more:+7.1f} MiB"
+                f"  {name:20} {took:7.2f} s   {took / bare:5.2f} x bare"
+                f"   {row['cpu']:6.2f} s of CPU   {more:+7.1f} MiB",
+                flush=True,
             )
 
 
