@@ -90,6 +90,8 @@ class Store:
         """What the thread is writing, by view. It must stay loaded until then."""
         self._failed: Unavailable | None = None
         self._position = b""
+        self._kept = b""
+        """The position that the table has."""
         self._wrote_at = time.monotonic()
 
     async def open(self) -> bytes | None:
@@ -227,6 +229,10 @@ class Store:
 
     def _write(self) -> None:
         """Hand all that has changed to the thread, without waiting for it."""
+        moved = self._table.kept and self._position != self._kept
+        if not moved and not any(view.changed for view in self._views):
+            return
+        self._kept = self._position
         rows: list[Row] = []
         gone: list[tuple[int, str]] = []
         written: list[dict[str, Subject[Any]]] = []
