@@ -152,7 +152,7 @@ class LogStorage(Storage):
             await self._sweeper.stop()
         await self._log.stop()
 
-    def _lose(self, error: Unavailable) -> None:
+    def _lose(self, error: BaseException) -> None:
         logger.warning("reading the log anew: %s", error)
         self._reader.lose(error)
 
