@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
 import msgspec
@@ -70,11 +70,19 @@ class Policy(Struct, frozen=True):
 
 
 class Position(Struct, frozen=True, array_like=True):
-    """Up to where a process has read which log, and when (Unix time)."""
+    """Up to where a process has read which log."""
 
     id: str
-    at: float
+    complete: float
+    """The last Unix time of which it has read all that was written before."""
     offsets: list[int]
+
+
+class Mark(NamedTuple):
+    """The ends of all partitions, and a Unix time before they were asked for."""
+
+    at: float
+    ends: dict[TopicPartition, int]
 
 
 class KafkaLog(Log):
@@ -96,6 +104,8 @@ class KafkaLog(Log):
         self._positions: dict[TopicPartition, int] = {}
         self._polled = 0.0
         """When the log was read last, as Unix time: a clock that goes on while a machine sleeps."""
+        self._complete = 0.0
+        """The last Unix time of which all is read that was written before."""
         self._replaced = ""
         """Why the reader has to forget what it has read, until it seeks."""
         self._policy = Policy()
@@ -139,7 +149,7 @@ class KafkaLog(Log):
         await self.stop()
         self._topic = topic_name(namespace, "records")
         self._layout, self._positions, self._replaced = None, {}, ""
-        self._polled = 0.0
+        self._polled = self._complete = 0.0
         try:
             await self._connection.start()
             self._running = True
@@ -284,7 +294,7 @@ class KafkaLog(Log):
     def _replace(self, why: str) -> None:
         """Make the reader forget what it has read."""
         self._replaced = why
-        self._positions = {}
+        self._positions, self._complete = {}, 0.0
 
     def _check_pause(self) -> None:
         """Make the reader begin again if entries that it has not read may be compacted by now."""
@@ -299,23 +309,26 @@ class KafkaLog(Log):
         assert layout is not None
         offsets = {place.partition: offset for place, offset in self._positions.items()}
         ordered = [offsets.get(number, 0) for number in range(layout.partitions)]
-        return msgspec.msgpack.encode(Position(layout.id, time.time(), ordered))
+        return msgspec.msgpack.encode(Position(layout.id, self._complete, ordered))
 
     async def seek(self, position: bytes | None) -> bool:
         from aiokafka.structs import TopicPartition
 
         consumer, layout = await self._open(), self._layout
         assert layout is not None
-        self._replaced = ""
+        self._replaced, self._complete = "", 0.0
         wanted: dict[TopicPartition, int] = {}
         if position is not None:
             at = msgspec.msgpack.decode(position, type=Position)
             # Kafka forgets tombstones some time after it has compacted them. A reader from before
-            # would keep what they have deleted. It has an hour to read the rest.
-            age = time.time() - at.at
+            # would keep what they have deleted. It has an hour to read the rest. What counts is
+            # when it was at the end of the log: tombstones behind its position may be older than
+            # the position.
+            age = time.time() - at.complete
             remembered = not self.compacts or 0 <= age < self._policy.keeps_tombstones - HOUR
             if at.id == layout.id and remembered and len(at.offsets) == layout.partitions:
                 wanted = {TopicPartition(self._topic, n): o for n, o in enumerate(at.offsets)}
+                self._complete = at.complete
         self._polled = time.time()
         try:
             with self._connection.reaching():
@@ -324,7 +337,10 @@ class KafkaLog(Log):
         except BaseException:
             self._retire()
             raise
-        return fits and (position is None or bool(wanted))
+        if position is None or (fits and wanted):
+            return True
+        self._complete = 0.0
+        return False
 
     async def stop(self) -> None:
         self._running = False
@@ -429,7 +445,7 @@ class KafkaLog(Log):
         asker = self._asker
         if asker is None:
             raise Unavailable("the log is being reopened")
-        read = dict(self._positions)  # `read` continues meanwhile
+        read, at = dict(self._positions), time.time()  # `read` continues meanwhile
         try:
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST):
@@ -441,13 +457,14 @@ class KafkaLog(Log):
         if any(end < read.get(place, 0) for place, end in ends.items()):
             self._retire()
             raise Unavailable("the log is shorter than it was; it is being reopened")
-        return ends
+        return Mark(at, ends)
 
     def reached(self, mark: object) -> bool:
-        assert isinstance(mark, dict)
-        return not self._replaced and all(
-            self._positions.get(tp, 0) >= end for tp, end in mark.items()
-        )
+        assert isinstance(mark, Mark)
+        if self._replaced or any(self._positions.get(p, 0) < end for p, end in mark.ends.items()):
+            return False
+        self._complete = max(self._complete, mark.at)
+        return True
 
 
 def _layout_of(record: Any) -> Layout | None:

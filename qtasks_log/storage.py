@@ -48,16 +48,17 @@ compacts. A proposal that follows such an entry arrives before: no call waits th
 _AT_ONCE = 1000
 """Deletions in one append."""
 _NOTES = (
-    "every process reads the log at its start: all of it, unless `directory=` keeps what it read "
-    "before; it has recent records in memory, the others in a file",
+    "every process reads the whole log at its start; with `directory=`, only what came after its "
+    "last stop",
+    "a process has recent records in memory, and the others in a file of its own",
     "do not limit the age or the size of the log: it would lose records, values and claims",
     "the time of a claim counts from when a process reads it in the log, so the clocks of machines "
     "need not agree; a process that was just started may wait for the whole time before it takes "
     "over the claim of a dead owner",
 )
-_COMPACTS = "the log is compacted: it has what is alive, and for a while what is deleted"
+_COMPACTS = "the log is compacted: deleted, expired and superseded records leave it after a while"
 _GROWS = (
-    "deleted and expired records leave that memory and file, but not the log: it grows until it is "
+    "deleted and expired records leave memory and file, but not the log: it grows until it is "
     "deleted"
 )
 
@@ -151,7 +152,7 @@ class LogStorage(Storage):
             await self._sweeper.stop()
         await self._log.stop()
 
-    def _lose(self, error: Unavailable) -> None:
+    def _lose(self, error: BaseException) -> None:
         logger.warning("reading the log anew: %s", error)
         self._reader.lose(error)
 

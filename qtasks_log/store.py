@@ -40,6 +40,7 @@ _OBJECTS = 1000
 _DUE_AT_ONCE = 1000
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 Records: TypeAlias = View[Task | Deletion]
 Values: TypeAlias = View[Setting]
@@ -68,7 +69,7 @@ class Store:
         *,
         retention: float,
         memory: int = MEMORY,
-        failed: Callable[[Unavailable], None] = lambda error: None,
+        failed: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._table = table
         self._retention = retention
@@ -88,8 +89,10 @@ class Store:
         """Subjects that are being loaded. Unloading one meanwhile could bring back an old state."""
         self._writes: dict[asyncio.Future[None], list[dict[str, Subject[Any]]]] = {}
         """What the thread is writing, by view. It must stay loaded until then."""
-        self._failed: Unavailable | None = None
+        self._failed: BaseException | None = None
         self._position = b""
+        self._kept = b""
+        """The position that the table has."""
         self._wrote_at = time.monotonic()
 
     async def open(self) -> bytes | None:
@@ -115,6 +118,9 @@ class Store:
             except Unavailable as error:
                 logger.warning("the next start reads the log anew: %s", error)
                 damaged = True
+        if damaged and self._failed is None:
+            # Calls that still use this store must not have the log read anew once more.
+            self._failed = Unavailable("the log is being read anew")
         await self._table.close(damaged=damaged)
 
     # -- what the reader calls
@@ -227,6 +233,10 @@ class Store:
 
     def _write(self) -> None:
         """Hand all that has changed to the thread, without waiting for it."""
+        moved = self._table.kept and self._position != self._kept
+        if not moved and not any(view.changed for view in self._views):
+            return
+        self._kept = self._position
         rows: list[Row] = []
         gone: list[tuple[int, str]] = []
         written: list[dict[str, Subject[Any]]] = []
@@ -247,7 +257,7 @@ class Store:
 
     def _wrote(self, writing: asyncio.Future[None]) -> None:
         written = self._writes.pop(writing)
-        if isinstance(error := writing.exception(), Unavailable):
+        if (error := writing.exception()) is not None:
             self._damage(error)
             return
         for kind, view in enumerate(self._views):
@@ -323,7 +333,7 @@ class Store:
             for key, place, value, over_at in stored.standing:
                 content = decode(value)
                 if kind != 0 and stored.session != self._session:
-                    # The clock of its times ended with another process. See `shared.over_at`.
+                    # The clock of its times ended with another process. See `over_since`.
                     over_at = over_since(content, self._opened)
                 state.standing.append(Proposal(key, content, over_at, place))
             for key, place, value in stored.stream:
@@ -343,7 +353,7 @@ class Store:
         except Unavailable as error:
             raise self._damage(error) from error
 
-    def _damage(self, error: Unavailable) -> Unavailable:
+    def _damage(self, error: E) -> E:
         if self._failed is None:
             self._failed = error
             self._tell(error)
