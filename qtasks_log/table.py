@@ -7,9 +7,9 @@ which SQLite writes only if its cache is full, and deletes with the connection.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -342,7 +342,14 @@ def _locked(file: Path) -> IO[bytes] | None:
             f"directory={str(file.parent)!r} cannot be used: {error}"
         ) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
         return None
