@@ -22,6 +22,10 @@ logger = logging.getLogger("qtasks")
 
 _CHECK_EVERY = 10.0
 """Seconds between checks if the broker has no leases."""
+_ARRIVING = 1.5
+"""Seconds after which a command is obeyed a second time if no job was of its task: a message that
+had left its queue before the command came, with its record already looked at, is a job by then."""
+_MOST_NAMED = 1000
 _BEFORE_ITS_RUN = (ADMITTING, WAITING)
 
 
@@ -37,26 +41,31 @@ class Cancelling:
         self._runner = runner
         self._retrying = retrying
         self._named: set[str] = set()
+        self._named_before: set[str] = set()
+        """The tasks that were named and are of no job yet."""
         self._asked = asyncio.Event()
 
     async def watch(self, lease: float | None) -> None:
         """Look for cancelled tasks, for ever, as often as leases are extended."""
+        every = _CHECK_EVERY if lease is None else lease / 3
         while True:
             await self._jobs.present()
             with suppress(TimeoutError):
-                async with asyncio.timeout(_CHECK_EVERY if lease is None else lease / 3):
+                async with asyncio.timeout(min(_ARRIVING, every) if self._named_before else every):
                     await self._asked.wait()
             self._asked.clear()
             named, self._named = self._named, set()
+            asked = named | self._named_before
+            self._named_before = named - {job.message.uuid for job in self._jobs}
             await self._check(
                 job
                 for job in self._jobs
-                if (job.process_noted and not job.is_lost) or job.message.uuid in named
+                if (job.process_noted and not job.is_lost) or job.message.uuid in asked
             )
 
     def check_soon(self, uuid: str) -> None:
-        """Check at once whether a task was cancelled, if this worker has a job of it."""
-        if any(job.message.uuid == uuid for job in self._jobs):
+        """Check at once whether a task was cancelled, if this worker has or gets a job of it."""
+        if len(self._named) < _MOST_NAMED:
             self._named.add(uuid)
             self._asked.set()
 

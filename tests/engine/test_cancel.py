@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,9 +13,11 @@ import pytest
 import qtasks
 from qtasks import TaskCancelled
 from qtasks.asyncio import QueueTasks
-from qtasks_core import Command
+from qtasks.bridge.crossing import io_thread
+from qtasks_core import Command, Composition, Delivery, Storage, Subscription, Task, Verdict
 from qtasks_core.errors import NotSupported, UnknownTask
-from qtasks_memory import MemoryBroker
+from qtasks_core.separate import SeparateComposition
+from qtasks_memory import MemoryBroker, MemoryStorage
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -210,3 +212,63 @@ def test_the_blocking_face_cancels_too(tmp_path: Path) -> None:
         assert app.cancel(task.uuid)
         with pytest.raises(TaskCancelled):
             _ = task.wait_result(timeout=10).returning
+
+
+class OnItsWay(MemoryBroker):
+    """Its deliveries take their time to the worker. Their records are looked at before that."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.taken, self.arrive = asyncio.Event(), asyncio.Event()
+
+    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
+        subscription = await super().subscribe(queues)
+        receive = subscription.receive
+
+        async def received(wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+            deliveries = await receive(wanted, limit)
+            self.taken.set()
+            await self.arrive.wait()
+            return deliveries
+
+        subscription.receive = received  # type: ignore[method-assign]
+        return subscription
+
+    def join(self, storage: Storage) -> Composition | None:
+        return Early(self, storage)
+
+
+class Early(SeparateComposition):
+    async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
+        return [("run", None) for _ in deliveries]
+
+
+async def test_a_command_that_comes_before_the_delivery_is_obeyed_all_the_same() -> None:
+    name = uuid4().hex
+    broker = OnItsWay(name)
+    app = QueueTasks(name, broker, MemoryStorage(name))
+    begun, stopped = asyncio.Event(), asyncio.Event()
+
+    @app.task()
+    async def work() -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(600)
+        finally:
+            stopped.set()
+
+    async with app, app.worker():
+        task = await work.add_task()
+        await until(broker.taken.is_set)
+        assert await task.cancel()
+        io_thread().post(broker.arrive.set)
+        # Records are read every 10 s.
+        async with asyncio.timeout(7):
+            await begun.wait()
+            await stopped.wait()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(120):
+        while not condition():  # noqa: ASYNC110  # it is of another loop
+            await asyncio.sleep(0.01)
