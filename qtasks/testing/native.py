@@ -109,7 +109,8 @@ class GuardedProcess:
         """Start a program. `environment` is added to that of this process."""
         log = str(self.directory / "output")
         env = {**os.environ, **(environment or {})}
-        self._ask("spawn", argv=argv, env=env, user=self.user, log=log)
+        spawned = self._ask("spawn", argv=argv, env=env, user=self.user, log=log)
+        self.pid: int = spawned["pid"]
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to all processes of the program. After SIGKILL, they are gone."""

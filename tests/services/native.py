@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
+import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +17,8 @@ from qtasks.testing.recipes import Launch, Recipe
 from tests.services.install import install_package
 from tests.services.service import NotInContainers, Way, in_containers
 
+STOP_WITHIN = 180.0  # seconds
+
 
 class Native(Way):
     """The native server; a subclass knows its program, its files and its command."""
@@ -22,6 +26,7 @@ class Native(Way):
     how = "native"
     account: ClassVar[str | None] = None  # whom it runs as when we are root and it refuses root
     stop_signal: ClassVar[signal.Signals] = signal.SIGKILL
+    shut_down_signal: ClassVar[signal.Signals] = signal.SIGTERM
 
     port: int  # where clients connect
 
@@ -77,6 +82,16 @@ class Native(Way):
 
     def kill(self) -> None:
         self._running().signal(signal.SIGKILL)
+
+    def shut_down(self) -> None:
+        if self.ended() is None:
+            # Only to the main process: others that get it too may take it for a crash.
+            os.kill(self._running().pid, self.shut_down_signal)
+        deadline = time.monotonic() + STOP_WITHIN
+        while self.ended() is None:
+            if time.monotonic() > deadline:
+                raise NotReady(f"it did not stop within {STOP_WITHIN:.0f} s")
+            time.sleep(0.02)
 
     def restart(self) -> None:
         self._running().start(self.command(), self.environment())

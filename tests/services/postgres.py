@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 
 from qtasks.testing.errors import NotReady
@@ -15,6 +16,7 @@ class NativePostgres(ByRecipe):
     """Debian's postgresql."""
 
     recipe = RECIPES["postgres"]
+    shut_down_signal = signal.SIGINT  # SIGTERM would wait for its clients to leave
 
     def kill(self) -> None:
         super().kill()
