@@ -216,6 +216,10 @@ class Connection:
 
     async def _connect(self) -> Opened:
         """Connect to the first server that answers. Try the last good server first."""
+        # Not within the timeout: on a busy machine, the import alone may take that long.
+        with importing_driver("amqp://", ".[rabbitmq]"):
+            import aiormq  # noqa: F401
+            import yarl  # noqa: F401
         error = Unavailable(f"{redact(self._url)} names no server")
         for server in list(self._servers):
             try:
@@ -248,9 +252,9 @@ async def connect(server: Server, purpose: str, heartbeat: int) -> Opened:
     Only this function tells a wrong configuration from an outage. Every error that is not known to
     be final becomes `Unavailable`.
     """
-    with importing_driver("amqp://", ".[rabbitmq]"):
-        import aiormq
-        from yarl import URL
+    import aiormq
+    from yarl import URL
+
     from qtasks_rabbitmq.transport import Transport
 
     shown = redact(server.url)

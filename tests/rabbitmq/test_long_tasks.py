@@ -146,7 +146,8 @@ async def test_without_the_right_to_hand_over_nothing_else_is_lost(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The user may not create queues. It is said once, and the lease holds as long as it can."""
-    await broker.publish([message()])
+    # To add a user takes so long that the broker's connection may be lost.
+    await patient(broker.publish, [message()])
     limited = RabbitMQBroker(user, lease=LEASE)
     await limited.start(namespace)
     try:
