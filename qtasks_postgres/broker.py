@@ -38,7 +38,7 @@ from qtasks_postgres.control import (
 from qtasks_postgres.doorbell import RING, Doorbell
 from qtasks_postgres.doorbell import columns_of as in_columns
 from qtasks_postgres.listening import Listeners
-from qtasks_postgres.rows import columns_of
+from qtasks_postgres.rows import columns_of, publishing
 from qtasks_postgres.schema import DEFAULT
 from qtasks_postgres.storage import PostgresStorage
 from qtasks_postgres.subscription import PostgresSubscription
@@ -49,13 +49,7 @@ if TYPE_CHECKING:
 
 RIGHTS = {"messages": ("SELECT", "INSERT", "UPDATE", "DELETE"), **floors.RIGHTS}
 
-PUBLISH = """
-    INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
-    SELECT $1, queue, priority,
-           CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END, body
-    FROM unnest($2::text[], $3::smallint[], $4::float8[], $5::bytea[])
-         AS given (queue, priority, delay, body)
-"""
+PUBLISH = publishing(2)
 
 
 class PostgresBroker(Broker, ReviewedMigration):
@@ -134,11 +128,11 @@ class PostgresBroker(Broker, ReviewedMigration):
                 outcomes.append(Outcome("refused", TOO_LARGE))
                 continue
             outcomes += [DONE] * len(fit)
-            rows, size = columns_of(fit), size_of(fit)
             await self._database.fetch(
-                PUBLISH, namespace, *rows, transaction=transaction, size=size
+                PUBLISH, namespace, *columns_of(fit), transaction=transaction, size=size_of(fit)
             )
-            channels = {self._database.channel_of(namespace, queue) for queue in rows[0]}
+            queues = {message.queue for message, _ in fit}
+            channels = {self._database.channel_of(namespace, queue) for queue in queues}
             if transaction is None:
                 self._doorbell.ring(channels)
             else:
@@ -161,7 +155,7 @@ class PostgresBroker(Broker, ReviewedMigration):
 
     async def depth(self, queue: str) -> QueueDepth:
         (row,) = await self._database.fetch(DEPTH, self.started(), queue)
-        return QueueDepth(row["ready"], row["delayed"], row["in_flight"])
+        return QueueDepth(row["ready"], row["delayed"], row["in_flight"], row["oldest_age"])
 
     async def purge(self, queue: str) -> int:
         namespace = self.started()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -19,9 +19,10 @@ from qtasks_core import (
     Subscription,
     Task,
     TaskMessage,
+    Verdict,
 )
 from qtasks_core.receivers import SettleCall
-from qtasks_core.records import record_of, taken
+from qtasks_core.records import record_of, taken, verdicts_of
 from qtasks_core.separate import SeparateComposition
 from qtasks_core.wire import encode_message, encode_task
 from qtasks_postgres.batches import LARGEST, TOO_LARGE, batches, size_of
@@ -29,8 +30,8 @@ from qtasks_postgres.callers import callers_connection
 from qtasks_postgres.connection import Database, storable
 from qtasks_postgres.doorbell import RING
 from qtasks_postgres.doorbell import columns_of as in_columns
-from qtasks_postgres.rows import columns_of
-from qtasks_postgres.storage import PostgresStorage, saving
+from qtasks_postgres.rows import MESSAGE, columns_of, publishing
+from qtasks_postgres.storage import SAVED, PostgresStorage, saving
 from qtasks_postgres.subscription import (
     Fence,
     PostgresSubscription,
@@ -45,16 +46,8 @@ T = TypeVar("T")
 def submitting(which: str) -> str:
     """Return the statement that publishes messages, and saves their first records if they may."""
     return f"""
-        WITH {saving(7, final=False)}, published AS (
-            INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
-            SELECT $1, queue, priority,
-                   CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END,
-                   body
-            FROM unnest($2::text[], $3::smallint[], $4::float8[], $5::bytea[], $6::text[])
-                 AS given (queue, priority, delay, body, key)
-            {which}
-        )
-        SELECT uuid FROM saved
+        WITH {saving(3 + len(MESSAGE), final=False)}, published AS ({publishing(2, which)})
+        SELECT array_agg(uuid) AS uuids FROM saved
     """
 
 
@@ -63,18 +56,13 @@ SUBMIT = submitting("")
 SUBMIT_ONCE = submitting("WHERE key IS NULL OR key IN (SELECT uuid FROM saved)")
 
 COMPLETE = f"""
-    WITH {saving(4)}, {settling(2)}
-    SELECT NULL::bigint AS id, uuid, watchers FROM saved
-    UNION ALL
-    SELECT id, NULL, NULL FROM gone
+    WITH {saving(4)}, {settling(2)} SELECT {SAVED}, (SELECT array_agg(id) FROM gone) AS ids
 """
 
 # The record of a retry is saved only if the retry took effect.
 COMPLETE_RETRIES = f"""
-    WITH {retrying(2)}, {saving(9, settled=True)}
-    SELECT NULL::bigint AS id, uuid FROM saved
-    UNION ALL
-    SELECT id, NULL FROM gone
+    WITH {retrying(2)}, {saving(6 + len(MESSAGE), settled=True)}
+    SELECT {SAVED}, (SELECT array_agg(id) FROM gone) AS ids
 """
 
 
@@ -132,19 +120,19 @@ class PostgresComposition(SeparateComposition):
             first.setdefault(message.uuid, at)
         keyed = {at: message.uuid for at, message in enumerate(_of(batch)) if message.submission}
         sent = [at for at in range(len(batch)) if at not in keyed or first[keyed[at]] == at]
-        keys = [storable(keyed[at]) if at in keyed else None for at in sent]
+        keys = [keyed.get(at) for at in sent]
         # All saves lock rows in the same order. Otherwise they could deadlock.
         kept = [records[first[uuid]] for uuid in sorted(first)]
         messages = [batch[at] for at in sent]
-        rows = await self._database.fetch(
-            SUBMIT_ONCE if keyed else SUBMIT, namespace, *columns_of(messages), keys,
+        (row,) = await self._database.fetch(
+            SUBMIT_ONCE if keyed else SUBMIT, namespace, *columns_of(messages, keys),
             *self._storage.columns_of(kept), transaction=transaction,
             size=size_of(messages) + size_of(kept),
         )  # fmt: skip
         await self._wake({message.queue for message, _ in messages}, namespace, transaction)
         if not keyed:
             return [DONE] * len(batch)
-        accepted = {row["uuid"] for row in rows}
+        accepted = set(row["uuids"] or ())
         return await self._answers(batch, first, keyed, accepted, transaction)
 
     async def _wake(self, queues: set[str], namespace: str, transaction: object | None) -> None:
@@ -174,6 +162,17 @@ class PostgresComposition(SeparateComposition):
             elif record.submission != batch[at][0].submission:
                 outcomes[at] = taken(record)
         return outcomes
+
+    async def admit(self, deliveries: Sequence[Delivery]) -> list[tuple[Verdict, Task | None]]:
+        """Read the records that are more than the first one, in one statement.
+
+        The record of a message with a key may be the first one and still decide.
+        """
+        messages = [d.message for d in deliveries if isinstance(d.message, TaskMessage)]
+        if any(message.submission for message in messages):
+            return await super().admit(deliveries)
+        begun = await self._storage.begun([message.uuid for message in messages])
+        return verdicts_of(deliveries, {record.uuid: record for record in begun})
 
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]
@@ -207,35 +206,35 @@ class PostgresComposition(SeparateComposition):
         outcomes = flush.outcomes()
         if unsaved := flush.unsaved(outcomes):
             tasks = [task for at in unsaved if (task := completions[at].task) is not None]
-            outcomes |= zip(unsaved, await self._storage.save(tasks), strict=True)
-        return [outcomes.get(at, DONE) for at in range(len(completions))]
+            for at, outcome in zip(unsaved, await self._storage.save(tasks), strict=True):
+                outcomes[at] = outcome
+        return outcomes
 
     async def _end(self, flush: Flush, batch: Sequence[int]) -> None:
         """Save records and acknowledge deliveries."""
         kept = flush.kept(batch)
-        acks = sorted(set(flush.left(Ack)) & set(batch), key=flush.fence)
-        rows = await self._database.fetch(
+        acks = flush.left(Ack, set(batch))
+        (row,) = await self._database.fetch(
             COMPLETE, self._storage.started(), *fences_of(flush.deliveries(acks)),
             *self._storage.columns_of(kept), size=size_of(kept),
         )  # fmt: skip
-        flush.saved.update(row["uuid"] for row in rows if row["uuid"] is not None)
-        flush.note(acks, {row["id"] for row in rows})
-        self._storage.push(kept, [row for row in rows if row["uuid"] is not None])
+        flush.saved.update(row["uuids"] or ())
+        flush.note(acks, set(row["ids"] or ()))
+        self._storage.push(kept, row)
 
     async def _retry(self, flush: Flush, batch: Sequence[tuple[int, bytes]]) -> None:
         """Replace deliveries, and save the records of those that were replaced."""
-        places = sorted(_of(batch), key=flush.fence)
-        bodies = dict(batch)
-        messages = [(flush.retry(at), bodies[at]) for at in places]
+        places = _of(batch)
+        messages = [(flush.retry(at), body) for at, body in batch]
         recorded = flush.recorded(places)
         kept = flush.kept(recorded)
-        rows = await self._database.fetch(
+        (row,) = await self._database.fetch(
             COMPLETE_RETRIES, self._storage.started(), *fences_of(flush.deliveries(places)),
             *columns_of(messages), [flush.fence(at).id for at in recorded],
             *self._storage.columns_of(kept), size=size_of(messages) + size_of(kept),
         )  # fmt: skip
-        flush.saved.update(row["uuid"] for row in rows if row["uuid"] is not None)
-        flush.note(places, {row["id"] for row in rows})
+        flush.saved.update(row["uuids"] or ())
+        flush.note(places, set(row["ids"] or ()))
         self._ring({message.queue for message, _ in messages})
 
 
@@ -253,11 +252,10 @@ class Flush:
         self._completions = completions
         self._records = records
         self._call = call
-        settled = [at for at, c in enumerate(completions) if c.settlement is not None]
-        self._places = {at: place for place, at in enumerate(settled)}
-        """The places in the settle call."""
-        self._left = {settled[place]: settlement for place, settlement in call.first.items()}
-        """The settlements that had no effect in an earlier call."""
+        self._settled = [at for at, c in enumerate(completions) if c.settlement is not None]
+        """The completion at each place of the settle call."""
+        self._places = {self._settled[place]: place for place in call.first}
+        """The places of the settlements that had no effect in an earlier call."""
         self.saved: set[str] = set()
         """The uuids of the records that were accepted."""
 
@@ -267,26 +265,32 @@ class Flush:
         return [
             at
             for at, c in enumerate(self._completions)
-            if isinstance(self._left.get(at), Ack)
-            or (c.task is not None and not isinstance(c.settlement, Retry))
+            if (c.task is not None and not isinstance(c.settlement, Retry))
+            or (isinstance(c.settlement, Ack) and at in self._places)
         ]
 
-    def left(self, kind: type[Settlement]) -> list[int]:
+    def left(self, kind: type[Settlement], among: Container[int] | None = None) -> list[int]:
         """Return the deliveries that are still to be settled in this way, by ascending ids."""
-        return sorted((at for at, s in self._left.items() if isinstance(s, kind)), key=self.fence)
+        fences = [
+            (settlement.delivery.fence, at)
+            for at in self._places
+            if isinstance(settlement := self._completions[at].settlement, kind)
+            and (among is None or at in among)
+        ]
+        return [at for _, at in sorted(fences)]
 
     def fence(self, at: int) -> Fence:
         """Return the fence of a delivery."""
-        fence: Fence = self._left[at].delivery.fence
+        fence: Fence = self._settlement(at).delivery.fence
         return fence
 
     def deliveries(self, places: Iterable[int]) -> list[Delivery]:
         """Return the deliveries of these completions."""
-        return [self._left[at].delivery for at in places]
+        return [self._settlement(at).delivery for at in places]
 
     def retry(self, at: int) -> TaskMessage:
         """Return the message that replaces a delivery."""
-        settlement = self._left[at]
+        settlement = self._settlement(at)
         assert isinstance(settlement, Retry)
         return settlement.message
 
@@ -294,48 +298,57 @@ class Flush:
         """Return the same, encoded."""
         return encode_message(self.retry(at))
 
+    def _settlement(self, at: int) -> Settlement:
+        settlement = self._completions[at].settlement
+        assert settlement is not None
+        return settlement
+
     def recorded(self, places: Iterable[int]) -> list[int]:
         """Return those of these completions that have a record.
 
         All saves lock rows in the order of uuids. Otherwise they could deadlock.
         """
-        return sorted(
-            (at for at in places if at in self._records), key=lambda at: self._task(at).uuid
-        )
+        found = [
+            (task.uuid, at) for at in places if (task := self._completions[at].task) is not None
+        ]
+        return [at for _, at in sorted(found)]
 
     def kept(self, places: Iterable[int]) -> list[tuple[Task, bytes]]:
         """Return the records of these completions, in that order."""
-        return [(self._task(at), self._records[at]) for at in self.recorded(places)]
-
-    def _task(self, at: int) -> Task:
-        task = self._completions[at].task
-        assert task is not None
-        return task
+        return [
+            (task, self._records[at])
+            for at in self.recorded(places)
+            if (task := self._completions[at].task) is not None
+        ]
 
     def note(self, places: Sequence[int], ids: set[int]) -> None:
         """Note which of these deliveries were settled, by the ids of their messages."""
         self._subscription.settled(self._call, [self._places[at] for at in places], ids)
 
-    def outcomes(self) -> dict[int, Outcome]:
-        """Return the outcomes of all settlements, and `done` for records apart from those."""
-        settled = self._call.outcomes()
-        outcomes = {at: settled[place] for at, place in self._places.items()}
-        outcomes |= {
-            at: DONE
-            for at in self._records
-            if not isinstance(self._completions[at].settlement, Retry)
-        }
+    def outcomes(self) -> list[Outcome]:
+        """Return the outcomes of all settlements, and `done` for records apart from those.
+
+        If a completion has both, the outcome is that of the record, but a retry that had no effect
+        is not recorded.
+        """
+        outcomes = [DONE] * len(self._completions)
+        for at, outcome in zip(self._settled, self._call.outcomes(), strict=True):
+            completion = self._completions[at]
+            if completion.task is None or isinstance(completion.settlement, Retry):
+                outcomes[at] = outcome
         return outcomes
 
-    def unsaved(self, outcomes: Mapping[int, Outcome]) -> list[int]:
+    def unsaved(self, outcomes: Sequence[Outcome]) -> list[int]:
         """Return the completions whose records were not accepted: there is the same or a newer one.
 
         The record of a retry that had no effect is not one of them.
         """
         return [
             at
-            for at in self._records
-            if outcomes[at].status == "done" and storable(self._task(at).uuid) not in self.saved
+            for at, completion in enumerate(self._completions)
+            if completion.task is not None
+            and storable(completion.task.uuid) not in self.saved
+            and outcomes[at].status == "done"
         ]
 
 

@@ -15,13 +15,27 @@ COMMANDS = "\0commands"
 """Stands for a queue in the name of the channel of commands. No queue has this name."""
 
 # A message that waits was received if it has a count: then its lease holds. A retry is a new row.
+# `since` is when the oldest ready message became ready. It is the first one of a priority, or the
+# one that came back or became due first.
 DEPTH = """
     SELECT (
                SELECT count(*) FROM qtasks.messages
                WHERE namespace = $1 AND queue = $2 AND wake_at IS NULL
            ) + count(*) FILTER (WHERE wake_at <= statement_timestamp()) AS ready,
            count(*) FILTER (WHERE wake_at > statement_timestamp() AND delivery = 0) AS delayed,
-           count(*) FILTER (WHERE wake_at > statement_timestamp() AND delivery > 0) AS in_flight
+           count(*) FILTER (WHERE wake_at > statement_timestamp() AND delivery > 0) AS in_flight,
+           extract(epoch FROM statement_timestamp() - least(
+               min(wake_at) FILTER (WHERE wake_at <= statement_timestamp()), (
+                   SELECT min(first.published_at)
+                   FROM generate_series(9, 0, -1) AS level (priority)
+                   CROSS JOIN LATERAL (
+                       SELECT published_at FROM qtasks.messages
+                       WHERE namespace = $1 AND queue = $2 AND wake_at IS NULL
+                         AND priority = level.priority
+                       ORDER BY id LIMIT 1
+                   ) AS first
+               )
+           ))::float8 AS oldest_age
     FROM qtasks.messages WHERE namespace = $1 AND queue = $2 AND wake_at IS NOT NULL
 """
 

@@ -9,10 +9,11 @@ from qtasks_core import Task, TaskQuery
 from qtasks_core.errors import WireError
 from qtasks_core.queries import Place
 from qtasks_core.records import FIRST_FINAL, RANKS, unreadable
+from qtasks_core.schemas import Status
 from qtasks_core.wire import decode_task
 from qtasks_postgres.connection import storable
 
-UNREMARKABLE = ("new", "success")
+UNREMARKABLE: tuple[Status, ...] = ("new", "success")
 """The statuses of most records. The others have an index, see `schema`."""
 
 LOOKED_AT = 2000
@@ -53,7 +54,7 @@ DELETE = f"""
     ), emptied AS (
         UPDATE qtasks.records SET
             progress = 0, execution = NULL, status = NULL, task_name = NULL, queue = NULL,
-            reply_to = NULL, remarkable = NULL, record = NULL
+            remarkable = NULL, record = NULL
         WHERE namespace = $1 AND uuid = ANY($2::text[])
             AND progress & {RANKS - 1} < {FIRST_FINAL} AND cardinality(watchers) > 0
             AND record IS NOT NULL

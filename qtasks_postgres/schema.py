@@ -322,12 +322,18 @@ LOCK = 0x7174_6173_6B73
 # It does not pause. Half-empty pages keep the new version of a leased row beside the old one.
 #
 # A new version of a record changes no indexed column. So if its page has room, it needs no new
-# index entry. Therefore no index has the status or the expiry of a record:
+# index entry. The final record is half as large again as the first one, so two thirds of each page
+# are left for it. Therefore no index has the status or the expiry of a record:
 # - `remarkable` is the status, but NULL for `new` and `success`. So it changes only for the few
 #   records that a list by status should find at once.
 # - `expiries` has one row for all records of one save that expire in the same second.
 # - `records_listed` serves all other lists, from the newest record on: a query merges the queues
 #   and task names that it finds in the index (see `listing`).
+#
+# The primary key must be the newest index of its table. In an empty table, and for an app that the
+# statistics do not know yet, the planner expects no row, so all indexes that begin with `namespace`
+# cost the same. It then takes the newest one. A search for a uuid in another index would read all
+# entries of the app.
 #
 # `progress` is `qtasks_core.records.order_of`. The other columns repeat values of `record` that
 # queries filter by. A row without a record only holds `watchers`: the inboxes that asked for a task
@@ -464,6 +470,18 @@ STEPS = (
     CREATE INDEX records_listed ON qtasks.records (namespace, queue, task_name, created_at, uuid);
     CREATE INDEX records_remarkable ON qtasks.records (namespace, remarkable, created_at, uuid)
         WHERE remarkable IS NOT NULL;
+    """,
+    """
+    ALTER TABLE qtasks.messages ADD COLUMN published_at timestamptz;
+    ALTER TABLE qtasks.messages ALTER COLUMN published_at SET DEFAULT statement_timestamp();
+    ALTER TABLE qtasks.records
+        DROP COLUMN reply_to,
+        SET (fillfactor = 35),
+        DROP CONSTRAINT records_pkey,
+        ADD PRIMARY KEY (namespace, uuid);
+    ALTER TABLE qtasks.streams
+        DROP CONSTRAINT streams_pkey,
+        ADD PRIMARY KEY (namespace, uuid);
     """,
 )
 VERSION = len(STEPS)

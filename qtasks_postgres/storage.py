@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from math import inf
 from typing import Any
 from weakref import WeakSet
@@ -32,6 +32,7 @@ from qtasks_core.records import (
     FINAL,
     FIRST_BEGUN,
     FIRST_FINAL,
+    RANK,
     RANKS,
     RETENTION,
     expiry_of,
@@ -61,6 +62,7 @@ from qtasks_postgres.listing import (
     looking,
     task_of,
 )
+from qtasks_postgres.rows import arrays, blob_at, blobs, numbers, texts
 from qtasks_postgres.schema import DEFAULT
 
 RIGHTS = dict.fromkeys(
@@ -69,14 +71,17 @@ RIGHTS = dict.fromkeys(
 )
 
 COLUMNS = """
-    uuid, progress, execution, status, task_name, queue, created_at, dead, reply_to, expires_at,
-    remarkable, record
+    uuid, progress, execution, status, task_name, queue, created_at, dead, expires_at, remarkable,
+    record
 """
-TYPES = (
-    "text", "bigint", "text", "text", "text", "text", "float8", "text", "text", "float8", "text",
-    "bytea",
-)  # fmt: skip
-"""The types of these columns."""
+GIVEN = {
+    "uuid": "text", "progress": "bigint", "execution": "text", "task_name": "text", "queue": "text",
+    "created_at": "float8", "dead": "text", "expires_at": "float8", "place": "int", "size": "int",
+}  # fmt: skip
+"""What is given for each record, and the types. A last parameter has all encoded records."""
+
+STATUS = f"('{{{','.join(RANK)}}}'::text[])[1 + (progress & {RANKS - 1})]"
+UNREMARKABLE_RANKS = ", ".join(str(RANK[status]) for status in UNREMARKABLE)
 
 EXPIRED = "stored.expires_at <= extract(epoch FROM clock_timestamp())"
 
@@ -87,7 +92,7 @@ REPLACE = f"""
         status = excluded.status, task_name = excluded.task_name, queue = excluded.queue,
         created_at = CASE WHEN stored.record IS NULL OR {EXPIRED} THEN excluded.created_at
                      ELSE stored.created_at END,
-        dead = excluded.dead, reply_to = excluded.reply_to, expires_at = excluded.expires_at,
+        dead = excluded.dead, expires_at = excluded.expires_at,
         remarkable = excluded.remarkable, record = excluded.record
     WHERE stored.record IS NULL OR {EXPIRED}
 """
@@ -100,17 +105,17 @@ def saving(first: int, *, settled: bool = False, final: bool = True) -> str:
     `settled`, the parameter before the first column has the id of each record's message, and a
     record is only saved if `gone` has this id. Without `final`, there are no final records.
     """
-    columns = ", ".join(f"${first + at}::{kind}[]" for at, kind in enumerate(TYPES))
-    given = f"unnest({columns}) AS given ({COLUMNS})"
-    if settled:
-        given = f"""
-            unnest(${first - 1}::bigint[], {columns}) AS given (id, {COLUMNS})
-            WHERE id = ANY(ARRAY(SELECT id FROM gone))
-        """
+    messages = f"${first - 1}" if settled else "NULL"
     saved = f"""
         saved AS (
             INSERT INTO qtasks.records AS stored (namespace, {COLUMNS})
-            SELECT $1, {COLUMNS} FROM {given}
+            SELECT $1, uuid, progress, execution, {STATUS}, task_name, queue, created_at, dead,
+                   expires_at,
+                   CASE WHEN progress & {RANKS - 1} NOT IN ({UNREMARKABLE_RANKS}) THEN {STATUS} END,
+                   {blob_at(first + len(GIVEN))}
+            FROM unnest({messages}::bigint[], {arrays(first, GIVEN.values())})
+                 AS given (message, {", ".join(GIVEN)})
+            {"WHERE message IN (SELECT id FROM gone)" if settled else ""}
             {REPLACE} OR (
                 stored.progress & {RANKS - 1} < {FIRST_FINAL}
                 AND stored.progress <= excluded.progress
@@ -132,13 +137,21 @@ def saving(first: int, *, settled: bool = False, final: bool = True) -> str:
     """
 
 
-SAVE = f"WITH {saving(2)} SELECT uuid, watchers FROM saved"
+SAVED = """
+    (SELECT array_agg(uuid) FROM saved) AS uuids,
+    (
+        SELECT array_agg(ARRAY[uuid, address]) FROM saved CROSS JOIN unnest(watchers) AS address
+    ) AS watchers
+"""
+"""What `saved` says, in one row: a row for each record would cost more to read."""
+
+SAVE = f"WITH {saving(2)} SELECT {SAVED}"
 
 # LIMIT makes the server look up each uuid separately. Without it, a plan made for an empty table
 # would later read the whole namespace.
 GET = f"""
     SELECT found.uuid, found.record
-    FROM unnest($2::text[]) AS asked (uuid)
+    FROM unnest($2::text::text[]) AS asked (uuid)
     CROSS JOIN LATERAL (
         SELECT uuid, record FROM qtasks.records
         WHERE namespace = $1 AND uuid = asked.uuid AND {KEPT}
@@ -146,6 +159,8 @@ GET = f"""
     ) AS found
     WHERE found.record IS NOT NULL
 """
+BEGUN = GET.replace(KEPT, f"{KEPT} AND progress NOT IN ({RANKS}, {RANKS + 1})")
+"""The other records are first records of a first attempt."""
 FINALS = GET.replace(KEPT, f"{KEPT} AND progress & {RANKS - 1} >= {FIRST_FINAL}")
 
 KNOWN = (
@@ -243,14 +258,14 @@ class PostgresStorage(Storage, ReviewedMigration):
                 if not fit:
                     large.add(batch[0][0])
                     continue
-                rows = await self.database.fetch(
+                (row,) = await self.database.fetch(
                     SAVE, namespace, *self.columns_of(fit), transaction=transaction,
                     size=size_of(fit),
                 )  # fmt: skip
-                saved.update(row["uuid"] for row in rows)
+                saved.update(row["uuids"] or ())
                 if transaction is None:
-                    self.push(fit, rows)
-                elif pushes := pushes_of(fit, rows):
+                    self.push(fit, row)
+                elif pushes := pushes_of(fit, row):
                     await self.database.fetch(RING, *in_columns(pushes), transaction=transaction)
             others = [place for place in places if storable(tasks[place].uuid) not in saved]
             if others:
@@ -263,34 +278,24 @@ class PostgresStorage(Storage, ReviewedMigration):
                         outcomes[place] = refused_by(record)
         return outcomes
 
-    def push(self, batch: Sequence[tuple[Task, bytes]], rows: Iterable[Any]) -> None:
-        """Push the final records among those that the rows of `saved` name."""
-        self._doorbell.send(pushes_of(batch, rows))
+    def push(self, batch: Sequence[tuple[Task, bytes]], row: Any) -> None:
+        """Push the final records among those that a row of `SAVED` names."""
+        self._doorbell.send(pushes_of(batch, row))
 
-    def columns_of(self, batch: Sequence[tuple[Task, bytes]]) -> tuple[list[object], ...]:
+    def columns_of(self, batch: Sequence[tuple[Task, bytes]]) -> tuple[str | bytes | None, ...]:
         """Return the columns of records, from uuid to record, in the order of `COLUMNS`."""
-        rows = (
-            (
-                storable(task.uuid),
-                progress_of(task),
-                storable(task.execution),
-                task.status,
-                storable(task.task_name),
-                storable(task.queue),
-                task.created_at,
-                storable(task.dead) if task.dead is not None else None,
-                storable(task.reply_to) if task.reply_to is not None else None,
-                expiry_of(task, self._retention),
-                None if task.status in UNREMARKABLE else task.status,
-                record,
-            )
-            for task, record in batch
+        tasks = [task for task, _ in batch]
+        return (
+            texts([task.uuid for task in tasks]),
+            numbers(progress_of(task) for task in tasks),
+            texts([task.execution for task in tasks]),
+            texts([task.task_name for task in tasks]),
+            texts([task.queue for task in tasks]),
+            numbers(task.created_at for task in tasks),
+            texts([task.dead for task in tasks]),
+            numbers(expiry_of(task, self._retention) for task in tasks),
+            *blobs([record for _, record in batch]),
         )
-        columns: tuple[list[object], ...] = tuple([] for _ in TYPES)
-        for row in rows:
-            for column, value in zip(columns, row, strict=True):
-                column.append(value)
-        return columns
 
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         return await self.get_in(uuids)
@@ -304,7 +309,9 @@ class PostgresStorage(Storage, ReviewedMigration):
         records: dict[str, Task] = {}
         wrong: list[str] = []
         for some in slices(keys):
-            rows = await self.database.fetch(statement, namespace, some, transaction=transaction)
+            rows = await self.database.fetch(
+                statement, namespace, texts(some), transaction=transaction
+            )
             for row in rows:
                 try:
                     records[row["uuid"]] = decode_task(row["record"])
@@ -314,6 +321,14 @@ class PostgresStorage(Storage, ReviewedMigration):
             rows = await self.database.fetch(KNOWN, namespace, wrong, transaction=transaction)
             records.update((row["uuid"], task_of(row)) for row in rows)
         return [records.get(key) for key in keys]
+
+    async def begun(self, uuids: Sequence[str]) -> list[Task]:
+        """Return the records of these tasks, except first records of a first attempt.
+
+        Those say no more than their messages.
+        """
+        found = await self.get_in(uuids, statement=BEGUN)
+        return [record for record in found if record is not None]
 
     async def finals(self, uuids: Sequence[str]) -> list[Task | None]:
         """Return the records of these tasks that are final."""
@@ -453,19 +468,25 @@ class PostgresStorage(Storage, ReviewedMigration):
         return self._namespace
 
 
-def pushes_of(batch: Sequence[tuple[Task, bytes]], rows: Iterable[Any]) -> list[tuple[str, str]]:
-    """Return the notifications of the final records that were saved.
+def pushes_of(batch: Sequence[tuple[Task, bytes]], row: Any) -> list[tuple[str, str]]:
+    """Return the notifications of the final records among those that a row of `SAVED` names.
 
     Only addresses of this kind of storage are notified: another one may be no name of a channel.
     """
-    watchers = {row["uuid"]: row["watchers"] or () for row in rows}
+    told: dict[str, set[str]] = {}
+    for uuid, address in row["watchers"] or ():
+        told.setdefault(uuid, set()).add(address)
+    saved: set[str] | None = None
     pushes: list[tuple[str, str]] = []
     for task, record in batch:
-        uuid = storable(task.uuid)
-        if task.status not in FINAL or uuid not in watchers:
+        if (task.reply_to is None and not told) or task.status not in FINAL:
             continue
-        told = {*watchers[uuid], *((task.reply_to,) if task.reply_to is not None else ())}
-        addresses = [address for address in told if is_address(address)]
+        saved = set(row["uuids"] or ()) if saved is None else saved
+        uuid = storable(task.uuid)
+        if uuid not in saved:
+            continue
+        wanted = {*told.get(uuid, ()), *((task.reply_to,) if task.reply_to is not None else ())}
+        addresses = [address for address in wanted if is_address(address)]
         if addresses:
             small = len(record) <= PUSHED
             payload = f"={b64encode(record).decode()}" if small else f"?{uuid}"
@@ -515,4 +536,9 @@ def waves(tasks: Sequence[Task]) -> Iterator[list[int]]:
 def progress_of(task: Task) -> int:
     """Return `order_of(task)`, limited to the range of the column for any attempt."""
     order = order_of(task)
-    return max(-(1 << 62), min(order, (1 << 62) + order % RANKS))
+    if -_MOST <= order <= _MOST:
+        return order
+    return max(-_MOST, min(order, _MOST + order % RANKS))
+
+
+_MOST = 1 << 62

@@ -23,7 +23,7 @@ from qtasks_postgres.batches import size_of
 from qtasks_postgres.connection import Database, Listener
 from qtasks_postgres.doorbell import Doorbell
 from qtasks_postgres.floors import Floors, Lane, lanes_of
-from qtasks_postgres.rows import columns_of
+from qtasks_postgres.rows import columns_of, publishing
 
 # The server plans a statement once per connection, perhaps while the table is empty. The plan must
 # still be good with millions of rows, so the queries leave the planner no choice. They find rows by
@@ -56,13 +56,13 @@ DUE = """
 """
 
 
-def taking(lane: str, *more: str) -> str:
+def taking(lane: str, first: str) -> str:
     """Return a statement that takes messages of each queue.
 
-    It goes through the priorities from the highest down, and stops once it has enough. LIMIT stops
-    the loops, so only taken rows are locked.
+    `first` says whether a message was never received before and had no delay. The statement goes
+    through the priorities from the highest down, and stops once it has enough. LIMIT stops the
+    loops, so only taken rows are locked.
     """
-    returned = ", ".join(("id", "queue", "priority", "delivery", "body", *more))
     return f"""
     UPDATE qtasks.messages
     SET delivery = delivery + 1, wake_at = clock_timestamp() + $6::float8 * interval '1 second'
@@ -77,16 +77,16 @@ def taking(lane: str, *more: str) -> str:
         ) AS chosen
         LIMIT $5
     ))
-    RETURNING {returned}
+    RETURNING priority, id, queue, delivery, body, {first} AS first
     """
 
 
-TAKE = taking(READY)
+TAKE = taking(READY, "true")
 
 # The inner SELECT sees the row as it was before the update.
 LOOK = taking(
     f"SELECT id FROM ({DUE}) AS due UNION ALL SELECT id FROM ({READY}) AS ready",
-    "(SELECT wake_at FROM qtasks.messages AS old WHERE old.id = messages.id) IS NULL AS first",
+    "(SELECT wake_at FROM qtasks.messages AS old WHERE old.id = messages.id) IS NULL",
 )
 
 # This also sees the rows that SKIP LOCKED skips. For those the wait is zero.
@@ -118,10 +118,13 @@ NEXT = """
 
 
 def mine(first: int) -> str:
-    """Return the condition. `first` is the number of the ids, the delivery numbers follow."""
+    """Return the condition. `first` is the number of the ids, the delivery numbers follow.
+
+    The ids ascend: width_bucket() finds the place of an id by a binary search.
+    """
     return f"""
         id = ANY(${first}::bigint[])
-        AND delivery = (${first + 1}::int[])[array_position(${first}::bigint[], id)]
+        AND delivery = (${first + 1}::int[])[width_bucket(id, ${first}::bigint[])]
         AND coalesce(wake_at > clock_timestamp(), false)
     """
 
@@ -135,15 +138,7 @@ def retrying(first: int) -> str:
     """Return the parts that do so and publish the columns that follow the fences instead."""
     return f"""
         {settling(first)}, again AS (
-            INSERT INTO qtasks.messages (namespace, queue, priority, wake_at, body)
-            SELECT $1, queue, priority,
-                   CASE WHEN delay > 0 THEN clock_timestamp() + delay * interval '1 second' END,
-                   body
-            FROM unnest(
-                ${first}::bigint[], ${first + 2}::text[], ${first + 3}::smallint[],
-                ${first + 4}::float8[], ${first + 5}::bytea[]
-            ) AS next (id, queue, priority, delay, body)
-            WHERE id = ANY(ARRAY(SELECT id FROM gone))
+            {publishing(first + 2, "WHERE replaced IN (SELECT id FROM gone)", f"${first}")}
         )
     """
 
@@ -159,7 +154,7 @@ EXTEND = f"""
     UPDATE qtasks.messages
     SET wake_at = clock_timestamp() + $3::float8 * interval '1 second'
     WHERE {mine(1)}
-    RETURNING id
+    RETURNING id, delivery
 """
 
 
@@ -317,14 +312,17 @@ class PostgresSubscription(Subscription):
             self._lease,
             *more,
         )
-        rows.sort(key=lambda row: (-row["priority"], row["id"]))
+        rows.sort(key=lambda row: (-row[0], row[1]))
+        passed: dict[tuple[str, int], int] = {}
         deliveries: list[Delivery] = []
-        for id, queue, priority, delivery, body, *first in rows:
-            if first != [False]:
-                self._passed[Lane(queue, priority)] = id
-            self._floors.saw(id)
+        for priority, id, queue, delivery, body, first in rows:
+            if first:
+                passed[queue, priority] = id
             fence = Fence(id, delivery)
             deliveries.append(Delivery(decode_message(body), queue, fence, delivery))
+        if rows:
+            self._floors.saw(max(row[1] for row in rows))
+        self._passed.update((Lane(*lane), id) for lane, id in passed.items())
         self._leftovers.add(deliveries)
         return rows
 
@@ -410,15 +408,16 @@ class PostgresSubscription(Subscription):
 
     async def release(self, deliveries: Sequence[Delivery]) -> set[int]:
         """Release deliveries. Return the ids of the messages."""
-        rows = await self._database.fetch(RELEASE, *fences_of(deliveries))
+        fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
+        rows = await self._database.fetch(RELEASE, *fences)
         self.ring({delivery.queue for delivery in deliveries})
         return {row["id"] for row in rows}
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
         fences = fences_of(sorted(deliveries, key=lambda delivery: delivery.fence))
         rows = await self._database.fetch(EXTEND, *fences, self._lease)
-        held = {row["id"] for row in rows}
-        return [delivery if delivery.fence.id in held else None for delivery in deliveries]
+        held = {(row["id"], row["delivery"]) for row in rows}
+        return [delivery if delivery.fence in held else None for delivery in deliveries]
 
     async def close(self) -> None:
         self._open = False

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from qtasks_core.contracts.composition import Composition
     from qtasks_core.contracts.storage import Storage
 
-_INTO = "INTO qtasks_messages (queue, priority, wake_at, holder, count, data)"
+_INTO = "INTO qtasks_messages (queue, priority, wake_at, holder, count, data, ready_at)"
 
 
 class SqliteBroker(Broker):
@@ -116,7 +116,7 @@ class SqliteBroker(Broker):
                 queue = turn.queue(self._namespace, message.queue)
                 turn.rung_queues.add(queue)
                 due = now + message.delay if message.delay > 0 else None
-                rows.append((queue, message.priority, due, 0, 0, data))
+                rows.append((queue, message.priority, due, 0, 0, data, due or now))
             turn.insert(_INTO, rows)
 
         return publish

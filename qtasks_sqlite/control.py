@@ -29,13 +29,30 @@ def counting(namespace: int, queue: str) -> Callable[[Transaction], QueueDepth]:
             return QueueDepth(0, 0, 0)
         these, now = "FROM qtasks_messages WHERE queue = ? AND wake_at", time.time()
         (ready,) = turn.execute(f"SELECT count(*) {these} IS NULL", (number,)).fetchone()
-        (due,) = turn.execute(f"SELECT count(*) {these} <= ?", (number, now)).fetchone()
+        due, since = turn.execute(
+            f"SELECT count(*), min(wake_at) {these} <= ?", (number, now)
+        ).fetchone()
         waiting, held = turn.execute(
             f"SELECT count(*), coalesce(sum(holder != 0), 0) {these} > ?", (number, now)
         ).fetchone()
-        return QueueDepth(ready=ready + due, delayed=waiting - held, in_flight=held)
+        became_ready = [at for at in (since, *_ready_at(turn, number)) if at is not None]
+        age = max(now - min(became_ready), 0.0) if became_ready else None
+        return QueueDepth(ready + due, waiting - held, held, age)
 
     return count
+
+
+def _ready_at(turn: Transaction, queue: int) -> list[float | None]:
+    """Return when the first ready message of each priority became ready, as far as known."""
+    firsts = (
+        turn.execute(
+            "SELECT ready_at FROM qtasks_messages "
+            "WHERE queue = ? AND wake_at IS NULL AND priority = ? ORDER BY id LIMIT 1",
+            (queue, priority),
+        ).fetchone()
+        for priority in range(10)
+    )
+    return [first[0] for first in firsts if first is not None]
 
 
 def purging(namespace: int, queue: str) -> Callable[[Transaction], tuple[int, bool]]:

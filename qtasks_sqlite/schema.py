@@ -74,7 +74,9 @@ CREATE TABLE qtasks_commands (
     data BLOB NOT NULL
 );
 """
-_STEPS = (_FIRST, _SECOND)
+# When a message became ready, or will. NULL: an older release has published it.
+_THIRD = "ALTER TABLE qtasks_messages ADD COLUMN ready_at REAL"
+_STEPS = (_FIRST, _SECOND, _THIRD)
 """The steps from each version to the next. Files of all versions exist, so never change a step."""
 REMARKABLE = "ord % 8 NOT IN (0, 4)"
 """The condition that a query must have, word for word, to use the index of that name."""

@@ -26,7 +26,7 @@ Fence: TypeAlias = tuple[int, int]
 
 # Limited, so that many delayed messages that are due at once do not make one long turn.
 _PROMOTE = """
-UPDATE qtasks_messages SET wake_at = NULL, holder = 0 WHERE id IN (
+UPDATE qtasks_messages SET wake_at = NULL, holder = 0, ready_at = wake_at WHERE id IN (
     SELECT id FROM qtasks_messages WHERE queue = ? AND wake_at <= ?
     ORDER BY wake_at LIMIT 5000)
 """
@@ -64,7 +64,7 @@ class _Taken:
 
     def __init__(self) -> None:
         self.deliveries: list[Delivery] = []
-        self.queues: list[int] = []
+        self.queues: dict[str, int] = {}
         self.nearest: float | None = None
         self.until = 0.0
 
@@ -81,11 +81,14 @@ class SqliteSubscription(Subscription):
         """Called when the subscription closes."""
         self._fetching: Shielded[_Taken] = Shielded()
         self._leftovers = Leftovers()
+        self._emptied: dict[str, int] = {}
+        """The queues in which the last look left nothing, with their numbers."""
         self._bell: Bell | None = None
         self._settled = Recent()
         self._open = True
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
+        wanted = {queue: most for queue, most in wanted.items() if most > 0}
         if self._fetching.pending is not None:
             await self._fetch(wanted, limit)  # left by a cancelled call, perhaps for other queues
         asleep = False
@@ -93,14 +96,14 @@ class SqliteSubscription(Subscription):
             while self._open:
                 if deliveries := self._leftovers.take(wanted, limit, time.time()):
                     return deliveries
-                taken = await self._fetch(wanted, limit)
-                if self._leftovers:
-                    continue
-                if not asleep:
-                    # A writer that rings from here on rings this bell. So announce it, look again,
-                    # then sleep.
-                    self._listening().sleep_for(taken.queues)
+                # A writer that rings from here on rings this bell. So announce it, look, then
+                # sleep. If the last look did not empty the queues, look first: this one will find
+                # messages.
+                if self._emptied.keys() >= wanted.keys() and not asleep:
+                    self._listening().sleep_for(self._emptied[name] for name in wanted)
                     asleep = True
+                taken = await self._fetch(wanted, limit)
+                if self._leftovers or not asleep:
                     continue
                 nearest = taken.nearest
                 await self._listening().wait(nearest and max(nearest - time.time(), 0))
@@ -119,8 +122,24 @@ class SqliteSubscription(Subscription):
         """Look once. A look outlives its cancelled waiter, so that its deliveries are not lost."""
 
         async def look() -> _Taken:
-            taken = await self._database.write(self._taking(wanted, limit))
+            # A cancelled call took these, and this call does not want them.
+            unwanted = self._leftovers.take_all()
+            release = self.settling([Release(delivery) for delivery in unwanted])
+            take = self._taking(wanted, limit)
+
+            def work(turn: Transaction) -> _Taken:
+                if unwanted:
+                    release(turn)
+                return take(turn)
+
+            try:
+                taken = await self._database.write(work)
+            except BaseException:
+                self._leftovers.add(unwanted)
+                raise
             self._leftovers.add(taken.deliveries, taken.until)
+            is_emptied = not taken.deliveries or len(taken.deliveries) < limit
+            self._emptied = taken.queues if is_emptied else {}
             return taken
 
         return await self._fetching.run(look)
@@ -132,16 +151,15 @@ class SqliteSubscription(Subscription):
             taken.until = now + self._broker.lease
             holder = secrets.randbits(62) + 1
             for name, most in wanted.items():
-                if most <= 0:
-                    continue
-                queue = self._broker.number(turn, name)
-                taken.queues.append(queue)
+                queue = taken.queues[name] = self._broker.number(turn, name)
                 quota = min(most, limit - len(taken.deliveries))
                 if quota > 0:
                     turn.execute(_PROMOTE, (queue, now))
                     self._take(turn, taken, name, (taken.until, holder, queue, quota))
             if not taken.deliveries:
-                moments = [turn.execute(_NEAREST, (q,)).fetchone()[0] for q in taken.queues]
+                moments = [
+                    turn.execute(_NEAREST, (q,)).fetchone()[0] for q in taken.queues.values()
+                ]
                 taken.nearest = min((m for m in moments if m is not None), default=None)
             return taken
 

@@ -38,6 +38,10 @@ class Procrastinate(Peer):
         await by_callers(self.nothing.defer_async, count - 1)
         self.id = await self.nothing.defer_async()
 
+    async def bulk(self, count: int) -> None:
+        """Enqueue `count` tasks at once."""
+        self.id = (await self.nothing.batch_defer_async(*[{}] * count))[-1]
+
     async def last(self) -> None:
         while True:
             status = await self.app.job_manager.get_job_status_async(self.id)
@@ -74,6 +78,11 @@ class PgQueuer(Peer):
     async def enqueue(self, count: int) -> None:
         await by_callers(lambda: self.queries.enqueue("nothing", None), count - 1)
         (self.id,) = await self.queries.enqueue("nothing", None)
+
+    async def bulk(self, count: int) -> None:
+        """Enqueue `count` tasks at once."""
+        ids = await self.queries.enqueue(["nothing"] * count, [None] * count, [0] * count)
+        self.id = ids[-1]
 
     async def last(self) -> None:
         while True:

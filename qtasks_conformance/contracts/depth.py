@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from qtasks_conformance.contracts.base import Contract, needs
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled, uuids
@@ -28,6 +29,34 @@ class DepthContract(Contract):
         assert_settled(outcomes, broker.guarantees)
         await expect_depth(broker, 3, 2, 1)
         assert_settled(await subscription.settle([Ack(held)]), broker.guarantees)
+
+    async def test_depth_knows_the_oldest_ready_message(self, rig: Rig) -> None:
+        """If `depth` tells an age, it is that of the message that has been ready for longest.
+
+        A message in flight is not ready. A delayed one is ready from the time when it is due.
+        """
+        needs(rig.subject.broker, "depth")
+        broker = await rig.broker(lease=LONG_LEASE)
+        assert_done(await broker.publish(rig.messages(1, delay=60.0)))
+        await expect_depth(broker, 0, 1, 0)
+        assert (await broker.depth("q")).oldest_age is None, "no message is ready"
+        assert_done(await broker.publish(rig.messages(1)))
+        await expect_depth(broker, 1, 1, 0)
+        begun = time.monotonic()
+        if (await broker.depth("q")).oldest_age is None:
+            return  # this transport cannot know
+        await asyncio.sleep(1.0)
+        assert_done(await broker.publish(rig.messages(1, delay=0.1) + rig.messages(1)))
+        await expect_depth(broker, 3, 1, 0)
+        age = (await broker.depth("q")).oldest_age
+        assert age is not None
+        assert age > 0.9, "the newest message was taken for the oldest"
+        assert age < time.monotonic() - begun + 5.0
+        subscription = await broker.subscribe({"q": 3})
+        held = await collect(subscription, 3)
+        await expect_depth(broker, 0, 1, 3)
+        assert (await broker.depth("q")).oldest_age is None, "messages in flight are not ready"
+        assert_settled(await subscription.settle([Ack(d) for d in held]), broker.guarantees)
 
     async def test_depth_is_of_one_queue_and_namespace(self, rig: Rig) -> None:
         """`depth` does not count messages of other queues and other apps."""

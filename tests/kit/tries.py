@@ -222,6 +222,7 @@ TRIES = (
               "test_depth_is_of_one_queue_and_namespace", "test_purge_spares_the_neighbours",
               "test_commands_stay_in_their_namespace"),
     of_broker(queues.CountsEverythingAsReady, "test_depth_counts_what_is_where"),
+    of_broker(queues.TellsTheAgeOfTheNewest, "test_depth_knows_the_oldest_ready_message"),
     of_broker(queues.CountsAllQueues, "test_depth_is_of_one_queue_and_namespace"),
     of_broker(queues.StaysWithAQueue, "test_no_queue_waits_for_the_backlog_of_another"),
     of_broker(queues.PurgesWhatIsHeld, "test_purge_drops_what_is_not_in_flight"),

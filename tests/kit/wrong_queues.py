@@ -43,6 +43,12 @@ class CountsEverythingAsReady(Broker):
         return QueueDepth(sum(filter(None, (depth.ready, depth.delayed, depth.in_flight))))
 
 
+class TellsTheAgeOfTheNewest(Broker):
+    async def depth(self, queue: str) -> QueueDepth:
+        depth = await super().depth(queue)
+        return replace(depth, oldest_age=0.0 if depth.ready else None)
+
+
 class CountsAllQueues(Broker):
     async def depth(self, queue: str) -> QueueDepth:
         depths = [await super(CountsAllQueues, self).depth(name) for name in self._started().queues]

@@ -13,9 +13,10 @@ import asyncpg
 import pytest
 
 from qtasks.codec.serializers import MsgpackSerializer
-from qtasks_core import Task, TaskMessage, TaskQuery
+from qtasks_core import DONE, Task, TaskMessage, TaskQuery
 from qtasks_core.wire import encode_task
 from qtasks_postgres import PostgresBroker, PostgresStorage, listing
+from qtasks_postgres import storage as storage_of
 from qtasks_postgres.connection import SETTINGS
 from qtasks_postgres.schema import STEPS, VERSION, ensure_schema
 
@@ -124,6 +125,26 @@ async def test_a_list_costs_what_its_page_costs(
     await connection.close()
 
 
+@pytest.mark.parametrize("statement", [storage_of.GET, storage_of.BEGUN, listing.DELETE])
+@pytest.mark.parametrize("known", [False, True], ids=["empty table", "new app"])
+async def test_a_uuid_is_looked_up_by_the_key(
+    admin: asyncpg.Connection, storage: PostgresStorage, statement: str, known: bool
+) -> None:
+    """Then the planner expects no row. In another index, each lookup would read the whole app."""
+    if known:
+        await admin.execute(MANY, encode_task(Task(uuid="u", task_name="t", status="success")))
+        await admin.execute("VACUUM ANALYZE qtasks.records")
+    for name, value in SETTINGS.items():
+        await admin.execute(f"SET {name} = '{value}'")
+    await admin.execute(f"PREPARE lookup AS {statement}")
+    for mode in ("force_generic_plan", "force_custom_plan"):
+        await admin.execute(f"SET plan_cache_mode = {mode}")
+        rows = await admin.fetch("EXPLAIN EXECUTE lookup('another', '{u1,u2}')")
+        plan = "\n".join(row[0] for row in rows)
+        assert "records_pkey on records" in plan, plan
+        assert "records_listed" not in plan, plan
+
+
 async def test_a_status_that_few_records_have_is_found_among_many(
     admin: asyncpg.Connection, storage: PostgresStorage
 ) -> None:
@@ -132,6 +153,30 @@ async def test_a_status_that_few_records_have_is_found_among_many(
     page = await storage.query(TaskQuery(status=("new",)))
     assert [task.uuid for task in page.tasks] == ["old"]
     assert page.cursor is None
+
+
+async def test_columns_have_the_texts_of_the_records(
+    admin: asyncpg.Connection, storage: PostgresStorage
+) -> None:
+    odd = ['"', "\\", "{,}", "NULL", "None", "", " ", '\\"', "\n\t", "größe", "'", "\0"]
+    tasks = [
+        Task(
+            uuid=f"u{at:02}", task_name=text, status="error", dead=text if at % 2 else None,
+            created_at=float(at), args=bytes(range(at)),
+        )
+        for at, text in enumerate(odd)
+    ]  # fmt: skip
+    for some in (tasks, tasks[::-1]):
+        assert await storage.save(some) == [DONE] * len(tasks)
+        assert await storage.get([task.uuid for task in some]) == some
+    rows = await admin.fetch(
+        "SELECT uuid, task_name, dead, created_at, status FROM qtasks.records ORDER BY uuid"
+    )
+    assert [tuple(row) for row in rows] == [
+        (t.uuid, t.task_name.replace("\0", "\ufffd"), t.dead and t.dead.replace("\0", "\ufffd"),
+         t.created_at, "error")
+        for t in tasks
+    ]  # fmt: skip
 
 
 async def test_a_final_save_leaves_the_indexes_alone(
