@@ -56,6 +56,7 @@ class RedisInbox(Inbox):
         self._reader: asyncio.Task[None] | None = None
         self._silence: asyncio.Timeout | None = None
         """The reader's timer. It is set only while a record is awaited."""
+        self._watching: set[asyncio.Task[None]] = set()
         self._asked = -math.inf
         """When this inbox last asked for pushes, by the loop's clock."""
 
@@ -118,6 +119,20 @@ class RedisInbox(Inbox):
         self._mind_silence()
         if self._reader is None or self._reader.done():
             raise Unavailable("the inbox has lost its connection")
+        # A cancelled call goes on in the background. Giving it up would break the connection, for
+        # the sake of what it has not read, and other calls would fail.
+        watching = asyncio.create_task(self._watch(new, uuids))
+        self._watching.add(watching)
+        watching.add_done_callback(self._watched)
+        await asyncio.shield(watching)
+
+    def _watched(self, watching: asyncio.Task[None]) -> None:
+        self._watching.discard(watching)
+        if not watching.cancelled():
+            watching.exception()  # its caller may have been cancelled
+
+    async def _watch(self, new: Iterable[str], uuids: Sequence[str]) -> None:
+        """Subscribe to the channels of new tasks, and read the records of all."""
         line = self._line
         try:
             await self._subscribe([self._connection.key(WATCH, uuid) for uuid in new])
@@ -162,6 +177,8 @@ class RedisInbox(Inbox):
         self._open = False
         self._bell.set()
         await self._hang_up()
+        if self._watching:
+            await asyncio.wait(self._watching)
 
     async def _hang_up(self) -> None:
         reader, self._reader = self._reader, None
