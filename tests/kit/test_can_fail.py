@@ -22,7 +22,7 @@ SHARES = 3
 """How many run side by side: they mostly wait."""
 PATIENCE = "3"
 """Seconds they wait for what does not come."""
-LIMIT = 400.0
+LIMIT = 2400.0
 """Seconds that the pytests may take."""
 
 Report = dict[tuple[str, str], str | None]
