@@ -41,9 +41,11 @@ def with_lease(url: str, lease: float) -> str:
     return f"{url}{'&' if '?' in url else '?'}lease={lease}"
 
 
-def pair_of(request: pytest.FixtureRequest, names: str, directory: Path) -> Pair:
+def pair_of(
+    request: pytest.FixtureRequest, names: str, directory: Path, lease: float | None = None
+) -> Pair:
     """Return the pair called `broker+storage`, or `backend` for both halves of one."""
     broker, _, storage = names.partition("+")
-    lease = LEASES[broker]
+    lease = lease or LEASES[broker]
     broker_url = with_lease(url_of(request, broker, directory), lease)
     return Pair(broker_url, url_of(request, storage or broker, directory), lease)

@@ -1,7 +1,7 @@
 """A worker that writes down what it does, for tests that kill it: `python -m tests.e2e.crash_app`.
 
 One line an event, appended in one write: `begin N PID`, `end N PID`, and for each final record
-that the storage answered for `saved N PID done|refused`.
+that the storage answered for `saved N PID done|refused EXECUTION`.
 """
 
 from __future__ import annotations
@@ -54,16 +54,6 @@ async def block(number: int, seconds: float) -> int:
     return number
 
 
-class CountingApp(QueueTasks):
-    """Its composition writes down what the storage said of each final record."""
-
-    async def _start(self, timeout: float) -> None:
-        await super()._start(timeout)
-        client = self.client
-        if not isinstance(client.composition, Counted):
-            client.composition = Counted(client.composition)
-
-
 class Counted(Composition):
     def __init__(self, inner: Composition) -> None:
         self._inner = inner
@@ -83,8 +73,21 @@ class Counted(Composition):
         for completion, outcome in zip(completions, outcomes, strict=True):
             if completion.task is not None and completion.task.status in FINAL:
                 number = int(decode(completion.task.args)[0])
-                note("saved", number, os.getpid(), outcome.status)
+                run = completion.task.execution
+                note("saved", number, os.getpid(), outcome.status, run)
         return outcomes
+
+
+class CountingApp(QueueTasks):
+    """Its composition writes down what the storage said of each final record."""
+
+    counted = Counted
+
+    async def _start(self, timeout: float) -> None:
+        await super()._start(timeout)
+        client = self.client
+        if not isinstance(client.composition, Counted):
+            client.composition = self.counted(client.composition)
 
 
 def main() -> None:

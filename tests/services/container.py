@@ -85,6 +85,9 @@ class Contained(Way):
         if self.ended() is None:
             self._container().kill()
 
+    def shut_down(self) -> None:
+        self._container().stop(timeout=60)
+
     def restart(self) -> None:
         self._container().start()
 

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 from tests.services.container import Contained
 from tests.services.install import cache, need_program, one_at_a_time, run
 from tests.services.native import Native, free_port
-from tests.services.service import NotReady, Service, Unobtainable, Way
+from tests.services.service import (
+    NotInContainers,
+    NotOurs,
+    NotReady,
+    Service,
+    Unobtainable,
+    Way,
+)
 
 if TYPE_CHECKING:
     from aiokafka.admin import AIOKafkaAdminClient
@@ -79,7 +86,14 @@ def jars() -> Path:
 
 
 class NativeKafka(Native):
-    """Kafka from Maven Central, or the one of KAFKA_HOME."""
+    """Kafka from Maven Central, or the one of KAFKA_HOME.
+
+    A client is sent to the address that the server calls its own. So one port, `behind`, is for
+    connections that come through a proxy: it sends clients to the port `proxied`.
+    """
+
+    behind: int
+    proxied: int
 
     def find(self) -> None:
         self._java = need_program("java", "default-jre-headless")
@@ -96,6 +110,7 @@ class NativeKafka(Native):
 
     def prepare(self) -> str:
         self.port, controller = free_port(), free_port()
+        self.behind, self.proxied = free_port(), free_port()
         text = "".join(f"{key}={value}\n" for key, value in self.settings(controller).items())
         self._properties = str(self.write("server.properties", text))
         identity = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
@@ -108,8 +123,12 @@ class NativeKafka(Native):
         return {
             **SETTINGS,
             "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller}",
-            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port}",
+            "listeners": f"PLAINTEXT://127.0.0.1:{self.port},CONTROLLER://127.0.0.1:{controller},"
+            f"PROXIED://127.0.0.1:{self.behind}",
+            "advertised.listeners": f"PLAINTEXT://127.0.0.1:{self.port},"
+            f"PROXIED://127.0.0.1:{self.proxied}",
+            "listener.security.protocol.map": SETTINGS["listener.security.protocol.map"]
+            + ",PROXIED:PLAINTEXT",
             "log.dirs": str(self.directory / "data"),
         }
 
@@ -168,6 +187,14 @@ class KafkaServer(Service):
         async with asking(url) as admin:
             await admin.find_coordinator("ready")  # creates what groups need, waits for its leader
         return ""
+
+    def proxied(self) -> tuple[int, int]:
+        """Return the port that a proxy leads to, and the one where it must listen."""
+        if isinstance(self._way, ContainedKafka):
+            raise NotInContainers("the container has no port for a proxy")
+        if not isinstance(self._way, NativeKafka):
+            raise NotOurs("a server of others has no port for a proxy")
+        return self._way.behind, self._way.proxied
 
     async def empty(self, url: str) -> None:
         """Delete the topics: a killed broker looks through each partition before it listens.

@@ -22,6 +22,7 @@ from tests.services.service import NotInContainers, NotReady, Unobtainable, Way,
 
 GUARD = Path(__file__).parents[2] / "qtasks" / "testing" / "guard.py"
 PREPARE_WITHIN = 60.0  # seconds
+STOP_WITHIN = 60.0  # seconds
 PASSWORD = "qtasks-test"  # so that a test can get it wrong, and see that it is shown nowhere
 
 OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
@@ -54,6 +55,7 @@ class Native(Way):
     how = "native"
     account: ClassVar[str | None] = None  # whom it runs as when we are root and it refuses root
     stop_signal: ClassVar[signal.Signals] = signal.SIGKILL
+    shut_down_signal: ClassVar[signal.Signals] = signal.SIGTERM
 
     directory: Path
     port: int  # where clients connect
@@ -138,6 +140,16 @@ class Native(Way):
     def kill(self) -> None:
         self._ask("signal", number=int(signal.SIGKILL))
 
+    def shut_down(self) -> None:
+        if self.ended() is None:
+            # Only to the main process: others that get it too may take it for a crash.
+            os.kill(self._main, self.shut_down_signal)
+        deadline = time.monotonic() + STOP_WITHIN
+        while self.ended() is None:
+            if time.monotonic() > deadline:
+                raise NotReady(f"it did not stop within {STOP_WITHIN:.0f} s")
+            time.sleep(0.02)
+
     def restart(self) -> None:
         self._spawn(self.command())
 
@@ -160,13 +172,14 @@ class Native(Way):
             pass
 
     def _spawn(self, argv: list[str]) -> None:
-        self._ask(
+        spawned = self._ask(
             "spawn",
             argv=argv,
             env={**os.environ, **self.environment()},
             user=self.user,
             log=str(self.directory / "output"),
         )
+        self._main: int = spawned["pid"]
 
     def _ask(self, verb: str, **arguments: object) -> Any:
         guard = self._guard

@@ -33,6 +33,7 @@ class NativePostgres(Native):
     account = "postgres"
     # Killed, it would leave a segment of shared memory behind; SIGQUIT stops it at once and clean.
     stop_signal = signal.SIGQUIT
+    shut_down_signal = signal.SIGINT  # SIGTERM would wait for its clients to leave
 
     def find(self) -> None:
         found = programs()

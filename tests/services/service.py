@@ -69,8 +69,12 @@ class Way(ABC):
         """Kill every process of the server with SIGKILL; its data stays."""
 
     @abstractmethod
+    def shut_down(self) -> None:
+        """Let the server stop in its own way and return when it has ended."""
+
+    @abstractmethod
     def restart(self) -> None:
-        """Launch the killed server again on the same port and data."""
+        """Launch the ended server again on the same port and data."""
 
     @abstractmethod
     def freeze(self) -> None:
@@ -112,6 +116,9 @@ class FromEnvironment(Way):
 
     def kill(self) -> None:
         self._refuse("killed")
+
+    def shut_down(self) -> None:
+        self._refuse("shut down")
 
     def restart(self) -> None:
         self._refuse("restarted")
@@ -197,6 +204,13 @@ class Service(ABC):
     def kill(self) -> None:
         """Kill every process of the server with SIGKILL; its data stays. Raises `NotOurs`."""
         self._way.kill()
+
+    def shut_down(self) -> None:
+        """Stop the server as an operator does; its data stays.
+
+        Raises `NotOurs`, and `NotReady` when it does not end.
+        """
+        self._way.shut_down()
 
     def restart(self) -> None:
         """Start it again, same URL and data, and return once it answers; kills it first if it runs.

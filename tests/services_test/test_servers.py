@@ -45,11 +45,12 @@ def server(name: str, request: pytest.FixtureRequest) -> Service:
     return shared
 
 
-async def test_what_was_promised_survives_a_kill(server: Service) -> None:
+@pytest.mark.parametrize("how", ["kill", "shut_down"])
+async def test_what_was_promised_survives_an_end(server: Service, how: str) -> None:
     client = CLIENTS[server.name]
     await client.write(server.url)
     url = server.url
-    await asyncio.to_thread(server.kill)
+    await asyncio.to_thread(getattr(server, how))
     with socket.socket() as knocking:
         assert knocking.connect_ex(("127.0.0.1", urlsplit(url).port)) == errno.ECONNREFUSED
     with pytest.raises(Exception):  # noqa: B017  each driver has its own word for it
