@@ -75,6 +75,10 @@ class Load:
         self.published |= dict(zip(numbers, uuids, strict=True))
         return uuids
 
+    async def backlog(self, count: int) -> None:
+        """Enqueue many tasks at once."""
+        await self._enqueue(self._apps[0], count)
+
     async def goes_on(self) -> None:
         """Wait until each client has enqueued a new task and has got its result."""
         async with asyncio.timeout(GOES_ON_WITHIN), asyncio.TaskGroup() as group:

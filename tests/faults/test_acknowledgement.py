@@ -17,9 +17,12 @@ LEASE = 3.0
 """Seconds: each life of a worker has to wait for the lease of the one before."""
 
 
-# On one server, Redis and Postgres record and acknowledge in one step.
-@pytest.mark.parametrize("pair", ["kafka"])
-@pytest.mark.parametrize("lives", [4])
+@pytest.mark.parametrize(
+    # On one server, Redis and Postgres record and acknowledge in one step.
+    "pair",
+    ["rabbitmq", "kafka", "redis+postgres", "kafka+postgres", "rabbitmq+redis"],
+)
+@pytest.mark.parametrize("lives", [4, pytest.param(200, marks=pytest.mark.full)])
 async def test_a_worker_killed_between_result_and_acknowledgement(
     request: pytest.FixtureRequest, tmp_path: Path, pair: str, lives: int
 ) -> None:
