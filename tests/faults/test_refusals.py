@@ -137,7 +137,10 @@ class SmallPostgres(NativePostgres):
 def _id(which: str) -> str:
     """Return the number of the server's user or group."""
     return subprocess.run(
-        ["id", which, str(NativePostgres.recipe.account)], check=True, capture_output=True, text=True
+        ["id", which, str(NativePostgres.recipe.account)],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.strip()
 
 
