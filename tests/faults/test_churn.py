@@ -19,7 +19,7 @@ EVERY = 3.0
 @pytest.mark.parametrize(
     ("pair", "tasks", "changes"),
     [
-        ("kafka", 2_000, 3),
+        pytest.param("kafka", 2_000, 3, marks=pytest.mark.full),
         pytest.param("kafka", 10_000, 20, marks=pytest.mark.full),
         pytest.param("kafka+postgres", 10_000, 20, marks=pytest.mark.full),
         pytest.param("rabbitmq", 10_000, 20, marks=pytest.mark.full),

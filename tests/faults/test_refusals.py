@@ -85,6 +85,7 @@ async def test_a_replica_behind_the_url_of_redis(
             pass
 
 
+@pytest.mark.full
 async def test_an_alarm_of_rabbitmq(rabbitmq_server: RabbitMQServer, tmp_path: Path) -> None:
     """The server stops reading from connections that publish: an outage, not a hang."""
 
