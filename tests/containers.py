@@ -40,6 +40,7 @@ ALL = (
     "tests/e2e/test_example.py",
     *(f"tests/conformance/test_{name}.py" for name in SERVICES),
     "tests/conformance/test_pairs.py",
+    "tests/faults",
     *(f"tests/{name}" for name in SERVICES),
 )
 

@@ -164,17 +164,3 @@ async def test_killed_beside_another(setting: Setting) -> None:
     check(setting, records, may_run_again)
     own = Counter(setting.log.numbers("begin", survivor.pid))
     assert max(own.values()) == 1, "the survivor ran one of its tasks twice"
-
-
-async def test_a_blocked_loop_keeps_its_lease(setting: Setting) -> None:
-    """A function that blocks its loop for two lease times is not given to the idle neighbour."""
-    async with setting.app() as app:
-        with setting.worker() as one, setting.worker() as other:
-            for worker in (one, other):
-                await asyncio.to_thread(worker.wait_for, "worker ")
-            uuids = await setting.enqueue(app, "block", 1, 2 * setting.pair.lease)
-            records = await finals(app, uuids, 2 * setting.pair.lease + 30)
-            assert one.terminate() == other.terminate() == 0
-    assert [record.status for record in records] == ["success"]
-    assert len(setting.log.numbers("begin")) == 1
-    assert list(map(len, setting.log.accepted().values())) == [1]

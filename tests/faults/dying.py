@@ -13,29 +13,32 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from qtasks_core import Completion, Outcome, Settlement, Subscription
+from qtasks_core import Completion, Outcome, Settlement, Subscription, TaskMessage
 from qtasks_core.records import FINAL
 from tests.e2e.crash_app import Counted, CountingApp, decode, note, router
 
 PR_SET_PDEATHSIG = 1
+LAST = "the last life begins"
+"""What it prints before the ordinary worker."""
 
 
 class Dying(Counted):
     async def complete(
         self, subscription: Subscription, completions: Sequence[Completion]
     ) -> list[Outcome]:
-        tasks = [each.task for each in completions if each.task is not None]
-        recorded = [int(decode(task.args)[0]) for task in tasks if task.status in FINAL]
-
-        async def die(settlements: Sequence[Settlement]) -> list[Outcome]:
-            for number in recorded:
-                note("killed", number, os.getpid())
-            os.kill(os.getpid(), signal.SIGKILL)
-            raise AssertionError("it lives on")
-
-        if recorded:
+        if any(each.task is not None and each.task.status in FINAL for each in completions):
             subscription.settle = die  # type: ignore[method-assign]
         return await super().complete(subscription, completions)
+
+
+async def die(settlements: Sequence[Settlement]) -> list[Outcome]:
+    """End where the tasks are acknowledged whose results have just been saved."""
+    for settlement in settlements:
+        message = settlement.delivery.message
+        assert isinstance(message, TaskMessage)
+        note("killed", int(decode(message.args)[0]), os.getpid())
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("it lives on")
 
 
 class DyingApp(CountingApp):
@@ -58,6 +61,7 @@ def main(lives: int) -> None:
         _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
             sys.exit(f"life {life} ended with status {status}")
+    print(LAST, flush=True)
     work(CountingApp())
 
 

@@ -11,19 +11,18 @@ Direction = Literal["sent", "answered"]
 
 
 class Proxy:
-    """Listens on `port` while its block runs, and connects to the port `to` of this machine."""
+    """Listens while its block runs, on `port` (0: any), and connects to `to` on this machine."""
 
-    port: int
-
-    def __init__(self, to: int) -> None:
+    def __init__(self, to: int, port: int = 0) -> None:
         self._to = to
+        self.port = port
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._direction: Direction | None = None
         self._left = 0
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -10,16 +10,26 @@ import pytest
 from qtasks import control
 from qtasks.asyncio import QueueTasks
 from tests.e2e.test_crash import Setting, finals
+from tests.faults.dying import LAST
 from tests.pairs import pair_of
-from tests.processes import Process
+from tests.processes import Process, until
 
 LEASE = 3.0
 """Seconds: each life of a worker has to wait for the lease of the one before."""
+LONGER = "rabbitmq", "kafka", "kafka+postgres"
+"""Pairs for which four lives take a minute."""
 
 
-# On one server, Redis and Postgres record and acknowledge in one step.
-@pytest.mark.parametrize("pair", ["kafka"])
-@pytest.mark.parametrize("lives", [4])
+@pytest.mark.parametrize(
+    # On one server, Redis and Postgres record and acknowledge in one step.
+    "pair",
+    [
+        "redis+postgres",
+        "rabbitmq+redis",
+        *(pytest.param(pair, marks=pytest.mark.full) for pair in LONGER),
+    ],
+)
+@pytest.mark.parametrize("lives", [4, pytest.param(200, marks=pytest.mark.full)])
 async def test_a_worker_killed_between_result_and_acknowledgement(
     request: pytest.FixtureRequest, tmp_path: Path, pair: str, lives: int
 ) -> None:
@@ -30,7 +40,9 @@ async def test_a_worker_killed_between_result_and_acknowledgement(
             "-m", "tests.faults.dying", str(lives), environment=setting.environment
         ) as worker:
             records = await finals(app, uuids, 240 + 10 * lives)
-            await asyncio.to_thread(worker.wait_for, "worker ")
+            await asyncio.to_thread(
+                until, lambda: "worker " in worker.output().partition(LAST)[2], "the last worker"
+            )
             await drained(app)
             assert await asyncio.to_thread(worker.terminate) == 0
         await drained(app)

@@ -17,8 +17,8 @@ from qtasks_core.errors import Unavailable
 from qtasks_core.lookup import resolve_broker, resolve_storage
 from qtasks_core.separate import compose
 from tests.faults.proxy import Direction, Proxy
-from tests.pairs import LEASES, with_lease
-from tests.services import Service
+from tests.pairs import LEASES, SERVERS, with_lease
+from tests.services import KafkaServer, Service
 
 T = TypeVar("T")
 CALLS = ("submit", "receive", "extend", "complete", "get")
@@ -30,12 +30,12 @@ MOST = 1_000_000
 """Bytes; more than any of the calls sends or gets."""
 
 
-def ladder() -> Iterator[int]:
+def ladder(full: bool) -> Iterator[int]:
     """Yield byte counts: each once at the beginning, where headers are, then in growing steps."""
     at = 0
     while at < MOST:
         yield at
-        at = max(at + 1, 4 * at)
+        at = max(at + 1, int(at * (1.25 if full else 4)))
 
 
 class Trial:
@@ -145,8 +145,9 @@ async def trial(request: pytest.FixtureRequest, backend: str) -> AsyncIterator[T
     server: Service = request.getfixturevalue(f"{backend}_server")
     port = urlsplit(server.url).port
     assert port is not None
+    to, listening = server.proxied() if isinstance(server, KafkaServer) else (port, 0)
     lease, namespace = LEASES[backend], f"cut-{uuid4().hex[:8]}"
-    async with Proxy(port) as proxy:
+    async with Proxy(to, listening) as proxy:
         through = server.url.replace(f":{port}", f":{proxy.port}")
         cut, whole = [
             (resolve_broker(with_lease(url, lease)), resolve_storage(url))
@@ -164,12 +165,16 @@ async def trial(request: pytest.FixtureRequest, backend: str) -> AsyncIterator[T
                 await part.stop()
 
 
-@pytest.mark.parametrize("backend", ["redis"])
-async def test_a_call_that_is_cut_loses_nothing(trial: Trial, backend: str) -> None:
+@pytest.mark.parametrize("backend", SERVERS)
+@pytest.mark.parametrize(
+    "full",
+    [pytest.param(False, id="short"), pytest.param(True, id="long", marks=pytest.mark.full)],
+)
+async def test_a_call_that_is_cut_loses_nothing(trial: Trial, backend: str, full: bool) -> None:
     """Each call returns or raises `Unavailable`; repeated, it succeeds."""
     for call in CALLS:
         for direction in get_args(Direction):
-            for at in ladder():
+            for at in ladder(full):
                 if not await trial.go(call, at, direction):
                     break
             else:

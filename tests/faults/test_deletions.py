@@ -7,20 +7,26 @@ from pathlib import Path
 import pytest
 
 from qtasks_kafka.connection import topic_name
+from qtasks_rabbitmq.topology import Names
 from tests.e2e.test_crash import Setting
 from tests.faults.load import loaded
 from tests.pairs import pair_of
+from tests.rabbitmq.operator import operator
 from tests.services import Service
 from tests.services.kafka import asking
 
 
 async def delete(server: Service, namespace: str) -> None:
     """Delete the default queue of an app."""
-    async with asking(server.url) as admin:
-        await admin.delete_topics([topic_name(namespace, "queue", "default")])
+    if server.name == "kafka":
+        async with asking(server.url) as admin:
+            await admin.delete_topics([topic_name(namespace, "queue", "default")])
+    else:
+        async with operator(server.url) as channel:
+            await channel.queue_delete(Names(namespace).queue("default"))
 
 
-@pytest.mark.parametrize("backend", ["kafka"])
+@pytest.mark.parametrize("backend", ["rabbitmq", "kafka"])
 async def test_a_deleted_queue_is_made_again_and_served(
     request: pytest.FixtureRequest, tmp_path: Path, backend: str
 ) -> None:

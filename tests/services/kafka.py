@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from qtasks.testing.errors import NotReady
-from qtasks.testing.native import GuardedProcess
+from qtasks.testing.native import GuardedProcess, free_port
 from qtasks.testing.recipes import Kafka
 from tests.services.container import Contained
 from tests.services.install import cache, need_program, one_at_a_time, run
 from tests.services.native import ByRecipe
-from tests.services.service import Service, Way
+from tests.services.service import NotInContainers, NotOurs, Service, Way
 
 if TYPE_CHECKING:
     from aiokafka.admin import AIOKafkaAdminClient
@@ -87,15 +87,28 @@ class KafkaOfTests(Kafka):
 
 
 class NativeKafka(ByRecipe):
-    """Kafka from Maven Central, or the one of KAFKA_HOME."""
+    """Kafka from Maven Central, or the one of KAFKA_HOME.
+
+    A client is sent to the address that the server calls its own. So one port, `behind`, is for
+    connections that come through a proxy: it sends clients to the port `proxied`.
+    """
+
+    behind: int
+    proxied: int
 
     def __init__(self) -> None:
         super().__init__()
         self.recipe = KafkaOfTests(self.changed)
 
     def changed(self, settings: dict[str, str]) -> dict[str, str]:
-        """Return the server's properties, to which a subclass adds."""
-        return settings
+        """Return the server's properties. A subclass adds others instead."""
+        self.behind, self.proxied = free_port(), free_port()
+        added = {
+            "listeners": f"PROXIED://127.0.0.1:{self.behind}",
+            "advertised.listeners": f"PROXIED://127.0.0.1:{self.proxied}",
+            "listener.security.protocol.map": "PROXIED:PLAINTEXT",
+        }
+        return settings | {key: f"{settings[key]},{more}" for key, more in added.items()}
 
     @property
     def version(self) -> str:
@@ -118,6 +131,14 @@ class KafkaServer(Service):
         async with asking(url) as admin:
             await admin.find_coordinator("ready")  # creates what groups need, waits for its leader
         return ""
+
+    def proxied(self) -> tuple[int, int]:
+        """Return the port that a proxy leads to, and the one where it must listen."""
+        if isinstance(self._way, Contained):
+            raise NotInContainers("the container has no port for a proxy")
+        if not isinstance(self._way, NativeKafka):
+            raise NotOurs("a server of others has no port for a proxy")
+        return self._way.behind, self._way.proxied
 
     async def empty(self, url: str) -> None:
         """Delete the topics: a killed broker looks through each partition before it listens.
