@@ -12,7 +12,6 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -24,6 +23,7 @@ from qtasks_core import TaskQuery
 from qtasks_core.errors import Closed, ConfigurationError, QTasksError, Unavailable
 from qtasks_core.queries import Place
 from qtasks_core.records import RANK
+from qtasks_core.threads import JobThread
 
 logger = logging.getLogger("qtasks.log")
 
@@ -102,7 +102,7 @@ class Table:
         self._file = None if directory is None else directory / f"{name}.sqlite"
         self.identity = identity
         self._closed: QTasksError | None = None
-        self._thread = ThreadPoolExecutor(1, "qtasks-log")
+        self._thread = JobThread("qtasks-log")
         self._connection: sqlite3.Connection | None = None
         self._lock: IO[bytes] | None = None
 
@@ -157,7 +157,7 @@ class Table:
             if damaged:
                 self._closed = Unavailable("the log is being read anew")
             await asyncio.wait({closing})
-            self._thread.shutdown(wait=False)
+            self._thread.close()
             if not closing.cancelled() and (error := closing.exception()) is not None:
                 logger.warning("%s", error)
 
@@ -174,7 +174,7 @@ class Table:
 
         if self._closed is not None:
             raise self._closed
-        return asyncio.get_running_loop().run_in_executor(self._thread, translated)
+        return self._thread.submit(translated)
 
     # -- in the thread
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import ssl
 from base64 import b64decode
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.options import ANY, Kind, seconds
+from qtasks_core.threads import in_thread
 from qtasks_core.urls import redact, refuse_options, split, take_options
 
 MOST_HEARTBEAT = 65535
@@ -46,7 +46,7 @@ class Server:
         """
         if self._context is None and self.url.startswith("amqps:"):
             # It reads files, so it runs in a thread.
-            self._context = await asyncio.to_thread(self._make_context)
+            self._context = await in_thread(self._make_context)
         return self._context
 
     def _make_context(self) -> ssl.SSLContext:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult
 
+from qtasks_core.threads import in_thread
 from qtasks_core.urls import split, take_options
 from qtasks_redis.options import CLUSTER, SENTINEL, TLS, hosts_in, service_in
 
@@ -201,4 +202,4 @@ def _tls_class() -> type[Any]:
 async def _read_files(line: Any) -> None:
     """Make the TLS context of a connection, if it has one, in a thread: it takes 50 ms."""
     if isinstance(line, _tls_class()):
-        await asyncio.to_thread(line.ssl_context.get)
+        await in_thread(line.ssl_context.get)
