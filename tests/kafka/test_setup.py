@@ -80,7 +80,7 @@ async def test_rights_that_are_missing_are_named(secured: SecuredKafka) -> None:
     [
         (
             "kafka://h?foo=1",
-            "no option 'foo'; there are: lease, partitions, replicas, retention, directory, security",
+            "no option 'foo'; there are: lease, partitions, replicas, retention, directory, sec",
         ),
         ("kafka://h?security_protocol=TLS", "SASL_SSL"),
         ("kafka://u:hunter2@h?sasl_mechanism=DIGEST", "SCRAM-SHA-512"),
