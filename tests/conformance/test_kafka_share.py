@@ -54,6 +54,9 @@ def subject(kafka_server: Service) -> Subject:
     )
 
 
+pytestmark = pytest.mark.full
+
+
 class TestKafkaShareBroker(DeliveringContract, LeaseContract):
     """What share groups do in their own way."""
 
