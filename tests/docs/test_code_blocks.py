@@ -170,7 +170,7 @@ async def test_delivery() -> None:
 
     names: dict[str, Any] = {"remind": remind, "__name__": "docs"}
     async with app.worker():
-        for block in blocks_of(ROOT / "docs" / "delivery.md"):
+        for block in [b for b in blocks_of(ROOT / "docs" / "delivery.md") if not b.file]:
             await run(block, names)
         assert names["later"].status == "scheduled"
 
