@@ -177,6 +177,8 @@ BRIEFLY = {
     "scaling": ["--tasks", "40"],
     "memory": ["--tasks", "2000"],
     "idle": ["--seconds", "1"],
+    "churn": ["--tasks", "5000"],
+    "log_start": ["--tasks", "500"],
 }
 """Options that make a benchmark short; they come behind those of the page."""
 BENCHMARKS = [command for command in COMMANDS if command.text.startswith("python -m benchmarks.")]

@@ -23,8 +23,8 @@ from qtasks import Reject, TaskFailed, TaskTimeout, Unavailable, control
 from qtasks.asyncio import QueueTasks
 from qtasks.bridge.crossing import io_thread
 from qtasks.integrations.fastapi import install_error_handlers, lifespan
-from qtasks_core import Storage, TaskPage, TaskQuery, schemas
-from qtasks_core.errors import Closed, MissingDriver, QTasksError, TaskCancelled
+from qtasks_core import TaskPage, TaskQuery, schemas
+from qtasks_core.errors import Closed, MissingDriver, NotSupported, QTasksError, TaskCancelled
 from qtasks_memory import MemoryBroker, MemoryStorage
 from tests.processes import ROOT
 from tests.waits import WaitedFor
@@ -300,7 +300,7 @@ async def test_every_error_has_its_answer(
 async def test_what_a_storage_cannot_do_is_a_501_with_the_sentence(app: QueueTasks) -> None:
     class Unlisted(MemoryStorage):
         async def query(self, query: TaskQuery) -> TaskPage:
-            return await Storage.query(self, query)
+            raise NotSupported("Unlisted cannot list records yet")
 
     app = QueueTasks("unlisted", MemoryBroker("unlisted"), Unlisted("unlisted"))
     api = FastAPI(lifespan=lifespan(app))
