@@ -36,7 +36,12 @@ from qtasks_kafka.subscription import KafkaSubscription
 
 if TYPE_CHECKING:
     from qtasks_kafka.delays import DelayMover
+    from qtasks_kafka.share_subscription import ShareSubscription
     from qtasks_kafka.writer import Record, Written
+
+MOVED_IN_TWO_STEPS = (
+    "a delayed message is moved to its queue in two steps: a crash in between delivers it twice"
+)
 
 
 class KafkaBroker(Broker):
@@ -63,7 +68,7 @@ class KafkaBroker(Broker):
         self._mover: DelayMover | None = None
         self._listeners: Listeners | None = None
         self._obeying: Obeying | None = None
-        self._subscriptions: set[KafkaSubscription] = set()
+        self._subscriptions: set[KafkaSubscription | ShareSubscription] = set()
 
     @property
     def guarantees(self) -> Guarantees:
@@ -92,8 +97,7 @@ class KafkaBroker(Broker):
                 "the next commit of its partition, a third of the lease later at most",
                 "`purge` needs an answer from each worker that has partitions of the queue; it "
                 "deletes what is in the other partitions, and needs the right to DELETE the topic",
-                "a delayed message is moved to its queue in two steps: a crash in between "
-                "delivers it twice",
+                MOVED_IN_TWO_STEPS,
             ),
         )
 
@@ -152,23 +156,28 @@ class KafkaBroker(Broker):
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
         from qtasks_kafka.delays import DelayMover
-        from qtasks_kafka.group import Membership
 
         topics = {self.topic(queue): queue for queue in queues}
         await self._connection.ensure(list(topics))
         await self._ensure_delayed()
-        group = workers_group(self._namespace)
-        member = Membership(self._connection, group, topics, self._lease)
-        await member.open()
+        subscription = await self._joined(topics)
         if self._mover is None:
             queue = next(iter(queues))
             self._mover = DelayMover(self._connection, self._namespace, queue, self._lease)
             self._mover.start()
-        if self._obeying is None:
-            self._obeying = Obeying(self._listening(), self._drop)
-        subscription = KafkaSubscription(self, member, topics, self._subscriptions.discard)
         self._subscriptions.add(subscription)
         return subscription
+
+    async def _joined(self, topics: Mapping[str, str]) -> KafkaSubscription | ShareSubscription:
+        """Join the group of the workers, and obey what is said to them."""
+        from qtasks_kafka.group import Membership
+
+        group = workers_group(self._namespace)
+        member = Membership(self._connection, group, topics, self._lease)
+        await member.open()
+        if self._obeying is None:
+            self._obeying = Obeying(self._listening(), self._drop)
+        return KafkaSubscription(self, member, topics, self._subscriptions.discard)
 
     async def depth(self, queue: str) -> QueueDepth:
         self._listening()
@@ -196,8 +205,9 @@ class KafkaBroker(Broker):
         """Drop undelivered records in the partitions of all subscriptions here."""
         dropped: dict[int, int] = {}
         for subscription in list(self._subscriptions):
-            with suppress(Closed):  # it has just left the group
-                dropped |= await subscription.drop(topic, ends)
+            if isinstance(subscription, KafkaSubscription):
+                with suppress(Closed):  # it has just left the group
+                    dropped |= await subscription.drop(topic, ends)
         return dropped
 
     def topic(self, queue: str) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from qtasks_core import Guarantees, QueueDepth, Subscription
+from msgspec.structs import replace
+
+from qtasks_core import Guarantees, QueueDepth
 from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
-from qtasks_core.together import together
-from qtasks_kafka.broker import KafkaBroker
+from qtasks_kafka.broker import MOVED_IN_TWO_STEPS, KafkaBroker
 from qtasks_kafka.control import delayed_keys, drop_delayed, workers_group
 
 if TYPE_CHECKING:
@@ -24,29 +25,13 @@ class ShareGroupKafkaBroker(KafkaBroker):
     those of `KafkaBroker`. All workers of an app use the same one of the two brokers.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        lease: float = 30.0,
-        partitions: int = 8,
-        replicas: int | None = None,
-    ) -> None:
-        super().__init__(url, lease=lease, partitions=partitions, replicas=replicas)
-        self._sharing: set[ShareSubscription] = set()
-
     @property
     def guarantees(self) -> Guarantees:
-        return Guarantees(
+        return replace(
+            super().guarantees,
             part="ShareGroupKafkaBroker",
             server="Apache Kafka 4.2 or newer",
-            survives="machine crash",
-            durability="acks=all with an idempotent producer; on how many machines say the "
-            "topics' replication factor and min.insync.replicas, of one the page cache",
-            lease=self._lease,
-            largest=self._connection.largest_of_all,
             counts_deliveries=True,
-            order="partition",
             notes=(
                 "experimental",
                 "a log has no priorities",
@@ -68,19 +53,14 @@ class ShareGroupKafkaBroker(KafkaBroker):
                 "`depth` cannot tell ready messages from those in flight while workers run",
                 "`purge` takes messages as a worker does: what another one gives back meanwhile "
                 "may stay",
-                "a delayed message is moved to its queue in two steps: a crash in between "
-                "delivers it twice",
+                MOVED_IN_TWO_STEPS,
             ),
         )
 
-    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        from qtasks_kafka.delays import DelayMover
+    async def _joined(self, topics: Mapping[str, str]) -> ShareSubscription:
         from qtasks_kafka.share_group import ShareGroup
         from qtasks_kafka.share_subscription import ShareSubscription
 
-        topics = {self.topic(queue): queue for queue in queues}
-        await self._connection.ensure(list(topics))
-        await self._ensure_delayed()
         name = workers_group(self._namespace)
         group = ShareGroup(self._connection, name, list(topics), self._lease)
         try:
@@ -88,22 +68,7 @@ class ShareGroupKafkaBroker(KafkaBroker):
         except BaseException:
             await group.close()
             raise
-        if self._mover is None:
-            self._mover = DelayMover(
-                self._connection, self._namespace, next(iter(queues)), self._lease
-            )
-            self._mover.start()
-        subscription = ShareSubscription(
-            self, self._connection, group, topics, self._sharing.discard
-        )
-        self._sharing.add(subscription)
-        return subscription
-
-    async def stop(self) -> None:
-        try:
-            await together([subscription.leave() for subscription in self._sharing])
-        finally:
-            await super().stop()
+        return ShareSubscription(self, self._connection, group, topics, self._subscriptions.discard)
 
     async def depth(self, queue: str) -> QueueDepth:
         from qtasks_kafka.share_group import has_members, unfinished

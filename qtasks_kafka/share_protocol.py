@@ -35,7 +35,7 @@ TO_GROUP = 32
 """The type of a group among the resources that have a configuration."""
 
 INVALID_RECORD_STATE = 121
-"""Error: the record is not held by this session."""
+"""Error: the record is not held by this share session."""
 INVALID_REQUEST = 42
 """Error: nobody holds the record."""
 INVALID_CONFIG = 40
@@ -156,43 +156,27 @@ _LEADER = Schema(("leader_id", Int32), ("leader_epoch", Int32), _TAGS)
 _NODES = CompactArray(("node_id", Int32), ("host", _TEXT), ("port", Int32), ("rack", _TEXT), _TAGS)
 
 
-_FETCH_ANSWER = Schema(
-    ("throttle_time_ms", Int32),
-    ("error_code", Int16),
-    ("error_message", _TEXT),
-    ("acquisition_lock_timeout_ms", Int32),
-    (
-        "topics",
-        CompactArray(
-            ("topic_id", _Uuid),
-            (
-                "partitions",
-                CompactArray(
-                    ("partition", Int32),
-                    ("error_code", Int16),
-                    ("error_message", _TEXT),
-                    ("acknowledge_error_code", Int16),
-                    ("acknowledge_error_message", _TEXT),
-                    ("current_leader", _LEADER),
-                    ("records", CompactBytes),
-                    (
-                        "acquired",
-                        CompactArray(
-                            ("first_offset", Int64),
-                            ("last_offset", Int64),
-                            ("delivery_count", Int16),
-                            _TAGS,
-                        ),
-                    ),
-                    _TAGS,
-                ),
-            ),
-            _TAGS,
+def _answer(*of_partition: tuple[str, Any]) -> Schema:
+    """Return the schema of an answer that has an error for all and one for each partition."""
+    partition = (
+        ("partition", Int32),
+        ("error_code", Int16),
+        ("error_message", _TEXT),
+        *of_partition,
+        _TAGS,
+    )
+    return Schema(
+        ("throttle_time_ms", Int32),
+        ("error_code", Int16),
+        ("error_message", _TEXT),
+        ("acquisition_lock_timeout_ms", Int32),
+        (
+            "topics",
+            CompactArray(("topic_id", _Uuid), ("partitions", CompactArray(*partition)), _TAGS),
         ),
-    ),
-    ("node_endpoints", _NODES),
-    _TAGS,
-)
+        ("node_endpoints", _NODES),
+        _TAGS,
+    )
 
 
 Fetch = _kind(
@@ -215,36 +199,20 @@ Fetch = _kind(
         ),
         _TAGS,
     ),
-    _FETCH_ANSWER,
-)  # fmt: skip
-"""Acquires records, and waits for them."""
-
-
-_ACKNOWLEDGE_ANSWER = Schema(
-    ("throttle_time_ms", Int32),
-    ("error_code", Int16),
-    ("error_message", _TEXT),
-    ("acquisition_lock_timeout_ms", Int32),
-    (
-        "topics",
-        CompactArray(
-            ("topic_id", _Uuid),
-            (
-                "partitions",
-                CompactArray(
-                    ("partition", Int32),
-                    ("error_code", Int16),
-                    ("error_message", _TEXT),
-                    ("current_leader", _LEADER),
-                    _TAGS,
-                ),
+    _answer(
+        ("acknowledge_error_code", Int16),
+        ("acknowledge_error_message", _TEXT),
+        ("current_leader", _LEADER),
+        ("records", CompactBytes),
+        (
+            "acquired",
+            CompactArray(
+                ("first_offset", Int64), ("last_offset", Int64), ("delivery_count", Int16), _TAGS
             ),
-            _TAGS,
         ),
     ),
-    ("node_endpoints", _NODES),
-    _TAGS,
-)
+)  # fmt: skip
+"""Acquires records, and waits for them."""
 
 
 Acknowledge = _kind(
@@ -257,7 +225,7 @@ Acknowledge = _kind(
         ("topics", _TOPICS),
         _TAGS,
     ),
-    _ACKNOWLEDGE_ANSWER,
+    _answer(("current_leader", _LEADER)),
 )  # fmt: skip
 """Acknowledges acquired records, in any number and order."""
 

@@ -44,7 +44,7 @@ PRIOR = "delivered"
 
 
 class Acquired:
-    """A record that this session has acquired. It is the fence of its delivery."""
+    """A record that a share session has acquired. It is the fence of its delivery."""
 
     __slots__ = (
         "count", "leased", "lost", "offset", "place", "prior", "replaced", "sent", "session",

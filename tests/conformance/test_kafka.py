@@ -18,26 +18,30 @@ from tests.services import Service
 LEASE = 2.0
 
 
-@pytest.fixture
-def subject(kafka_server: Service) -> Subject:
+def kafka_subject(server: Service) -> Subject:
     async def inject(namespace: str, queue: str, data: bytes) -> None:
-        producer = AIOKafkaProducer(bootstrap_servers=kafka_server.url.removeprefix("kafka://"))
+        producer = AIOKafkaProducer(bootstrap_servers=server.url.removeprefix("kafka://"))
         await producer.start()
         await producer.send_and_wait(topic_name(namespace, "queue", queue), data)
         await producer.stop()
 
     return Subject(
-        broker=Part("qtasks_kafka:KafkaBroker", {"url": kafka_server.url, "lease": LEASE}),
-        storage=Part("qtasks_kafka:KafkaStorage", {"url": kafka_server.url}),
+        broker=Part("qtasks_kafka:KafkaBroker", {"url": server.url, "lease": LEASE}),
+        storage=Part("qtasks_kafka:KafkaStorage", {"url": server.url}),
         lease=LEASE,
         inject=inject,
-        server=kafka_server,
+        server=server,
         driver="aiokafka",
-        url=kafka_server.url,
+        url=server.url,
         options=("lease", "partitions", "replicas", "retention", "sasl_mechanism"),
         least_broker=Least(survives="machine crash", settle_confirmed=True, order="partition"),
         least_storage=Least(survives="machine crash", settle_confirmed=True),
     )
+
+
+@pytest.fixture
+def subject(kafka_server: Service) -> Subject:
+    return kafka_subject(kafka_server)
 
 
 class TestKafkaBroker(BrokerContract):
