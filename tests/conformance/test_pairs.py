@@ -43,40 +43,40 @@ class Both:
         self.other.thaw()
 
 
-class RedisAndPostgres:
+class Pair:
+    """Two parts of servers that go away together."""
+
+    driver: str | None = None
+    broker: str
+    """The server of the messages; the records are on the other."""
+
+    @pytest.fixture
+    def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
+        redis, postgres = redis_subject(redis_server), postgres_subject(postgres_server)
+        one, other = (redis, postgres) if self.broker == "redis" else (postgres, redis)
+        return replace(
+            postgres,
+            broker=one.broker,
+            least_broker=one.least_broker,
+            inject=one.inject,
+            storage=other.storage,
+            least_storage=other.least_storage,
+            spoil=other.spoil,
+            server=Both(redis_server, postgres_server),
+            driver=self.driver,
+        )
+
+
+class RedisAndPostgres(Pair):
     """Messages on Redis, records in Postgres."""
 
-    driver: str | None = None
-
-    @pytest.fixture
-    def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
-        redis, postgres = redis_subject(redis_server), postgres_subject(postgres_server)
-        return replace(
-            postgres,
-            broker=redis.broker,
-            least_broker=redis.least_broker,
-            inject=redis.inject,
-            server=Both(redis_server, postgres_server),
-            driver=self.driver,
-        )
+    broker = "redis"
 
 
-class PostgresAndRedis:
+class PostgresAndRedis(Pair):
     """Messages in Postgres, records on Redis."""
 
-    driver: str | None = None
-
-    @pytest.fixture
-    def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
-        redis, postgres = redis_subject(redis_server), postgres_subject(postgres_server)
-        return replace(
-            postgres,
-            storage=redis.storage,
-            least_storage=redis.least_storage,
-            spoil=redis.spoil,
-            server=Both(redis_server, postgres_server),
-            driver=self.driver,
-        )
+    broker = "postgres"
 
 
 class TestRedisAndPostgres(RedisAndPostgres, CompositionContract):

@@ -59,6 +59,17 @@ async def settle(subscription: Subscription, deliveries: list[Delivery]) -> None
             await asyncio.sleep(0.1)
 
 
+async def all_but_one_done(
+    publisher: KafkaBroker, worker: KafkaBroker
+) -> tuple[Subscription, Delivery]:
+    """Work off 20 messages of a queue. Return the subscription and the delivery that it holds."""
+    subscription = await worker.subscribe({"q": 1000})
+    await publish(publisher, [f"old{n}" for n in range(20)])
+    *done, held = await receive(subscription, {f"old{n}" for n in range(20)})
+    await settle(subscription, done)
+    return subscription, held
+
+
 async def test_a_queue_that_grows_is_served_and_written_without_a_restart(
     kafka_server: Service, admin: AIOKafkaAdminClient, namespace: str
 ) -> None:
@@ -86,10 +97,7 @@ async def test_a_queue_made_anew_is_served_without_a_restart(
     topic = topic_name(namespace, "queue", "q")
     url = kafka_server.url
     async with started(url, namespace) as publisher, started(url, namespace) as worker:
-        subscription = await worker.subscribe({"q": 1000})
-        await publish(publisher, [f"old{n}" for n in range(20)])
-        *done, held = await receive(subscription, {f"old{n}" for n in range(20)})
-        await settle(subscription, done)
+        subscription, held = await all_but_one_done(publisher, worker)
         receiving = asyncio.create_task(receive(subscription, {f"new{n}" for n in range(12)}))
         await admin.delete_topics([topic])
         while True:
@@ -118,10 +126,7 @@ async def test_work_goes_on_after_a_topic_was_deleted(
     topic = topic_name(namespace, "queue", "q")
     url = kafka_server.url
     async with started(url, namespace) as publisher, started(url, namespace) as worker:
-        subscription = await worker.subscribe({"q": 1000})
-        await publish(publisher, [f"old{n}" for n in range(20)])
-        *done, held = await receive(subscription, {f"old{n}" for n in range(20)})
-        await settle(subscription, done)
+        subscription, held = await all_but_one_done(publisher, worker)
         await admin.delete_topics([topic])
         await publish(publisher, [f"new{n}" for n in range(12)])
         received = await receive(subscription, {f"new{n}" for n in range(12)})

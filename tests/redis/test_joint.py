@@ -71,13 +71,6 @@ async def pair(redis_server: Service) -> AsyncIterator[Pair]:
     await pair.stop()
 
 
-@pytest.fixture
-async def server(redis_server: Service) -> AsyncIterator[Redis]:
-    client: Redis = Redis.from_url(redis_server.url)
-    yield client
-    await client.aclose()
-
-
 def message(**fields: object) -> TaskMessage:
     fields = {"created_at": time.time(), **fields}
     return TaskMessage(uuid=str(uuid4()), task_name="a", **fields)  # type: ignore[arg-type]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import pytest
@@ -19,21 +18,6 @@ from tests.services import Service
 
 def record(status: Status, **fields: object) -> Task:
     return Task(uuid=str(uuid4()), task_name="a", status=status, **fields)  # type: ignore[arg-type]
-
-
-@pytest.fixture
-async def storage(redis_server: Service) -> AsyncIterator[RedisStorage]:
-    storage = RedisStorage(redis_server.url)
-    await storage.start(f"lists-{uuid4().hex[:8]}")
-    yield storage
-    await storage.stop()
-
-
-@pytest.fixture
-async def server(redis_server: Service) -> AsyncIterator[Redis]:
-    client: Redis = Redis.from_url(redis_server.url)
-    yield client
-    await client.aclose()
 
 
 async def left_of(storage: RedisStorage, server: Redis) -> set[str]:

@@ -40,13 +40,6 @@ async def patient(redis_server: Service) -> AsyncIterator[RedisBroker]:
     await broker.stop()
 
 
-@pytest.fixture
-async def server(redis_server: Service) -> AsyncIterator[Redis]:
-    client: Redis = Redis.from_url(redis_server.url)
-    yield client
-    await client.aclose()
-
-
 async def test_nine_goes_first_also_after_a_delay_a_retry_and_a_release(
     broker: RedisBroker,
 ) -> None:

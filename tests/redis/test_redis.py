@@ -45,13 +45,6 @@ async def parts(redis_server: Service) -> AsyncIterator[tuple[RedisBroker, Redis
     await storage.stop()
 
 
-@pytest.fixture
-async def server(redis_server: Service) -> AsyncIterator[Redis]:
-    client: Redis = Redis.from_url(redis_server.url)
-    yield client
-    await client.aclose()
-
-
 async def subscribed(broker: RedisBroker, queue: str = "default") -> RedisSubscription:
     subscription = await broker.subscribe({queue: 10})
     assert isinstance(subscription, RedisSubscription)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import pytest
@@ -12,22 +11,6 @@ from redis.asyncio import Redis
 from qtasks_core import DONE, Task
 from qtasks_redis import RedisStorage, inbox
 from qtasks_redis.keys import WATCHED
-from tests.services import Service
-
-
-@pytest.fixture
-async def storage(redis_server: Service) -> AsyncIterator[RedisStorage]:
-    storage = RedisStorage(redis_server.url)
-    await storage.start(f"watching-{uuid4().hex[:8]}")
-    yield storage
-    await storage.stop()
-
-
-@pytest.fixture
-async def server(redis_server: Service) -> AsyncIterator[Redis]:
-    client: Redis = Redis.from_url(redis_server.url)
-    yield client
-    await client.aclose()
 
 
 def final() -> Task:
