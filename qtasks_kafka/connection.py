@@ -381,6 +381,16 @@ def heartbeat_ms(lease: float, longest: float) -> int:
     return max(50, int(min(longest, lease / 4) * 1000))
 
 
+def long_poll_ms(lease: float) -> int:
+    """Return the milliseconds that the server may wait for records that a group's member fetches.
+
+    It answers the requests of a connection in turn. So a fetch that waits holds up a member that
+    asks for the partitions of a topic which another one has brought into the group. It asks between
+    its join and the answer with the assignment, when it sends no heartbeats.
+    """
+    return min(LONG_POLL_MS, int(lease * 1000 / 4))
+
+
 def drop_abandoned(consumer: AIOKafkaConsumer) -> None:
     """Close connections with a fetch that the driver has given up: it opens new ones.
 

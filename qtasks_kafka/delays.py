@@ -27,13 +27,13 @@ from qtasks_core.errors import ConfigurationError, QTasksError
 from qtasks_core.wire import decode_message
 from qtasks_kafka.connection import (
     GROWTH_MS,
-    LONG_POLL_MS,
     LONGEST_PREFIX,
     Connection,
     close_consumer,
     drop_abandoned,
     heartbeat_ms,
     is_topic,
+    long_poll_ms,
     topic_name,
 )
 from qtasks_kafka.settings import REQUEST
@@ -181,7 +181,7 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
             rebalance_timeout_ms=session + 5000,
             request_timeout_ms=session + 10_000,
             max_poll_interval_ms=2**31 - 1,
-            fetch_max_wait_ms=LONG_POLL_MS,
+            fetch_max_wait_ms=long_poll_ms(self._lease),
         )
         self._consumer = consumer
         try:

@@ -37,6 +37,7 @@ from qtasks_kafka.connection import (
     close_consumer,
     drop_abandoned,
     heartbeat_ms,
+    long_poll_ms,
 )
 from qtasks_kafka.floor import Floor
 from qtasks_kafka.settings import REQUEST
@@ -67,10 +68,6 @@ class Membership:
         self._group = group
         self._topics = list(topics)
         self._lease = lease
-        # The server answers the requests of a connection in turn. So a fetch that waits holds up a
-        # member that asks for the partitions of a topic that another has brought into the group,
-        # between its join and the answer with the assignment, when it sends no heartbeats.
-        self._long_poll_ms = min(LONG_POLL_MS, int(lease * 1000 / 4))
         self._name = uuid7().hex[-12:]
         self._floor = Floor(connection)
         self._consumer: AIOKafkaConsumer | None = None
@@ -284,7 +281,7 @@ class Membership:
         consumer = self._running()
         epoch = self.epoch
         calm = time.monotonic() - self._came > CALM
-        consumer._fetcher._fetch_max_wait_ms = self._long_poll_ms if calm else SHORT_POLL_MS
+        consumer._fetcher._fetch_max_wait_ms = long_poll_ms(self._lease) if calm else SHORT_POLL_MS
         places = [tp for tp in self.partitions if tp.topic in topics and tp not in self.owed]
         if time.monotonic() - self._polled > REQUEST / 2:
             self._polling_since = time.monotonic()

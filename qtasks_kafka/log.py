@@ -27,7 +27,8 @@ logger = logging.getLogger("qtasks.kafka")
 
 QUIET = 0.5
 """Seconds after which a read without entries checks whether the log's end has moved."""
-
+ASKING_MS = 10
+"""Milliseconds that a question may wait behind the search for the layout on the same connection."""
 
 BESIDE = 1024
 """Bytes in a batch besides the record's value: its key, and the overhead of both."""
@@ -98,7 +99,7 @@ class KafkaLog(Log):
         self._layout: Layout | None = None
         self._consumer: AIOKafkaConsumer | None = None
         self._asker: AIOKafkaConsumer | None = None
-        """Asks for the log's end. On the reader's connection, it would wait behind a long poll."""
+        """Asks for offsets. On the reader's connection, it would wait behind a long poll."""
         self._opening: asyncio.Task[AIOKafkaConsumer] | None = None
         """One attempt for all callers. Separate attempts would add up their timeouts."""
         self._positions: dict[TopicPartition, int] = {}
@@ -188,7 +189,7 @@ class KafkaLog(Log):
         consumer = self._connection.consumer(
             group_id=None, fetch_max_wait_ms=LONG_POLL_MS, auto_offset_reset="none"
         )
-        asker = self._connection.consumer(group_id=None)
+        asker = self._connection.consumer(group_id=None, fetch_max_wait_ms=ASKING_MS)
         try:
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST) as deadline:
@@ -196,12 +197,12 @@ class KafkaLog(Log):
                     await self._connection.ensure([self._topic], COMPACTED)
                     await asker.start()
                     await consumer.start()
-                    layout = await self._find_layout(consumer, deadline)
+                    layout = await self._find_layout(asker, deadline)
                     self._policy = await self._read_policy()
                     if self._layout is not None and layout != self._layout:
                         self._replace(f"the topic {self._topic} was recreated")
                     self._layout = layout
-                    if not await self._seek(consumer, layout, self._positions):
+                    if not await self._seek(consumer, asker, layout, self._positions):
                         self._replace(f"entries of the topic {self._topic} are gone")
                     self._check_pause()
         except BaseException:
@@ -210,7 +211,7 @@ class KafkaLog(Log):
         self._consumer, self._asker = consumer, asker
         return consumer
 
-    async def _find_layout(self, consumer: AIOKafkaConsumer, deadline: asyncio.Timeout) -> Layout:
+    async def _find_layout(self, asker: AIOKafkaConsumer, deadline: asyncio.Timeout) -> Layout:
         """Return the log's first layout. Write one if none exists.
 
         It is the first record, unless the topic is older than layouts. In that case the scan may
@@ -225,16 +226,17 @@ class KafkaLog(Log):
         if writer is None:
             raise Closed("KafkaLog is not started")
         place = TopicPartition(self._topic, 0)
-        consumer.assign([place])
+        asker.assign([place])
         while True:
-            first = (await consumer.beginning_offsets([place]))[place]
-            end = (await consumer.end_offsets([place]))[place]
-            consumer.seek(place, first)
-            while await consumer.position(place) < end:
-                for records in (await consumer.getmany(timeout_ms=1000)).values():
+            first = (await asker.beginning_offsets([place]))[place]
+            end = (await asker.end_offsets([place]))[place]
+            asker.seek(place, first)
+            while await asker.position(place) < end:
+                for records in (await asker.getmany(timeout_ms=1000)).values():
                     deadline.reschedule(clock() + REQUEST)
                     for record in records:
                         if (layout := _layout_of(record)) is not None:
+                            asker.unsubscribe()
                             return layout
             made = Layout(await writer.partitions(self._topic), uuid7().hex)
             value = msgspec.json.encode(made)
@@ -272,6 +274,7 @@ class KafkaLog(Log):
     async def _seek(
         self,
         consumer: AIOKafkaConsumer,
+        asker: AIOKafkaConsumer,
         layout: Layout,
         positions: Mapping[TopicPartition, int],
     ) -> bool:
@@ -283,8 +286,8 @@ class KafkaLog(Log):
 
         places = [TopicPartition(self._topic, number) for number in range(layout.partitions)]
         consumer.assign(places)
-        first = await consumer.beginning_offsets(places)
-        ends = await consumer.end_offsets(places)
+        first = await asker.beginning_offsets(places)
+        ends = await asker.end_offsets(places)
         fits = all(first[p] <= positions[p] <= ends[p] for p in places if p in positions)
         self._positions = {p: (fits and positions.get(p)) or first[p] for p in places}
         for place, position in self._positions.items():
@@ -314,7 +317,8 @@ class KafkaLog(Log):
     async def seek(self, position: bytes | None) -> bool:
         from aiokafka.structs import TopicPartition
 
-        consumer, layout = await self._open(), self._layout
+        consumer, asker, layout = await self._open(), self._asker, self._layout
+        assert asker is not None
         assert layout is not None
         self._replaced, self._complete = "", 0.0
         wanted: dict[TopicPartition, int] = {}
@@ -333,7 +337,7 @@ class KafkaLog(Log):
         try:
             with self._connection.reaching():
                 async with asyncio.timeout(REQUEST):
-                    fits = await self._seek(consumer, layout, wanted)
+                    fits = await self._seek(consumer, asker, layout, wanted)
         except BaseException:
             self._retire()
             raise
