@@ -183,7 +183,6 @@ class RabbitMQBroker(Broker):
             raise
         if any(priority != USUAL for _, priority in created):
             await self._announce()
-        await channel.registered()
         refused = await publishing.publish(sendings)
         return {which[index]: reason for index, reason in refused.items()}
 

@@ -102,9 +102,13 @@ class Connection:
         async with self._opening:
             for each in dict.fromkeys(("", purpose)):
                 if self._living(each) is None:
-                    self._channels[each] = channel = await self._open(each)
-                    await channel.registered()
+                    self._channels[each] = await self._open(each)
             return self._channels[purpose]
+
+    async def registered(self) -> None:
+        """Wait until new queues of all channels survive a crash. See `Channel.registered`."""
+        for channel in list(self._channels.values()):
+            await channel.registered()
 
     @asynccontextmanager
     async def answering(self) -> AsyncIterator[None]:
@@ -134,11 +138,13 @@ class Connection:
     async def publish(self, sendings: Sequence[Sending]) -> dict[int, str]:
         """Publish in one write. Return the refused messages, by index, with the reason.
 
+        It waits until the server would remember the queues that were created on this connection.
         If a message is too large, the server closes the channel. Then its limit is known, and all
         other messages are published again. Raises `Unavailable`, `ConfigurationError`.
         """
         while True:
             channel = await self.channel()
+            await self.registered()
             most = self.largest or HARD_LIMIT
             refused = {
                 at: f"{len(sending.body)} bytes are over the server's max_message_size of {most}"

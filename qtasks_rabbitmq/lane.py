@@ -83,8 +83,12 @@ class Lane:
         return queue_methods(self._names, self.queue, version, self._priority)
 
     async def open(self) -> None:
-        """Open the channel. Raises `Unavailable`, `ConfigurationError`."""
+        """Open the channel. Raises `Unavailable`, `ConfigurationError`.
+
+        Others may publish as soon as the queue is there, so a new one first has to be remembered.
+        """
         self._channel = await self._connection.channel(self.source)
+        await self._connection.registered()
 
     @property
     def consumes(self) -> bool:

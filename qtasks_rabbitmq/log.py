@@ -126,6 +126,7 @@ class RabbitMQLog(Log):
         self._stream = self._names.log
         self._writing = Connection(self._url, "migration", HEARTBEAT, create)
         await self._writing.channel()
+        await self._writing.registered()
         return [f"stream {self._stream} created"] if missing else []
 
     async def _missing(self, channel: Channel) -> bool:
