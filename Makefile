@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BACKEND ?= sqlite
 PYTEST_ARGS ?=
-# Eight processes, though there are fewer cores: most tests wait for servers and leases.
-PARALLEL := -n 8
+# Ten processes, though there are fewer cores: most tests wait for servers and leases.
+PARALLEL := -n 10
 
 RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject

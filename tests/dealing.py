@@ -18,7 +18,7 @@ TOGETHER = (PACKAGING, "tests/kit/", "tests/typing/", "tests/e2e/test_compose.py
 """Directories and files whose tests share what is dear to make: one process has all of one."""
 SECURED = ("tests/kafka/test_rights", "tests/kafka/test_setup")
 """Files whose tests use the Kafka with logins, which is one more server."""
-MOST = {"secured kafka": 1, "kafka": 3, "rabbitmq": 2, "postgres": 2, "redis": 2}
+MOST = {"secured kafka": 1, "kafka": 3, "rabbitmq": 3, "postgres": 2, "redis": 2}
 """How many processes may have the tests of a server, the dearest server first.
 
 With one alone they would take longer than all others: most of them wait."""
