@@ -207,7 +207,7 @@ class ChildProcess:
             self.end(_EXIT_WITHIN)
             raise ProcessDied("its process sent something that is no answer") from None
         if answer is None:
-            raise ProcessDied(f"its process died ({_words(self.end(_EXIT_WITHIN))})")
+            raise ProcessDied(f"its process died ({_shown_status(self.end(_EXIT_WITHIN))})")
         return answer
 
     def _start(self) -> None:
@@ -260,7 +260,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _words(status: int) -> str:
+def _shown_status(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
     text = (signal.strsignal(-status) or "unknown").lower()

@@ -123,7 +123,9 @@ def _missing(
 
 def _at_best(told: Guarantees, name: str) -> object:
     """Return what a part can guarantee if its server is set up for it."""
-    return told.at_best or told.survives if name == "survives" else getattr(told, name)
+    if name == "survives":
+        return told.at_best or told.survives
+    return getattr(told, name)
 
 
 _COMPARED: dict[str, Callable[[Any, Any], bool]] = {
