@@ -72,7 +72,7 @@ def leads_elsewhere(error: BaseException) -> bool:
 def text_of(error: BaseException) -> str:
     """Return an error's text in one line. Details are left out, as they may quote stored data."""
     if code_of(error) and error.args:
-        return str(error.args[0])
+        return str(error.args[0]).partition("\n")[0]
     return " ".join(str(error).split())
 
 
@@ -97,10 +97,7 @@ def translated(shown: str, within: float) -> Iterator[None]:
             if isinstance(error, TimeoutError)
             else type(error).__name__
         )
-        todo = advice(error)
-        if todo is not None:
-            raise ConfigurationError(f"{shown}: {what} ({todo})") from error
-        raise Unavailable(f"{shown}: {what}") from error
+        raise meaning_of(error, shown, what) from error
 
 
 @contextmanager
@@ -129,6 +126,15 @@ def translated_at_start(shown: str, within: float) -> Iterator[None]:
             ) from error
         except ValueError as error:
             raise ConfigurationError(f"{shown}: {text_of(error)}") from None
+
+
+def meaning_of(error: BaseException, shown: str, what: str = "") -> QTasksError:
+    """Return what an error of a server or a driver means. `what` is its text in other words."""
+    what = what or text_of(error)
+    todo = advice(error)
+    if todo is not None:
+        return ConfigurationError(f"{shown}: {what} ({todo})")
+    return Unavailable(f"{shown}: {what}")
 
 
 def advice(error: BaseException) -> str | None:

@@ -234,8 +234,9 @@ class BaseTask(ABC, Generic[P, R, C, A]):
         name of an option, write `send.call(…).add_task(…)`.
 
         `transaction` enqueues the task in your own database transaction, if the broker and the
-        storage are PostgreSQL on that database: an asyncpg connection with an open transaction, or
-        an async session or connection of SQLAlchemy on asyncpg. The task exists from the commit
+        storage are PostgreSQL on that database: a connection of asyncpg or an async one of psycopg,
+        with an open transaction, or an async session or connection of SQLAlchemy on one of these.
+        The task exists from the commit
         on, and not at all after a rollback. Other brokers raise `NotSupported`.
 
         Raises `TaskTimeout` if the task has not finished in time; the task is not affected. Raises

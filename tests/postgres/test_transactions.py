@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import asyncpg
+import psycopg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -16,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from qtasks import SyncRouter, control
 from qtasks.asyncio import QueueTasks
 from qtasks_core import TaskQuery
-from qtasks_core.errors import ConfigurationError, NotSupported
+from qtasks_core.errors import ConfigurationError, NotSupported, Unavailable
 from qtasks_postgres import PostgresBroker
 from tests.docs.test_code_blocks import blocks_of
 from tests.processes import ROOT
@@ -46,8 +47,24 @@ async def pooled(url: str) -> AsyncIterator[Any]:
 
 
 @asynccontextmanager
-async def engine_of(url: str) -> AsyncIterator[AsyncEngine]:
-    engine = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
+async def of_psycopg(url: str) -> AsyncIterator[psycopg.AsyncConnection]:
+    """A transaction that psycopg begins with the first statement."""
+    async with await psycopg.AsyncConnection.connect(url) as connection:
+        yield connection
+
+
+@asynccontextmanager
+async def of_psycopg_with_autocommit(url: str) -> AsyncIterator[psycopg.AsyncConnection]:
+    async with (
+        await psycopg.AsyncConnection.connect(url, autocommit=True) as connection,
+        connection.transaction(),
+    ):
+        yield connection
+
+
+@asynccontextmanager
+async def engine_of(url: str, driver: str = "asyncpg") -> AsyncIterator[AsyncEngine]:
+    engine = create_async_engine(url.replace("postgresql://", f"postgresql+{driver}://"))
     try:
         yield engine
     finally:
@@ -64,6 +81,16 @@ async def session(url: str) -> AsyncIterator[AsyncSession]:
 async def connection_of_sqlalchemy(url: str) -> AsyncIterator[Any]:
     async with engine_of(url) as engine, engine.begin() as connection:
         yield connection
+
+
+@asynccontextmanager
+async def session_on_psycopg(url: str) -> AsyncIterator[AsyncSession]:
+    async with (
+        engine_of(url, "psycopg") as engine,
+        AsyncSession(engine) as session,
+        session.begin(),
+    ):
+        yield session
 
 
 class Undo(Exception):
@@ -86,7 +113,18 @@ async def listed(app: QueueTasks) -> list[str]:
     return [task.uuid for task in page.tasks]
 
 
-@pytest.mark.parametrize("begin", [plain, pooled, session, connection_of_sqlalchemy])
+@pytest.mark.parametrize(
+    "begin",
+    [
+        plain,
+        pooled,
+        of_psycopg,
+        of_psycopg_with_autocommit,
+        session,
+        session_on_psycopg,
+        connection_of_sqlalchemy,
+    ],
+)
 async def test_tasks_are_those_of_committed_transactions(
     begin: Begin, fresh: str, app: QueueTasks, admin: asyncpg.Connection
 ) -> None:
@@ -114,13 +152,14 @@ async def test_tasks_are_those_of_committed_transactions(
             assert [(await each).returning for each in waiting] == [3, 7, 11, 15, 19]
 
 
-async def test_a_key_is_taken_at_the_commit(fresh: str, app: QueueTasks) -> None:
+@pytest.mark.parametrize("begin", [plain, of_psycopg])
+async def test_a_key_is_taken_at_the_commit(begin: Begin, fresh: str, app: QueueTasks) -> None:
     task = app.task(name="add")(add)
     with suppress(Undo):
-        async with plain(fresh) as transaction:
+        async with begin(fresh) as transaction:
             await task.add_task(1, 2, key="order 7", transaction=transaction)
             raise Undo
-    async with plain(fresh) as transaction:
+    async with begin(fresh) as transaction:
         first = await task.add_task(3, 4, key="order 7", transaction=transaction)
         again = await task.add_task(5, 6, key="order 7", transaction=transaction)
         assert again.uuid == first.uuid
@@ -152,12 +191,20 @@ async def test_the_rows_of_the_caller_and_the_task_are_one_transaction(
 
 async def test_what_is_no_transaction_is_refused(fresh: str, app: QueueTasks) -> None:
     task = app.task(name="add")(add)
-    with pytest.raises(ConfigurationError, match="asyncpg connection, or an AsyncSession"):
+    with pytest.raises(ConfigurationError, match="connection of asyncpg, an AsyncConnection of"):
         await task.add_task(1, 2, transaction=object())
     connection = await asyncpg.connect(fresh)
     with pytest.raises(ConfigurationError, match="no open transaction"):
         await task.add_task(1, 2, transaction=connection)
     await connection.close()
+    async with await psycopg.AsyncConnection.connect(fresh, autocommit=True) as own:
+        with pytest.raises(ConfigurationError, match="no open transaction"):
+            await task.add_task(1, 2, transaction=own)
+    with pytest.raises(Unavailable, match="closed"):
+        await task.add_task(1, 2, transaction=own)
+    with psycopg.connect(fresh) as blocking_one:  # noqa: SIM117
+        with pytest.raises(ConfigurationError, match=r"not a psycopg\.Connection"):
+            await task.add_task(1, 2, transaction=blocking_one)
     async with engine_of(fresh) as engine:
         automatic = engine.execution_options(isolation_level="AUTOCOMMIT")
         async with automatic.connect() as each:
@@ -172,6 +219,21 @@ async def test_what_is_no_transaction_is_refused(fresh: str, app: QueueTasks) ->
         with pytest.raises(ConfigurationError, match="async code"):
             blocking.add_task(transaction=transaction)
     assert await listed(app) == []
+
+
+async def test_what_the_server_says_to_psycopg_is_told(
+    fresh: str, app: QueueTasks, admin: asyncpg.Connection
+) -> None:
+    task = app.task(name="add")(add)
+    async with await psycopg.AsyncConnection.connect(fresh) as transaction:
+        with suppress(psycopg.Error):
+            await transaction.execute("SELECT 1 / 0")
+        with pytest.raises(Unavailable, match="transaction=: current transaction is aborted"):
+            await task.add_task(1, 2, transaction=transaction)
+        await transaction.rollback()
+        await admin.execute("DROP SCHEMA qtasks CASCADE")
+        with pytest.raises(ConfigurationError, match="the schema qtasks was removed"):
+            await task.add_task(1, 2, transaction=transaction)
 
 
 async def test_other_pairs_refuse_and_write_nothing(fresh: str, tmp_path: Path) -> None:
