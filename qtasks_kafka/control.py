@@ -324,19 +324,21 @@ class Listeners:
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         """Pass on all that comes. However reading ends, everybody who waits is told."""
+        ended: Exception = Unavailable("commands cannot be heard: reading them was cancelled")
         try:
             with self._connection.reaching():
                 while True:
                     for records in (await consumer.getmany(timeout_ms=60_000)).values():
                         for record in records:
                             self._pass_on(bool(record.headers), record.value or b"")
-        except asyncio.CancelledError:
-            self._tell(Unavailable("commands cannot be heard: reading them was cancelled"))
-            raise
         except Exception as error:  # noqa: BLE001 (everybody who waits raises it)
-            self._tell(error)
+            ended = error
         finally:
-            await close_consumer(consumer)
+            try:
+                await close_consumer(consumer)
+            finally:
+                # Nothing is awaited after it: who hears of it finds this task done, and reads anew.
+                self._tell(ended)
 
     def _pass_on(self, is_word: bool, value: bytes) -> None:
         try:
