@@ -212,7 +212,7 @@ class ObservedBroker(Broker):
     def __init__(self, broker: Broker, ledger: Ledger) -> None:
         self._broker = broker
         self._ledger = ledger
-        self.driver_loggers = broker.driver_loggers  # type: ignore[misc]  # those of the broker
+        self.driver_loggers = broker.driver_loggers
 
     @property
     def guarantees(self) -> Guarantees:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from qtasks_core.contracts.subscription import Subscription
 from qtasks_core.schemas import Command, Guarantees, Outcome, QueueDepth, TaskMessage
@@ -38,7 +38,7 @@ class Broker(ABC):
     fork either, such as the locks of an open file. The broker itself gives these up in the child.
     """
 
-    driver_loggers: ClassVar[tuple[str, ...]] = ()
+    driver_loggers: tuple[str, ...] = ()
     """The names of the driver's loggers. The engine keeps them quiet while the broker is in use."""
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from typing import ClassVar
 
 from msgspec import UNSET, UnsetType
 
@@ -23,7 +22,7 @@ class Storage(ABC):
     records without a retention.
     """
 
-    driver_loggers: ClassVar[tuple[str, ...]] = ()
+    driver_loggers: tuple[str, ...] = ()
     """The same as for a `Broker`."""
 
     @property
