@@ -1,5 +1,7 @@
-"""Brokers and storages that are made of others."""
+"""Brokers that are made of others."""
 
+from qtasks.compose.failover import FailoverBroker
+from qtasks.compose.migrating import MigratingBroker
 from qtasks.compose.routed import RoutedBroker
 
-__all__ = ["RoutedBroker"]
+__all__ = ["FailoverBroker", "MigratingBroker", "RoutedBroker"]

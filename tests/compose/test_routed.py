@@ -16,8 +16,7 @@ from qtasks_core import DONE, Ack, Delivery, Retry, Settlement, TaskMessage
 from qtasks_core.errors import ConfigurationError, NotSupported
 from qtasks_core.lookup import resolve_broker
 from qtasks_memory import MemoryBroker
-from tests.docs.test_code_blocks import blocks_of
-from tests.processes import PATIENCE, ROOT
+from tests.processes import PATIENCE
 from tests.services import Service
 
 
@@ -156,20 +155,3 @@ async def test_wrong_parts_are_named() -> None:
     assert broker.broker_of("q") is broker.broker_of("other"), "one URL is one broker"
     with pytest.raises(NotSupported, match="PostgresBroker"):
         await broker.publish([message("q")], transaction=object())
-
-
-async def test_the_deployment_of_the_page(
-    redis_server: Service, kafka_server: Service, postgres_server: Service
-) -> None:
-    (block,) = blocks_of(ROOT / "docs" / "compose.md")
-    code = block.code.replace("redis://localhost", redis_server.url)
-    code = code.replace("kafka://localhost:9092", kafka_server.url)
-    code = code.replace("postgresql://localhost/shop", postgres_server.url)
-    names: dict[str, object] = {"__name__": "shop"}
-    exec(code, names)  # noqa: S102  # the page's own code
-    app, send, count = names["app"], names["send"], names["count"]
-    assert isinstance(app, QueueTasks)
-    async with app, app.worker():
-        sent = await send.add_task("ann@example.com", timeout=PATIENCE)  # type: ignore[attr-defined]
-        counted = await count.add_task("/", timeout=PATIENCE)  # type: ignore[attr-defined]
-        assert (sent.returning, counted.returning) == ("sent to ann@example.com", "counted /")
