@@ -9,7 +9,7 @@ import pytest
 
 from qtasks_conformance.contracts.base import Contract, needs
 from qtasks_conformance.rig import Rig, new_uuid
-from qtasks_conformance.waiting import PATIENCE, SOON, patient
+from qtasks_conformance.waiting import PATIENCE, SOON, patient, retry_call
 from qtasks_core import Broker, Command
 from qtasks_core.errors import Closed
 
@@ -113,13 +113,13 @@ async def say_hello(commands: asyncio.Queue[Command], sender: Broker) -> None:
     """Broadcast until a listener hears it; then remove these commands from its queue."""
     async with patient(PATIENCE, "listening to commands"):
         while commands.empty():
-            await sender.broadcast(Command(name=HELLO))
+            await retry_call(lambda: sender.broadcast(Command(name=HELLO)))
             with suppress(TimeoutError):
                 async with asyncio.timeout(0.1):
                     first = await commands.get()
                     commands.put_nowait(first)
     last = Command(name=HELLO, target=new_uuid())
-    await sender.broadcast(last)
+    await retry_call(lambda: sender.broadcast(last))
     async with patient(SOON, "hearing the last command"):
         while await commands.get() != last:
             continue

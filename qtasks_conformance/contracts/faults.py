@@ -150,7 +150,9 @@ async def _try(rig: Rig, call: str, kind: Kind, moment: Moment, full: bool) -> N
     """Make a call fail at its first await, then at its second and so on, until it has no more."""
     # A separate namespace, so that a message that comes to another trial is found out.
     namespace = f"{rig.namespace}-{CALLS.index(call)}-{moment}"
-    trial = Trial(rig, await rig.broker(namespace=namespace))
+    # A settle that is made again after the lease may have had its effect, and be refused now.
+    more = {"lease": LONG_LEASE} if call == "settle" else {}
+    trial = Trial(rig, await rig.broker(namespace=namespace, **more))
     at = 0
     try:
         trial.subscription = await retry_call(partial(trial.broker.subscribe, {"q": 10}))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.processes import ROOT, Process
+from tests.processes import PATIENCE, ROOT, Process
 
 SHOP = "tests.cli.shop:app"
 
@@ -73,7 +73,7 @@ class Command:
             input=input,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
             check=False,
         )
         assert "Traceback" not in done.stderr, done.stderr

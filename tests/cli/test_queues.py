@@ -21,6 +21,7 @@ REVIVED_FROM = "revived_from"
 
 
 def test_queues_are_those_of_the_tasks_or_those_named(qtasks: Command) -> None:
+    began = time.monotonic()
     for _ in range(3):
         qtasks.ok("call", "add", "1", "2")
     qtasks.ok("call", "add", "1", "2", "--delay", "600")
@@ -30,7 +31,7 @@ def test_queues_are_those_of_the_tasks_or_those_named(qtasks: Command) -> None:
     age = one.pop("oldest_age")
     assert (one, other) == (default, mail)
     knows = qtasks.url.startswith(("redis:", "sqlite:", "postgresql:"))
-    assert 0 < age < 60 if knows else age is None
+    assert 0 < age < time.monotonic() - began if knows else age is None
     assert qtasks.ok("queues", "mail", "--json").rows == [mail]
     head, first, second = (line.split() for line in qtasks.ok("queues").out.splitlines())
     assert head == ["QUEUE", "READY", "DELAYED", "IN_FLIGHT", "OLDEST_AGE"]
