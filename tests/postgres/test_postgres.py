@@ -146,7 +146,7 @@ async def test_a_transaction_of_the_callers(
     assert await storage.get([kept.uuid]) != [None]
     await connection.close()
 
-    with pytest.raises(ConfigurationError, match="asyncpg connection"):
+    with pytest.raises(ConfigurationError, match="a connection of asyncpg"):
         await broker.publish([kept], transaction=object())
 
 
