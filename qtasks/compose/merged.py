@@ -1,45 +1,30 @@
-"""What all brokers that are made of brokers share: their parts, and a subscription to several."""
+"""A subscription to several brokers at once."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from abc import abstractmethod
 from asyncio import Future, Task, TimerHandle
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Coroutine,
-    Hashable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
+from qtasks.compose.members import PAUSE, Branch, Member
 from qtasks_core import (
     Ack,
-    Broker,
-    Command,
     Delivery,
-    Guarantees,
     Outcome,
-    QueueDepth,
     Release,
     Retry,
     Settlement,
     Subscription,
     TaskMessage,
 )
-from qtasks_core.errors import Closed, ConfigurationError, Unavailable
-from qtasks_core.lookup import resolve_broker
-from qtasks_core.receivers import Leftovers, Recent, SettleCall, Shielded
-from qtasks_core.schemas import EVENTS, ORDERS
+from qtasks_core.errors import Closed, Unavailable
+from qtasks_core.receivers import Leftovers, Recent, SettleCall
 from qtasks_core.together import together
-from qtasks_core.transactions import refuse_transaction
 
 Home = TypeVar("Home")
 Item = TypeVar("Item")
@@ -47,179 +32,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("qtasks.compose")
 
-PAUSE = 1.0
-"""Seconds before a broker that has failed is asked again, while others are there."""
 IDLE = 0.5
 """Seconds that a delivery which no call has returned waits for one, before others get it."""
-MOVED = (
-    "a retry that moves to another broker is published there before the old message is "
-    "acknowledged: a crash in between leaves both, of which the engine drops the old one"
-)
-
-
-class Member:
-    """One of the brokers. It is started when it is first needed, so others need not wait for it."""
-
-    def __init__(self, broker: Broker) -> None:
-        self.broker = broker
-        self._namespace: str | None = None
-        self._starting: asyncio.Lock | None = None
-        self._started = False
-
-    async def ready(self) -> Broker:
-        """Return the broker, started. Raises the errors of `Broker.start`, and `Closed`."""
-        if self._namespace is None or self._starting is None:
-            raise Closed("the broker is not started, or stopped")
-        if not self._started:
-            async with self._starting:
-                if not self._started:
-                    await self.broker.start(self._namespace)
-                    self._started = True
-        return self.broker
-
-    async def start(self, namespace: str) -> None:
-        """Start the broker."""
-        self._namespace, self._starting = namespace, asyncio.Lock()
-        await self.ready()
-
-    async def stop(self) -> None:
-        """Stop the broker. Idempotent."""
-        self._namespace, self._started = None, False
-        await self.broker.stop()
-
-
-class ComposedBroker(Broker):
-    """A broker made of brokers. A class below says which of them has what."""
-
-    def __init__(self, *parts: Broker | str) -> None:
-        """Take brokers, or URLs of brokers. Equal ones become one member."""
-        built: dict[str, Broker] = {}
-        self.members: list[Member] = []
-        """One for each broker."""
-        self.of_parts: list[Member] = []
-        """One for each of the arguments."""
-        known: dict[int, Member] = {}
-        for part in parts:
-            if isinstance(part, str):
-                broker = built[part] = built.get(part) or resolve_broker(part)
-            elif isinstance(part, Broker):
-                broker = part
-            else:
-                raise ConfigurationError(f"{part!r} is neither a broker nor a URL")
-            if id(broker) not in known:
-                known[id(broker)] = Member(broker)
-                self.members.append(known[id(broker)])
-            self.of_parts.append(known[id(broker)])
-        self.driver_loggers = tuple(
-            dict.fromkeys(name for member in self.members for name in member.broker.driver_loggers)
-        )
-        self._subscriptions: set[MergedSubscription] = set()
-
-    @abstractmethod
-    def keeps(self, member: Member, queue: str) -> bool:
-        """Return whether a retry into `queue` of a delivery of `member` stays there."""
-
-    @abstractmethod
-    def shares(self, queues: Mapping[str, int]) -> list[tuple[Member, dict[str, int]]]:
-        """Return which queues a subscription receives from which members."""
-
-    @property
-    def guarantees(self) -> Guarantees:
-        """What all members promise."""
-        told = [member.broker.guarantees for member in self.members]
-        weakest = min(told, key=lambda each: EVENTS.index(each.survives))
-        best = min((each.at_best or each.survives for each in told), key=EVENTS.index)
-        return Guarantees(
-            part=type(self).__name__,
-            server=_listed(each.server for each in told),
-            survives=weakest.survives,
-            durability=_listed(f"{each.part}: {each.durability}" for each in told),
-            at_best=best if best != weakest.survives else None,
-            best_settings=_listed(each.best_settings for each in told),
-            lease=min((each.lease for each in told if each.lease is not None), default=None),
-            settle_confirmed=all(each.settle_confirmed for each in told),
-            atomic_retries=len(told) == 1 and told[0].atomic_retries,
-            leases_survive=all(each.leases_survive for each in told),
-            order=min((each.order for each in told), key=ORDERS.index),
-            largest=min((each.largest for each in told if each.largest is not None), default=None),
-            counts_deliveries=all(each.counts_deliveries for each in told),
-            priorities=all(each.priorities for each in told),
-            unsupported=tuple(dict.fromkeys(name for each in told for name in each.unsupported)),
-            notes=(MOVED, *(f"{each.part}: {note}" for each in told for note in each.notes)),
-        )
-
-    async def start(self, namespace: str) -> None:
-        starts = [member.start(namespace) for member in self.members]
-        errors = await asyncio.gather(*starts, return_exceptions=True)
-        away = [error for error in errors if isinstance(error, Unavailable)]
-        failed = [error for error in errors if error is not None and error not in away]
-        if failed or len(away) == len(self.members):
-            await self.stop()
-            raise (failed or away)[0]
-        for error in away:
-            logger.warning("starting without one of the brokers: %s", error)
-
-    async def stop(self) -> None:
-        try:
-            await together([each.close() for each in self._subscriptions])
-        finally:
-            await together([member.stop() for member in self.members])
-
-    async def publish(
-        self, messages: Sequence[TaskMessage], transaction: object | None = None
-    ) -> list[Outcome]:
-        if transaction is not None:
-            refuse_transaction(self)
-        return await self.send(messages)
-
-    @abstractmethod
-    async def send(self, messages: Sequence[TaskMessage]) -> list[Outcome]:
-        """Publish messages at the members that they are for."""
-
-    async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
-        branches = [Branch(member, share) for member, share in self.shares(queues)]
-        subscription = MergedSubscription(self, branches, self._subscriptions.discard)
-        self._subscriptions.add(subscription)
-        try:
-            await subscription.open()
-        except BaseException:
-            await subscription.close()
-            raise
-        return subscription
-
-    async def migrate(self, namespace: str) -> list[str]:
-        changes = await together([member.broker.migrate(namespace) for member in self.members])
-        return [line for lines in changes for line in lines]
-
-
-class Branch:
-    """What a subscription has of one member. It is opened when the member is there."""
-
-    def __init__(self, member: Member, queues: Mapping[str, int]) -> None:
-        self.member = member
-        self.queues = queues
-        self.retry_at = 0.0
-        """The time of the loop before which it is not asked again, if another one can be asked."""
-        self.away = False
-        """Whether its last call of `receive` has failed."""
-        self._opening: Shielded[Subscription] = Shielded()
-        self._subscription: Subscription | None = None
-
-    async def subscription(self) -> Subscription:
-        """Return the member's subscription. Raises the errors of `Broker.subscribe`."""
-        if self._subscription is None:
-            # Others answer meanwhile, and so cancel the caller again and again.
-            self._subscription = await self._opening.run(self._open)
-        return self._subscription
-
-    async def _open(self) -> Subscription:
-        return await (await self.member.ready()).subscribe(self.queues)
-
-    async def close(self) -> None:
-        """Close the subscription, if there is one."""
-        subscription = self._subscription or await self._opening.abandon()
-        if subscription is not None:
-            await subscription.close()
 
 
 class MergedFence(NamedTuple):
@@ -238,13 +52,16 @@ class MergedSubscription(Subscription):
 
     def __init__(
         self,
-        broker: ComposedBroker,
         branches: Sequence[Branch],
+        *,
+        keeps: Callable[[Member, str], bool],
+        send: Callable[[Sequence[TaskMessage]], Awaitable[list[Outcome]]],
         closed: Callable[[MergedSubscription], None],
     ) -> None:
-        """`closed` is called at the end."""
-        self._broker = broker
+        """Both `keeps` and `send` are those of `ComposedBroker`. `closed` is called at the end."""
         self._branches = branches
+        self._keeps = keeps
+        self._send = send
         self._on_closed = closed
         self._calls: set[Task[None]] = set()
         self._leftovers = Leftovers()
@@ -375,7 +192,7 @@ class MergedSubscription(Subscription):
 
     def _moves(self, settlement: Settlement) -> bool:
         """Return whether this is a retry whose message goes to another broker."""
-        return isinstance(settlement, Retry) and not self._broker.keeps(
+        return isinstance(settlement, Retry) and not self._keeps(
             settlement.delivery.fence.branch.member, settlement.message.queue
         )
 
@@ -401,7 +218,7 @@ class MergedSubscription(Subscription):
             if ours is not None and isinstance(each := retries[at], Retry)
         }
         if mine:
-            outcomes = await self._broker.send([each.message for each in mine.values()])
+            outcomes = await self._send([each.message for each in mine.values()])
             for at, outcome in zip(mine, outcomes, strict=True):
                 if outcome.status == "done":
                     self._published.add(call.keys[at])
@@ -458,71 +275,6 @@ async def spread(
     return [found[at] for at in range(len(items))]
 
 
-def sum_of(depths: Iterable[QueueDepth]) -> QueueDepth:
-    """Return how many messages are in a queue of several brokers."""
-    found = list(depths)
-    ages = [each.oldest_age for each in found if each.oldest_age is not None]
-    return QueueDepth(
-        ready=_total(each.ready for each in found),
-        delayed=_total(each.delayed for each in found),
-        in_flight=_total(each.in_flight for each in found),
-        oldest_age=max(ages, default=None),
-    )
-
-
-def _total(numbers: Iterable[int | None]) -> int | None:
-    total = 0
-    for number in numbers:
-        if number is None:
-            return None
-        total += number
-    return total
-
-
-async def commands_of(member: Member) -> AsyncGenerator[Command, None]:
-    """Yield the commands of a broker."""
-    commands = (await member.ready()).commands()
-    try:
-        async for command in commands:
-            yield command
-    finally:
-        if isinstance(commands, AsyncGenerator):
-            await commands.aclose()
-
-
-async def commands_of_all(members: Sequence[Member]) -> AsyncGenerator[Command, None]:
-    """Yield the commands of several brokers. One that is away is asked again, so no step fails."""
-    heard: asyncio.Queue[Command | Exception] = asyncio.Queue()
-
-    async def listen(member: Member) -> None:
-        try:
-            while True:
-                try:
-                    async for command in commands_of(member):
-                        heard.put_nowait(command)
-                except Unavailable as error:
-                    logger.debug("no commands of a broker that is away: %s", error)
-                await asyncio.sleep(PAUSE)
-        except Exception as error:  # noqa: BLE001  # a step raises it
-            heard.put_nowait(error)
-
-    listening = [asyncio.create_task(listen(member)) for member in members]
-    try:
-        while True:
-            word = await heard.get()
-            if isinstance(word, Exception):
-                raise word
-            yield word
-    finally:
-        for task in listening:
-            task.cancel()
-        await asyncio.wait(listening)
-
-
 def _bare(delivery: Delivery) -> Delivery:
     """Return a delivery as its own subscription knows it."""
     return replace(delivery, fence=delivery.fence.fence)
-
-
-def _listed(texts: Iterable[str]) -> str:
-    return "; ".join(dict.fromkeys(text for text in texts if text))

@@ -7,8 +7,9 @@ from contextlib import aclosing
 
 from msgspec.structs import replace
 
-from qtasks.compose.merged import ComposedBroker, Member, commands_of_all, sum_of
-from qtasks_core import Broker, Command, Guarantees, Outcome, QueueDepth, TaskMessage
+from qtasks.compose.composed import ComposedBroker, commands_of_all
+from qtasks.compose.members import Member
+from qtasks_core import Broker, Command, Outcome, TaskMessage
 from qtasks_core.errors import ConfigurationError
 from qtasks_core.together import together
 
@@ -32,11 +33,6 @@ class MigratingBroker(ComposedBroker):
             raise ConfigurationError("the old and the new broker are the same")
         self._old, self._new = self.of_parts
 
-    @property
-    def guarantees(self) -> Guarantees:
-        """What both promise, but for the order: the old messages may come after new ones."""
-        return replace(super().guarantees, order="none")
-
     def keeps(self, member: Member, queue: str) -> bool:
         return member is self._new
 
@@ -46,20 +42,8 @@ class MigratingBroker(ComposedBroker):
     async def send(self, messages: Sequence[TaskMessage]) -> list[Outcome]:
         return await (await self._new.ready()).publish(messages)
 
-    async def clock(self) -> float | None:
-        return await (await self._new.ready()).clock()
-
-    async def depth(self, queue: str) -> QueueDepth:
-        old, new = await self._both()
-        return sum_of(await together([old.depth(queue), new.depth(queue)]))
-
-    async def purge(self, queue: str) -> int:
-        old, new = await self._both()
-        counts = await together([old.purge(queue), new.purge(queue)])
-        return -1 if -1 in counts else sum(counts)
-
     async def broadcast(self, command: Command) -> None:
-        old, new = await self._both()
+        old, new = await self.all_ready()
         # Who listens to both hears the one, who has only the old broker the other.
         copy = replace(command, arguments={**command.arguments, _COPY: "1"})
         await together([new.broadcast(command), old.broadcast(copy)])
@@ -69,6 +53,3 @@ class MigratingBroker(ComposedBroker):
             async for command in commands:
                 if _COPY not in command.arguments:
                     yield command
-
-    async def _both(self) -> list[Broker]:
-        return [await self._old.ready(), await self._new.ready()]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from qtasks.compose.merged import ComposedBroker, Member, commands_of, spread
+from qtasks.compose.composed import ComposedBroker, commands_of
+from qtasks.compose.members import Member
+from qtasks.compose.merged import spread
 from qtasks_core import Broker, Command, Outcome, QueueDepth, TaskMessage
 from qtasks_core.names import checked_name
 
@@ -19,6 +21,8 @@ class RoutedBroker(ComposedBroker):
     given as URLs or as objects. All processes of an app need the same routes. Raises
     `ConfigurationError` for a wrong URL or name.
     """
+
+    keeps_queues_whole = True
 
     def __init__(self, default: Broker | str, routes: Mapping[str, Broker | str]) -> None:
         names = [checked_name(queue, "a queue") for queue in routes]

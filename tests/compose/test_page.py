@@ -14,7 +14,7 @@ from tests.services import Service
 BLOCKS = blocks_of(ROOT / "docs" / "compose.md")
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["routed", "migrating", "failover"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["routed", "migrating", "failover", "sharded"])
 async def test_a_deployment_of_the_page(
     block: Block,
     redis_server: Service,
@@ -28,6 +28,8 @@ async def test_a_deployment_of_the_page(
         "kafka://localhost:9092": kafka_server.url,
         "amqp://one": rabbitmq_server.url,
         "amqp://two": redis_server.url,
+        "redis://one": redis_server.url,
+        "redis://two": rabbitmq_server.url,
         "postgresql://localhost/shop": postgres_server.url,
         '"shop"': f'"shop-{uuid4().hex[:8]}"',
     }.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtasks.compose import FailoverBroker, MigratingBroker, RoutedBroker
+from qtasks.compose import FailoverBroker, MigratingBroker, RoutedBroker, ShardedBroker
 from qtasks_core import Broker
 from qtasks_core.lookup import resolve_broker
 
@@ -27,3 +27,9 @@ class Migrating(MigratingBroker):
 class Failover(FailoverBroker):
     def __init__(self, one: str, other: str, lease: float) -> None:
         super().__init__(*parts(one, other, lease=lease))
+
+
+class Sharded(ShardedBroker):
+    def __init__(self, one: str, other: str, lease: float) -> None:
+        first, second = parts(one, other, lease=lease)
+        super().__init__({"first": first, "second": second})

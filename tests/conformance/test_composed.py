@@ -17,6 +17,7 @@ class Composed:
     survives = "server crash"
     leases_survive = True
     order = "none"
+    priorities = False
 
     def composed(self, one: str, other: str, storage: Part) -> Subject:
         return Subject(
@@ -30,7 +31,7 @@ class Composed:
                 survives=self.survives,  # type: ignore[arg-type]
                 settle_confirmed=True,
                 counts_deliveries=True,
-                priorities=True,
+                priorities=self.priorities,
                 leases_survive=self.leases_survive,
                 order=self.order,  # type: ignore[arg-type]
             ),
@@ -57,11 +58,13 @@ class OnRedisAndPostgres(Composed):
 class TestRoutedBroker(OnTwoFiles, BrokerContract):
     kind = "Routed"
     order = "queue"
+    priorities = True
 
 
 class TestRoutedPair(OnTwoFiles, CompositionContract):
     kind = "Routed"
     order = "queue"
+    priorities = True
 
 
 class TestMigratingBroker(OnTwoFiles, BrokerContract):
@@ -72,9 +75,14 @@ class TestFailoverBroker(OnTwoFiles, BrokerContract):
     kind = "Failover"
 
 
+class TestShardedBroker(OnTwoFiles, BrokerContract):
+    kind = "Sharded"
+
+
 @pytest.mark.full
 class TestRoutedToRedisAndPostgres(OnRedisAndPostgres, BrokerContract):
     kind = "Routed"
+    priorities = True
 
 
 @pytest.mark.full
@@ -88,6 +96,11 @@ class TestFailoverFromRedisToPostgres(OnRedisAndPostgres, BrokerContract):
 
 
 @pytest.mark.full
+class TestShardedOnRedisAndPostgres(OnRedisAndPostgres, BrokerContract):
+    kind = "Sharded"
+
+
+@pytest.mark.full
 class TestMigratingPair(OnTwoFiles, CompositionContract):
     kind = "Migrating"
 
@@ -95,3 +108,8 @@ class TestMigratingPair(OnTwoFiles, CompositionContract):
 @pytest.mark.full
 class TestFailoverPair(OnTwoFiles, CompositionContract):
     kind = "Failover"
+
+
+@pytest.mark.full
+class TestShardedPair(OnTwoFiles, CompositionContract):
+    kind = "Sharded"
