@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from asyncio import locks
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -207,18 +208,18 @@ class Trial:
         self._published |= uuids
         if call == "publish":
             publish = partial(self.broker.publish, messages)
-            await self._fail(publish(), fault)
+            await self._fail(publish, fault)
             assert_done(await retry_call(publish))
             await self._finish(uuids)
         elif call == "receive new messages":
             publishing = self._rig.background(self._publish_soon(messages))
-            taken = await self._fail(self.subscription.receive({"q": 3}, 3), fault)
+            taken = await self._fail(partial(self.subscription.receive, {"q": 3}, 3), fault)
             await publishing
             await self._finish(uuids, taken or [])
         else:
             assert_done(await retry_call(partial(self.broker.publish, messages)))
             if call == "receive waiting messages":
-                taken = await self._fail(self.subscription.receive({"q": 3}, 3), fault)
+                taken = await self._fail(partial(self.subscription.receive, {"q": 3}, 3), fault)
                 await self._finish(uuids, taken or [])
             elif call == "extend":
                 await self._extend(uuids, fault)
@@ -242,7 +243,7 @@ class Trial:
                 await self._note(delivery, came)
         settle = partial(self.subscription.settle, [Retry(held, replace(message, attempt=2))])
         for _ in range(CUTS):
-            await self._fail(settle(), fault)
+            await self._fail(settle, fault)
         await retry_call(settle)
         return message.uuid
 
@@ -272,7 +273,7 @@ class Trial:
     async def _extend(self, uuids: set[str], fault: Fault) -> None:
         held = await self._receive(len(uuids))
         extend = partial(self.subscription.extend, held)
-        await self._fail(extend(), fault)
+        await self._fail(extend, fault)
         extended = await retry_call(extend)
         await self._finish(uuids, [delivery for delivery in extended if delivery is not None])
 
@@ -284,7 +285,7 @@ class Trial:
         again = replace(message_of(retried), attempt=2)
         ends: list[Settlement] = [Ack(acked), Retry(retried, again), Release(released)]
         settle = partial(self.subscription.settle, ends)
-        await self._fail(settle(), fault)
+        await self._fail(settle, fault)
         outcomes = await retry_call(settle)
         left = set(uuids)
         if outcomes[0].status != "refused":
@@ -292,28 +293,36 @@ class Trial:
             left.discard(message_of(acked).uuid)
         await self._finish(left)
 
-    async def _fail(self, call: Coroutine[Any, Any, T], fault: Fault) -> T | None:
-        """Make a call with a fault; return its result if it succeeds in spite of it, else None."""
+    async def _fail(self, call: Callable[[], Coroutine[Any, Any, T]], fault: Fault) -> T | None:
+        """Make a call with a fault; return its result if it succeeds in spite of it, else None.
+
+        A busy server may not answer before there is a fault. Then the call is made again.
+        """
 
         async def make() -> T:
-            return await Faulted(call, fault)
+            return await Faulted(call(), fault)
 
-        making = self._rig.background(make())
-        await asyncio.wait({making}, timeout=PATIENCE)
-        assert making.done(), "the call hangs after a fault; it must raise or return"
-        if making.cancelled():
-            assert fault.kind == "cancel", (
-                "the call raised `CancelledError` though nobody cancelled it: raise `Unavailable`"
-            )
-            return None
-        try:
-            return making.result()
-        except (Unavailable, ConnectionResetError):
-            assert fault.reached, "the call raised an error before there was a fault"
-            assert fault.kind == "error", (
-                "a cancelled call must raise `CancelledError`, not another error"
-            )
-            return None
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            making = self._rig.background(make())
+            await asyncio.wait({making}, timeout=PATIENCE)
+            assert making.done(), "the call hangs after a fault; it must raise or return"
+            if making.cancelled():
+                assert fault.kind == "cancel", (
+                    "the call raised `CancelledError` though nobody cancelled it: raise "
+                    "`Unavailable`"
+                )
+                return None
+            try:
+                return making.result()
+            except (Unavailable, ConnectionResetError):
+                if not fault.reached and time.monotonic() < deadline:
+                    continue
+                assert fault.reached, "the call raised an error before there was a fault"
+                assert fault.kind == "error", (
+                    "a cancelled call must raise `CancelledError`, not another error"
+                )
+                return None
 
     async def _finish(self, uuids: set[str], held: list[Delivery] | None = None) -> None:
         """Acknowledge what is held; receive the rest, and again what has lost its lease."""
