@@ -41,8 +41,6 @@ class Reader:
         self._task: asyncio.Task[None] | None = None
         self._open = True
         self._reads = 0
-        self._away = False
-        """Whether it has been logged that reading failed, since entries were read last."""
         self._waiting: set[Future[Any]] = set()
         self._marks: list[tuple[object, Future[None]]] = []
         self._marking = asyncio.Lock()
@@ -89,7 +87,6 @@ class Reader:
                 self._fail_waiting(Unavailable(f"the log is being read anew: {replaced}"))
                 continue
             self._reads += 1
-            self._away = False
             self._lost = True  # unless all of them are taken
             await self._take(entries)
             self._lost = False
@@ -104,9 +101,9 @@ class Reader:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
-            level = logging.DEBUG if self._away else logging.WARNING
+            # Who calls while the server is away says so.
+            level = logging.DEBUG if isinstance(error, Unavailable) else logging.WARNING
             logger.log(level, "reading the log ended, the next call goes on: %s", error)
-            self._away = True
             self._fail_waiting(error)
         elif self._lost and self._waiting and self._open:
             self.keep_reading()

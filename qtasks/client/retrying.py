@@ -35,7 +35,7 @@ _FRESH = 10.0
 A waiting `receive` does not report success. If its server was still away, it would have failed
 again by then.
 """
-_SERVER = re.compile(r".*?\w://[^\s,;]+")
+_SERVER = re.compile(r"\w+://[^\s,;]+")
 """Finds the server in an error. One outage causes many errors; they share the server."""
 
 
@@ -74,7 +74,7 @@ class Outage:
         """Log an error, unless an error of the same server was logged in the last 60 seconds."""
         text, now = str(error), time.monotonic()
         self.failed_at = now
-        server = _SERVER.match(text)
+        server = _SERVER.search(text)
         trouble = server[0] if server else text
         self._told = {known: at for known, at in self._told.items() if now - at < _AGAIN}
         if trouble not in self._told:
