@@ -84,10 +84,12 @@ class KafkaSubscription(Subscription):
         self._receiving = False
         self._moving: asyncio.Future[None] | None = None
         """Done once no copy can come that is not noted yet. Until then, nothing is delivered."""
-        self._resting: asyncio.TimerHandle | None = None
+        # Messages must not wait in the partitions of a receiver that never receives.
+        loop = asyncio.get_running_loop()
+        self._resting: asyncio.TimerHandle | None = loop.call_later(member.rest, member.want, False)
         self._passing: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closed: asyncio.Future[None] = loop.create_future()
 
     async def receive(self, wanted: Mapping[str, int], limit: int) -> list[Delivery]:
         queues = [queue for queue, most in wanted.items() if most > 0]
