@@ -57,6 +57,11 @@ class Reader:
         if tasks:
             await asyncio.wait(tasks)
 
+    @property
+    def all_taken(self) -> bool:
+        """Whether everything that was read has been taken, and something was read."""
+        return self._reads > 0 and not self._lost
+
     def keep_reading(self) -> None:
         """Start the reading task, or restart it if it has failed."""
         if not self._open:

@@ -148,6 +148,9 @@ class LogStorage(Storage):
             self._open = False
             await self._inboxes.close()
             await self._reader.stop()
+            if self._reader.all_taken:
+                # The end of the log may have been reached after the last entry was taken.
+                self._store.reached(self._log.position)
             await self._store.close()
             await self._sweeper.stop()
         await self._log.stop()

@@ -151,6 +151,10 @@ class Store:
         """Apply a tombstone, whatever its entry was."""
         any(view.discard(subject, key) for view in self._views)
 
+    def reached(self, position: bytes) -> None:
+        """Note a position up to which all entries are in the views."""
+        self._position = position
+
     async def took(self, position: bytes) -> None:
         """Note that all entries before a position are in the views. Make room in memory."""
         self._position = position
