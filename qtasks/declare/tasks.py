@@ -236,8 +236,8 @@ class BaseTask(ABC, Generic[P, R, C, A]):
         `transaction` enqueues the task in your own database transaction, if the broker and the
         storage are PostgreSQL on that database: a connection of asyncpg or an async one of psycopg,
         with an open transaction, or an async session or connection of SQLAlchemy on one of these.
-        The task exists from the commit
-        on, and not at all after a rollback. Other brokers raise `NotSupported`.
+        The task exists from the commit on, and not at all after a rollback. Other brokers raise
+        `NotSupported`.
 
         Raises `TaskTimeout` if the task has not finished in time; the task is not affected. Raises
         `Unavailable` if the broker has not confirmed the task in time (without `timeout`: 30

@@ -315,8 +315,9 @@ class Trial:
                 return None
             try:
                 return making.result()
-            except (Unavailable, ConnectionResetError):
-                if not fault.reached and time.monotonic() < deadline:
+            except (Unavailable, ConnectionResetError) as error:
+                starved = isinstance(error, Unavailable) and not fault.reached
+                if starved and time.monotonic() < deadline:
                     continue
                 assert fault.reached, "the call raised an error before there was a fault"
                 assert fault.kind == "error", (
