@@ -318,7 +318,8 @@ class KafkaLog(Log):
         from aiokafka.structs import TopicPartition
 
         consumer, asker, layout = await self._open(), self._asker, self._layout
-        assert asker is not None
+        if asker is None:
+            raise Unavailable("the log is being reopened")
         assert layout is not None
         self._replaced, self._complete = "", 0.0
         wanted: dict[TopicPartition, int] = {}
