@@ -290,10 +290,15 @@ class KafkaSubscription(Subscription):
         written = await self._broker.copy([copy for *_, copy in moving])
         touched: set[Partition] = set()
         for (partition, offset, target, _), copied in zip(moving, written, strict=True):
-            # A rebalance or a settlement may have come in between. Then both records stay.
-            if copied.offset >= target.position and partition.holds(offset) and not target.lost:
+            if copied.offset < target.position or target.lost:
+                continue  # a rebalance has come in between: both records stay
+            if partition.holds(offset):
                 partition.move(offset, target, copied.offset)
                 touched.add(partition)
+            else:
+                # The original was settled in between, or another member has it now.
+                target.discard(copied.offset)
+                touched.add(target)
         if touched:
             await self._member.confirm(touched)
         self._member.release_owed()

@@ -119,6 +119,11 @@ class Partition:
         self.finish(offset)
         self.moved[offset] = (target, copy)
 
+    def discard(self, copy: int) -> None:
+        """Mark a copy as finished that fetching has not reached yet: nobody needs it."""
+        self.ahead[copy] = None
+        self.unconfirmed.add(copy)
+
     def count_of(self, offset: int) -> int:
         """Return how often a record in flight was delivered."""
         return self.open.get(offset) or self.ahead.get(offset) or 1

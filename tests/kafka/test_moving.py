@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from qtasks_core import DONE, Ack, Delivery, Release, Retry, Subscription, TaskMessage
 from qtasks_core.errors import Unavailable
 from qtasks_kafka import KafkaBroker
+from qtasks_kafka.writer import Record, Written
 from tests.processes import Process
 from tests.services import Service
 
@@ -154,9 +156,62 @@ async def test_a_new_worker_gets_partitions_in_which_tasks_run(
             assert all(uuid.startswith("last") for uuid in last.seen)
 
 
+class SlowCopies(KafkaBroker):
+    """Its copies are in the log at once, and it hears of that when `heard` is set."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.copied, self.heard = asyncio.Event(), asyncio.Event()
+
+    async def copy(self, records: Sequence[Record]) -> list[Written]:
+        written = await super().copy(records)
+        if records:
+            self.copied.set()
+            await self.heard.wait()
+        return written
+
+
+async def test_a_task_that_ends_while_its_message_is_moved_does_not_run_again(
+    kafka_server: Service, namespace: str
+) -> None:
+    """Its copy is in the log already. Nobody needs it."""
+    url = kafka_server.url
+    long = {f"long{n}" for n in range(12)}
+    slow = SlowCopies(url, partitions=4, lease=LEASE)
+    await slow.start(namespace)
+    try:
+        async with started(url, namespace) as two:
+            old, new = Receiver(await slow.subscribe(QUEUE)), Receiver(await two.subscribe(QUEUE))
+            async with old.running():
+                await publish(slow, long)
+                await reaches(lambda: old.held.keys() >= long)
+                async with new.running():
+                    await reaches(slow.copied.is_set)
+                    await old.ack(long)
+                    slow.heard.set()
+                    sent: set[str] = set()
+                    while not new.seen:
+                        await publish(two, more := {f"short{len(sent) + n}" for n in range(4)})
+                        sent |= more
+                        await asyncio.sleep(0.1)
+                    await reaches(lambda: (old.seen + new.seen).keys() >= sent)
+                    for each in (old, new):
+                        await each.ack(set(each.held))
+                    assert set((old.seen + new.seen).values()) == {1}
+    finally:
+        await slow.stop()
+    async with started(url, namespace) as three:
+        last = Receiver(await three.subscribe(QUEUE))
+        async with last.running():
+            await publish(three, {"last1", "last2", "last3", "last4"})
+            await reaches(lambda: len(last.seen) >= 4)
+            assert all(uuid.startswith("last") for uuid in last.seen)
+
+
 CHILD = """
 import asyncio, sys
 from qtasks_kafka import KafkaBroker
+from qtasks_kafka.writer import Record, Written
 
 async def main():
     broker = KafkaBroker(sys.argv[1], partitions=4, lease=float(sys.argv[3]))

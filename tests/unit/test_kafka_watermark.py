@@ -196,3 +196,14 @@ def test_dropping_keeps_what_is_in_flight(end: int, done: set[int], again: set[i
     partition.fetch_from(partition.next_fetch)
     heir = restored(partition.watermark, partition.metadata("me"))
     assert (heir.position, list(heir.open)) == (partition.position, list(partition.open))
+
+
+def test_a_copy_that_nobody_needs_is_never_delivered() -> None:
+    """Neither here nor to a successor: its original was settled while it was written."""
+    new = Partition(0)
+    new.discard(2)
+    assert not new.settled(2)
+    heir = restored(new.watermark, new.metadata("me"))
+    for partition in (new, heir):
+        assert partition.in_flight == 0
+        assert [offset for offset in range(4) if partition.deliver(offset)] == [0, 1, 3]
