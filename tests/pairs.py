@@ -10,6 +10,8 @@ import pytest
 from tests.services import Service
 
 SERVERS = ("redis", "postgres", "rabbitmq", "kafka")
+BACKENDS = ("memory", "sqlite", *SERVERS)
+ALL = tuple(f"{broker}+{storage}" for broker in BACKENDS for storage in BACKENDS)
 
 
 class Pair(NamedTuple):
@@ -25,11 +27,13 @@ class Pair(NamedTuple):
         return {"QTASKS_BROKER_URL": self.broker, "QTASKS_STORAGE_URL": self.storage}
 
 
-LEASES = {"sqlite": 4.0, "redis": 4.0, "postgres": 4.0, "rabbitmq": 6.0, "kafka": 6.0}
+LEASES = dict.fromkeys(BACKENDS, 4.0) | {"rabbitmq": 6.0, "kafka": 6.0}
 
 
 def url_of(request: pytest.FixtureRequest, name: str, directory: Path) -> str:
     """Return the URL of a backend, starting its server when it has one."""
+    if name == "memory":
+        return "memory://"
     if name == "sqlite":
         return f"sqlite:///{directory}/qtasks.db"
     service: Service = request.getfixturevalue(f"{name}_server")
