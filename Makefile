@@ -9,7 +9,7 @@ RUN := .venv/bin/python
 ENVIRONMENT := .venv/.made-from-pyproject
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-containers verify lint format format-check types imports bench peers clean
+.PHONY: help demo test test-full test-containers verify lint format format-check types imports bench chaos peers clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -52,6 +52,9 @@ imports: $(ENVIRONMENT) ## check the import contracts
 
 bench: $(ENVIRONMENT) ## throughput of BACKEND (sqlite), beside its bare driver
 	$(RUN) -m benchmarks.throughput --backend $(BACKEND)
+
+chaos: $(ENVIRONMENT) ## tasks on eight pairs while workers and servers are killed and frozen
+	$(RUN) -m benchmarks.chaos --all --tasks 20000
 
 peers: ## rates beside other task queues on BACKEND, redis or postgres
 	test -d .venv/peers || $(PYTHON) -m venv .venv/peers

@@ -13,7 +13,7 @@ from qtasks.asyncio import QueueTasks
 from qtasks.declare.tasks import message_of
 from qtasks_core import Task
 from qtasks_core.errors import Unavailable
-from tests.e2e.test_crash import Setting
+from tests.e2e.crash import Setting
 from tests.processes import Process, until
 
 CLIENTS = 4

@@ -9,7 +9,7 @@ import pytest
 
 from qtasks import control
 from qtasks.asyncio import QueueTasks
-from tests.e2e.test_crash import Setting, finals
+from tests.e2e.crash import Setting, finals
 from tests.faults.dying import LAST
 from tests.pairs import pair_of
 from tests.processes import Process, until

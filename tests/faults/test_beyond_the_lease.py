@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qtasks.declare.tasks import message_of
-from tests.e2e.test_crash import BACKENDS, Setting, finals
+from tests.e2e.crash import BACKENDS, Setting, finals
 from tests.pairs import pair_of
 
 SLOTS = 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_crash import Setting
+from tests.e2e.crash import Setting
 from tests.faults.load import loaded
 from tests.pairs import pair_of
 

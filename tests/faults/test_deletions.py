@@ -8,7 +8,7 @@ import pytest
 
 from qtasks_kafka.connection import topic_name
 from qtasks_rabbitmq.topology import Names
-from tests.e2e.test_crash import Setting
+from tests.e2e.crash import Setting
 from tests.faults.load import loaded
 from tests.pairs import pair_of
 from tests.rabbitmq.operator import operator

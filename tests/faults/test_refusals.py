@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from qtasks.testing.errors import Unobtainable
 from tests.conftest import serve
-from tests.e2e.test_crash import Setting
+from tests.e2e.crash import Setting
 from tests.faults.load import Load, loaded
 from tests.pairs import LEASES, Pair, with_lease
 from tests.services import PostgresServer, RabbitMQServer, Service
