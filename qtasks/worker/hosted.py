@@ -73,7 +73,8 @@ class HostedWorker:
         thread, client = await app.ready()
         runner = Runner(app.definitions, app.max_payload, app.plugins)
         known = app.definitions
-        queues = sorted(options.queues or {"default", *(d.options.queue for d in known.values())})
+        declared = {"default", *(d.options.queue for d in known.values())}
+        queues = list(dict.fromkeys(options.queues or sorted(declared)))
 
         async def build() -> Worker:
             return Worker(

@@ -28,7 +28,7 @@ async def answer() -> int:
 
 def test_it_listens_to_the_queues_it_is_told(qtasks: Command) -> None:
     with qtasks.run("--queues", "slow,mail", "--concurrency", "3") as worker:
-        worker.wait_for("queues mail, slow, 3 tasks at once, knows add")
+        worker.wait_for("queues slow, mail, 3 tasks at once, knows add")
         assert qtasks.ok("call", "add", "1", "2", "--queue", "slow", "--wait", "20").line == "3"
         assert qtasks("call", "add", "1", "2", "--wait", "0.2").code == 5
         assert worker.terminate() == 0

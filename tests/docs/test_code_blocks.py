@@ -175,6 +175,27 @@ async def test_delivery() -> None:
         assert names["later"].status == "scheduled"
 
 
+async def test_balancing() -> None:
+    names: dict[str, Any] = {"__name__": "docs"}
+    blocks = blocks_of(ROOT / "docs" / "balancing.md")
+    for block in blocks:
+        await run(block, names)
+    assert max(len(block.code.splitlines()) for block in blocks) < 40
+    assert names["AtMost"]({"free": 2}).wanted(9, {"free": 2, "paid": 0}) == {"paid": 9}
+    served: list[str] = names["served"]
+    async with names["app"]:
+        await names["enqueue"]("big", 200)
+        await names["enqueue"]("small", 10)
+        async with names["worker"], asyncio.timeout(120):
+            while len(served) < 210:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+    assert names["queue_of"]("big") != names["queue_of"]("small")
+    assert served.index("small") < 20
+    assert served[:40].count("small") == 10
+    async with names["fair"], names["gentle"]:
+        pass
+
+
 async def test_coming_from_celery(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
