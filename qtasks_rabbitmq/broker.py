@@ -35,7 +35,7 @@ from qtasks_rabbitmq.delays import ladder_methods, levels_for, route
 from qtasks_rabbitmq.lanes import LaneName
 from qtasks_rabbitmq.migration import migrated
 from qtasks_rabbitmq.parcel import COUNT, Parcel, parcel_of
-from qtasks_rabbitmq.servers import LEASE_TIME, SILENCE, servers_of
+from qtasks_rabbitmq.servers import HEARTBEAT, LEASE_TIME, SILENCE, servers_of
 from qtasks_rabbitmq.subscription import RabbitMQSubscription
 from qtasks_rabbitmq.topology import (
     STRICT,
@@ -72,7 +72,7 @@ class RabbitMQBroker(Broker):
         servers_of(url)
         self._url = url
         self.heartbeat = int(lease // SILENCE)
-        """Seconds between heartbeats."""
+        """Seconds between the heartbeats of its receivers."""
         self._names: Names | None = None
         self._publishing: Connection | None = None
         self._control: Connection | None = None
@@ -119,9 +119,9 @@ class RabbitMQBroker(Broker):
     async def start(self, namespace: str) -> None:
         self._names = Names(namespace)
         if self._publishing is None:
-            self._publishing = Connection(self._url, "publisher", self.heartbeat, self._set_up)
-            self._control = control_connection(self._url, "control", self.heartbeat)
-            self._listeners = Listeners(self._url, self.heartbeat, self._look_for_lanes)
+            self._publishing = Connection(self._url, "publisher", HEARTBEAT, self._set_up)
+            self._control = control_connection(self._url, "control", HEARTBEAT)
+            self._listeners = Listeners(self._url, HEARTBEAT, self._look_for_lanes)
         await self._publishing.channel()
 
     async def stop(self) -> None:
@@ -256,7 +256,7 @@ class RabbitMQBroker(Broker):
 
     async def purge(self, queue: str) -> int:
         names, _, _ = self._controlling()
-        return await purge(self._url, self.heartbeat, names, queue)
+        return await purge(self._url, HEARTBEAT, names, queue)
 
     async def broadcast(self, command: Command) -> None:
         names, control, _ = self._controlling()
@@ -267,7 +267,7 @@ class RabbitMQBroker(Broker):
         return listeners.follow(names)
 
     async def migrate(self, namespace: str) -> list[str]:
-        return await migrated(self._url, self.heartbeat, namespace)
+        return await migrated(self._url, HEARTBEAT, namespace)
 
     async def _set_up(self, channel: Channel, _purpose: str, version: tuple[int, ...]) -> None:
         """Declare on a new connection everything that all queues need."""

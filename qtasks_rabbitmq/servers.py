@@ -12,6 +12,9 @@ from qtasks_core.options import ANY, Kind, seconds
 from qtasks_core.threads import in_thread
 from qtasks_core.urls import redact, refuse_options, split, take_options
 
+HEARTBEAT = 10
+"""Seconds between heartbeats of connections that hold no leases: a busy machine must not lose them
+because some other receiver has a short lease."""
 MOST_HEARTBEAT = 65535
 """Seconds. The protocol has two bytes for it."""
 SILENCE = 3

@@ -49,10 +49,10 @@ async def look_once(
         pass  # do not wait any longer: the error says what is known
     task = record or submitted
     if task is None:
-        late = f"task {uuid}: not finished within {timeout} s, and no record of it can be read"
+        late = f"task {uuid}: not finished within {timeout:g} s, and no record of it can be read"
         raise TaskTimeout(late, uuid, where)
     raise TaskTimeout(
-        f"task {task.task_name} {uuid} in queue {task.queue!r}: not finished within {timeout} s; "
+        f"task {task.task_name} {uuid} in queue {task.queue!r}: not finished within {timeout:g} s; "
         f"{_stage(record)}; {_workers(alive, ever, task.queue)}",
         uuid,
         where,

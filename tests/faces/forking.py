@@ -20,7 +20,7 @@ def main() -> None:
         blocking.included_by(app)
         app.connect().result()
     say("before", add(1))
-    busy = threading.Thread(target=lambda: [add(n) for n in range(100)])
+    busy = threading.Thread(target=lambda: [add(n) for n in range(20)])
     busy.start()
     for number in range(5):
         forked(number, app if explicit else None)
@@ -32,7 +32,7 @@ def main() -> None:
         say("multiprocessing", process.exitcode)
     say("after", add(2))
     busy.join()
-    say("all", sum(add(n) for n in range(100)))
+    say("all", sum(add(n) for n in range(20)))
     if explicit:
         app.disconnect().result()
         say("sockets left", sockets())

@@ -38,7 +38,7 @@ def test_both_sides_of_a_fork_go_on(whose: str, backend: str, environment: dict[
             "fork 0": 7,
             "multiprocessing 0": 3,
             "after 3": 1,
-            "all 5050": 1,
+            "all 210": 1,
             **({"sockets left 2": 1} if whose == "explicit" else {}),
         }
 
