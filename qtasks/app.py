@@ -110,8 +110,8 @@ class App(Lifecycle):
     def _check(self) -> None:
         self._refuse_unmet(self.definitions.values())
 
-    def _refuse_unmet(self, definitions: Iterable[TaskDefinition]) -> None:
-        """Raise `ConfigurationError` if broker and storage do not guarantee what is required."""
+    def unmet(self, definitions: Iterable[TaskDefinition]) -> dict[Unmet, list[str]]:
+        """Return what broker and storage, both started, do not guarantee, and who requires it."""
         told: dict[Unmet, list[str]] = {}
         asking = [("the app", self.requires), *((d.name, d.options.requires) for d in definitions)]
         for name, requires in asking:
@@ -119,7 +119,11 @@ class App(Lifecycle):
                 joint = self.broker.join(self.storage) is not None
                 for each in unmet(requires, *self.guarantees(), joint):
                     told.setdefault(each, []).append(name)
-        if told:
+        return told
+
+    def _refuse_unmet(self, definitions: Iterable[TaskDefinition]) -> None:
+        """Raise `ConfigurationError` if broker and storage do not guarantee what is required."""
+        if told := self.unmet(definitions):
             raise ConfigurationError(
                 f"the app {self.name!r} does not run on these servers: "
                 + "; ".join(f"{', '.join(names)} requires {each}" for each, names in told.items())

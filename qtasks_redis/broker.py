@@ -87,7 +87,7 @@ class RedisBroker(Broker):
             counts_deliveries=True,
             atomic_retries=True,
             priorities=True,
-            notes=self._server.notes,
+            advice=self._server.advice,
         )
 
     async def start(self, namespace: str) -> None:

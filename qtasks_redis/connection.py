@@ -46,7 +46,7 @@ class Server(NamedTuple):
     name: str
     survives: Literal["client crash", "server crash", "machine crash"]
     durability: str
-    notes: tuple[str, ...]
+    advice: tuple[str, ...]
     largest: int = 64 * 2**20
     """The largest item, in bytes.
 
@@ -397,7 +397,7 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
         info = await call("INFO")
     except ConfigurationError:
         unknown = "unknown: the user may not call INFO"
-        return Server(name, "client crash", unknown, ("its eviction policy is unknown",))
+        return Server(name, "client crash", unknown, (_GIVE.format("+info"),))
     if "valkey_version" in info:
         name = f"Valkey {info['valkey_version']}"
     server = await _durability(call, name, info)
@@ -409,6 +409,7 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
         return server
 
 
+_GIVE = "the durability is not known completely: give the user the right {} (docs/rights.md)"
 BEST_SETTINGS = "appendonly yes, appendfsync always, no-appendfsync-on-rewrite no"
 """With these, a write survives a crash of the machine."""
 
@@ -417,19 +418,22 @@ async def _durability(
     call: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
 ) -> Server:
     """Derive the durability from INFO and, if the user may call it, CONFIG."""
-    notes: list[str] = []
+    advice: list[str] = []
     policy = str(info.get("maxmemory_policy", "unknown"))
     if policy not in ("noeviction", "unknown") and info.get("maxmemory", 0):
-        notes.append(f"maxmemory-policy {policy} can drop what is kept when memory is full")
+        advice.append(
+            f"maxmemory-policy {policy} can drop messages and records when memory is full: set "
+            "maxmemory-policy noeviction"
+        )
     if not info.get("aof_enabled"):
-        return Server(name, "client crash", "appendonly no: at most snapshots", tuple(notes))
+        return Server(name, "client crash", "appendonly no: at most snapshots", tuple(advice))
     try:
         # Servers before Redis 7 accept only one name per call, so use a pattern.
         told = _pairs(await call("CONFIG GET", "*appendfsync*"))
         fsync = told["appendfsync"]
     except (ConfigurationError, KeyError):
-        notes.append("appendfsync is unknown: the user may not call CONFIG GET")
-        return Server(name, "client crash", "appendonly yes", tuple(notes))
+        advice.append(_GIVE.format("+config|get"))
+        return Server(name, "client crash", "appendonly yes", tuple(advice))
     durability = f"appendonly yes, appendfsync {fsync}"
     if fsync == "everysec":
         # https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/ and
@@ -439,12 +443,12 @@ async def _durability(
             ": while the disk syncs, the server holds back for up to 2 s what it has answered, and "
             "a crash loses it (appendfsync no survives the server's, always the machine's as well)"
         )
-        return Server(name, "client crash", durability, tuple(notes))
+        return Server(name, "client crash", durability, tuple(advice))
     if fsync == "always" and told.get("no-appendfsync-on-rewrite") != "yes":
-        return Server(name, "machine crash", durability, tuple(notes))
+        return Server(name, "machine crash", durability, tuple(advice))
     if fsync == "always":
         durability += " but no-appendfsync-on-rewrite yes"
-    return Server(name, "server crash", durability, tuple(notes))
+    return Server(name, "server crash", durability, tuple(advice))
 
 
 def _pairs(reply: Any) -> dict[str, str]:

@@ -79,7 +79,8 @@ class RedisStorage(Storage):
             best_settings=BEST_SETTINGS,
             retention=self.retention,
             largest=self._server.largest,
-            notes=(retention_note(self.retention), *self._server.notes),
+            notes=(retention_note(self.retention),),
+            advice=self._server.advice,
         )
 
     async def start(self, namespace: str) -> None:
