@@ -113,6 +113,10 @@ class Connection:
                     raise
                 return await self._execute(*command)
 
+    async def refresh(self) -> None:
+        """Read the server's settings again."""
+        self.server = await _ask(self.call, self._where)
+
     async def time(self) -> float:
         """Return the server's Unix time, in seconds."""
         seconds, microseconds = await self.call("TIME")
@@ -301,7 +305,7 @@ async def connect(url: str, namespace: str) -> Connection:
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{redact(url)}: {error}") from None
     try:
-        connection.server = await _ask(connection.call, url)
+        await connection.refresh()
     except Unavailable as error:
         await connection.close()
         told = await _wrong_with_tls(url, error)
@@ -381,7 +385,7 @@ async def _speaks_plainly(host: str, port: int) -> bool:
         return False
 
 
-async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
+async def _ask(call: Callable[..., Awaitable[Any]], where: str) -> Server:
     """Read the product, version and durability, as far as the user's rights allow."""
     reply = await call("HELLO")
     try:
@@ -390,9 +394,9 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
         name = f"{hello['server'].capitalize()} {version}"
         numbers = tuple(int(part) for part in version.split(".")[:2])
     except (KeyError, TypeError, ValueError):
-        raise Unavailable(f"{redact(url)}: HELLO is answered by {reply!r:.100}") from None
+        raise Unavailable(f"{where}: HELLO is answered by {reply!r:.100}") from None
     if numbers < _NEEDS:
-        raise ServerTooOld(f"{redact(url)} is {name}; Redis 6.2 or newer is needed")
+        raise ServerTooOld(f"{where} is {name}; Redis 6.2 or newer is needed")
     try:
         info = await call("INFO")
     except ConfigurationError:

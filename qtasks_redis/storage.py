@@ -87,6 +87,11 @@ class RedisStorage(Storage):
         self._connection = await self._connect(namespace)
         self._server = self._connection.server
 
+    async def refresh(self) -> None:
+        connection = self.started()
+        await connection.refresh()
+        self._server = connection.server
+
     async def _connect(self, namespace: str) -> Connection:
         connection = await connect(self.url, namespace)
         try:
