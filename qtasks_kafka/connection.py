@@ -337,7 +337,7 @@ class Connection:
             for code, _, _, topic, entries in answer.resources:
                 settings = {name: value for name, value, *_ in entries} if not code else {}
                 replicas = min((len(each["replicas"]) for each in topics[topic]), default=0)
-                self._advice[topic] = list(_advice(replicas, settings))
+                self._advice[topic] = list(advice_on(replicas, settings))
                 if _LIMIT in settings:
                     limits[topic] = int(settings[_LIMIT])
                 for name in ("retention.ms", "retention.bytes"):
@@ -392,7 +392,7 @@ class Connection:
         return self._admin
 
 
-def _advice(replicas: int, settings: Mapping[str, str]) -> Iterator[str]:
+def advice_on(replicas: int, settings: Mapping[str, str]) -> Iterator[str]:
     """Yield what an operator should change on a topic. Without `settings`, the user sees none."""
     if replicas == 1:
         yield "replication factor 1: a lost machine takes it along; 3 is usual"
