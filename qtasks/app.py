@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -32,6 +33,7 @@ from qtasks_core import Balancer, Broker, Plugin, Storage, TaskMessage, schemas
 from qtasks_core.errors import ConfigurationError, QTasksError, UnknownTask
 from qtasks_core.names import checked_name, is_id
 
+logger = logging.getLogger("qtasks")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -84,6 +86,10 @@ class App(Lifecycle):
         self.definitions: dict[str, TaskDefinition] = {}
         self.plugins = checked_plugins(plugins)
         self.requires = checked_requires(requires)
+        self._requiring = False
+        """Whether a task requires anything."""
+        self._unmet: frozenset[str] = frozenset()
+        """What is required and not guaranteed any more, as it was logged."""
 
     def add_plugin(self, plugin: Plugin) -> None:
         """Add a plugin. It runs inside the plugins that were added before.
@@ -98,7 +104,7 @@ class App(Lifecycle):
         Raises `ConfigurationError` if another function has the same task name, and if the app is
         started with a broker or storage that does not guarantee what the task requires.
         """
-        known = self.definitions.setdefault(definition.name, definition)
+        known = self.definitions.get(definition.name, definition)
         if known is not definition and known.function is not definition.function:
             raise ConfigurationError(
                 f"two functions claim the task name {definition.name!r}: "
@@ -106,12 +112,14 @@ class App(Lifecycle):
             )
         if self.started:
             self._refuse_unmet([definition])
+        self.definitions[definition.name] = known
+        self._requiring |= known.options.requires != NOTHING
 
     def _check(self) -> None:
         self._refuse_unmet(self.definitions.values())
 
-    def _refuse_unmet(self, definitions: Iterable[TaskDefinition]) -> None:
-        """Raise `ConfigurationError` if broker and storage do not guarantee what is required."""
+    def unmet(self, definitions: Iterable[TaskDefinition]) -> dict[Unmet, list[str]]:
+        """Return what broker and storage, both started, do not guarantee, and who requires it."""
         told: dict[Unmet, list[str]] = {}
         asking = [("the app", self.requires), *((d.name, d.options.requires) for d in definitions)]
         for name, requires in asking:
@@ -119,11 +127,41 @@ class App(Lifecycle):
                 joint = self.broker.join(self.storage) is not None
                 for each in unmet(requires, *self.guarantees(), joint):
                     told.setdefault(each, []).append(name)
-        if told:
+        return told
+
+    def _refuse_unmet(self, definitions: Iterable[TaskDefinition]) -> None:
+        """Raise `ConfigurationError` if broker and storage do not guarantee what is required."""
+        if told := self.unmet(definitions):
             raise ConfigurationError(
                 f"the app {self.name!r} does not run on these servers: "
                 + "; ".join(f"{', '.join(names)} requires {each}" for each, names in told.items())
             )
+
+    def _required(self) -> bool:
+        return self._requiring or self.requires != NOTHING
+
+    def _compare(self) -> dict[str, str]:
+        told = self.unmet(self.definitions.values())
+        missing: dict[str, str] = {}
+        for each, names in told.items():
+            # What the app requires, it requires for all its tasks.
+            for name in self.definitions if "the app" in names else names:
+                missing.setdefault(
+                    name,
+                    f"{name!r} is not enqueued: the servers of the app {self.name!r} have changed "
+                    f"since its start. {', '.join(names)} requires {each}",
+                )
+        unmet = frozenset(f"{', '.join(names)} requires {each}" for each, names in told.items())
+        for line in sorted(unmet - self._unmet):
+            logger.error(
+                "the servers of the app %r have changed: %s. Such tasks are not enqueued any more; "
+                "those in the queues still run",
+                self.name, line,
+            )  # fmt: skip
+        if self._unmet and not unmet:
+            logger.warning("the servers of the app %r guarantee again what is required", self.name)
+        self._unmet = unmet
+        return missing
 
     async def _open(self, life: Life, deadline: float) -> None:
         await super()._open(life, deadline)
@@ -224,6 +262,7 @@ class App(Lifecycle):
         """
         thread, client = await self.ready()
         self.unsupported.submitted(messages, self.broker, self.storage)
+        await thread.ask(client.check, messages)
         dated = await thread.ask(client.dated, messages)
         return await client.submit_within(dated, transaction)
 

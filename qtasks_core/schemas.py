@@ -229,6 +229,9 @@ class Guarantees(Struct, frozen=True, kw_only=True):
     unsupported: tuple[str, ...] = ()
     """Methods of the contract that raise `NotSupported`."""
     notes: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    """What an operator should change on this server, or in the user's rights. `qtasks check` prints
+    it. Known after `start`, or once the part has used what it concerns."""
 
 
 RETRIES_IN_TWO_STEPS = (

@@ -99,6 +99,7 @@ class KafkaBroker(Broker):
                 "deletes what is in the other partitions, and needs the right to DELETE the topic",
                 MOVED_IN_TWO_STEPS,
             ),
+            advice=self._connection.advice,
         )
 
     async def start(self, namespace: str) -> None:
@@ -181,6 +182,7 @@ class KafkaBroker(Broker):
 
     async def depth(self, queue: str) -> QueueDepth:
         self._listening()
+        await self._connection.look(self.topic(queue))
         return await depth(self._connection, self._namespace, self.topic(queue))
 
     async def purge(self, queue: str) -> int:

@@ -44,6 +44,7 @@ KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(
 
 _SERVERS = "bootstrap_servers"
 _LIMIT = "max.message.bytes"
+_IN_SYNC = "min.insync.replicas"
 _EXISTS = 36
 _MISSING = (_UNKNOWN_TOPIC := 3, *(_UNAUTHORIZED := (29, 31)))
 """Error codes of the protocol: unknown topic; the user may not see or create it."""
@@ -97,6 +98,8 @@ class Connection:
         self._admin: AIOKafkaAdminClient | None = None
         self._topics: dict[str, int | None] = {}
         """Topics that are known to exist, each with its largest batch in bytes (None: unknown)."""
+        self._advice: dict[str, list[str]] = {}
+        """For each topic whose settings were read: what an operator should change."""
         self._creating = asyncio.Lock()
         self.writer: Writer | None = None
 
@@ -247,11 +250,22 @@ class Connection:
                     ]  # fmt: skip
                     if missing:
                         created = await self._create(admin, missing, config or {}, partitions)
-                    while not _led(await self._described(admin, unknown)):  # noqa: ASYNC110
+                    while not _led(described := await self._described(admin, unknown)):  # noqa: ASYNC110
                         await asyncio.sleep(PAUSE)
-                    limits = await self._limits(admin, unknown)
+                    limits = await self._limits(admin, described)
             self._topics.update(dict.fromkeys(unknown) | limits)
         return created
+
+    async def look(self, topic: str) -> None:
+        """Read the settings of a topic for `advice`, unless they are known or there is no topic."""
+        if topic in self._advice:
+            return
+        admin = self.started()
+        with self.reaching():
+            async with asyncio.timeout(REQUEST):
+                described = await self._described(admin, [topic])
+                if not described[0]["error_code"]:
+                    await self._limits(admin, described)
 
     async def partitions(self, topic: str) -> list[int]:
         """Return the numbers of a topic's partitions; none if the topic does not exist."""
@@ -306,11 +320,15 @@ class Connection:
                 raise self._errors.for_code(code)(name)
         return [name for name, code, *_ in answer.topic_errors if code == 0]
 
-    async def _limits(self, admin: AIOKafkaAdminClient, topics: list[str]) -> dict[str, int]:
-        """Return the largest batch of each topic in bytes, as far as this user may read it."""
+    async def _limits(self, admin: AIOKafkaAdminClient, described: list[Any]) -> dict[str, int]:
+        """Return the largest batch of each topic in bytes, as far as this user may read it.
+
+        `described` is the cluster's description of the topics. Notes what should be changed.
+        """
         from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-        asked = dict.fromkeys(KEPT)
+        topics = {topic["topic"]: topic["partitions"] for topic in described}
+        asked = dict.fromkeys([*KEPT, _IN_SYNC])
         answers = await admin.describe_configs(
             [ConfigResource(ConfigResourceType.TOPIC, topic, asked) for topic in topics]
         )
@@ -318,6 +336,8 @@ class Connection:
         for answer in answers:
             for code, _, _, topic, entries in answer.resources:
                 settings = {name: value for name, value, *_ in entries} if not code else {}
+                replicas = min((len(each["replicas"]) for each in topics[topic]), default=0)
+                self._advice[topic] = list(advice_on(replicas, settings))
                 if _LIMIT in settings:
                     limits[topic] = int(settings[_LIMIT])
                 for name in ("retention.ms", "retention.bytes"):
@@ -328,6 +348,15 @@ class Connection:
                             topic, name, settings[name],
                         )  # fmt: skip
         return limits
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What an operator should change, as far as the settings of topics are known."""
+        topics: dict[str, list[str]] = {}
+        for topic, lines in sorted(self._advice.items()):
+            for line in lines:
+                topics.setdefault(line, []).append(topic)
+        return tuple(f"{', '.join(names)}: {line}" for line, names in topics.items())
 
     @property
     def largest_of_all(self) -> int:
@@ -361,6 +390,19 @@ class Connection:
         if self._admin is None:
             raise Closed("this broker or storage is not started")
         return self._admin
+
+
+def advice_on(replicas: int, settings: Mapping[str, str]) -> Iterator[str]:
+    """Yield what an operator should change on a topic. Without `settings`, the user sees none."""
+    if replicas == 1:
+        yield "replication factor 1: a lost machine takes it along; 3 is usual"
+    elif settings.get(_IN_SYNC) == "1":
+        yield f"{_IN_SYNC}=1: one machine alone may confirm a write; set it to 2"
+    for name in ("retention.ms", "retention.bytes"):
+        if settings.get(name, "-1") != "-1":
+            yield f"{name}={settings[name]}: Kafka deletes what is older, read or not; set it to -1"
+    if not settings:
+        yield "its settings are not known: give the user DESCRIBE_CONFIGS (docs/rights.md)"
 
 
 def _led(topics: list[Any]) -> bool:

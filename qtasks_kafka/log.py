@@ -125,6 +125,7 @@ class KafkaLog(Log):
             durability="acks=all with an idempotent producer; on how many machines say the "
             "topic's replication factor and min.insync.replicas, of one the page cache",
             largest=None if largest is None else largest - BESIDE,
+            advice=self._connection.advice,
         )
 
     @property

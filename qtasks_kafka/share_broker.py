@@ -75,6 +75,7 @@ class ShareGroupKafkaBroker(KafkaBroker):
 
         self._listening()
         topic, group = self.topic(queue), workers_group(self._namespace)
+        await self._connection.look(topic)
         waiting = await delayed_keys(self._connection, self._namespace, topic)
         delayed = sum(map(len, waiting.values()))
         count = await unfinished(self._connection, group, topic)

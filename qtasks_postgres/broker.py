@@ -107,6 +107,9 @@ class PostgresBroker(Broker, ReviewedMigration):
             raise
         self._namespace = namespace
 
+    async def refresh(self) -> None:
+        await self._database.refresh()
+
     async def stop(self) -> None:
         self._listeners.stop()
         await self._listener.stop()

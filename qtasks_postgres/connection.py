@@ -237,6 +237,11 @@ class Database:
             namespace if self.schema == DEFAULT else f"{self.schema}\0{namespace}", name
         )
 
+    async def refresh(self) -> None:
+        """Read the server's durability again. Raises `Unavailable`."""
+        (row,) = await self.fetch(DURABILITY)
+        self.durability = durability_of(row)
+
     async def clock(self) -> float:
         """Return the server's Unix time, in seconds."""
         (row,) = await self.fetch("SELECT extract(epoch FROM clock_timestamp())::float8")
@@ -331,7 +336,7 @@ class Database:
                             )
                         changed = await ensure_schema(connection, self.schema)
                         await self._check_rights(connection, needs)
-                        durability = await read_durability(connection)
+                        durability = durability_of(await connection.fetchrow(DURABILITY))
                 except BaseException:
                     connection.terminate()
                     raise
@@ -600,23 +605,27 @@ BEST_SETTINGS = "fsync=on, synchronous_commit=on, full_page_writes=on"
 """With these, a commit survives a crash of the machine. They are the server's defaults."""
 
 
-async def read_durability(connection: Connection) -> Durability:
+DURABILITY = """
+    SELECT current_setting('fsync') AS fsync,
+           current_setting('synchronous_commit') AS synchronous_commit,
+           current_setting('full_page_writes') AS full_page_writes,
+           current_setting('server_version_num')::int AS version
+"""
+
+
+def durability_of(row: Any) -> Durability:
     """Return what a commit survives, and the settings that decide it."""
-    names = ("fsync", "synchronous_commit", "full_page_writes")
-    rows = await connection.fetch(
-        "SELECT name, setting FROM pg_settings WHERE name = ANY($1::text[])", list(names)
-    )
-    settings = {row["name"]: row["setting"] for row in rows}
-    version = connection.get_server_version()
+    settings = {name: row[name] for name in ("fsync", "synchronous_commit", "full_page_writes")}
     survives: Literal["client crash", "server crash", "machine crash"] = "machine crash"
     if settings["fsync"] != "on" or settings["full_page_writes"] != "on":
         survives = "server crash"
     if settings["synchronous_commit"] == "off":
         survives = "client crash"
+    major, minor = divmod(row["version"], 10_000)
     return Durability(
         survives,
-        ", ".join(f"{name}={settings[name]}" for name in names),
-        f"PostgreSQL {version.major}.{version.micro}",
+        ", ".join(f"{name}={value}" for name, value in settings.items()),
+        f"PostgreSQL {major}.{minor}",
     )
 
 

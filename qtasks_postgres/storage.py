@@ -226,6 +226,9 @@ class PostgresStorage(Storage, ReviewedMigration):
             raise
         self._namespace = namespace
 
+    async def refresh(self) -> None:
+        await self.database.refresh()
+
     async def stop(self) -> None:
         self._listeners.stop()
         await self._listener.stop()

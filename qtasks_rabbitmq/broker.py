@@ -22,7 +22,13 @@ from qtasks_core.errors import Closed, ConfigurationError, Unavailable
 from qtasks_core.schemas import RETRIES_IN_TWO_STEPS
 from qtasks_core.together import together
 from qtasks_core.transactions import refuse_transaction
-from qtasks_rabbitmq.connection import HARD_LIMIT, MOST_AT_ONCE, MOST_BYTES_AT_ONCE, Connection
+from qtasks_rabbitmq.connection import (
+    CONSUMER_TIMEOUT,
+    HARD_LIMIT,
+    MOST_AT_ONCE,
+    MOST_BYTES_AT_ONCE,
+    Connection,
+)
 from qtasks_rabbitmq.control import (
     Listeners,
     announce_lanes,
@@ -56,6 +62,19 @@ NOTICE = 1.0
 
 On an idle machine it takes some hundredths of a second.
 """
+
+
+_TIMEOUT = (
+    f"AMQP does not tell this server's consumer_timeout: if it is below {CONSUMER_TIMEOUT / 60:g} "
+    "minutes, it takes back the message of a task that runs longer; raise it, or use RabbitMQ 4.3"
+)
+
+
+def _advice(connection: Connection | None) -> tuple[str, ...]:
+    """Return what an operator should look at, once the server's version is known."""
+    if connection is None or not connection.version or connection.version >= STRICT:
+        return ()
+    return (_TIMEOUT,)
 
 
 class RabbitMQBroker(Broker):
@@ -114,6 +133,7 @@ class RabbitMQBroker(Broker):
                 "right to create that queue, and a timeout below the default of 30 minutes is "
                 "known only once it has struck",
             ),
+            advice=_advice(self._publishing),
         )
 
     async def start(self, namespace: str) -> None:

@@ -87,12 +87,17 @@ class RedisBroker(Broker):
             counts_deliveries=True,
             atomic_retries=True,
             priorities=True,
-            notes=self._server.notes,
+            advice=self._server.advice,
         )
 
     async def start(self, namespace: str) -> None:
         self._connection = await self._connect(namespace)
         self._server = self._connection.server
+
+    async def refresh(self) -> None:
+        connection = self.started()
+        await connection.refresh()
+        self._server = connection.server
 
     async def _connect(self, namespace: str) -> Connection:
         connection = await connect(self._url, namespace)

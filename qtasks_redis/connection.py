@@ -46,7 +46,7 @@ class Server(NamedTuple):
     name: str
     survives: Literal["client crash", "server crash", "machine crash"]
     durability: str
-    notes: tuple[str, ...]
+    advice: tuple[str, ...]
     largest: int = 64 * 2**20
     """The largest item, in bytes.
 
@@ -112,6 +112,10 @@ class Connection:
                 if not self._moves:
                     raise
                 return await self._execute(*command)
+
+    async def refresh(self) -> None:
+        """Read the server's settings again."""
+        self.server = await _ask(self.call, self._where)
 
     async def time(self) -> float:
         """Return the server's Unix time, in seconds."""
@@ -301,7 +305,7 @@ async def connect(url: str, namespace: str) -> Connection:
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{redact(url)}: {error}") from None
     try:
-        connection.server = await _ask(connection.call, url)
+        await connection.refresh()
     except Unavailable as error:
         await connection.close()
         told = await _wrong_with_tls(url, error)
@@ -381,7 +385,7 @@ async def _speaks_plainly(host: str, port: int) -> bool:
         return False
 
 
-async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
+async def _ask(call: Callable[..., Awaitable[Any]], where: str) -> Server:
     """Read the product, version and durability, as far as the user's rights allow."""
     reply = await call("HELLO")
     try:
@@ -390,14 +394,14 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
         name = f"{hello['server'].capitalize()} {version}"
         numbers = tuple(int(part) for part in version.split(".")[:2])
     except (KeyError, TypeError, ValueError):
-        raise Unavailable(f"{redact(url)}: HELLO is answered by {reply!r:.100}") from None
+        raise Unavailable(f"{where}: HELLO is answered by {reply!r:.100}") from None
     if numbers < _NEEDS:
-        raise ServerTooOld(f"{redact(url)} is {name}; Redis 6.2 or newer is needed")
+        raise ServerTooOld(f"{where} is {name}; Redis 6.2 or newer is needed")
     try:
         info = await call("INFO")
     except ConfigurationError:
         unknown = "unknown: the user may not call INFO"
-        return Server(name, "client crash", unknown, ("its eviction policy is unknown",))
+        return Server(name, "client crash", unknown, (_GIVE.format("+info"),))
     if "valkey_version" in info:
         name = f"Valkey {info['valkey_version']}"
     server = await _durability(call, name, info)
@@ -409,6 +413,7 @@ async def _ask(call: Callable[..., Awaitable[Any]], url: str) -> Server:
         return server
 
 
+_GIVE = "the durability is not known completely: give the user the right {} (docs/rights.md)"
 BEST_SETTINGS = "appendonly yes, appendfsync always, no-appendfsync-on-rewrite no"
 """With these, a write survives a crash of the machine."""
 
@@ -417,19 +422,22 @@ async def _durability(
     call: Callable[..., Awaitable[Any]], name: str, info: dict[str, Any]
 ) -> Server:
     """Derive the durability from INFO and, if the user may call it, CONFIG."""
-    notes: list[str] = []
+    advice: list[str] = []
     policy = str(info.get("maxmemory_policy", "unknown"))
     if policy not in ("noeviction", "unknown") and info.get("maxmemory", 0):
-        notes.append(f"maxmemory-policy {policy} can drop what is kept when memory is full")
+        advice.append(
+            f"maxmemory-policy {policy} can drop messages and records when memory is full: set "
+            "maxmemory-policy noeviction"
+        )
     if not info.get("aof_enabled"):
-        return Server(name, "client crash", "appendonly no: at most snapshots", tuple(notes))
+        return Server(name, "client crash", "appendonly no: at most snapshots", tuple(advice))
     try:
         # Servers before Redis 7 accept only one name per call, so use a pattern.
         told = _pairs(await call("CONFIG GET", "*appendfsync*"))
         fsync = told["appendfsync"]
     except (ConfigurationError, KeyError):
-        notes.append("appendfsync is unknown: the user may not call CONFIG GET")
-        return Server(name, "client crash", "appendonly yes", tuple(notes))
+        advice.append(_GIVE.format("+config|get"))
+        return Server(name, "client crash", "appendonly yes", tuple(advice))
     durability = f"appendonly yes, appendfsync {fsync}"
     if fsync == "everysec":
         # https://redis.io/docs/latest/operate/oss_and_stack/management/persistence/ and
@@ -439,12 +447,12 @@ async def _durability(
             ": while the disk syncs, the server holds back for up to 2 s what it has answered, and "
             "a crash loses it (appendfsync no survives the server's, always the machine's as well)"
         )
-        return Server(name, "client crash", durability, tuple(notes))
+        return Server(name, "client crash", durability, tuple(advice))
     if fsync == "always" and told.get("no-appendfsync-on-rewrite") != "yes":
-        return Server(name, "machine crash", durability, tuple(notes))
+        return Server(name, "machine crash", durability, tuple(advice))
     if fsync == "always":
         durability += " but no-appendfsync-on-rewrite yes"
-    return Server(name, "server crash", durability, tuple(notes))
+    return Server(name, "server crash", durability, tuple(advice))
 
 
 def _pairs(reply: Any) -> dict[str, str]:

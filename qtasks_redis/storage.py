@@ -79,12 +79,18 @@ class RedisStorage(Storage):
             best_settings=BEST_SETTINGS,
             retention=self.retention,
             largest=self._server.largest,
-            notes=(retention_note(self.retention), *self._server.notes),
+            notes=(retention_note(self.retention),),
+            advice=self._server.advice,
         )
 
     async def start(self, namespace: str) -> None:
         self._connection = await self._connect(namespace)
         self._server = self._connection.server
+
+    async def refresh(self) -> None:
+        connection = self.started()
+        await connection.refresh()
+        self._server = connection.server
 
     async def _connect(self, namespace: str) -> Connection:
         connection = await connect(self.url, namespace)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
-from qtasks.cli import backends, dead, queues, tasks, work
+from qtasks.cli import backends, check, dead, queues, tasks, work
 from qtasks.cli.output import JsonLog
 from qtasks.cli.session import LEVELS, Session
 from qtasks.cli.tasks import Interrupted
@@ -99,6 +99,7 @@ for command in (
     queues.queues,
     queues.purge,
     queues.workers,
+    check.check,
     backends.guarantees,
     backends.migrate,
 ):

@@ -19,10 +19,18 @@ from qtasks.bridge.crossing import IOThread, Reply, copy_of
 from qtasks.client import retrying
 from qtasks.client.batcher import Batcher
 from qtasks.client.overdue import look_once, unconfirmed
+from qtasks.client.requirements import Requirements
 from qtasks.client.retrying import Backoff, Outage, retry
 from qtasks.client.times import Clock
 from qtasks_core import Broker, Composition, Inbox, Outcome, Storage, Task, TaskMessage
-from qtasks_core.errors import Closed, PayloadTooLarge, Refused, TaskTimeout, Unavailable
+from qtasks_core.errors import (
+    Closed,
+    ConfigurationError,
+    PayloadTooLarge,
+    Refused,
+    TaskTimeout,
+    Unavailable,
+)
 from qtasks_core.records import ENVELOPE, FINAL, record_of
 from qtasks_core.separate import compose
 
@@ -100,8 +108,12 @@ class Client:
         broker: Broker,
         storage: Storage,
         where: Callable[[], str | None] = lambda: None,
+        requirements: Requirements | None = None,
     ) -> None:
-        """`where` returns a text about the broker for the message of a `TaskTimeout`, or None."""
+        """`where` returns a text about the broker for the message of a `TaskTimeout`, or None.
+
+        `requirements`: what tasks require of both. None: nothing.
+        """
         self.name = name
         self.broker = broker
         self.storage = storage
@@ -109,6 +121,7 @@ class Client:
         self._driver_loggers = {*broker.driver_loggers, *storage.driver_loggers}
         self.composition: Composition = compose(broker, storage)
         self.clock = Clock(broker, storage)
+        self.requirements = requirements or Requirements(broker, storage)
         self._least: tuple[float, str] = (inf, "")
         """The largest message that both the broker and the storage take, in bytes.
 
@@ -232,6 +245,14 @@ class Client:
                 raise _refused(message, outcome)
         return records
 
+    async def check(self, messages: Sequence[TaskMessage]) -> None:
+        """Raise `ConfigurationError` if the servers do not guarantee what a task requires now."""
+        if self.requirements.required():
+            await self.requirements.ask()
+            for message in messages:
+                if (why := self.requirements.missing.get(message.task_name)) is not None:
+                    raise ConfigurationError(why)
+
     async def dated(self, messages: Sequence[TaskMessage]) -> list[TaskMessage]:
         """Return the messages, with `expires_at` by the clock that the workers use too."""
         if not [message for message in messages if message.expires_at is not None]:
@@ -310,9 +331,14 @@ class Client:
         while batch:
             try:
                 async with asyncio.timeout_at(max(s.deadline for s in batch)):
+                    if self.requirements.required():
+                        batch = await self._met(batch)
+                        if not batch:
+                            return
                     messages = await self.dated(await self._addressed(batch))
                     outcomes = await self.composition.submit(messages)
             except (Unavailable, TimeoutError) as error:
+                self.requirements.forget()
                 pause = backoff.next()
                 trouble = str(error) or "no answer in time"
                 for submission in batch:
@@ -334,6 +360,15 @@ class Client:
                 for submission, outcome in zip(batch, outcomes, strict=True):
                     self._answer(submission, outcome)
                 return
+
+    async def _met(self, batch: list[Submission]) -> list[Submission]:
+        """Return the submissions whose tasks have what they require. Fail the others."""
+        await self.requirements.ask()
+        missing = self.requirements.missing
+        for submission in batch:
+            if (why := missing.get(submission.message.task_name)) is not None:
+                self._fail(submission, ConfigurationError(why))
+        return [s for s in batch if s.message.task_name not in missing] if missing else batch
 
     async def _addressed(self, batch: list[Submission]) -> list[TaskMessage]:
         """Return the messages, with this client's address if a caller waits for the result."""

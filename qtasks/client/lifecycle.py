@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from qtasks.bridge.crossing import IOThread, Reply, copy_of, io_thread, running_io_thread
 from qtasks.client.client import Client
 from qtasks.client.parts import built_parts
+from qtasks.client.requirements import Requirements
 from qtasks.client.retrying import retry
 from qtasks_core import Broker, Guarantees, Storage
 from qtasks_core.errors import Closed, ConfigurationError, QTasksError, Unavailable
@@ -158,7 +159,8 @@ class Lifecycle:
             raise copy_of(life.failed)
         if self._started_in not in (None, os.getpid()):
             self._rebuild()
-        client = Client(self.name, self.broker, self.storage, self._written_to)
+        requirements = Requirements(self.broker, self.storage, self._required, self._compare)
+        client = Client(self.name, self.broker, self.storage, self._written_to, requirements)
         self._started_in = os.getpid()
         try:
             await client.start(deadline)
@@ -180,6 +182,17 @@ class Lifecycle:
 
         Raises `ConfigurationError`.
         """
+
+    def _required(self) -> bool:
+        """Return whether the app or a task requires anything of the servers."""
+        return False
+
+    def _compare(self) -> dict[str, str]:
+        """Return the tasks whose requirements are not met any more, each with an error text.
+
+        Logs what has changed since the last call.
+        """
+        return {}
 
     def _rebuild(self) -> None:
         """Replace the broker and the storage that a parent process has started.

@@ -239,6 +239,9 @@ class ObservedBroker(Broker):
     async def clock(self) -> float | None:
         return await self._broker.clock()
 
+    async def refresh(self) -> None:
+        await self._broker.refresh()
+
     async def depth(self, queue: str) -> QueueDepth:
         return await self._broker.depth(queue)
 

@@ -145,7 +145,7 @@ class RunningWorker:
 
     @property
     def ready(self) -> bool:
-        """Whether it receives, and its servers answer."""
+        """Whether it receives, and its servers answer and guarantee what tasks require."""
         return self.engine.ready
 
     def release(self) -> None:

@@ -60,6 +60,7 @@ class Worker:
         self.limits = limits
         self._runner = runner
         self._storage = client.storage
+        self._requirements = client.requirements
         self._lease = client.broker.guarantees.lease
         self._stop_task: asyncio.Task[None] | None = None
         self._most_grace: float | None = None
@@ -102,8 +103,12 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether it receives, and its servers answer."""
-        return self._life.state is WorkerState.RECEIVING and self._retrying.healthy
+        """Whether it receives, and its servers answer and guarantee what tasks require."""
+        return (
+            self._life.state is WorkerState.RECEIVING
+            and self._retrying.healthy
+            and not self._requirements.missing
+        )
 
     @property
     def failure(self) -> Exception | None:
@@ -161,6 +166,7 @@ class Worker:
             self._vital(watch(self._jobs, self._runner)),
             _optional(self._registration.renew(), "the registry of workers"),
             _optional(self._commands.listen(), "commands"),
+            _optional(self._requirements.watch(), "comparing what tasks require"),
             _optional(expire(self._storage, self.id), "deleting old records"),
         )
 

@@ -44,7 +44,10 @@ class Broker(ABC):
     @property
     @abstractmethod
     def guarantees(self) -> Guarantees:
-        """What this instance promises. `start` fills in the facts that only the server knows."""
+        """What this instance promises. `start` fills in the facts that only the server knows.
+
+        `refresh` reads them again.
+        """
 
     @abstractmethod
     async def start(self, namespace: str) -> None:
@@ -91,6 +94,13 @@ class Broker(ABC):
         one of them has set, whatever their own clocks show. Raises `Unavailable`.
         """
         return None
+
+    async def refresh(self) -> None:
+        """Read again what `guarantees` depends on: a server's settings may change after `start`.
+
+        By default it does nothing, for guarantees that no setting changes. Raises `Unavailable`.
+        """
+        return
 
     @abstractmethod
     async def depth(self, queue: str) -> QueueDepth:

@@ -28,7 +28,10 @@ class Storage(ABC):
     @property
     @abstractmethod
     def guarantees(self) -> Guarantees:
-        """What this instance promises. `start` fills in the facts that only the server knows."""
+        """What this instance promises. `start` fills in the facts that only the server knows.
+
+        `refresh` reads them again.
+        """
 
     @abstractmethod
     async def start(self, namespace: str) -> None:
@@ -77,6 +80,13 @@ class Storage(ABC):
         one of them has set, whatever their own clocks show. Raises `Unavailable`.
         """
         return None
+
+    async def refresh(self) -> None:
+        """Read again what `guarantees` depends on: a server's settings may change after `start`.
+
+        By default it does nothing, for guarantees that no setting changes. Raises `Unavailable`.
+        """
+        return
 
     @abstractmethod
     async def query(self, query: TaskQuery) -> TaskPage:

@@ -388,7 +388,7 @@ async def test_a_user_without_rights_to_ask_gets_the_least_guarantees(
         broker = RedisBroker(f"redis://worker:pw@127.0.0.1:{port}")
         await broker.start("tests")
         assert broker.guarantees.survives == "client crash"
-        assert "unknown" in f"{broker.guarantees.durability} {broker.guarantees.notes}"
+        assert "not known completely" in str(broker.guarantees.advice)
         await broker.publish([message(queue=str(uuid4()))])
         await broker.stop()
     await server.acl_deluser("worker")
@@ -421,13 +421,13 @@ async def test_what_survives_follows_from_when_the_server_syncs(
         await server.config_set("appendfsync", before)
 
 
-async def test_eviction_is_noted(redis_server: Service, server: Redis) -> None:
+async def test_eviction_is_advised_against(redis_server: Service, server: Redis) -> None:
     await server.config_set("maxmemory", "900mb")
     await server.config_set("maxmemory-policy", "allkeys-lru")
     try:
         storage = RedisStorage(redis_server.url)
         await storage.start("tests")
-        assert "allkeys-lru" in str(storage.guarantees.notes)
+        assert "allkeys-lru" in str(storage.guarantees.advice)
         await storage.stop()
     finally:
         await server.config_set("maxmemory-policy", "noeviction")
