@@ -35,6 +35,9 @@ PATIENCE = Patience(os.environ.get("QTASKS_CONFORMANCE_PATIENCE", "30"))
 SOON = Patience(max(min(10.0, PATIENCE), PATIENCE / 3))
 """Seconds for what must happen long before a long lease ends, even with a rebalance."""
 
+TICK = 0.05
+"""Seconds between two looks at how far this machine is behind."""
+
 SHARE = 1 / 3
 """The fraction of its patience that a wait may take without a warning."""
 
@@ -47,6 +50,8 @@ class _Waits:
         """Descriptions of the waits that took too long."""
         self.away = 0.0
         """Seconds during which the test itself had stopped the server. They do not count."""
+        self.behind = 0.0
+        """Seconds by which short sleeps took longer than they should, all together."""
 
 
 _waits = _Waits()
@@ -70,6 +75,20 @@ def server_away() -> Iterator[None]:
         yield
     finally:
         _waits.away += time.monotonic() - began
+
+
+async def measure_lag() -> None:
+    """Measure how far this machine is behind, until cancelled: on an idle one it never is."""
+    loop = asyncio.get_running_loop()
+    while True:
+        began = loop.time()
+        await asyncio.sleep(TICK)
+        _waits.behind += loop.time() - began - TICK
+
+
+def lag() -> float:
+    """Return by how many seconds all sleeps of `measure_lag` took too long until now."""
+    return _waits.behind
 
 
 @asynccontextmanager

@@ -75,7 +75,7 @@ class Outage:
         text, now = str(error), time.monotonic()
         self.failed_at = now
         server = _SERVER.search(text)
-        trouble = server[0] if server else text
+        trouble = server[0].rstrip(":/") if server else text
         self._told = {known: at for known, at in self._told.items() if now - at < _AGAIN}
         if trouble not in self._told:
             self._told[trouble] = now

@@ -63,15 +63,16 @@ class LeaseContract(Contract):
         The publishing process is killed then, and all messages are still delivered. If
         `atomic_retries` is not declared, the retry may have left the old message too.
         """
-        victim = await rig.elsewhere()
+        broker = await rig.broker(lease=LONG_LEASE)
+        guarantees = broker.guarantees
+        # What it leaves behind comes back after its lease.
+        victim = await rig.elsewhere(lease=LONG_LEASE if guarantees.atomic_retries else None)
         messages = rig.messages(3)
         later = rig.message(delay=1.0, queue="later")
         assert_done(await victim.publish(messages[:1]))
         await victim.receive(1)
-        guarantees = (broker := await rig.broker()).guarantees
         assert_settled(await victim.settle((0, "retry")), guarantees)
         assert_done(await victim.publish([*messages[1:], later]))
-        before = clock()
         await victim.kill()
         subscription = await broker.subscribe({"q": 10, "later": 10})
         deliveries: list[Delivery] = []
@@ -85,7 +86,6 @@ class LeaseContract(Contract):
         assert came in (expected, sorted([*expected, old]))
         (delivery,) = await collect(subscription, 1, rig.within, "later")
         assert delivery.message == later
-        assert clock() - before <= rig.within
 
     async def test_a_process_killed_while_it_settles_loses_nothing(self, rig: Rig) -> None:
         """A process is killed before, during or after a settle: no message is lost.
@@ -106,11 +106,11 @@ class LeaseContract(Contract):
         )
         subscription = await broker.subscribe(dict.fromkeys(queues, 10))
         came: list[Delivery] = []
-        deadline = clock() + rig.within + PATIENCE
+        deadline = clock().at + rig.within + PATIENCE
         for queue in queues:
             sent = {message.uuid for message in messages[queue]}
             while not sent <= set(uuids(came)):
-                assert clock() < deadline, "acknowledged messages are delivered again and again"
+                assert clock().at < deadline, "acknowledged messages are delivered again and again"
                 some = await collect(subscription, 1, rig.within, queue)
                 assert_settled(await subscription.settle([Ack(some[0])]), broker.guarantees)
                 came += some
@@ -243,13 +243,13 @@ class LeaseContract(Contract):
             await short.subscribe(1)
         others = await broker.subscribe({"q": 10})
         taking, receiving = rig.background(short.receive(1)), rig.background(collect(long, 1))
-        deadline = clock() + PATIENCE
+        deadline = clock().at + PATIENCE
         while not (taking.done() and receiving.done()):
-            assert clock() < deadline, "one of two receivers of a queue gets no message"
+            assert clock().at < deadline, "one of two receivers of a queue gets no message"
             assert_done(await broker.publish(rig.messages(3)))
             await asyncio.wait({taking, receiving}, timeout=0.5)
         ((lost,), (kept,)) = taking.result(), receiving.result()
-        since = clock()
+        since = clock().at
         await short.kill()
         came: list[Delivery] = []
 
@@ -265,12 +265,12 @@ class LeaseContract(Contract):
         receivers = {rig.background(acknowledge(each)) for each in (others, long)}
         deadline = since + max(rig.within, PATIENCE)
         while lost.message.uuid not in uuids(came):
-            assert clock() < deadline, (
+            assert clock().at < deadline, (
                 "what a dead receiver with a short lease held was not delivered again"
             )
             await only_time_passes(receivers, 0.1)
         # If the long lease were cut to the short one, it would have ended by then.
-        await only_time_passes(receivers, max(since + rig.subject.lease - clock(), 0.0) + 1.0)
+        await only_time_passes(receivers, max(since + rig.subject.lease - clock().at, 0.0) + 1.0)
         assert message_of(kept).uuid not in uuids(came), (
             "what a receiver with a long lease holds was delivered to another"
         )

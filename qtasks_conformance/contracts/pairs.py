@@ -234,7 +234,7 @@ class ComposingContract(Contract):
         Its result is refused because the new owner has already recorded one. Its retry is refused
         because the lease is lost.
         """
-        broker, storage, composition = await self._pair(rig, lease=None)
+        broker, storage, composition = await self._pair(rig)
         zombie = await rig.elsewhere()
         assert_done(await composition.submit([rig.message()]))
         await zombie.receive(1)

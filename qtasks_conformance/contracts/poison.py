@@ -12,6 +12,7 @@ from qtasks_conformance.contracts.delays import assert_on_time, clock
 from qtasks_conformance.contracts.delivering import assert_done, assert_settled
 from qtasks_conformance.contracts.pairs import completion
 from qtasks_conformance.elsewhere import Elsewhere
+from qtasks_conformance.patience import measure_lag
 from qtasks_conformance.rig import LONG_LEASE, Rig, new_uuid
 from qtasks_conformance.waiting import assert_silent, collect
 from qtasks_core import Completion, Delivery, Retry, Storage
@@ -93,6 +94,7 @@ class PoisonContract(Contract):
         composition = compose(broker, storage)
         message = rig.message()
         assert_done(await composition.submit([message]))
+        rig.background(measure_lag())
         subscription = await broker.subscribe({"q": 10})
         for tries in ("1", "2"):
             (delivery,) = await collect(subscription, 1)

@@ -62,7 +62,7 @@ def daemon_thread() -> None:
         task.wait_result()
 
     threading.Thread(target=wait, daemon=True).start()
-    waiting.wait(20)
+    waiting.wait(120)
 
 
 def never_stopped() -> None:

@@ -12,7 +12,7 @@ import pytest
 from qtasks import QueueTasks
 from qtasks_memory import MemoryBroker
 from tests.faces import exiting
-from tests.processes import Process
+from tests.processes import PATIENCE, Process
 from tests.waits import WaitedFor
 
 BACKENDS = ["sqlite", "redis", "postgres", "rabbitmq", "kafka"]
@@ -20,12 +20,12 @@ COMPLAINTS = ("Traceback", "Exception ignored", "never awaited", "destroyed", "n
 
 
 def ended(how: str, environment: dict[str, str], interrupt: bool = False) -> tuple[int, str]:
-    """Let a program end; return its status and what it said, within seconds."""
+    """Let a program end; return its status and what it said."""
     with Process("-m", "tests.faces.exiting", how, environment=environment) as program:
         if interrupt:
             program.wait_for("waiting")
             program.signal(signal.SIGINT)
-        return program.wait(20), program.output()
+        return program.wait(), program.output()
 
 
 def noted(said: str, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -79,14 +79,14 @@ def test_ctrl_c_while_starting(environment: dict[str, str]) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        silent.settimeout(20)
+        silent.settimeout(PATIENCE)
         environment["FAR_URL"] = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
         how = "interrupted_starting"
         with Process("-m", "tests.faces.exiting", how, environment=environment) as program:
             connection, _ = silent.accept()
             with connection:  # from now on it waits for an answer, and for nothing else
                 program.signal(signal.SIGINT)
-                status, said = program.wait(20), program.output()
+                status, said = program.wait(), program.output()
     assert status == 0, said
     assert said.split() == ["waiting", "interrupted"]
 

@@ -115,7 +115,10 @@ def test_an_outage_of_one_server_is_one_however_it_shows(caplog: pytest.LogCaptu
     for text in ("cannot be reached", "does not answer", "was closed"):
         trouble.failed(Unavailable(f"Kafka at kafka://here:1 {text}"))
         trouble.failed(Unavailable(f"redis://there:2/0: {text}"))
+        trouble.failed(Unavailable(f"amqp://far:3/ {text}"))
+        trouble.failed(Unavailable(f"commands cannot be heard: amqp://far:3/: {text}"))
     assert caplog.messages == [
         "Kafka at kafka://here:1 cannot be reached; trying again",
         "redis://there:2/0: cannot be reached; trying again",
+        "amqp://far:3/ cannot be reached; trying again",
     ]
