@@ -64,7 +64,7 @@ def test_gunicorn_with_threads_serves(tmp_path: Path) -> None:
     port = free_port()
     with gunicorn(tmp_path, "gthread", port) as server:
         server.wait_for("Booting worker")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=120) as answer:
             assert answer.read() == b"new"
         assert server.terminate() == 0
 

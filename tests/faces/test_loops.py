@@ -77,7 +77,7 @@ def worker(app: QueueTasks) -> Iterator[None]:
 
     thread = threading.Thread(target=lambda: asyncio.run(work()))
     thread.start()
-    assert started.wait(20)
+    assert started.wait(120)
     yield
     loops[0].call_soon_threadsafe(stop.set)
     thread.join()
@@ -217,10 +217,10 @@ async def test_a_notebooks_cells(environment: dict[str, str], monkeypatch: Any) 
             "worker = app.worker()\nrunning = await worker.__aenter__()\nrunning.id",
             lambda value: isinstance(value, str),
         ),
-        ("task = await double.add_task(4, timeout=20)\ntask.returning", lambda value: value == 8),
+        ("task = await double.add_task(4, timeout=120)\ntask.returning", lambda value: value == 8),
         (
             "import asyncio\ntasks = await double.map([(n,) for n in range(5)])\n"
-            "[t.returning for t in await asyncio.gather(*(t.wait_result(20) for t in tasks))]",
+            "[t.returning for t in await asyncio.gather(*(t.wait_result(120) for t in tasks))]",
             lambda value: value == [0, 2, 4, 6, 8],
         ),
         (
@@ -241,10 +241,10 @@ def test_the_asyncio_prompt(environment: dict[str, str]) -> None:
     """`python -m asyncio`, typed into: its loop runs in one thread, the prompt in another."""
     typed = """
 from tests.faces.sums import add
-task = await add.add_task(1, 2, timeout=20)
+task = await add.add_task(1, 2, timeout=120)
 print("awaited", task.returning)
 tasks = await add.map([(n, n) for n in range(4)])
-print("mapped", [(await t.wait_result(20)).returning for t in tasks])
+print("mapped", [(await t.wait_result(120)).returning for t in tasks])
 """
     prompt = subprocess.run(
         [sys.executable, "-m", "asyncio"],
