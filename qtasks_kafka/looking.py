@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 POLL_MS = 200
+COUNTED = 2000
+"""Offsets of a queue that are read to count its messages."""
 _UNUSED = ("Empty", "Dead")
 _STABLE = "Stable"
 
@@ -73,6 +75,24 @@ class Looker:
             partition.begin(first[place])
             seen[place] = Seen(partition, end[place])
         return seen
+
+    async def undelivered(self, seen: Mapping[TopicPartition, Seen]) -> int:
+        """Return how many records were not delivered yet.
+
+        Up to `COUNTED` offsets, it reads them: some have only the mark of a transaction.
+        """
+        total = sum(each.undelivered for each in seen.values())
+        if not 0 < total <= COUNTED:
+            return total
+        consumer = self._consumer
+        consumer.assign(list(seen))
+        for place, each in seen.items():
+            consumer.seek(place, each.partition.position)
+        count, behind = 0, set(seen)
+        while behind := {tp for tp in behind if await consumer.position(tp) < seen[tp].end}:
+            for place, records in (await consumer.getmany(*behind, timeout_ms=POLL_MS)).items():
+                count += sum(record.offset < seen[place].end for record in records)
+        return count
 
     async def kept(self, places: list[TopicPartition]) -> int:
         """Return how many records these partitions have."""
