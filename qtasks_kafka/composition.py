@@ -17,7 +17,6 @@ from qtasks_core import (
     Broker,
     Completion,
     Outcome,
-    Retry,
     Subscription,
     TaskMessage,
 )
@@ -104,15 +103,11 @@ class KafkaComposition(SeparateComposition):
     ) -> list[Outcome]:
         from qtasks_kafka.transactional_subscription import TransactionalSubscription
 
-        joint = [
-            at
-            for at, each in enumerate(completions)
-            if each.settlement is not None
-            and (each.task is not None or isinstance(each.settlement, Retry))
-        ]
-        if not joint or not isinstance(subscription, TransactionalSubscription):
+        if not isinstance(subscription, TransactionalSubscription) or not any(
+            each.settlement is not None and each.task is not None for each in completions
+        ):
             return await super().complete(subscription, completions)
-        # Acknowledgements without a record go along.
+        # Settlements without a record go along.
         joint = [at for at, each in enumerate(completions) if each.settlement is not None]
         rest = [at for at, each in enumerate(completions) if each.settlement is None]
         outcomes = [DONE] * len(completions)

@@ -58,9 +58,9 @@ class TransactionalKafkaBroker(KafkaBroker):
         )
 
     async def start(self, namespace: str) -> None:
+        await super().start(namespace)
         from qtasks_kafka.transactions import Submitter
 
-        await super().start(namespace)
         name = topic_name(namespace, "client")
         self._submitter = Submitter(self._connection, f"{name}.{uuid7().hex}")
 
