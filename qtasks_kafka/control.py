@@ -87,12 +87,12 @@ async def depth(
     places = places_of(topic, await connection.partitions(topic))
     if not places:
         return QueueDepth(ready=0, delayed=delayed, in_flight=0)
-    async with looking(connection, workers_group(namespace)) as (looker, _):
+    async with looking(connection, workers_group(namespace)) as (looker, deadline):
         seen = await looker.look(places)
         owners = await looker.owners()
         undelivered = sum(each.undelivered for each in seen.values())
         if marks:
-            undelivered = await looker.undelivered(seen)
+            undelivered = await looker.undelivered(seen, deadline)
     unfinished = sum(len(each.partition.open) for each in seen.values())
     held = in_flight(seen, owners)
     return QueueDepth(ready=undelivered + unfinished - held, delayed=delayed, in_flight=held)

@@ -76,21 +76,25 @@ class Looker:
             seen[place] = Seen(partition, end[place])
         return seen
 
-    async def undelivered(self, seen: Mapping[TopicPartition, Seen]) -> int:
+    async def undelivered(
+        self, seen: Mapping[TopicPartition, Seen], deadline: asyncio.Timeout
+    ) -> int:
         """Return how many records were not delivered yet.
 
-        Up to `COUNTED` offsets, it reads them: some have only the mark of a transaction.
+        Up to `COUNTED` offsets, it reads them: some have only the mark of a transaction. Each
+        answer of the server moves the deadline.
         """
         total = sum(each.undelivered for each in seen.values())
         if not 0 < total <= COUNTED:
             return total
-        consumer = self._consumer
+        consumer, clock = self._consumer, asyncio.get_running_loop().time
         consumer.assign(list(seen))
         for place, each in seen.items():
             consumer.seek(place, each.partition.position)
         count, behind = 0, set(seen)
         while behind := {tp for tp in behind if await consumer.position(tp) < seen[tp].end}:
             for place, records in (await consumer.getmany(*behind, timeout_ms=POLL_MS)).items():
+                deadline.reschedule(clock() + REQUEST)
                 count += sum(record.offset < seen[place].end for record in records)
         return count
 

@@ -76,6 +76,7 @@ class TransactionalKafkaBroker(KafkaBroker):
 
         group = workers_group(self._namespace)
         member = TransactionalMembership(self._connection, group, topics, self._lease)
+        await member.check_rights()
         await member.open()
         self._obey()
         return TransactionalSubscription(self, member, topics, self._subscriptions.discard)

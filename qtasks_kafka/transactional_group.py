@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from aiokafka.errors import IllegalGenerationError, KafkaError, UnknownMemberIdError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
+from qtasks_core.errors import ConfigurationError
 from qtasks_core.together import together
 from qtasks_kafka.assignor import KeepingAssignor
 from qtasks_kafka.connection import PAUSE
@@ -88,6 +89,12 @@ class TransactionalMembership(Membership):
         self._fenced: set[str] = set()
         self._doubt: Doubt | None = None
 
+    async def check_rights(self) -> None:
+        """Raise `ConfigurationError` if this user may not use a transactional id of the group."""
+        with self._connection.reaching():
+            async with asyncio.timeout(REQUEST):
+                await fence(self._connection, self._id_of(self._owner))  # the first one is number 1
+
     async def transact(self, plan: Callable[[], Step | None]) -> None:
         """Do what `plan` returns in one transaction. None: there is nothing left to do.
 
@@ -125,7 +132,9 @@ class TransactionalMembership(Membership):
             except RecordRefused:
                 await self._prepare()  # aborts it: nobody should wait for its end
                 raise
-            except KafkaError:
+            except KafkaError as error:
+                if isinstance(self._connection.translated(error), ConfigurationError):
+                    raise
                 return False  # fenced, perhaps because of a partition that was given away
             return True
 
@@ -138,6 +147,7 @@ class TransactionalMembership(Membership):
             tp: OffsetAndMetadata(*p.commit(self._owner, step.finished[p]))
             for tp, p in places.items()
         }
+        assert len(offsets) == len(step.finished), "a delivery that is held is of our partitions"
         covered = {partition: set(partition.unconfirmed) for partition in places.values()}
         sent = {tp: committed.metadata for tp, committed in offsets.items()}
         self._doubt = Doubt(transactor.id, sent, step)

@@ -141,6 +141,8 @@ async def test_transactions_need_one_right_more(
         ) as caught:
             await composition.submit([message])
         assert PASSWORD not in str(caught.value)
+        with pytest.raises(ConfigurationError, match="TransactionalIdAuthorizationFailed"):
+            await broker.subscribe({"q": 1})
         await allow(operator, TRANSACTIONAL_ID, f"{namespace}.", WRITE)
         assert await composition.submit([message]) == [DONE]
         subscription = await broker.subscribe({"q": 1})

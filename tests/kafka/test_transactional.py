@@ -292,7 +292,8 @@ async def test_what_became_of_a_transaction_is_found_out(
 
         async def breaking(producer: AIOKafkaProducer) -> None:
             if broken:
-                return await commit(producer)
+                await commit(producer)
+                return
             broken.append(producer._txn_manager.transactional_id)
             if committed:
                 await commit(producer)
