@@ -189,14 +189,24 @@ class TransactionalMembership(Membership):
             await self._commit(dict(self.partitions))
 
     async def _commits(self, places: list[TopicPartition]) -> Commits:
-        """Return the commits of partitions, once nobody else can change them any more."""
+        """Return the commits of partitions, once no transaction can change them any more.
+
+        That may be one of our own: a commit is answered before all partitions have its mark. If we
+        have lost a partition since then, the group knows best what is finished there.
+        """
+        self._named.clear()
         while True:
             committed = await super()._commits(places)
-            owners = {owner_of(each.metadata) for each in committed.values()}
-            ids = {self._id_of(o) for o in owners if o.count(".") == 2 and not self._is_mine(o)}
-            if not (left := ids - self._fenced):
-                self._named.clear()
+            owners = {
+                owner
+                for tp, each in committed.items()
+                if (owner := owner_of(each.metadata)).count(".") == 2
+                and not (self._is_mine(owner) and tp in self.partitions)
+            }
+            if not (left := {self._id_of(owner) for owner in owners} - self._fenced):
                 return committed
+            if self._transactor is not None and self._transactor.id in left:
+                self._drop_producer()
             await together([self._fence(each) for each in left])
 
     async def _fence(self, transactional_id: str) -> None:

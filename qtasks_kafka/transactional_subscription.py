@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from qtasks_core import Ack, Outcome, Settlement
+from qtasks_core import Ack, Delivery, Outcome, Settlement
 from qtasks_core.errors import PayloadTooLarge
 from qtasks_core.receivers import Recent, SettleCall
 from qtasks_core.schemas import LOST
-from qtasks_kafka.subscription import KafkaSubscription, Publisher, place_of
+from qtasks_kafka.subscription import KafkaSubscription, Publisher, is_mine, place_of
 from qtasks_kafka.transactional_group import Step, TransactionalMembership
 from qtasks_kafka.transactions import RecordRefused
 from qtasks_kafka.watermark import Partition
@@ -65,6 +66,8 @@ class TransactionalSubscription(KafkaSubscription):
         super().__init__(broker, member, topics, left)
         self._unclear = Recent()
         """Settlements whose transaction was cut off, of deliveries that were lost then."""
+        self._changing = asyncio.Lock()
+        """A record must not be moved while a transaction finishes it."""
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
         if all(isinstance(settlement, Ack) for settlement in settlements):
@@ -80,7 +83,8 @@ class TransactionalSubscription(KafkaSubscription):
         work = _Work(self, items)
         await self._broker.prepare(work.replacements())
         try:
-            await self._member.transact(work.plan)
+            async with self._changing:
+                await self._member.transact(work.plan)
         except RecordRefused as refused:
             if len(items) > 1:
                 return [settled for item in items for settled in await self.transact([item])]
@@ -89,6 +93,10 @@ class TransactionalSubscription(KafkaSubscription):
         if not self._member.in_flight:
             await self._idle()
         return work.results()
+
+    async def _move(self, deliveries: list[Delivery]) -> None:
+        async with self._changing:
+            await super()._move([delivery for delivery in deliveries if is_mine(delivery)])
 
     def replacement(self, settlement: Settlement) -> Record | None:
         """Return the record that replaces a delivery."""

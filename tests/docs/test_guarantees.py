@@ -107,7 +107,7 @@ def table(title: str, told: list[Guarantees], row=storage_row) -> list[str]:  # 
 
 def test_the_page_promises_nothing_that_no_call_can_ask_for() -> None:
     """A broker may be able to join the caller's transaction; `add_task` cannot ask it to."""
-    promised = [line for line in PAGE.read_text().splitlines() if "transaction" in line]
+    promised = [line for line in PAGE.read_text().splitlines() if "caller's transaction" in line]
     assert all("`add_task` has no way to say so yet" in line for line in promised)
 
 
