@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaConnectionError
+from aiokafka.structs import TopicPartition
 from msgspec.structs import replace
 from uuid_utils import uuid7
 
@@ -33,6 +34,7 @@ from qtasks_core.separate import SeparateComposition, compose
 from qtasks_kafka import KafkaBroker, KafkaStorage, TransactionalKafkaBroker
 from qtasks_kafka.composition import KafkaComposition
 from qtasks_kafka.transactional_subscription import TransactionalSubscription
+from qtasks_kafka.writer import Record, Written
 from tests.processes import PATIENCE, Process
 from tests.services import Service
 
@@ -344,6 +346,78 @@ async def test_a_worker_that_gives_partitions_away_goes_on(
             receiving.cancel()
             waiting.cancel()
             await asyncio.wait({receiving, waiting})
+
+
+async def test_a_record_is_not_moved_while_a_transaction_finishes_it(
+    kafka_server: Service, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the copy would be left: the transaction finishes the original."""
+    async with started(kafka_server.url, namespace, partitions=2) as pair:
+        await pair.composition.submit(messages())
+        subscription = await pair.broker.subscribe({"q": 10})
+        assert isinstance(subscription, TransactionalSubscription)
+        member = subscription._member
+        (delivery,) = await receive(subscription, 1)
+        number = 1 - delivery.fence.number
+        other = member.partitions[TopicPartition(delivery.fence.topic, number)]
+        monkeypatch.setattr(member, "owes", lambda partition: partition is not other)
+        monkeypatch.setattr(member, "kept", lambda topic: (number, other))
+        committing, go_on = asyncio.Event(), asyncio.Event()
+        commit = AIOKafkaProducer.commit_transaction
+
+        async def waiting(producer: AIOKafkaProducer) -> None:
+            committing.set()
+            await go_on.wait()
+            await commit(producer)
+
+        monkeypatch.setattr(AIOKafkaProducer, "commit_transaction", waiting)
+        completing = asyncio.create_task(
+            pair.composition.complete(subscription, [completion(delivery, "ack")])
+        )
+        await committing.wait()
+        copied: list[object] = []
+        copy = pair.broker.copy
+
+        async def noting(records: Sequence[Record]) -> list[Written]:
+            copied.extend(records)
+            return await copy(records)
+
+        monkeypatch.setattr(pair.broker, "copy", noting)
+        moving = asyncio.create_task(subscription._move([delivery]))
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await completing == [DONE]
+        await moving
+        assert not copied
+        monkeypatch.undo()
+        await nothing_comes(subscription, pair)
+
+
+async def test_what_was_lost_is_read_after_the_last_transaction_has_ended(
+    kafka_server: Service, namespace: str
+) -> None:
+    """A commit is answered before it can be read. So a member that lost its partitions, and gets
+    them back, fences its own producer before it reads what is finished there."""
+    async with started(kafka_server.url, namespace) as pair:
+        sent = messages(2)
+        await pair.composition.submit(sent)
+        subscription = await pair.broker.subscribe({"q": 10})
+        assert isinstance(subscription, TransactionalSubscription)
+        member = subscription._member
+        first, second = await receive(subscription, 2)
+        assert await pair.composition.complete(subscription, [completion(first, "ack")]) == [DONE]
+        assert member._transactor is not None
+        before = member._transactor
+        member._lose_all()
+        member._rejoin()
+        (again,) = await receive(subscription, 1)
+        assert again.message == second.message
+        assert before.id in member._fenced
+        assert member._transactor is not before
+        (outcome,) = await pair.composition.complete(subscription, [completion(second, "ack")])
+        assert outcome.status == "refused"
+        assert await pair.composition.complete(subscription, [completion(again, "ack")]) == [DONE]
+        await nothing_comes(subscription, pair)
 
 
 WORKER = """
