@@ -22,6 +22,7 @@ from qtasks_core import (
 )
 from qtasks_core.records import instead, record_of, say_not_taken, taken, within
 from qtasks_core.separate import SeparateComposition
+from qtasks_core.together import together
 from qtasks_kafka.storage import KafkaStorage
 from qtasks_log import Entry
 
@@ -109,12 +110,18 @@ class KafkaComposition(SeparateComposition):
             return await super().complete(subscription, completions)
         # Settlements without a record go along.
         joint = [at for at, each in enumerate(completions) if each.settlement is not None]
-        rest = [at for at, each in enumerate(completions) if each.settlement is None]
+        alone = {
+            at: each.task
+            for at, each in enumerate(completions)
+            if each.settlement is None and each.task is not None
+        }
+        calls = [self._complete(subscription, [completions[at] for at in joint])]
+        if alone:
+            calls.append(self._save_within(list(alone.values())))
         outcomes = [DONE] * len(completions)
-        await self._save(completions, rest, outcomes)
-        together = await self._complete(subscription, [completions[at] for at in joint])
-        for at, outcome in zip(joint, together, strict=True):
-            outcomes[at] = outcome
+        for places, answers in zip((joint, alone), await together(calls), strict=False):
+            for at, outcome in zip(places, answers, strict=True):
+                outcomes[at] = outcome
         return outcomes
 
     async def _complete(
