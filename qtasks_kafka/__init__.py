@@ -7,6 +7,7 @@ from qtasks_kafka.log import KafkaLog
 from qtasks_kafka.settings import OURS
 from qtasks_kafka.share_broker import ShareGroupKafkaBroker
 from qtasks_kafka.storage import KafkaStorage
+from qtasks_kafka.transactional_broker import TransactionalKafkaBroker
 
 
 class KafkaBackend(Backend):
@@ -54,6 +55,20 @@ class KafkaShareBackend(KafkaBackend):
         return ShareGroupKafkaBroker(rest, **options)
 
 
+class TransactionalKafkaBackend(KafkaBackend):
+    """Makes the parts of `kafka+transactional://HOST:PORT,HOST:PORT`: the broker uses transactions.
+
+    It has the options of `kafka://`. The storage is the same.
+    """
+
+    def broker(self, url: str) -> TransactionalKafkaBroker:
+        """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
+        rest, options = take_options(url, OURS)
+        for option in ("retention", "directory"):
+            options.pop(option, None)
+        return TransactionalKafkaBroker(rest, **options)
+
+
 __all__ = [
     "KafkaBackend",
     "KafkaBroker",
@@ -61,4 +76,6 @@ __all__ = [
     "KafkaShareBackend",
     "KafkaStorage",
     "ShareGroupKafkaBroker",
+    "TransactionalKafkaBackend",
+    "TransactionalKafkaBroker",
 ]

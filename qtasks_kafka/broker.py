@@ -140,15 +140,19 @@ class KafkaBroker(Broker):
     async def append(self, records: Sequence[Record]) -> list[Outcome]:
         """Append records. They are durable when the call returns."""
         writer = self._connection.running_writer()
-        await self._connection.ensure(list({r.topic for r in records if not r.headers}))
-        if any(record.headers for record in records):
-            await self._ensure_delayed()
+        await self._ensure_topics(records)
         written = await writer.write(records)
         return [DONE if w.refused is None else Outcome("refused", str(w.refused)) for w in written]
 
     async def copy(self, records: Sequence[Record]) -> list[Written]:
         """Append copies of records to the topics that they are in."""
         return await self._connection.running_writer().write(records)
+
+    async def _ensure_topics(self, records: Sequence[Record]) -> None:
+        """Make sure that the topics of messages exist."""
+        await self._connection.ensure(list({r.topic for r in records if not r.headers}))
+        if any(record.headers for record in records):
+            await self._ensure_delayed()
 
     async def _ensure_delayed(self) -> None:
         from qtasks_kafka.delays import CONFIG, delayed_topic
@@ -176,9 +180,12 @@ class KafkaBroker(Broker):
         group = workers_group(self._namespace)
         member = Membership(self._connection, group, topics, self._lease)
         await member.open()
+        self._obey()
+        return KafkaSubscription(self, member, topics, self._subscriptions.discard)
+
+    def _obey(self) -> None:
         if self._obeying is None:
             self._obeying = Obeying(self._listening(), self._drop)
-        return KafkaSubscription(self, member, topics, self._subscriptions.discard)
 
     async def depth(self, queue: str) -> QueueDepth:
         self._listening()

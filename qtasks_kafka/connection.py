@@ -21,7 +21,7 @@ from qtasks_core.errors import (
 )
 from qtasks_core.urls import redact
 from qtasks_kafka.diagnosis import diagnose, wrong_tls
-from qtasks_kafka.settings import AT_LEAST_ONE, REQUEST, settings_of
+from qtasks_kafka.settings import AT_LEAST_ONE, REQUEST, place_of, settings_of
 from qtasks_kafka.writer import Writer
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ LONG_POLL_MS = 2500
 """Milliseconds that the server may wait for records before it answers a fetch."""
 GROWTH_MS = 10_000
 """Milliseconds within which the members of a group notice that a topic has grown."""
+TRANSACTION_MS = int(REQUEST * 1000) + 1000
+"""Milliseconds after which the server may abort a transaction. Its owner gives up before."""
 LARGEST_MESSAGE = 4 * 1024 * 1024
 """The largest batch, in bytes, of topics created here. The server's default is just under 1 MiB."""
 KEPT = {"retention.ms": "-1", "retention.bytes": "-1", "max.message.bytes": str(LARGEST_MESSAGE)}
@@ -53,7 +55,7 @@ _WRONG = {
     "InvalidConfigurationError", "PolicyViolationError", "UnsupportedSaslMechanismError",
     "AuthenticationFailedError", "SaslAuthenticationFailed",
     "TopicAuthorizationFailedError", "GroupAuthorizationFailedError", "InvalidGroupIdError",
-    "ClusterAuthorizationFailedError", "InconsistentGroupProtocolError",
+    "ClusterAuthorizationFailedError", "TransactionalIdAuthorizationFailed",
 }  # fmt: skip
 _TOO_OLD = {"IncompatibleBrokerVersion", "UnsupportedVersionError", "UnrecognizedBrokerVersion"}
 
@@ -90,6 +92,7 @@ class Connection:
     def __init__(self, url: str, *, partitions: int, replicas: int | None) -> None:
         self._url = url
         self.shown = redact(url)
+        self.place = place_of(url)
         self._settings = settings_of(url)
         self._partitions = AT_LEAST_ONE.checked("partitions", partitions)
         self._replicas = replicas
@@ -181,6 +184,11 @@ class Connection:
             return ConfigurationError(
                 f"Kafka at {self.shown}: this listener takes no login; leave out USER:PASSWORD@"
             )
+        if name == "InconsistentGroupProtocolError":
+            return ConfigurationError(
+                f"Kafka at {self.shown}: workers of another kind are in this group. All workers of "
+                "an app use kafka://, or all use kafka+transactional://: stop the others first"
+            )
         if name in _TOO_OLD:
             return ServerTooOld(f"Kafka at {self.shown} is too old: {said}")
         if name in _WRONG:
@@ -193,6 +201,8 @@ class Connection:
         defaults = {
             "request_timeout_ms": int(REQUEST * 1000),
             "auto_offset_reset": "earliest",
+            # What an aborted transaction wrote is nothing. Without transactions, this is free.
+            "isolation_level": "read_committed",
         }
         settings = {**defaults, **self._settings, **options}
         consumer: AIOKafkaConsumer = self._driver.AIOKafkaConsumer(
@@ -202,17 +212,22 @@ class Connection:
         )
         return consumer
 
-    def producer(self) -> Any:
+    def producer(self, transactional_id: str | None = None) -> Any:
         """Return a new producer that is not started.
 
-        It is idempotent: its retries neither change the order nor make copies.
+        It is idempotent: its retries neither change the order nor make copies. With an id, it
+        writes in transactions only, and no other producer of that id can go on.
         """
+        options = {} if transactional_id is None else {
+            "transactional_id": transactional_id, "transaction_timeout_ms": TRANSACTION_MS
+        }  # fmt: skip
         return self._driver.AIOKafkaProducer(
             enable_idempotence=True,
             acks="all",
             max_batch_size=512 * 1024,
             max_request_size=LARGEST_MESSAGE,
             request_timeout_ms=int(REQUEST * 1000),
+            **options,
             **self._settings,
         )
 

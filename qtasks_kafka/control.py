@@ -76,18 +76,25 @@ def commands_topic(namespace: str) -> str:
     return topic_name(namespace, "commands")
 
 
-async def depth(connection: Connection, namespace: str, topic: str) -> QueueDepth:
-    """Count messages as the group's last commits show them."""
+async def depth(
+    connection: Connection, namespace: str, topic: str, *, marks: bool = False
+) -> QueueDepth:
+    """Count messages as the group's last commits show them.
+
+    With `marks`, offsets may have marks of transactions. See `Looker.undelivered`.
+    """
     delayed = sum(map(len, (await delayed_keys(connection, namespace, topic)).values()))
     places = places_of(topic, await connection.partitions(topic))
     if not places:
         return QueueDepth(ready=0, delayed=delayed, in_flight=0)
-    async with looking(connection, workers_group(namespace)) as (looker, _):
+    async with looking(connection, workers_group(namespace)) as (looker, deadline):
         seen = await looker.look(places)
         owners = await looker.owners()
+        undelivered = sum(each.undelivered for each in seen.values())
+        if marks:
+            undelivered = await looker.undelivered(seen, deadline)
     unfinished = sum(len(each.partition.open) for each in seen.values())
     held = in_flight(seen, owners)
-    undelivered = sum(each.undelivered for each in seen.values())
     return QueueDepth(ready=undelivered + unfinished - held, delayed=delayed, in_flight=held)
 
 

@@ -28,6 +28,7 @@ from qtasks_core.wire import decode_message
 from qtasks_kafka.connection import (
     GROWTH_MS,
     LONGEST_PREFIX,
+    PAUSE,
     Connection,
     close_consumer,
     drop_abandoned,
@@ -291,6 +292,8 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         if self._new:
             return 0
         left = self._heap[0][0] - self._clock.now() if self._heap else LONGEST_WAIT
+        if any(waiting.position < waiting.end for waiting in self._waiting.values()):
+            left = max(left, PAUSE)  # what is due waits for the rest
         return max(1, int(min(left, LONGEST_WAIT) * 1000) + 1)
 
     async def _take(self, consumer: AIOKafkaConsumer) -> None:
@@ -300,15 +303,18 @@ class DelayMover(ConsumerRebalanceListener):  # type: ignore[misc]
         new = self._new
         drop_abandoned(consumer)
         async with asyncio.timeout(REQUEST):
-            ends = await consumer.end_offsets(new)
             first = await consumer.beginning_offsets(new)
             begin = {tp: await consumer.committed(tp) for tp in new}
-            (stamp,) = await self._connection.running_writer().write(
-                [Record(self._topic, None, _CLOCK, partition=next(iter(new)).partition)]
+            # They tell the time, and the ends. Reading to the last committed record would not do:
+            # a tombstone may be behind an open transaction, and its message would be moved again.
+            stamps = await self._connection.running_writer().write(
+                [Record(self._topic, None, _CLOCK, partition=tp.partition) for tp in new]
             )
-        if stamp.refused is not None:
-            raise stamp.refused
-        self._clock.saw(stamp.timestamp)
+        for stamp in stamps:
+            if stamp.refused is not None:
+                raise stamp.refused
+            self._clock.saw(stamp.timestamp)
+        ends = {tp: stamp.offset for tp, stamp in zip(new, stamps, strict=True)}
         if self._new is not new:
             return
         self._new = set()

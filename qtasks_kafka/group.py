@@ -15,7 +15,7 @@ import logging
 import time
 from asyncio import Future
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from aiokafka import ConsumerRebalanceListener
 from aiokafka.errors import (
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("qtasks.kafka")
 
+Commits: TypeAlias = dict[TopicPartition, OffsetAndMetadata]
+
 SILENCE = LONG_POLL_MS / 1000 + 2.0
 """Seconds without an answer to a fetch after which the server is unreachable."""
 SHORT_POLL_MS = 500
@@ -60,6 +62,8 @@ CALM = 10.0
 
 class Membership:
     """Holds partitions of `topics`. `lease` (seconds) is the group's session timeout."""
+
+    assignor = KeepingAssignor
 
     def __init__(
         self, connection: Connection, group: str, topics: Iterable[str], lease: float
@@ -108,7 +112,7 @@ class Membership:
         session = int(self._lease * 1000)
         consumer = self._connection.consumer(
             group_id=self._group,
-            partition_assignment_strategy=[KeepingAssignor(self._holdings, self._note_owed)],
+            partition_assignment_strategy=[self.assignor(self._holdings, self._note_owed)],
             session_timeout_ms=session,
             # After a crash, the messages of the dead member wait for the next heartbeat of all.
             heartbeat_interval_ms=heartbeat_ms(self._lease, 1.0),
@@ -285,6 +289,7 @@ class Membership:
         places = [tp for tp in self.partitions if tp.topic in topics and tp not in self.owed]
         if time.monotonic() - self._polled > REQUEST / 2:
             self._polling_since = time.monotonic()
+        before = {tp: self._position(consumer, tp) for tp in places}
         try:
             batches = {}
             # The driver continues with a partition until all its fetched records are used.
@@ -312,6 +317,12 @@ class Membership:
         if batches and epoch != self.epoch:
             self._rewind()
             return []
+        if epoch == self.epoch:
+            for tp, start in before.items():
+                end = self._position(consumer, tp)
+                if start is not None and end is not None:
+                    offsets = [record.offset for record in batches.get(tp, ())]
+                    self.partitions[tp].follow(start, offsets, end)
         if not batches and epoch == self.epoch:
             # While a full buffer is used up, an old last fetch is normal. With an empty buffer it
             # is not.
@@ -349,6 +360,16 @@ class Membership:
         age = time.time() - max((ms for ms in polled if ms), default=0) / 1000
         if places and min(age, time.monotonic() - self._polling_since) > SILENCE:
             raise Unavailable(f"Kafka at {self._connection.shown} does not answer")
+
+    @staticmethod
+    def _position(consumer: AIOKafkaConsumer, tp: TopicPartition) -> int | None:
+        """Return the driver's position, without waiting for it. The driver's own method may."""
+        subscription = consumer._subscription.subscription
+        assignment = None if subscription is None else subscription.assignment
+        if assignment is None or tp not in assignment.tps:
+            return None
+        state = assignment.state_value(tp)
+        return state.position if state.has_valid_position else None
 
     @staticmethod
     def _mine(consumer: AIOKafkaConsumer, tp: TopicPartition) -> bool:
@@ -433,6 +454,7 @@ class Membership:
                 self._lose_all()
                 return not self._to_take
             try:
+                await self._prepare()
                 if self._to_take:
                     await self._take_over()
                 places = {tp: p for tp, p in self.partitions.items() if p in wanted}
@@ -448,12 +470,15 @@ class Membership:
                 return False
             return not self._to_take
 
+    async def _prepare(self) -> None:
+        """Finish what must be finished before a commit."""
+
     async def _take_over(self) -> None:
         """Read which records are finished in new partitions, and write our name into them."""
         consumer, epoch = self._running(), self.epoch
         drop_abandoned(consumer)
         taking = sorted(self._to_take)
-        committed = await self._coordinator.fetch_committed_offsets(taking)
+        committed = await self._commits(taking)
         first = await consumer.beginning_offsets(taking)
         end = await consumer.end_offsets(taking)
         taken: dict[TopicPartition, Partition] = {}
@@ -461,7 +486,7 @@ class Membership:
             known = self.partitions.get(tp)
             if tp not in committed:
                 taken[tp] = Partition(first[tp])
-            elif known is not None and owner_of(committed[tp].metadata) == self._name:
+            elif known is not None and self._is_mine(owner_of(committed[tp].metadata)):
                 taken[tp] = known
             else:
                 taken[tp] = restored(committed[tp].offset, committed[tp].metadata)
@@ -486,6 +511,20 @@ class Membership:
             consumer.resume(*consumer.assignment() - self.owed)
         self.release_owed()
 
+    async def _commits(self, places: list[TopicPartition]) -> Commits:
+        """Return the group's commits of partitions that this member takes over."""
+        found: Commits = await self._coordinator.fetch_committed_offsets(places)
+        return found
+
+    @property
+    def _owner(self) -> str:
+        """The name that this member writes into its commits."""
+        return self._name
+
+    def _is_mine(self, owner: str) -> bool:
+        """Return whether this member has made the commit of an owner."""
+        return owner == self._name
+
     async def _commit(self, places: dict[TopicPartition, Partition]) -> None:
         """Send one commit, with the generation in which these partitions are ours.
 
@@ -496,9 +535,7 @@ class Membership:
         if not self._is_member:
             raise UnknownMemberIdError(self._group)
         covered = {partition: set(partition.unconfirmed) for partition in places.values()}
-        offsets = {
-            tp: OffsetAndMetadata(p.watermark, p.metadata(self._name)) for tp, p in places.items()
-        }
+        offsets = {tp: OffsetAndMetadata(*p.commit(self._owner)) for tp, p in places.items()}
         await self._coordinator._do_commit_offsets(None, offsets)
         self._confirmed_at = time.monotonic()
         self._floor.note({tp: committed.offset for tp, committed in offsets.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
@@ -22,6 +22,8 @@ from qtasks_log import Entry, Log, Replaced
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer
     from aiokafka.structs import TopicPartition
+
+    from qtasks_kafka.writer import Record
 
 logger = logging.getLogger("qtasks.kafka")
 
@@ -87,7 +89,13 @@ class Mark(NamedTuple):
 
 
 class KafkaLog(Log):
-    """The topic `NAMESPACE.records`. A mark is the end of each partition."""
+    """The topic `NAMESPACE.records`. A mark is the end of each partition.
+
+    An entry of a transaction is read once that has committed, and so is what comes after it in its
+    partition, whoever wrote that. The end of a partition is where its first open transaction
+    begins. A transaction that its owner leaves open delays those who save, and nobody who reads:
+    what counts has been read back, so it is before that end.
+    """
 
     def __init__(self, url: str, *, partitions: int = 8, replicas: int | None = None) -> None:
         self._url = url
@@ -371,14 +379,15 @@ class KafkaLog(Log):
                 self._retired.add(closing)
                 closing.add_done_callback(self._retired.discard)
 
-    async def append(self, entries: Sequence[Entry]) -> list[str | None]:
+    async def records(self, entries: Sequence[Entry]) -> list[Record]:
+        """Return the records that append entries to this log."""
         from qtasks_kafka.writer import Record
 
         await self._open()
-        writer, layout = self._connection.writer, self._layout
-        if writer is None or layout is None:
+        layout = self._layout
+        if layout is None:
             raise Closed("KafkaLog is not started")
-        records = [
+        return [
             Record(
                 self._topic,
                 entry.value,
@@ -387,6 +396,10 @@ class KafkaLog(Log):
             )
             for entry in entries
         ]
+
+    async def append(self, entries: Sequence[Entry]) -> list[str | None]:
+        records = await self.records(entries)
+        writer = self._connection.running_writer()
         try:
             await self._connection.ensure([self._topic], COMPACTED)
             written = await writer.write(records)
@@ -422,13 +435,15 @@ class KafkaLog(Log):
             if self._consumer is not consumer:
                 raise Unavailable("the log was reopened while it was read")
             if batches:
-                return self._entries(batches)
+                entries = self._entries(batches)
+                # The marks of transactions are not returned, but they are before the next mark.
+                await self._moved(consumer, batches)
+                return entries
 
     def _entries(self, batches: dict[TopicPartition, list[object]]) -> list[Entry]:
         entries = []
-        for tp, records in batches.items():
+        for records in batches.values():
             for record in records:
-                self._positions[tp] = record.offset + 1  # type: ignore[attr-defined]
                 name = (record.key or b"").decode(errors="replace")  # type: ignore[attr-defined]
                 if name.startswith("\nlayout"):
                     continue
@@ -437,10 +452,12 @@ class KafkaLog(Log):
                 entries.append(Entry(partition_key, key, record.value))  # type: ignore[attr-defined]
         return entries
 
-    async def _moved(self, consumer: AIOKafkaConsumer) -> bool:
-        """Follow the driver over offsets without a record. Return whether there were any."""
+    async def _moved(
+        self, consumer: AIOKafkaConsumer, places: Iterable[TopicPartition] | None = None
+    ) -> bool:
+        """Follow the driver over what it has read. Return whether it has gone on."""
         moved = False
-        for tp in consumer.assignment():
+        for tp in consumer.assignment() if places is None else places:
             position = await consumer.position(tp)
             moved |= position > self._positions[tp]
             self._positions[tp] = max(position, self._positions[tp])

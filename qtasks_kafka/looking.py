@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 POLL_MS = 200
+COUNTED = 2000
+"""Offsets of a queue that are read to count its messages."""
 _UNUSED = ("Empty", "Dead")
 _STABLE = "Stable"
 
@@ -73,6 +75,28 @@ class Looker:
             partition.begin(first[place])
             seen[place] = Seen(partition, end[place])
         return seen
+
+    async def undelivered(
+        self, seen: Mapping[TopicPartition, Seen], deadline: asyncio.Timeout
+    ) -> int:
+        """Return how many records were not delivered yet.
+
+        Up to `COUNTED` offsets, it reads them: some have only the mark of a transaction. Each
+        answer of the server moves the deadline.
+        """
+        total = sum(each.undelivered for each in seen.values())
+        if not 0 < total <= COUNTED:
+            return total
+        consumer, clock = self._consumer, asyncio.get_running_loop().time
+        consumer.assign(list(seen))
+        for place, each in seen.items():
+            consumer.seek(place, each.partition.position)
+        count, behind = 0, set(seen)
+        while behind := {tp for tp in behind if await consumer.position(tp) < seen[tp].end}:
+            for place, records in (await consumer.getmany(*behind, timeout_ms=POLL_MS)).items():
+                deadline.reschedule(clock() + REQUEST)
+                count += sum(record.offset < seen[place].end for record in records)
+        return count
 
     async def kept(self, places: list[TopicPartition]) -> int:
         """Return how many records these partitions have."""

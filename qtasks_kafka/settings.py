@@ -43,6 +43,14 @@ def settings_of(url: str) -> dict[str, Any]:
         raise ConfigurationError(f"{redact(url)}: {error}") from error.__cause__
 
 
+def place_of(url: str) -> tuple[object, ...]:
+    """Return what tells the cluster and the user of a URL from those of others."""
+    settings = settings_of(url)
+    servers = sorted(settings.pop("bootstrap_servers").split(","))
+    kept = ("security_protocol", "sasl_mechanism", "sasl_plain_username")
+    return (*servers, *(settings.get(name) for name in kept))
+
+
 class _Wrong(Exception):
     """A mistake in a URL. The message does not show the URL."""
 

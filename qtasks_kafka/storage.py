@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qtasks_core.records import RETENTION
 from qtasks_kafka.log import KafkaLog
+from qtasks_kafka.settings import place_of
 from qtasks_log import MEMORY, LogStorage
 
 
@@ -32,5 +33,7 @@ class KafkaStorage(LogStorage):
         directory: str | Path | None = None,
         memory: int = MEMORY,
     ) -> None:
-        log = KafkaLog(url, partitions=partitions, replicas=replicas)
-        super().__init__(log, retention=retention, directory=directory, memory=memory)
+        self.place = place_of(url)
+        """Which cluster this is on, and as which user."""
+        self.log = KafkaLog(url, partitions=partitions, replicas=replicas)
+        super().__init__(self.log, retention=retention, directory=directory, memory=memory)

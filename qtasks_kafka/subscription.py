@@ -209,13 +209,13 @@ class KafkaSubscription(Subscription):
         replaced = {
             place: settlement
             for place, settlement in call.first.items()
-            if not isinstance(settlement, Ack) and _mine(settlement.delivery)
+            if not isinstance(settlement, Ack) and is_mine(settlement.delivery)
         }
         refused = await self._replace(replaced) if replaced else {}
         finished: set[int] = set()
         touched: set[Partition] = set()
         for place, settlement in call.first.items():
-            partition, offset = _place(settlement.delivery)
+            partition, offset = place_of(settlement.delivery)
             if place in refused:
                 call.answer(place, refused[place])
             elif not partition.lost:
@@ -230,7 +230,7 @@ class KafkaSubscription(Subscription):
         if not self._member.in_flight:
             await self._idle()
         for place, settlement in call.first.items():
-            partition, offset = _place(settlement.delivery)
+            partition, offset = place_of(settlement.delivery)
             obeyed = place in finished or call.keys[place] in self._obeyed
             if obeyed and partition.settled(offset):
                 call.done(place)
@@ -241,8 +241,8 @@ class KafkaSubscription(Subscription):
 
         The group is asked first, because a receiver without the lease must not append anything.
         """
-        await self._member.confirm({_place(s.delivery)[0] for s in settlements.values()})
-        mine = {place: s for place, s in settlements.items() if _mine(s.delivery)}
+        await self._member.confirm({place_of(s.delivery)[0] for s in settlements.values()})
+        mine = {place: s for place, s in settlements.items() if is_mine(s.delivery)}
         sent = await self._broker.append([self._replacement(s) for s in mine.values()])
         answers = zip(mine, sent, strict=True)
         return {place: outcome for place, outcome in answers if outcome.status != "done"}
@@ -261,16 +261,16 @@ class KafkaSubscription(Subscription):
 
         Deliveries from a partition that another member should have are moved to one that we keep.
         """
-        if held := {_place(d)[0] for d in deliveries if _mine(d)}:
+        if held := {place_of(d)[0] for d in deliveries if is_mine(d)}:
             await self._member.confirm(held)
             if self._moving is None and any(map(self._member.owes, held)):
                 self._moving = asyncio.get_running_loop().create_future()
                 try:
-                    await self._move([d for d in deliveries if _mine(d)])
+                    await self._move([d for d in deliveries if is_mine(d)])
                 finally:
                     self._moving.set_result(None)
                     self._moving = None
-        return [delivery if _mine(delivery) else None for delivery in deliveries]
+        return [delivery if is_mine(delivery) else None for delivery in deliveries]
 
     async def _move(self, deliveries: list[Delivery]) -> None:
         """Copy records in flight out of the owed partitions, and finish the originals there."""
@@ -279,7 +279,7 @@ class KafkaSubscription(Subscription):
         moving: list[tuple[Partition, int, Partition, Record]] = []
         for delivery in deliveries:
             fence: Fence = delivery.fence
-            partition, offset = _place(delivery)
+            partition, offset = place_of(delivery)
             kept = self._member.kept(fence.topic)
             if kept is not None and self._member.owes(partition):
                 number, target = kept
@@ -381,7 +381,7 @@ class KafkaSubscription(Subscription):
         self._left(self)
 
 
-def _place(delivery: Delivery) -> tuple[Partition, int]:
+def place_of(delivery: Delivery) -> tuple[Partition, int]:
     """Return the partition and the offset of a delivered record, or of the copy of it."""
     partition, offset, *_ = delivery.fence
     while offset in partition.moved:
@@ -389,9 +389,9 @@ def _place(delivery: Delivery) -> tuple[Partition, int]:
     return partition, offset
 
 
-def _mine(delivery: Delivery) -> bool:
+def is_mine(delivery: Delivery) -> bool:
     """Return whether a delivery is still to be settled here."""
-    partition, offset = _place(delivery)
+    partition, offset = place_of(delivery)
     return partition.holds(offset)
 
 

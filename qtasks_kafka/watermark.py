@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from base64 import b85decode, b85encode
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 
 METADATA_LIMIT = 4000
 """Characters. A server accepts 4096 (offset.metadata.max.bytes)."""
@@ -40,6 +40,12 @@ class Partition:
         """The next offset that fetching should bring."""
         self._looked_at: int | None = None
         """The offset from which records were fetched again, because they had not come."""
+        self._read_to: int | None = None
+        """The driver's position after the last fetch that is noted here."""
+        self._since = 0
+        """The offset after the last fetched record."""
+        self._empty: dict[int, int] = {}
+        """The first offsets of gaps in which the log has no record, and the offsets after them."""
         self.unconfirmed: set[int] = set()
         """Finished offsets that no accepted commit contains yet."""
         self.lost = False
@@ -79,13 +85,31 @@ class Partition:
         """Note that fetching continues at `offset`. With `again`, it checks a gap."""
         self.expected = offset
         self._looked_at = offset if again else None
+        self._empty.clear()
+
+    def follow(self, before: int, offsets: Iterable[int], after: int) -> None:
+        """Note that the driver has gone from one position to another, and what came on its way.
+
+        The other offsets in between have no record for us: they are the marks of transactions,
+        records of aborted ones, or compacted. The records must all have been noted here: if a
+        position is not that of the fetch before, some may be lost, and nothing is known of a gap.
+        """
+        if before != self._read_to:
+            self._since = before
+        for offset in offsets:
+            if offset > self._since:
+                self._empty[self._since] = offset
+            self._since = offset + 1
+        self._read_to = after
 
     def skips(self, offset: int) -> bool:
         """Return whether offsets before a fetched record must be fetched once more.
 
         A log may have gaps. But a record that the driver returned may also be lost on its way here.
         This looks like a gap too. A delivery after it would count the lost record as finished.
+        `follow` tells which gaps are empty.
         """
+        self.expected = self._empty.pop(self.expected, self.expected)
         return offset > self.expected and self._looked_at != self.expected
 
     def deliver(self, offset: int, before: int = 0) -> int | None:
@@ -173,24 +197,33 @@ class Partition:
         return not unfinished and offset not in self.unconfirmed
 
     def metadata(self, owner: str) -> str:
-        """Return the metadata for a commit: the owner, and what is finished above `watermark`.
+        """Return the metadata for a commit at `watermark`. See `commit`."""
+        return self.commit(owner)[1]
 
-        An offset with the count 0 is a finished copy after `position`. Copies in flight there are
-        left out, so a successor delivers them.
+    def commit(self, owner: str, done: Set[int] = frozenset()) -> tuple[int, str]:
+        """Return the offset and the metadata of a commit.
+
+        The offset is the watermark. The metadata has the owner, and what is finished above it. The
+        offsets in `done` count as finished, although `finish` was not called for them yet. An
+        offset with the count 0 is a finished copy after `position`. Copies in flight there are left
+        out, so a successor delivers them.
         """
-        start = previous = self.watermark
+        start = next((offset for offset in self.open if offset not in done), self.position)
+        previous = start
         data = bytearray()
         position = self.position
         room = (METADATA_LIMIT - len(owner) - 16) * 4 // 5
-        copies = sorted(offset for offset, count in self.ahead.items() if count is None)
+        copies = sorted(at for at, count in self.ahead.items() if count is None or at in done)
         for offset, count in [*self.open.items(), *((copy, 0) for copy in copies)]:
+            if count and offset in done:
+                continue
             piece = _varint(offset - previous) + _varint(count)
             if len(data) + len(piece) > room:
                 position = min(position, offset)  # after a crash, the rest runs again
                 break
             data += piece
             previous = offset
-        return f"{_VERSION} {owner} {position - start} {b85encode(bytes(data)).decode()}"
+        return start, f"{_VERSION} {owner} {position - start} {b85encode(bytes(data)).decode()}"
 
 
 def owner_of(metadata: str) -> str:

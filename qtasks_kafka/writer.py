@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("qtasks.kafka")
 
+CLOSING = REQUEST + 1.0
+"""Seconds that a producer may take to close, before it is cancelled once more."""
 BATCH_OVERHEAD = 128
 """Bytes of a batch and a record besides key, value and headers, rounded up."""
-_TOO_LARGE = {"MessageSizeTooLargeError", "RecordTooLargeError", "RecordListTooLargeError"}
+TOO_LARGE = {"MessageSizeTooLargeError", "RecordTooLargeError", "RecordListTooLargeError"}
 
 
 class Record(NamedTuple):
@@ -57,7 +59,7 @@ class Cluster(Protocol):
     def started(self) -> object:
         """Raise `Closed` before the start and after the stop."""
 
-    def producer(self) -> Any:
+    def producer(self, transactional_id: str | None = None) -> Any:
         """Return a new producer that is not started."""
 
     def reaching(self) -> AbstractContextManager[None]:
@@ -95,9 +97,13 @@ class Writer:
         """Give up this producer. The next call makes a new one. `stop` waits for the old one."""
         if producer is not None and self._producer is producer:
             self._producer = None
-            closing = asyncio.create_task(_close(producer))
-            self._dropping.add(closing)
-            closing.add_done_callback(self._dropping.discard)
+            self.retire(producer)
+
+    def retire(self, producer: AIOKafkaProducer) -> None:
+        """Close a producer in the background: without the server, it takes seconds."""
+        closing = asyncio.create_task(_close(producer))
+        self._dropping.add(closing)
+        closing.add_done_callback(self._dropping.discard)
 
     async def partitions(self, topic: str) -> int:
         """Return how many partitions a topic has. Raises `Unavailable`."""
@@ -148,11 +154,11 @@ class Writer:
         written: list[Written | None],
     ) -> None:
         """Send records without an outcome, and note outcomes. Some may need another call."""
-        batches = await self._batches(producer, records, written)
+        batches = await self.pack(producer, records, written)
         futures: list[tuple[Future[Any], int, list[int]]] = []
         for (topic, partition), batch in batches:
             future = await producer.send_batch(batch.builder, topic, partition=partition)
-            future.add_done_callback(_seen)
+            future.add_done_callback(seen)
             futures.append((future, partition, batch.members))
         if futures:
             await asyncio.wait([future for future, *_ in futures])
@@ -175,10 +181,10 @@ class Writer:
         name = type(error).__name__
         if name == "OutOfOrderSequenceNumber":
             return None
-        if name in _TOO_LARGE:
+        if name in TOO_LARGE:
             self._connection.forget_topics()
             if len(records) == 1:
-                return Written(_too_large(records[0], None))
+                return Written(oversized(records[0], None))
             # The limit is unknown or was lowered. Each record may fit alone.
             self._single.update(record.topic for record in records)
             return None
@@ -186,7 +192,14 @@ class Writer:
             return Written(translated)
         raise error
 
-    async def _batches(
+    def refusal(self, record: Record) -> PayloadTooLarge | None:
+        """Return why a record is larger than its topic takes, as far as that is known."""
+        largest = self._connection.largest(record.topic)
+        if largest is None or record.size <= largest:
+            return None
+        return oversized(record, largest)
+
+    async def pack(
         self, producer: AIOKafkaProducer, records: Sequence[Record], written: list[Written | None]
     ) -> list[tuple[tuple[str, int], Batch]]:
         """Pack records by partition. The first batches come first, so that they share a request.
@@ -201,8 +214,8 @@ class Writer:
             if written[at] is not None:
                 continue
             largest, size = self._connection.largest(record.topic), record.size
-            if largest is not None and size > largest:
-                written[at] = Written(_too_large(record, largest))
+            if (refusal := self.refusal(record)) is not None:
+                written[at] = Written(refusal)
                 too_large.add(record.topic)
                 continue
             if record.topic not in sizes:
@@ -249,7 +262,8 @@ class Batch:
         return True
 
 
-def _too_large(record: Record, largest: int | None) -> PayloadTooLarge:
+def oversized(record: Record, largest: int | None) -> PayloadTooLarge:
+    """Return the error of a record that is larger than its topic takes; None: limit unknown."""
     limit = "" if largest is None else f" of {largest} bytes"
     return PayloadTooLarge(
         f"{record.size} bytes are more than the topic {record.topic} takes "
@@ -257,7 +271,7 @@ def _too_large(record: Record, largest: int | None) -> PayloadTooLarge:
     )
 
 
-def _seen(future: Future[Any]) -> None:
+def seen(future: Future[Any]) -> None:
     """Mark the error of a batch as retrieved, in case its writer was cancelled."""
     if not future.cancelled() and future.exception() is not None:
         logger.debug("a batch was not written: %r", future.exception())
@@ -266,5 +280,12 @@ def _seen(future: Future[Any]) -> None:
 async def _close(producer: AIOKafkaProducer) -> None:
     """Close a producer at once. Its own `stop` would wait until everything is written."""
     producer._closed = True
-    await producer._sender.close()  # waits until pending answers arrive or time out
+    sender: asyncio.Task[None] | None = producer._sender.sender_task
+    while sender is not None and not sender.done():
+        # It waits until pending answers arrive or time out. But a transaction would look for its
+        # coordinator without end; being cancelled again, it gives up one thing that it waits for.
+        sender.cancel()
+        await asyncio.wait({sender}, timeout=CLOSING)
+    if sender is not None and not sender.cancelled() and (error := sender.exception()) is not None:
+        logger.debug("a producer had ended: %r", error)
     await producer.client.close()

@@ -106,7 +106,9 @@ class Log(ABC):
 
     @abstractmethod
     async def mark(self) -> object:
-        """Return a position after every append that returned before this call began.
+        """Return a position after every entry that some reader has returned before this call began.
+
+        Every other call that writes reads its own entries back before it returns.
 
         Every `get` waits for a mark. So this call must not queue behind a `read` that waits for
         entries.

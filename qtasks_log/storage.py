@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from asyncio import Future
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from typing import TypeAlias
 
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
@@ -61,6 +62,10 @@ _GROWS = (
     "deleted and expired records leave memory and file, but not the log: it grows until it is "
     "deleted"
 )
+
+
+Append: TypeAlias = Callable[[Sequence[Entry]], Awaitable[list[str | None]]]
+"""Appends entries, and returns why the log will never accept some of them, as `Log.append`."""
 
 
 class LogStorage(Storage):
@@ -176,19 +181,30 @@ class LogStorage(Storage):
 
     async def save(self, tasks: Sequence[Task], transaction: object | None = None) -> list[Outcome]:
         """Append a proposal for each task, and wait until all are read back and judged."""
-        self._started()
         if transaction is not None:
+            self._started()
             refuse_transaction(self)
+        return await self.save_by(tasks, self._log.append)
+
+    async def save_by(self, tasks: Sequence[Task], append: Append) -> list[Outcome]:
+        """Save tasks, and let `append` append their proposals, for instance in a transaction.
+
+        It gets an entry for each task, in order, and does what `Log.append` does.
+        """
+        self._started()
         outcomes: dict[int, Outcome] = {}
         missing: Mapping[int, Deletion | None] = dict.fromkeys(range(len(tasks)))
         while missing:
-            save = await self._save(tasks, missing)
+            save = await self._save(tasks, missing, append)
+            append = self._log.append
             outcomes |= save.outcomes
             # What an expired record refused is saved again, behind the deletion of that record.
             missing = {at: save.expired[at] for at in sorted(save.expired)}
         return [outcomes[at] for at in range(len(tasks))]
 
-    async def _save(self, tasks: Sequence[Task], missing: Mapping[int, Deletion | None]) -> Save:
+    async def _save(
+        self, tasks: Sequence[Task], missing: Mapping[int, Deletion | None], append: Append
+    ) -> Save:
         save = Save(missing)
         entries: list[Entry] = []
         places: list[int | None] = []
@@ -202,7 +218,7 @@ class LogStorage(Storage):
             places.append(at)
             self._saves[entry.key] = save, at, task
         try:
-            for place, refused in zip(places, await self._log.append(entries), strict=True):
+            for place, refused in zip(places, await append(entries), strict=True):
                 if refused is not None and place is not None:
                     save.set(place, Outcome("refused", refused))
             await self._reader.wait(save.judged)
@@ -296,7 +312,8 @@ class LogStorage(Storage):
         self._started()
         checked_id(uuid, "a uuid")
         if items:
-            await self._append([self._entry(uuid, Items(tuple(items), time.time()))])
+            # Read back: behind an open transaction, an entry is durable before others can read it.
+            await self._propose(uuid, Items(tuple(items), time.time()))
 
     async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
         store = await self._caught_up()
@@ -416,6 +433,7 @@ class LogStorage(Storage):
         elif isinstance(content, Items):
             size = len(entry.value or b"")
             store.records.append(entry.partition_key, entry.key, content, size)
+            self._tell(entry, True)
         elif isinstance(content, Deletion):
             judged = self._judged(store.records, entry, content)
             self._tell(entry, judged.judgement == "accept" and listing.exists(judged.before))

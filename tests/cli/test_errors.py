@@ -69,8 +69,8 @@ def test_a_path_without_a_module(qtasks: Command, app: str) -> None:
             "from qtasks.asyncio import QueueTasks\ndef made():\n"
             "    return QueueTasks(broker='foo://x')\napp = made()\n",
             "no backend for foo:// is installed; there are: amqp, amqps, kafka, kafka+share, "
-            "memory, postgres, postgresql, redis, redis+cluster, redis+sentinel, rediss, "
-            "rediss+cluster, rediss+sentinel, sqlite, valkey ({file}:4)",
+            "kafka+transactional, memory, postgres, postgresql, redis, redis+cluster, "
+            "redis+sentinel, rediss, rediss+cluster, rediss+sentinel, sqlite, valkey ({file}:4)",
         ),
     ],
 )

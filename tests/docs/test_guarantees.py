@@ -36,8 +36,9 @@ async def test_the_page_says_what_the_parts_say(
         url = "memory://" if name == "memory" else url_of(request, name, tmp_path)
         for part, told in ((resolve_broker(url), brokers), (resolve_storage(url), storages)):
             told.append(await guarantees_of(part))
-    shared = url_of(request, "kafka", tmp_path).replace("kafka://", "kafka+share://")
-    brokers.append(await guarantees_of(resolve_broker(shared)))
+    for scheme in ("kafka+transactional://", "kafka+share://"):
+        other = url_of(request, "kafka", tmp_path).replace("kafka://", scheme)
+        brokers.append(await guarantees_of(resolve_broker(other)))
     page = "\n".join([HEAD, *table("Brokers", brokers, broker_row), *table("Storages", storages)])
     if os.environ.get("QTASKS_WRITE_DOCS"):
         PAGE.write_text(page)
@@ -106,7 +107,7 @@ def table(title: str, told: list[Guarantees], row=storage_row) -> list[str]:  # 
 
 def test_the_page_promises_nothing_that_no_call_can_ask_for() -> None:
     """A broker may be able to join the caller's transaction; `add_task` cannot ask it to."""
-    promised = [line for line in PAGE.read_text().splitlines() if "transaction" in line]
+    promised = [line for line in PAGE.read_text().splitlines() if "caller's transaction" in line]
     assert all("`add_task` has no way to say so yet" in line for line in promised)
 
 

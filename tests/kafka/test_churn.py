@@ -36,13 +36,16 @@ class Log:
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("transactional", [False, True])
 @pytest.mark.parametrize("kills", [False, True])
 async def test_each_task_runs_once_unless_its_worker_is_killed(
-    kafka_server: Service, namespace: str, tmp_path: Path, kills: bool
+    kafka_server: Service, namespace: str, tmp_path: Path, kills: bool, transactional: bool
 ) -> None:
     pick = random.Random(kills)
     log = Log(tmp_path / "log")
     broker, storage = f"{kafka_server.url}?lease=15", f"sqlite:///{tmp_path}/tasks.db"
+    if transactional:
+        broker = storage = broker.replace("kafka://", "kafka+transactional://")
     environment = {
         "QTASKS_NAME": namespace,
         "QTASKS_BROKER_URL": broker,

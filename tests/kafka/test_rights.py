@@ -12,9 +12,17 @@ from aiokafka.protocol.metadata import MetadataRequest
 from msgspec.structs import replace
 
 from qtasks.testing.recipes import PASSWORD
-from qtasks_core import DONE, Ack, Retry, Task, TaskMessage
+from qtasks_core import DONE, Ack, Completion, Retry, Task, TaskMessage
 from qtasks_core.errors import ConfigurationError
-from qtasks_kafka import KafkaBroker, KafkaStorage, ShareGroupKafkaBroker, control, log
+from qtasks_core.separate import compose
+from qtasks_kafka import (
+    KafkaBroker,
+    KafkaStorage,
+    ShareGroupKafkaBroker,
+    TransactionalKafkaBroker,
+    control,
+    log,
+)
 from qtasks_kafka.connection import KEPT, topic_name
 from qtasks_kafka.control import commands_topic
 from qtasks_kafka.delays import CONFIG, delayed_topic
@@ -22,7 +30,7 @@ from tests.services.kafka import asking
 from tests.services.secured_kafka import USER, SecuredKafka
 
 # Codes of Kafka's protocol.
-TOPIC, GROUP = 2, 3
+TOPIC, GROUP, TRANSACTIONAL_ID = 2, 3, 5
 PREFIXED = 4
 READ, WRITE, DESCRIBE_CONFIGS = 3, 4, 10
 ALLOW = 3
@@ -114,6 +122,38 @@ async def test_a_right_that_is_missing_is_named(
         assert PASSWORD not in caught
     finally:
         await broker.stop()
+
+
+async def test_transactions_need_one_right_more(
+    secured: SecuredKafka, operator: AIOKafkaAdminClient, namespace: str
+) -> None:
+    await make_topics(operator, namespace)
+    await allow(operator, TOPIC, f"{namespace}.", READ, WRITE)
+    await allow(operator, GROUP, f"{namespace}.", READ)
+    broker, storage = TransactionalKafkaBroker(login(secured)), KafkaStorage(login(secured))
+    composition = compose(broker, storage)
+    await broker.start(namespace)
+    await storage.start(namespace)
+    try:
+        message = TaskMessage(uuid="u", task_name="n", queue="q")
+        with pytest.raises(
+            ConfigurationError, match="TransactionalIdAuthorizationFailed"
+        ) as caught:
+            await composition.submit([message])
+        assert PASSWORD not in str(caught.value)
+        with pytest.raises(ConfigurationError, match="TransactionalIdAuthorizationFailed"):
+            await broker.subscribe({"q": 1})
+        await allow(operator, TRANSACTIONAL_ID, f"{namespace}.", WRITE)
+        assert await composition.submit([message]) == [DONE]
+        subscription = await broker.subscribe({"q": 1})
+        (delivery,) = await subscription.receive({"q": 1}, 1)
+        record = Task(uuid="u", task_name="n", status="success")
+        completions = [Completion(Ack(delivery), record)]
+        assert await composition.complete(subscription, completions) == [DONE]
+        assert await storage.get(["u"]) == [record]
+    finally:
+        await broker.stop()
+        await storage.stop()
 
 
 async def test_a_share_group_of_an_operator_is_used_with_the_least_rights(

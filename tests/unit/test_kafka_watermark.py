@@ -207,3 +207,42 @@ def test_a_copy_that_nobody_needs_is_never_delivered() -> None:
     for partition in (new, heir):
         assert partition.in_flight == 0
         assert [offset for offset in range(4) if partition.deliver(offset)] == [0, 1, 3]
+
+
+def test_a_gap_that_the_driver_passed_over_is_empty() -> None:
+    """It read from 3 to 9, and only 4 and 7 are records: the others are marks of transactions."""
+    partition = Partition(3)
+    partition.follow(3, [4, 7], 9)
+    for offset in (4, 7):
+        assert not partition.skips(offset)
+        assert partition.deliver(offset) == 1
+    partition.follow(9, [], 10)  # a mark only
+    partition.follow(10, [11], 12)
+    assert partition.deliver(11) == 1
+    assert (partition.watermark, partition.position) == (4, 12)
+
+
+def test_a_gap_of_lost_records_is_not_taken_for_an_empty_one() -> None:
+    """The driver is at 9 now, and nobody has noted what it returned before that."""
+    partition = Partition(3)
+    partition.follow(3, [3], 4)
+    assert partition.deliver(3) == 1
+    partition.follow(9, [9], 10)
+    assert partition.skips(9)
+    partition.fetch_from(4, again=True)
+    partition.follow(4, [5, 9], 10)
+    assert [partition.deliver(5), partition.deliver(9)] == [1, 1]
+
+
+def test_a_commit_may_count_what_is_about_to_be_finished() -> None:
+    """A transaction commits it, and until that is known it is in flight."""
+    partition = Partition(0)
+    for offset in range(4):
+        partition.deliver(offset)
+    at, metadata = partition.commit("me", {0, 2})
+    heir = restored(at, metadata)
+    assert (at, heir.position, heir.open) == (1, 4, {1: 1, 3: 1})
+    assert partition.in_flight == 4
+    partition.finish(0)
+    partition.finish(2)
+    assert partition.commit("me") == (at, metadata)

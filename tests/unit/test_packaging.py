@@ -29,6 +29,7 @@ URLS = {
     "amqps": "amqps://me:pw@host/vhost?lease=5",
     "kafka": "kafka://a:1,b:2?lease=5",
     "kafka+share": "kafka+share://a:1,b:2?lease=5",
+    "kafka+transactional": "kafka+transactional://a:1,b:2?lease=5",
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BACKENDS: dict[str, str] = PROJECT["project"]["entry-points"]["qtasks.backends"]
