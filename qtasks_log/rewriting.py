@@ -34,14 +34,20 @@ class Rewriter:
         self._log = log
         self._storage = storage
         self._catch_up = catch_up
+        self._copy: str | None = None
+        """What this process has copied last. If it was frozen, others may have forgotten the name
+        before the copy was made."""
 
     async def step(self, store: Store) -> None:
         """Delete old copies, then switch to the copy that is prepared, or prepare one."""
         log = self._log
         known = await self._storage.get_value(KEY)
         names = [] if known is None else msgspec.json.decode(known, type=list[str])
-        if names:
-            left = await log.forget(names)
+        own = [] if self._copy is None or self._copy in names else [self._copy]
+        if names or own:
+            left = await log.forget([*names, *own])
+            if self._copy not in left:
+                self._copy = None
             if left != names:
                 names, before = left, known
                 known = msgspec.json.encode(names)
@@ -59,6 +65,7 @@ class Rewriter:
         named = list(dict.fromkeys([*names, self._log.name, name]))
         if not await self._storage.set(KEY, msgspec.json.encode(named), expect=known):
             return
+        self._copy = name
         logger.info("copying what still counts of a log of %d bytes", self._log.size)
         try:
             position = await store.freeze()

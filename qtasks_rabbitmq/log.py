@@ -109,6 +109,8 @@ class RabbitMQLog(Rewritable):
         self._marks: dict[str, Mark] = {}
         self._unread: dict[str, bytes] = {}
         """What was appended and not read back yet. If it came too late, it is appended again."""
+        self._lost = 0
+        """How many times it became unknown whether what was appended counts."""
         self._prepared: tuple[Generation, Turn] | None = None
         """The generation that is copied, and the turn to the copy."""
 
@@ -162,6 +164,7 @@ class RabbitMQLog(Rewritable):
         return Generations(self._writing, self._names)
 
     def _forget_all(self) -> None:
+        self._lost += 1
         self._target = self._at = NOWHERE
         self._next = self._size = 0
         self._turn, self._replaced, self._prepared = None, "", None
@@ -186,12 +189,14 @@ class RabbitMQLog(Rewritable):
         """Publish records that this process will read back."""
         # All of them to one stream. If the log goes on in another one meanwhile, the reader
         # appends them there again, in this order.
-        target = self._target
+        target, lost = self._target, self._lost
         self._unread.update(zip(keys, bodies, strict=True))
         answers: list[str | None] = []
         try:
             for part in split(map(len, bodies), MOST_AT_ONCE, MOST_BYTES_AT_ONCE):
                 answers += await self._publish(bodies[part], target)
+            if self._lost != lost:
+                raise Unavailable("the log went on in another stream; try again")
         except BaseException:
             self._drop(keys)
             raise
@@ -248,6 +253,7 @@ class RabbitMQLog(Rewritable):
             try:
                 await self._publish(list(late.values()), turn.generation)
             except BaseException:
+                self._lost += 1
                 self._drop(list(late))
                 raise
         reading.discard("reading another stream")
