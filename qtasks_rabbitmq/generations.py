@@ -86,9 +86,10 @@ class Generations:
 
         A still newer one may exist: whoever made it has not written the pointer yet.
         """
+        known = await there(self._connection, self._names.log)
         async with self._connection.asking() as channel:
             await self._declare(channel, self._names.log, POINTERS)
-        if pointers := await once_created(self._pointers):
+        if known and (pointers := await once_created(self._pointers)):
             return _newest(pointers)
         made = Generation(uuid7().hex, new_name(0))
         await self.create(made.name)

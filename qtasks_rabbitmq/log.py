@@ -191,10 +191,8 @@ class RabbitMQLog(Rewritable):
         # appends them there again, in this order.
         target, lost = self._target, self._lost
         self._unread.update(zip(keys, bodies, strict=True))
-        answers: list[str | None] = []
         try:
-            for part in split(map(len, bodies), MOST_AT_ONCE, MOST_BYTES_AT_ONCE):
-                answers += await self._publish(bodies[part], target)
+            answers = await self._publish(bodies, target)
             if self._lost != lost:
                 raise Unavailable("the log went on in another stream; try again")
         except BaseException:
@@ -315,12 +313,16 @@ class RabbitMQLog(Rewritable):
         if self._writing is None:
             raise Closed("RabbitMQLog is not started")
         stream = self._generations().stream(target.name)
-        refused = await self._writing.publish([Sending(body, stream) for body in bodies])
-        most = self._writing.largest or HARD_LIMIT
-        for at, reason in refused.items():
-            if len(bodies[at]) <= most:
-                raise Unavailable(f"the stream {stream}: {reason}")
-        return [refused.get(at) for at in range(len(bodies))]
+        answers: list[str | None] = []
+        for part in split(map(len, bodies), MOST_AT_ONCE, MOST_BYTES_AT_ONCE):
+            sendings = [Sending(body, stream) for body in bodies[part]]
+            refused = await self._writing.publish(sendings)
+            most = self._writing.largest or HARD_LIMIT
+            for at, reason in refused.items():
+                if len(sendings[at].body) <= most:
+                    raise Unavailable(f"the stream {stream}: {reason}")
+            answers += [refused.get(at) for at in range(len(sendings))]
+        return answers
 
     async def _collect(self, reading: Connection, reader: Channel) -> tuple[bool, list[Entry]]:
         """Return whether a mark of this log was reached, and the entries that have arrived."""

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 from qtasks_core import DONE, Task, TaskQuery
+from qtasks_core.errors import Unavailable
 from qtasks_log import rewriting
 from qtasks_log import storage as storage_module
 from qtasks_log.rewriting import KEY
 from qtasks_rabbitmq import RabbitMQLog, RabbitMQStorage
 from qtasks_rabbitmq.topology import Names
 from tests.processes import Process
+from tests.rabbitmq.operator import operator
 from tests.rabbitmq.stream_app import STEPS, patient
 from tests.services.rabbitmq import RabbitMQServer
 
@@ -327,3 +329,21 @@ async def test_who_may_not_create_a_stream_rewrites_nothing(
             assert await storage.get(["u"]) == [record("u")]
         finally:
             rabbitmq_server.control("delete_user", namespace)
+
+
+async def test_a_lost_stream_is_told_until_its_name_is_deleted_too(
+    rabbitmq_server: RabbitMQServer, namespace: str
+) -> None:
+    async with started(rabbitmq_server.url, namespace) as storage:
+        await storage.save([record("u")])
+        log = Names(namespace).log
+        async with operator(rabbitmq_server.url) as channel:
+            await channel.queue_delete(f"{log}:{log_of(storage).name}")
+            said = ""
+            while f"delete the stream {log} too" not in said:
+                with pytest.raises(Unavailable) as raised:
+                    await storage.get(["u"])
+                said = str(raised.value)
+            await channel.queue_delete(log)
+        assert await patient(storage.get, ["u"]) == [None]
+        assert await storage.save([record("u")]) == [DONE]
