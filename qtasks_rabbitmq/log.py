@@ -111,6 +111,8 @@ class RabbitMQLog(Rewritable):
         """What was appended and not read back yet. If it came too late, it is appended again."""
         self._lost = 0
         """How many times it became unknown whether what was appended counts."""
+        self._gone = ""
+        """Why there is no log to go on with."""
         self._prepared: tuple[Generation, Turn] | None = None
         """The generation that is copied, and the turn to the copy."""
 
@@ -167,7 +169,7 @@ class RabbitMQLog(Rewritable):
         self._lost += 1
         self._target = self._at = NOWHERE
         self._next = self._size = 0
-        self._turn, self._replaced, self._prepared = None, "", None
+        self._turn, self._replaced, self._gone, self._prepared = None, "", "", None
         self._arrived.clear()
         self._marks.clear()
         self._unread.clear()
@@ -190,6 +192,8 @@ class RabbitMQLog(Rewritable):
         # All of them to one stream. If the log goes on in another one meanwhile, the reader
         # appends them there again, in this order.
         target, lost = self._target, self._lost
+        if target is NOWHERE:
+            raise Unavailable(self._gone or "the log is being read anew; try again")
         self._unread.update(zip(keys, bodies, strict=True))
         try:
             answers = await self._publish(bodies, target)
@@ -285,10 +289,11 @@ class RabbitMQLog(Rewritable):
             self._target = max(newest, at.generation, key=lambda each: each.number)
             return True
         if not await generations.exists(newest):
-            raise Unavailable(
+            self._gone = (
                 f"the stream {generations.stream(newest.name)} is gone. If its records are not "
                 f"needed, delete the stream {self._names.log} too: it is then created again"
             )
+            raise Unavailable(self._gone)
         self._target = self._at = newest
         return position is None
 
