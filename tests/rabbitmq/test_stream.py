@@ -193,7 +193,11 @@ async def test_writers_lose_nothing_while_the_log_is_rewritten(
         assert numbers == [b"%d" % n for n in range(1, number + 1)]
 
     async with started(url, namespace) as one, started(url, namespace) as two:
-        async with started(url, namespace) as three, asyncio.TaskGroup() as group:
+        async with (
+            asyncio.timeout(5 * PATIENCE),
+            started(url, namespace) as three,
+            asyncio.TaskGroup() as group,
+        ):
             for who, storage in enumerate((one, two, three)):
                 group.create_task(write(storage, who))
             await rewrite(three, 4)
