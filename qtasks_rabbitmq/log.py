@@ -29,14 +29,12 @@ from qtasks_rabbitmq.generations import (
     records,
     there,
 )
-from qtasks_rabbitmq.servers import servers_of
+from qtasks_rabbitmq.servers import HEARTBEAT, servers_of
 from qtasks_rabbitmq.topology import Names, once_created
 
 if TYPE_CHECKING:
     from qtasks_rabbitmq.channel import Arrival, Channel
 
-HEARTBEAT = 10
-"""Seconds between heartbeats."""
 STALLED = 10.0
 """Seconds without any record after which copying a log gives up."""
 VERSION = b"\x01"
