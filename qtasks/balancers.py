@@ -33,8 +33,8 @@ class Strict(Balancer):
 
         app.run_forever(queues=["urgent", "usual"], balancer=Strict())
 
-    A backlog of the first queue stops all others. Tasks that run are not interrupted. On RabbitMQ,
-    which pushes messages of all queues ahead, tasks of other queues can come in between.
+    A backlog of the first queue stops all others. Tasks that run are not interrupted. On RabbitMQ
+    and Kafka, which fetch messages of all queues ahead, tasks of other queues can come in between.
     """
 
     def wanted(self, free: int, running: Mapping[str, int]) -> dict[str, int]:

@@ -298,7 +298,7 @@ def answers(url: str) -> bool:
 
 RUN_AS_PAGES = (
     "first-task.md", "choosing.md", "delivery.md", "faces.md", "celery.md", "cli.md", "worker.md",
-    "types.md",
+    "types.md", "balancing.md",
 )  # fmt: skip
 
 
@@ -333,7 +333,7 @@ def test_no_block_is_of_a_kind_that_no_test_reads() -> None:
 def test_the_pages_lead_from_one_to_the_next() -> None:
     """In the README's order, each linked by the last line of the one before it."""
     order = re.findall(r"^\d+\. \[.*?\]\(docs/(.*?)\)", PAGES[0].read_text(), re.MULTILINE)
-    assert len(order) == 12
+    assert len(order) == 14
     for page, following in pairwise(order):
         last = (ROOT / "docs" / page).read_text().splitlines()[-1]
         assert re.match(rf"Next: \[.*?\]\({following}\)", last), page

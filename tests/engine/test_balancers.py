@@ -18,7 +18,6 @@ from qtasks.asyncio import QueueTasks
 from qtasks.balancers import Greedy, Strict, WeightedFair
 from qtasks_core import Balancer
 from qtasks_core.errors import ConfigurationError
-from qtasks_rabbitmq import RabbitMQBroker
 from tests.pairs import SERVERS, pair_of
 
 FLOOD = 300
@@ -116,6 +115,10 @@ def before_the_last_of_few(started: list[str]) -> int:
     return started[:last].count("flood")
 
 
+# RabbitMQ and Kafka fetch messages of all queues ahead.
+STRICT = ("memory", "sqlite", "redis", "postgres")
+
+
 @pytest.fixture(params=["memory", "sqlite", *SERVERS])
 def app(request: pytest.FixtureRequest, tmp_path: Path) -> QueueTasks:
     pair = pair_of(request, request.param, tmp_path)
@@ -134,8 +137,7 @@ async def test_a_weight_gives_more(app: QueueTasks) -> None:
     assert FEW <= before_the_last_of_few(started) <= 6 * FEW
 
 
+@pytest.mark.parametrize("app", STRICT, indirect=True)
 async def test_a_strict_order_comes_first(app: QueueTasks) -> None:
-    if isinstance(app.broker, RabbitMQBroker):
-        pytest.skip("RabbitMQ pushes messages of all queues ahead")
     started = await order_of(app, Strict())
     assert len(list(takewhile(lambda queue: queue == "flood", started))) == FLOOD
