@@ -1,9 +1,13 @@
 """Waking sleeping listeners in other processes, so that nobody polls the database.
 
 A directory beside the database holds a datagram socket for each listener, named by its address.
-While a listener sleeps for a queue, the directory also has an empty file `q<queue>.<address>`. A
-writer rings while it still holds the write lock. A listener that is rung looks under the same lock,
-so it sees what the ringer committed. If the ringer dies, it leaves either no change or a rung bell.
+While a listener sleeps for a queue, the directory also has an empty file
+`q<queue>.<address>.<number>`. A writer rings while it still holds the write lock, and removes the
+file. A listener that is rung looks under the same lock, so it sees what the ringer committed. If
+the ringer dies, it leaves either no change or a rung bell.
+
+Each sleep has another number. A listener may announce its next sleep before the ringer has removed
+the file of the last one.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import socket
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from qtasks_core.errors import ConfigurationError, Unavailable
@@ -74,9 +79,9 @@ class Doorbell:
             return f"/proc/self/fd/{self._descriptor}/{address}"
         return path
 
-    def sleeping(self, queue: int, address: str) -> Path:
-        """Return the file that says that `address` sleeps for `queue`."""
-        return self.directory / f"q{queue}.{address}"
+    def sleeping(self, queue: int, address: str, number: int) -> Path:
+        """Return the file that says that `address` sleeps for `queue`, for the `number`th time."""
+        return self.directory / f"q{queue}.{address}.{number}"
 
     def addresses(self) -> list[str]:
         """Return the addresses that have a listener, or had one that died."""
@@ -92,9 +97,9 @@ class Doorbell:
         """Wake each listener that sleeps for these queues, once for each queue."""
         prefixes = {f"q{queue}" for queue in queues}
         for name in os.listdir(self.directory):
-            prefix, dot, address = name.partition(".")
-            if dot and prefix in prefixes:
-                self._send(address, b"")
+            prefix, *address = name.split(".")
+            if address and prefix in prefixes:
+                self._send(address[0], b"")
                 # After the ring: if this process dies in between, the bell rings twice instead of
                 # never.
                 (self.directory / name).unlink(missing_ok=True)
@@ -154,7 +159,7 @@ class Doorbell:
                 (self.directory / address).unlink(missing_ok=True)
         alive = set(self.addresses())
         for name in names:
-            if name.startswith("q") and name.partition(".")[2] not in alive:
+            if name.startswith("q") and [*name.split("."), ""][1] not in alive:
                 (self.directory / name).unlink(missing_ok=True)
 
     def _alive(self, address: str, port: str | None) -> bool:
@@ -180,6 +185,7 @@ class Bell:
         self._loop = asyncio.get_running_loop()
         self._rung = asyncio.Event()
         self._asleep: list[Path] = []
+        self._sleeps = count(1)
         self.letters: set[str] = set()
         """The uuids that arrived and that the owner has not removed yet."""
         self.flooded = False
@@ -211,23 +217,26 @@ class Bell:
         return listener, address
 
     def _read(self) -> None:
-        count = 0
+        letters = 0
         with suppress(BlockingIOError):
             while True:
                 letter = self._socket.recv(65536)
-                count += 1
+                letters += 1
                 if letter:
                     lines = letter.decode(errors="replace").split("\n")
                     self.letters.update(line.replace("\0", "\n") for line in lines)
-        self.flooded = self.flooded or count >= _FLOOD
+        self.flooded = self.flooded or letters >= _FLOOD
         self._rung.set()
 
     def sleep_for(self, queues: Iterable[int]) -> None:
         """Announce that this listener is about to sleep for these queues. Then look, then wait."""
-        self._asleep = [self._doorbell.sleeping(queue, self.address) for queue in queues]
+        last, number = self._asleep, next(self._sleeps)
+        self._asleep = [self._doorbell.sleeping(queue, self.address, number) for queue in queues]
         try:
             for path in self._asleep:
                 path.touch(mode=stat.S_IRUSR | stat.S_IWUSR)
+            for path in last:
+                path.unlink(missing_ok=True)  # it was not rung, or not by all
         except OSError as error:
             raise Unavailable(f"cannot listen beside the database: {error.strerror}") from error
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 
 from qtasks_core.schemas import Delivery, Task, TaskMessage
 from qtasks_sqlite import SqliteBroker, SqliteStorage
-from qtasks_sqlite.doorbell import Doorbell
+from qtasks_sqlite.doorbell import Bell, Doorbell
 from qtasks_sqlite.inbox import SqliteInbox
 
 # A process that dies as soon as its first transaction of this kind is durable.
@@ -177,3 +178,34 @@ async def test_an_address_from_outside_goes_nowhere(house: House) -> None:
     for address in ("../../etc", "udp-1-0123456789abcdef", "unix-nobody", "", "x" * 300):
         outcomes = await house.storage.save(ends([f"to {address}"], address))
         assert outcomes[0].status == "done"
+
+
+async def test_who_sleeps_again_at_once_is_rung_again(tmp_path: Path) -> None:
+    """Even before the ringer has removed the file of the last sleep."""
+    bells = Doorbell(tmp_path / "tasks.db"), Doorbell(tmp_path / "tasks.db")
+    for doorbell in bells:
+        doorbell.open()
+    listening, ringing = bells
+    bell, ended = Bell(listening), threading.Event()
+
+    def ring() -> None:
+        while not ended.is_set():
+            ringing.ring_queues([1])
+
+    try:
+        bell.sleep_for([1])
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(ring))
+            try:
+                for _ in range(2000):
+                    async with asyncio.timeout(60):
+                        await bell.wait()
+                    bell.sleep_for([1])
+            finally:
+                ended.set()
+        bell.awake()
+        assert [name for name in os.listdir(listening.directory) if name.startswith("q")] == []
+    finally:
+        bell.close()
+        for doorbell in bells:
+            doorbell.close()
