@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -72,8 +71,6 @@ class Log(ABC):
     async def append(self, entries: Sequence[Entry]) -> list[str | None]:
         """Append entries in order. They are durable when it returns. A retry appends them again.
 
-        In a `Rewritable` log they are durable when `read` has returned them.
-
         Returns for each entry None, or why the log will never accept it, for example because of its
         size. A refused entry does not prevent the others from being appended.
 
@@ -123,63 +120,4 @@ class Log(ABC):
 
         It may become true when `read` returns an empty list. `read` returns one for no other
         reason.
-        """
-
-
-Living: TypeAlias = Callable[[Sequence[Entry]], Awaitable[Sequence[Entry]]]
-"""Returns those of the entries that still count, in their order."""
-
-
-class Rewritable(Log):
-    """A log that does not compact. A process rewrites it: it copies what still counts.
-
-    The log goes on in the copy, for every process. `append` and `read` continue there by
-    themselves. No entry is lost or moves before another one.
-
-    Between `prepare`, `switch` and the deletion by `forget`, there should be some minutes. A server
-    that forgets its last seconds when its machine fails has then written to the disk what is
-    needed.
-    """
-
-    @property
-    @abstractmethod
-    def size(self) -> int:
-        """About how many bytes a reader has to read that starts now."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """The name of the copy in which the log goes on."""
-
-    @abstractmethod
-    def successor(self) -> str:
-        """Return a new name for the next copy."""
-
-    @property
-    @abstractmethod
-    def prepared(self) -> bool:
-        """Whether a copy is ready."""
-
-    @abstractmethod
-    async def prepare(self, name: str, position: bytes, living: Living) -> None:
-        """Copy all entries before a position that still count there.
-
-        The caller has written the name into the log before, so that others can delete the copy if
-        this process dies. Raises `Unavailable`, also if the log was rewritten meanwhile, and
-        `ConfigurationError` if the user may not create a copy.
-        """
-
-    @abstractmethod
-    async def switch(self) -> None:
-        """Let the log go on in the prepared copy. Of several copies of a log, the first one wins.
-
-        Who it is shows when all is read that was appended until then.
-        """
-
-    @abstractmethod
-    async def forget(self, names: Sequence[str]) -> list[str]:
-        """Delete the copies that no reader needs any more. Return the names of the others.
-
-        The first call after a switch deletes nothing. It makes processes that start find the new
-        copy.
         """

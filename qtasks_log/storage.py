@@ -34,9 +34,8 @@ from qtasks_core.transactions import refuse_transaction
 from qtasks_log import listing, shared
 from qtasks_log.entries import Content, Deletion, Items, Setting, decode, encode
 from qtasks_log.inbox import Inboxes, LogInbox
-from qtasks_log.log import Entry, Log, Rewritable
+from qtasks_log.log import Entry, Log
 from qtasks_log.reader import Reader
-from qtasks_log.rewriting import Rewriter
 from qtasks_log.store import MEMORY, Store
 from qtasks_log.sweeper import Sweeper
 from qtasks_log.table import Table
@@ -45,8 +44,8 @@ from qtasks_log.view import Change, Judged, View
 logger = logging.getLogger("qtasks.log")
 
 GRACE = 3600.0
-"""Seconds after which `expire` discards deleted values and claims that are over, so that they
-leave the log. A proposal that follows such an entry arrives before: no call waits that long."""
+"""Seconds after which `expire` discards deleted values and claims that are over, if the log
+compacts. A proposal that follows such an entry arrives before: no call waits that long."""
 _AT_ONCE = 1000
 """Deletions in one append."""
 _NOTES = (
@@ -59,10 +58,6 @@ _NOTES = (
     "over the claim of a dead owner",
 )
 _COMPACTS = "the log is compacted: deleted, expired and superseded records leave it after a while"
-_REWRITTEN = (
-    "workers rewrite the log: deleted, expired and superseded records leave it after a while, if "
-    "the user may create and delete streams; else it grows until it is deleted"
-)
 _GROWS = (
     "deleted and expired records leave memory and file, but not the log: it grows until it is "
     "deleted"
@@ -106,11 +101,6 @@ class LogStorage(Storage):
         self._inboxes = Inboxes(self._reader, self._records)
         self._watchers = shared.Watchers(self._reader)
         self._sweeper = Sweeper(self._log)
-        self._rewriter = (
-            Rewriter(self._log, self, self._reader.catch_up)
-            if isinstance(self._log, Rewritable)
-            else None
-        )
         self._saves: dict[str, tuple[Save, int, Task]] = {}
         self._changes: dict[str, Future[bool]] = {}
         """By key: the proposals, apart from saves, that are on their way through the log."""
@@ -131,7 +121,6 @@ class LogStorage(Storage):
     @property
     def guarantees(self) -> Guarantees:
         told = self._log.guarantees
-        size = _REWRITTEN if isinstance(self._log, Rewritable) else _GROWS
         return replace(
             told,
             retention=self._retention,
@@ -139,7 +128,7 @@ class LogStorage(Storage):
                 *told.notes,
                 retention_note(self._retention),
                 *_NOTES,
-                _COMPACTS if self._log.compacts else size,
+                _COMPACTS if self._log.compacts else _GROWS,
             ),
         )
 
@@ -323,8 +312,7 @@ class LogStorage(Storage):
         self._started()
         checked_id(uuid, "a uuid")
         if items:
-            # Read back: others may not be able to read yet what is appended, or it may have come
-            # too late to a log that is being rewritten.
+            # Read back: behind an open transaction, an entry is durable before others can read it.
             await self._propose(uuid, Items(tuple(items), time.time()))
 
     async def read(self, uuid: str, after: int) -> list[tuple[int, bytes]]:
@@ -357,15 +345,12 @@ class LogStorage(Storage):
                 # Whoever deleted these has died before it could write the tombstones.
                 for uuid in listing.deleted(store.records, uuids):
                     self._sweeper.discard(uuid, store.records.needless(uuid))
-        rewriter = self._rewriter
-        if self._log.compacts or rewriter is not None:
+        if self._log.compacts:
             for view in (store.values, store.claims):
                 async for subjects in store.due(view, time.time() - GRACE):
                     before = time.monotonic() - GRACE
                     for key, needless in listing.spent(view, subjects, before).items():
                         self._sweeper.discard(key, needless)
-        if rewriter is not None:
-            await rewriter.step(store)
         return count
 
     async def migrate(self, namespace: str) -> list[str]:
@@ -387,13 +372,16 @@ class LogStorage(Storage):
         changes: list[Future[bool]] = [loop.create_future() for _ in entries]
         self._changes.update(zip((entry.key for entry in entries), changes, strict=True))
         try:
-            for refused in await self._log.append(entries):
-                if refused is not None:
-                    raise Refused(refused)
+            await self._append(entries)
             return await self._reader.wait(asyncio.gather(*changes))
         finally:
             for entry in entries:
                 self._changes.pop(entry.key, None)
+
+    async def _append(self, entries: Sequence[Entry]) -> None:
+        for refused in await self._log.append(entries):
+            if refused is not None:
+                raise Refused(refused)
 
     def _entry(self, subject: str, content: Content) -> Entry:
         return Entry(subject, f"{self._writer}{next(self._sequence)}", encode(content))

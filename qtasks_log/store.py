@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterable
 from itertools import count
 from math import inf
 from typing import Any, TypeAlias, TypeVar
@@ -23,7 +23,6 @@ from qtasks_core import Task, TaskPage, TaskQuery
 from qtasks_core.errors import Unavailable, WireError
 from qtasks_core.queries import Place, cursor_at, place_of
 from qtasks_log.entries import Claiming, Content, Deletion, Items, Setting, decode, encode
-from qtasks_log.log import Entry
 from qtasks_log.shared import over_since
 from qtasks_log.table import FORMAT, Head, Row, Table, class_of
 from qtasks_log.view import Proposal, Subject, View, accepted
@@ -234,48 +233,6 @@ class Store:
             await self.load(subjects, view)
             yield subjects
 
-    # -- what a rewriter calls
-
-    async def living(self) -> int:
-        """Return about how many bytes the entries have that still count."""
-        self._write()
-        return await self._asked(self._table.size())
-
-    async def freeze(self) -> bytes:
-        """Keep for `living_of` what counts now. Return up to where the log has been read.
-
-        Raises `Unavailable` if nothing has been read.
-        """
-        if not self._position:
-            raise Unavailable("nothing of the log has been read")
-        self._write()
-        position = self._position
-        # The thread does it right after the write. Whatever is read later comes behind it.
-        await self._asked(self._table.freeze())
-        return position
-
-    async def living_of(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Return those of the entries that counted when the store was frozen, as they are.
-
-        An entry that this release cannot read counts: a later release may have written it.
-        """
-        rows = await self._asked(self._table.frozen({entry.partition_key for entry in entries}))
-        counting: set[tuple[str, str]] = set()
-        for _, subject, data in rows:
-            stored = self._stored(data)
-            counting.update((subject, key) for key, *_ in stored.standing)
-            counting.update((subject, key) for key, *_ in stored.stream)
-        return [
-            entry
-            for entry in entries
-            if (entry.partition_key, entry.key) in counting or not _readable(entry)
-        ]
-
-    async def thaw(self) -> None:
-        """Forget what was frozen."""
-        if self._failed is None:
-            await self._asked(self._table.thaw())
-
     # -- the table
 
     def _write(self) -> None:
@@ -371,8 +328,10 @@ class Store:
 
     def _decoded(self, kind: int, data: bytes) -> Subject[Any]:
         """Return a subject of the table. Raises `Unavailable` if it is damaged."""
-        stored = self._stored(data)
         try:
+            if crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "big"):
+                raise WireError("wrong checksum")
+            stored = _decoder.decode(memoryview(data)[4:])
             state: Subject[Any] = Subject()
             state.size = len(data)
             for key, place, value, over_at in stored.standing:
@@ -385,22 +344,12 @@ class Store:
                 items = decode(value)
                 assert isinstance(items, Items)
                 state.stream[key] = place, items
-        except (WireError, AssertionError) as error:
-            raise self._damaged(error) from error
+        except (msgspec.MsgspecError, WireError, AssertionError) as error:
+            raise self._damage(
+                Unavailable(f"the log storage's file is damaged: {error}")
+            ) from error
         state.current = accepted(state.standing)[-1] if state.standing else None
         return state
-
-    def _stored(self, data: bytes) -> _Stored:
-        """Return the entries of a subject of the table. Raises `Unavailable` if it is damaged."""
-        try:
-            if crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "big"):
-                raise WireError("wrong checksum")
-            return _decoder.decode(memoryview(data)[4:])
-        except (msgspec.MsgspecError, WireError) as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> Unavailable:
-        return self._damage(Unavailable(f"the log storage's file is damaged: {error}"))
 
     async def _asked(self, answer: Awaitable[T]) -> T:
         try:
@@ -416,13 +365,3 @@ class Store:
 
 
 _decoder = msgspec.msgpack.Decoder(_Stored)
-
-
-def _readable(entry: Entry) -> bool:
-    """Say whether this release can read an entry. It can read every tombstone."""
-    try:
-        if entry.value is not None:
-            decode(entry.value)
-    except WireError:
-        return False
-    return True

@@ -149,34 +149,6 @@ class Table:
         select, parameters = _selecting(query, end, limit)
         return await self._run(lambda: [data for data, *_ in self._all(select, parameters)])
 
-    async def size(self) -> int:
-        """Return about how many bytes all subjects have."""
-        ((size,),) = await self._run(lambda: self._select(
-            "COALESCE(SUM(length(subject) + length(data)), 0)", "TRUE"
-        ))  # fmt: skip
-        return int(size)
-
-    async def freeze(self) -> None:
-        """Keep what all subjects have now, beside the table."""
-        await self._run(lambda: self._execute(
-            "DROP TABLE IF EXISTS temp.frozen",
-            "CREATE TEMP TABLE frozen (kind INTEGER, subject TEXT, data BLOB, "
-            "PRIMARY KEY (kind, subject))",
-            "INSERT INTO temp.frozen SELECT kind, subject, data FROM main.subjects",
-        ))  # fmt: skip
-
-    async def frozen(self, subjects: Iterable[str]) -> list[tuple[int, str, bytes]]:
-        """Return kind, subject and data of subjects when the table was frozen."""
-        return await self._run(lambda: self._all(
-            "SELECT kind, subject, data FROM temp.frozen "
-            "WHERE kind IN (0, 1, 2) AND subject IN (SELECT value FROM json_each(?))",
-            (msgspec.json.encode(list(subjects)).decode(),),
-        ))  # fmt: skip
-
-    async def thaw(self) -> None:
-        """Forget what was frozen."""
-        await self._run(lambda: self._execute("DROP TABLE IF EXISTS temp.frozen"))
-
     async def close(self, *, damaged: bool = False) -> None:
         """Close the file. Idempotent. If it is `damaged`, delete it."""
         if self._closed is None:
@@ -263,11 +235,6 @@ class Table:
             )
         connection.execute("UPDATE head SET data = ?", (msgspec.msgpack.encode(head),))
         connection.execute("COMMIT")
-
-    def _execute(self, *statements: str) -> None:
-        assert self._connection is not None
-        for statement in statements:
-            self._connection.execute(statement)
 
     def _select(self, columns: str, where: str, *parameters: object) -> list[Any]:
         return self._all(f"SELECT {columns} FROM subjects WHERE {where}", parameters)

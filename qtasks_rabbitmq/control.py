@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qtasks_core import Command, QueueDepth
 from qtasks_core.errors import Closed, Unavailable, WireError
@@ -15,17 +15,12 @@ from qtasks_core.wire import decode_command, encode_command
 from qtasks_rabbitmq.connection import Connection
 from qtasks_rabbitmq.delays import LEVELS
 from qtasks_rabbitmq.lanes import find_lanes
-from qtasks_rabbitmq.topology import (
-    NOT_FOUND,
-    USUAL,
-    Names,
-    command_methods,
-    declare,
-    once_created,
-)
+from qtasks_rabbitmq.topology import NOT_FOUND, USUAL, Names, command_methods, declare
 
 if TYPE_CHECKING:
     from qtasks_rabbitmq.channel import Arrival, Channel
+
+T = TypeVar("T")
 
 logger = logging.getLogger("qtasks.rabbitmq")
 
@@ -38,6 +33,10 @@ PAUSE = 0.02
 """Seconds between two questions whether a level of the ladder is empty."""
 QUIET = 2.0
 """Seconds without a message after which a level holds no more."""
+NOT_READY = ("INTERNAL_ERROR", "Stream not found")
+"""The server's words for a stream that was just declared."""
+CREATION = 3.0
+"""Seconds within which a declared stream is ready for use."""
 
 
 async def depth(connection: Connection, names: Names, queue: str) -> QueueDepth:
@@ -200,7 +199,7 @@ async def broadcast(connection: Connection, names: Names, command: Command) -> N
             if refused := await connection.publish([sending]):
                 raise Unavailable(f"the command was not sent: {refused[0]}")
 
-    await once_created(send)
+    await _once_created(send)
 
 
 async def announce_lanes(connection: Connection, names: Names) -> None:
@@ -213,7 +212,24 @@ async def announce_lanes(connection: Connection, names: Names) -> None:
     async def send() -> None:
         await connection.publish([Sending(NEW_LANES, names.commands)])
 
-    await once_created(send)
+    await _once_created(send)
+
+
+async def _once_created(use: Callable[[], Awaitable[T]]) -> T:
+    """Use the stream, and try again while the server is still creating it.
+
+    Another process may have declared it a moment ago. Until it is ready, the server drops every
+    connection that uses it (seen on RabbitMQ 3.10). So listeners have a connection of their own.
+    """
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + CREATION
+    while True:
+        try:
+            return await use()
+        except Unavailable as error:
+            if clock() > deadline or not any(words in str(error) for words in NOT_READY):
+                raise
+        await asyncio.sleep(PAUSE)
 
 
 class Listeners:
@@ -254,7 +270,7 @@ class Listeners:
                         )
                         return aside
 
-                aside = await once_created(listen)
+                aside = await _once_created(listen)
                 self._on_lanes()  # some may have been announced before
                 while not self._stopped:
                     await bell.wait()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from qtasks_core import TaskMessage
 from qtasks_core.errors import ConfigurationError, Unavailable
@@ -41,15 +40,6 @@ PRIORITIES = range(9, -1, -1)
 USUAL = TaskMessage(uuid="-", task_name="-").priority
 """The priority of most messages. Its lane exists in every queue."""
 
-NOT_READY = ("INTERNAL_ERROR", "Stream not found")
-"""The server's words for a stream that was just declared."""
-CREATION = 3.0
-"""Seconds within which a declared stream is ready for use."""
-AGAIN = 0.02
-"""Seconds between two attempts to use it."""
-
-T = TypeVar("T")
-
 logger = logging.getLogger("qtasks.rabbitmq")
 
 
@@ -72,7 +62,7 @@ class Names:
         self.commands = f"{self._prefix}:commands"
         """The stream of commands to all workers."""
         self.log = f"{self._prefix}:log"
-        """The stream that names the current stream of a storage. Their names begin with it."""
+        """The stream of a storage."""
 
     def queue(self, name: str, priority: int = USUAL) -> str:
         """Return the server's name of a lane: the messages of one priority in a task queue."""
@@ -217,23 +207,6 @@ def quorum(version: tuple[int, ...]) -> dict[str, Any]:
     off.
     """
     return QUORUM | {"x-delivery-limit": -1} if version >= UNLIMITED else dict(QUORUM)
-
-
-async def once_created(use: Callable[[], Awaitable[T]]) -> T:
-    """Use a stream, and try again while the server is still creating it.
-
-    Another process may have declared it a moment ago. Until it is ready, the server drops every
-    connection that uses it (seen on RabbitMQ 3.10). So its readers have a connection of their own.
-    """
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + CREATION
-    while True:
-        try:
-            return await use()
-        except Unavailable as error:
-            if clock() > deadline or not any(words in str(error) for words in NOT_READY):
-                raise
-        await asyncio.sleep(AGAIN)
 
 
 def namespace_methods(names: Names) -> list[Frame]:

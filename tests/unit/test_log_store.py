@@ -222,58 +222,6 @@ def state_of(current: Proposal[Any] | None) -> object:
     return current and current[:2]
 
 
-# -- what counts when a log is rewritten
-
-
-@settings(max_examples=60, deadline=None)
-@given(before=steps, later=steps, memory=st.sampled_from([1, 10**9]))
-def test_a_frozen_store_knows_what_counted(
-    before: list[tuple[str, Content, bool]], later: list[tuple[str, Content, bool]], memory: int
-) -> None:
-    asyncio.run(_freeze(before, later, memory))
-
-
-async def _freeze(
-    before: list[tuple[str, Content, bool]], later: list[tuple[str, Content, bool]], memory: int
-) -> None:
-    plain = Views(View(), View(), View())
-    writers = Writers(plain)
-    store = Store(Table(None, "t", "identity"), retention=inf, memory=memory)
-    await store.open()
-    entries: list[Entry] = []
-
-    async def write(steps: list[tuple[str, Content, bool]]) -> None:
-        for step in steps:
-            entry, content = writers.entry(*step)
-            entries.append(entry)
-            plain.put(entry, content)
-            await store.load(store.missing([(entry.partition_key, entry.key, content)]))
-            Views(store.records, store.values, store.claims).put(entry, content)
-            await store.took(b"%d" % len(entries))
-
-    try:
-        await write(before)
-        if not before:
-            with pytest.raises(Unavailable):
-                await store.freeze()
-            return
-        assert await store.freeze() == b"%d" % len(entries)
-        counted = [
-            entry
-            for entry in entries
-            if any(
-                (state := view.loaded.get(entry.partition_key)) is not None and state.has(entry.key)
-                for view in plain.all
-            )
-        ]
-        frozen = [*entries, Entry("u0", "of a later release", b"\x00\x02")]
-        await write(later)
-        assert await store.living_of(frozen) == [*counted, frozen[-1]]
-        await store.thaw()
-    finally:
-        await store.close()
-
-
 # -- memory
 
 

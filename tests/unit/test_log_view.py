@@ -129,7 +129,7 @@ class LogMachine(RuleBasedStateMachine):
         writer = self.writers[who]
         self.kept = [*self.kept[-2:], (writer.position, deepcopy(writer.view))]
 
-    @precondition(lambda self: self.compacts and self.partition.end > 0)
+    @precondition(lambda self: self.partition.end > 0)
     @rule(data=st.data())
     def compact(self, data: st.DataObject) -> None:
         """Clean what every running reader has passed: all of it or, in a crash, its beginning."""
@@ -138,32 +138,6 @@ class LogMachine(RuleBasedStateMachine):
         known = min([cleaned_to, *(position for position, _ in self.kept)])
         drop_tombstones = data.draw(st.integers(0, known))
         self.partition.compact(passed, cleaned_to, drop_tombstones)
-
-    @precondition(lambda self: not self.compacts and self.partition.end > 0)
-    @rule(data=st.data())
-    def rewrite(self, data: st.DataObject) -> None:
-        """Copy what counts at some place of a log that does not compact. The rest comes behind it.
-
-        A reader that is in front of this place goes on in the old log, as far as it still exists.
-        """
-        upto = data.draw(st.integers(0, self.partition.end))
-        copier = Writer(f"w{next(self.names)}.", self)
-        for at, entry in self.partition.entries:
-            if at < upto:
-                copier.take(entry)
-        subject = copier.view.loaded.get(UUID)
-        self.readers_in_the_old_log(upto)
-        self.partition.entries = [
-            (at, entry)
-            for at, entry in self.partition.entries
-            if at >= upto or (subject is not None and subject.has(entry.key))
-        ]
-
-    def readers_in_the_old_log(self, upto: int) -> None:
-        for writer in self.writers:
-            if writer.position < upto:
-                writer.read(EVERYTHING)
-        self.kept = [(position, view) for position, view in self.kept if position >= upto]
 
     @invariant()
     def a_new_reader_has_the_oracles_state(self) -> None:
@@ -258,12 +232,12 @@ class ForgettingMachine(ValueMachine):
 
 
 class WholeRecordMachine(RecordMachine):
-    """A log that never compacts: readers forget by themselves, and somebody rewrites it."""
+    """A log that never compacts: readers forget by themselves."""
 
     compacts = False
 
 
-class WholeValueMachine(ForgettingMachine):
+class WholeValueMachine(ValueMachine):
     compacts = False
 
 
