@@ -115,7 +115,7 @@ def before_the_last_of_few(started: list[str]) -> int:
     return started[:last].count("flood")
 
 
-# RabbitMQ and Kafka fetch messages of all queues ahead.
+# Kafka and RabbitMQ fetch messages of all queues ahead.
 STRICT = ("memory", "sqlite", "redis", "postgres")
 
 
@@ -132,6 +132,7 @@ async def test_a_flood_does_not_starve_another_queue(app: QueueTasks) -> None:
     assert before_the_last_of_few(started) <= 3 * FEW
 
 
+@pytest.mark.parametrize("app", STRICT, indirect=True)
 async def test_a_weight_gives_more(app: QueueTasks) -> None:
     started = await order_of(app, WeightedFair({"few": 1, "flood": 3}))
     assert FEW <= before_the_last_of_few(started) <= 6 * FEW
