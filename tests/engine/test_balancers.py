@@ -117,6 +117,7 @@ def before_the_last_of_few(started: list[str]) -> int:
 
 # Kafka and RabbitMQ fetch messages of all queues ahead.
 STRICT = ("memory", "sqlite", "redis", "postgres")
+SLOW = [pytest.param(name, marks=pytest.mark.full) for name in ("rabbitmq", "kafka")]
 
 
 @pytest.fixture(params=["memory", "sqlite", *SERVERS])
@@ -132,7 +133,7 @@ async def test_a_flood_does_not_starve_another_queue(app: QueueTasks) -> None:
     assert before_the_last_of_few(started) <= 3 * FEW
 
 
-@pytest.mark.parametrize("app", STRICT, indirect=True)
+@pytest.mark.parametrize("app", [*STRICT, *SLOW], indirect=True)
 async def test_a_weight_gives_more(app: QueueTasks) -> None:
     started = await order_of(app, WeightedFair({"few": 1, "flood": 3}))
     assert FEW <= before_the_last_of_few(started) <= 6 * FEW

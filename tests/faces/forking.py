@@ -20,7 +20,8 @@ def main() -> None:
         blocking.included_by(app)
         app.connect().result()
     say("before", add(1))
-    busy = threading.Thread(target=lambda: [add(n) for n in range(20)])
+    forked_all = threading.Event()
+    busy = threading.Thread(target=use_until, args=(forked_all,))
     busy.start()
     for number in range(5):
         forked(number, app if explicit else None)
@@ -31,11 +32,18 @@ def main() -> None:
         process.join()
         say("multiprocessing", process.exitcode)
     say("after", add(2))
+    forked_all.set()
     busy.join()
     say("all", sum(add(n) for n in range(20)))
     if explicit:
         app.disconnect().result()
         say("sockets left", sockets())
+
+
+def use_until(ended: threading.Event) -> None:
+    """Use it all the time: each fork finds it in use."""
+    while not ended.is_set():
+        add(1)
 
 
 def forked(number: int, app: QueueTasks | None) -> None:
