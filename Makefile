@@ -16,7 +16,8 @@ help: ## list the commands
 
 # Tests start hundreds of processes, and each would compile all modules where none are kept.
 test test-full test-containers verify: export PYTHONDONTWRITEBYTECODE =
-test test-full test-containers verify: export PYTHONPYCACHEPREFIX = $(CURDIR)/.venv/bytecode
+# A server of tests lives for minutes: Java's second compiler takes longer than it saves.
+test test-full verify: export JDK_JAVA_OPTIONS = -XX:TieredStopAtLevel=1 -XX:+UseSerialGC
 # On a machine that is busy or slow all takes several times as long.
 test test-full: export QTASKS_CONFORMANCE_PATIENCE = 90
 
