@@ -16,6 +16,7 @@ from collections.abc import (
     Set,
 )
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from uuid import uuid4
@@ -29,7 +30,7 @@ from qtasks_core.errors import (
 )
 from qtasks_core.options import Kind
 from qtasks_postgres.callers import callers_connection
-from qtasks_postgres.errors import leads_elsewhere, translated, translated_at_start
+from qtasks_postgres.errors import NO_TLS, leads_elsewhere, translated, translated_at_start
 from qtasks_postgres.options import Options, options_of
 from qtasks_postgres.schema import (
     DEFAULT,
@@ -410,13 +411,22 @@ class Database:
         more: dict[str, Any] = {} if cache else {"statement_cache_size": 0}
         if options.several_hosts:
             more["target_session_attrs"] = "read-write"
+        connect = partial(
+            asyncpg.connect,
+            options.url,
+            timeout=options.connect_timeout or 60,
+            server_settings={"application_name": options.application_name},
+            **more,
+        )
         with translated_at_start(options.shown, TIMEOUT):
-            return await asyncpg.connect(
-                options.url,
-                timeout=options.connect_timeout or 60,
-                server_settings={"application_name": options.application_name},
-                **more,
-            )
+            try:
+                return await connect()
+            except ConnectionError as error:
+                if NO_TLS not in str(error):
+                    raise
+            # A server that dies just then sends its last words behind its answer, and the driver
+            # takes both together for a refusal of TLS. The second answer counts.
+            return await connect()
 
 
 class Listener:

@@ -402,6 +402,9 @@ async def _ask(call: Callable[..., Awaitable[Any]], where: str) -> Server:
     except ConfigurationError:
         unknown = "unknown: the user may not call INFO"
         return Server(name, "client crash", unknown, (_GIVE.format("+info"),))
+    if info.get("loading"):
+        # Until it has read its file, the server tells that it has none: `aof_enabled` is 0.
+        raise Unavailable(f"{where}: the server is loading its data")
     if "valkey_version" in info:
         name = f"Valkey {info['valkey_version']}"
     server = await _durability(call, name, info)

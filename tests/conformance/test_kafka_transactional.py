@@ -18,6 +18,10 @@ from qtasks_conformance import (
 from tests.conformance.test_kafka import LEASE, kafka_subject
 from tests.services import Service
 
+SLACK = 16.0
+"""Seconds. A process that dies within a transaction holds up the readers of its partitions until
+the server has aborted it."""
+
 
 def transactional(server: Service) -> Part:
     return Part("qtasks_kafka:TransactionalKafkaBroker", {"url": server.url, "lease": LEASE})
@@ -28,6 +32,7 @@ def subject(kafka_server: Service) -> Subject:
     return replace(
         kafka_subject(kafka_server),
         broker=transactional(kafka_server),
+        slack=SLACK,
         url=kafka_server.url.replace("kafka://", "kafka+transactional://"),
         least_broker=Least(
             survives="machine crash",
@@ -62,4 +67,5 @@ class TestKafkaTransactionalAndRedis(CompositionContract):
             broker=transactional(kafka_server),
             storage=Part("qtasks_redis:RedisStorage", {"url": redis_server.url}),
             lease=LEASE,
+            slack=SLACK,
         )

@@ -22,7 +22,10 @@ BATCH = 5
 SECONDS = 0.02
 """How long the function of each task takes."""
 PUBLISH_WITHIN = 3.0
-"""Seconds after which a client is told that a write is not confirmed. It tries again."""
+"""Seconds after which a client is told that a write is not confirmed. It tries again, and gives
+twice as long: a busy machine may need longer."""
+AT_ONCE = 500
+"""How many tasks of a backlog are enqueued in one call."""
 GOES_ON_WITHIN = 240.0
 """Seconds; on an idle machine it takes some after a freeze, and one after most other faults."""
 
@@ -66,12 +69,13 @@ class Load:
         numbers = list(islice(self._numbers, count))
         messages = [message_of(app, app.definition("work"), (n, SECONDS), {}) for n in numbers]
         thread, client = await app.ready()
+        within = PUBLISH_WITHIN
         while True:
-            deadline = time.monotonic() + PUBLISH_WITHIN
             try:
-                await thread.ask(client.submit_all, messages, deadline)
+                await thread.ask(client.submit_all, messages, time.monotonic() + within)
                 break
             except Unavailable as error:
+                within *= 2
                 self.refusals[str(error)] += 1
                 self.repeated.update(numbers)
         uuids = [message.uuid for message in messages]
@@ -79,8 +83,9 @@ class Load:
         return uuids
 
     async def backlog(self, count: int) -> None:
-        """Enqueue many tasks at once."""
-        await self._enqueue(self._apps[0], count)
+        """Enqueue many tasks."""
+        for begin in range(0, count, AT_ONCE):
+            await self._enqueue(self._apps[0], min(AT_ONCE, count - begin))
 
     async def goes_on(self) -> None:
         """Wait until each client has enqueued a new task and has got its result."""

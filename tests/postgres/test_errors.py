@@ -283,3 +283,20 @@ def test_a_scheme_of_others_is_answered_with_the_right_one(scheme: str) -> None:
     assert "sesame" not in str(told.value)
     with pytest.raises(ConfigurationError, match="write postgresql://"):
         PostgresBroker(f"{scheme}://me:sesame@localhost/app")
+
+
+async def test_a_server_that_dies_while_it_refuses_tls_is_away() -> None:
+    """Its last words come with its answer, and the driver says "rejected SSL upgrade"."""
+
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readexactly(8)
+        server.close()
+        writer.write(b"NE\0\0\0\5\0")
+        writer.close()
+
+    server = await asyncio.start_server(die, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    storage = PostgresStorage(f"postgresql://me:hunter2@127.0.0.1:{port}/app")
+    with pytest.raises(Unavailable):
+        await storage.start("app")
+    await storage.stop()

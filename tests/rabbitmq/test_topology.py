@@ -47,7 +47,7 @@ async def test_what_an_operator_made_is_used_with_the_least_rights(
         await broker.publish([message("q"), message("q", delay=0.01)])
         await made.start(namespace)
         await records.start(namespace)
-        subscription = await limited.subscribe({"q": 5})
+        subscription = await patient(limited.subscribe, {"q": 5})
         await limited.publish([message("q"), message("q", delay=0.5)])
         deliveries = await collect(subscription, "q", 4)
         await subscription.settle([Ack(delivery) for delivery in deliveries])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -419,6 +420,31 @@ async def test_what_survives_follows_from_when_the_server_syncs(
     finally:
         await server.config_set("no-appendfsync-on-rewrite", "no")
         await server.config_set("appendfsync", before)
+
+
+async def test_a_server_that_loads_its_data_is_away(redis_server: Service, server: Redis) -> None:
+    """And not taken for one without `appendonly`, which it says of itself until it has loaded."""
+    storage = RedisStorage(redis_server.url)
+    await storage.start("tests")
+    # It answers now and then while it loads: after each 1024 commands of its file.
+    for _ in range(20):
+        await server.eval("for n = 1, 25000 do redis.call('INCR', KEYS[1]) end", 1, "load")
+    await asyncio.to_thread(redis_server.kill)
+    back = asyncio.create_task(asyncio.to_thread(redis_server.restart))
+    said: Counter[str] = Counter()
+    while not back.done() or "server crash" not in said:
+        try:
+            await storage.refresh()
+            said[storage.guarantees.survives] += 1
+        except Unavailable as error:
+            said[str(error).partition(": ")[2]] += 1
+            await asyncio.sleep(0.005)
+    await back
+    await server.connection_pool.disconnect()
+    await server.delete("load")
+    await storage.stop()
+    assert said["the server is loading its data"], said
+    assert not said["client crash"], said
 
 
 async def test_eviction_is_advised_against(redis_server: Service, server: Redis) -> None:
