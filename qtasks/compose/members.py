@@ -30,7 +30,6 @@ class Member:
         self.broker = broker
         self.outage = Outage("a composed broker")
         self._failing_since = inf
-        self._answered_at = -inf
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -40,12 +39,13 @@ class Member:
         except Unavailable:
             self._failing_since = min(self._failing_since, monotonic())
             raise
-        self._failing_since, self._answered_at = inf, monotonic()
+        self._failing_since = inf
         self.outage.over()
 
     def is_out(self, members: Sequence[Member]) -> bool:
-        """Return whether it has failed for a while, and another member has answered since."""
-        return any(each._answered_at > self._failing_since + OUT_AFTER for each in members)
+        """Return whether it has failed for a while, and not all the others fail too."""
+        others_answer = any(each._failing_since == inf for each in members)
+        return others_answer and monotonic() - self._failing_since > OUT_AFTER
 
 
 async def at_each(

@@ -12,13 +12,15 @@ import pytest
 
 from qtasks import control
 from qtasks.asyncio import QueueTasks
-from qtasks.compose import RoutedBroker
+from qtasks.compose import RoutedBroker, members
 from qtasks_core import (
     DONE,
     Ack,
     Broker,
     Delivery,
+    Outcome,
     QueueDepth,
+    Release,
     Retry,
     Settlement,
     Subscription,
@@ -172,9 +174,10 @@ async def test_a_replacement_is_handed_out_in_place_of_a_delivery() -> None:
 
 
 class Failing(MemoryBroker):
-    """Its server is away for `receive`."""
+    """Its server is away for subscriptions while `is_away`."""
 
     asked = 0
+    is_away = True
     often: asyncio.Event
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
@@ -191,7 +194,20 @@ class FailingSubscription(MemorySubscription):
         self._broker.asked += 1
         if self._broker.asked == 6:
             self._broker.often.set()
-        raise Unavailable("failing://server does not answer")
+        self._check()
+        return await super().receive(wanted, limit)
+
+    async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
+        self._check()
+        return await super().settle(settlements)
+
+    async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
+        self._check()
+        return await super().extend(deliveries)
+
+    def _check(self) -> None:
+        if self._broker.is_away:
+            raise Unavailable("failing://server does not answer")
 
 
 async def test_one_that_fails_is_asked_again_after_pauses(caplog: pytest.LogCaptureFixture) -> None:
@@ -218,11 +234,41 @@ async def test_one_that_fails_is_asked_again_after_pauses(caplog: pytest.LogCapt
     await broker.stop()
 
 
+async def test_after_a_while_one_that_is_away_holds_up_no_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failing = Failing(uuid4().hex)
+    failing.is_away = False
+    broker = await routed(in_memory(), failing)
+    await broker.publish([message("a"), *(message("b") for _ in range(3))])
+    subscription = await broker.subscribe(BOTH)
+    (here,) = await subscription.receive({"a": 1}, 1)
+    acked, retried, released = theirs = await subscription.receive({"b": 3}, 3)
+    failing.is_away = True
+    settlements: list[Settlement] = [Ack(here), Ack(acked)]
+    settlements += [Retry(retried, message("b", 2)), Release(released)]
+    with pytest.raises(Unavailable):
+        await subscription.extend([here, *theirs])
+    with pytest.raises(Unavailable):
+        await subscription.settle(settlements)
+    monkeypatch.setattr(members, "OUT_AFTER", 0.0)
+    assert await subscription.extend([acked, retried]) == [acked, retried]
+    outcomes = [outcome.status for outcome in await subscription.settle(settlements)]
+    assert outcomes == ["done", "unknown", "refused", "unknown"]
+    assert (await broker.depth("b")).in_flight == 3
+    failing.is_away = False
+    back = await subscription.receive({"b": 10}, 10)
+    assert [each.message for each in back] == [retried.message, released.message]
+    assert (await broker.depth("b")).in_flight == 2
+    await broker.stop()
+
+
 async def test_while_one_is_away_the_others_go_on(redis_server: Service, tmp_path: Path) -> None:
     """Also if the worker has tasks of the one that is away: their settlements hold up nothing."""
     url = f"sqlite:///{tmp_path}/tasks.db"
     name = f"routed-{uuid4().hex[:8]}"
-    app = QueueTasks(name, RoutedBroker(url, {"mails": redis_server.url}), url)
+    broker = RoutedBroker(f"{url}?lease=300", {"mails": f"{redis_server.url}?lease=300"})
+    app = QueueTasks(name, broker, url)
     started = 0
     all_started = asyncio.Event()
     may_end = [asyncio.Event() for _ in range(5)]
