@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import starmap
 from math import inf
 from time import monotonic
 from typing import Any, TypeVar
 
 from qtasks.client.retrying import Outage
 from qtasks_core import Broker
-from qtasks_core.errors import Unavailable
+from qtasks_core.errors import NotSupported, Unavailable
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -42,10 +43,17 @@ class Member:
         self._failing_since = inf
         self.outage.over()
 
-    def is_out(self, members: Sequence[Member]) -> bool:
-        """Return whether it has failed for a while, and not all the others fail too."""
-        others_answer = any(each._failing_since == inf for each in members)
-        return others_answer and monotonic() - self._failing_since > OUT_AFTER
+    @property
+    def is_out(self) -> bool:
+        """Whether it has failed for a while."""
+        return monotonic() - self._failing_since > OUT_AFTER
+
+    async def answers(self) -> bool:
+        """Ask a small question, and return whether there is an answer."""
+        with suppress(Unavailable, NotSupported):
+            await self.broker.depth("default")
+            return True
+        return False
 
 
 async def at_each(
@@ -56,9 +64,9 @@ async def at_each(
 ) -> list[T]:
     """Call each member for its items, all at the same time. Return the answers in order.
 
-    If a member fails, its error is raised when all have answered. If it `is_out`, its items get the
-    answers of `instead`: the engine must not repeat the call until that member is back, because
-    the other members' items would have no answer until then.
+    If a member fails, its error is raised when all have answered. If it `is_out` and another one
+    answers, its items get the answers of `instead`: the engine must not repeat the call until that
+    member is back, because the other members' items would have no answer until then.
     """
     places: dict[Member, list[int]] = {}
     for at, (member, _) in enumerate(items):
@@ -69,12 +77,15 @@ async def at_each(
             return await call(member, some)
 
     asked = {member: [items[at][1] for at in some] for member, some in places.items()}
-    answers = await asyncio.gather(
-        *(ask(member, some) for member, some in asked.items()), return_exceptions=True
+    out = {member for member in asked if member.is_out}
+    others = [member for member in members if not member.is_out] if out else []
+    answers, others_answer = await asyncio.gather(
+        asyncio.gather(*starmap(ask, asked.items()), return_exceptions=True),
+        asyncio.gather(*(member.answers() for member in others)),
     )
     found: dict[int, T] = {}
     for (member, some), answer in zip(asked.items(), answers, strict=True):
-        if isinstance(answer, Unavailable) and member.is_out(members):
+        if isinstance(answer, Unavailable) and member in out and any(others_answer):
             member.outage.failed(answer)
             answer = [instead(member, item, answer) for item in some]
         if isinstance(answer, BaseException):

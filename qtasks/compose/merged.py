@@ -53,6 +53,8 @@ class Branch:
         """The time of the loop before which it is not asked again, because it has failed."""
         self.waited = IDLE_AFTER
         """Seconds for which it was asked since its last answer."""
+        self.unsure = 0
+        """How many deliveries a cancelled call may have fetched. The next call must take them."""
         self._backoff = Backoff()
         self._loop = asyncio.get_running_loop()
 
@@ -68,14 +70,16 @@ class Branch:
             with self.member.watched():
                 deliveries = await self._receive(wanted, limit)
         except asyncio.CancelledError:
-            self.waited += self._loop.time() - asked_at
+            took = self._loop.time() - asked_at
+            self.waited += took
+            self.unsure = limit if took < IDLE_AFTER else 0
             raise
         except Unavailable as error:
-            self.waited = IDLE_AFTER
+            self.waited, self.unsure = IDLE_AFTER, 0
             self.retry_at = self._loop.time() + self._backoff.next()
             self.member.outage.failed(error)
             raise
-        self.waited = self.retry_at = 0.0
+        self.waited, self.retry_at, self.unsure = 0.0, 0.0, 0
         self._backoff.reset()
         return deliveries
 
@@ -110,8 +114,8 @@ class MergedSubscription(Subscription):
 
     Each call of `receive` divides its limit among the members, and asks them at the same time. When
     the first answers, the other calls are cancelled. What a member has fetched by then, it returns
-    at the next call. So more than the limit comes only if each member is asked for its one delivery
-    and several answer in the same moment.
+    at the next call. So more than the limit comes only if all slots go to one member and another
+    one, whose queues were empty, gets a message in the same moment.
     """
 
     def __init__(
@@ -163,7 +167,7 @@ class MergedSubscription(Subscription):
     async def _ask(self, shares: Mapping[Branch, Mapping[str, int]], limit: int) -> None:
         """Ask the members until one has answered. Raise `Unavailable` if all have failed.
 
-        If there are more members than free slots, only one of the busy members is asked at first.
+        A busy member for which no slot is left is asked only if the others do not answer at once.
         A member that has failed is asked again after a pause, which holds up nobody else.
         """
         failed: dict[Branch, Unavailable] = {}
@@ -173,16 +177,13 @@ class MergedSubscription(Subscription):
             now = self._loop.time()
             due = [b for b in shares if b in self._calls or b.retry_at <= now] or list(shares)
             later = [branch.retry_at for branch in shares if branch not in due]
-            if limit < len(due) and now < all_at:
-                # One with leftovers is first: their leases run.
-                busy = sorted((b for b in due if b.busy), key=lambda b: not b.leftovers)
-                if busy[1:]:
-                    due = [branch for branch in due if branch not in busy[1:]]
-                    later.append(all_at)
             limits = limits or _limits({branch: shares[branch] for branch in due}, limit)
+            if now < all_at and 0 in limits.values():
+                due = [branch for branch in due if limits.get(branch, 1)]
+                later.append(all_at)
             for branch in due:
                 if branch not in self._calls:
-                    call = self._receive(branch, shares[branch], limits.get(branch, 1))
+                    call = self._receive(branch, shares[branch], limits.get(branch) or 1)
                     self._calls[branch] = asyncio.create_task(call)
             await asyncio.wait(
                 {*self._calls.values(), self._closed},
@@ -322,19 +323,23 @@ class MergedSubscription(Subscription):
 
 
 def _limits(shares: Mapping[Branch, Mapping[str, int]], limit: int) -> dict[Branch, int]:
-    """Divide `limit` among branches, at least 1 for each.
+    """Divide `limit` among branches.
 
-    An idle branch gets no more than 1 if others are busy. What one does not want, the others get.
+    First come those that may have fetched deliveries for a cancelled call: they are asked for as
+    many again. An idle branch is asked for 1, if others are busy. The busy ones share the rest, so
+    one may get 0. What one does not want, the others get.
     """
     one_is_busy = any(branch.busy for branch in shares)
     most = {
-        branch: 1 if one_is_busy and not branch.busy else sum(share.values())
+        branch: branch.unsure or (sum(share.values()) if branch.busy or not one_is_busy else 1)
         for branch, share in shares.items()
     }
     limits: dict[Branch, int] = {}
-    for branch in sorted(most, key=lambda branch: most[branch]):
-        even = (limit - sum(limits.values())) // (len(most) - len(limits))
-        limits[branch] = max(1, min(most[branch], even))
+    for branch in sorted(most, key=lambda b: (not (b.unsure or b.leftovers), b.busy, most[b])):
+        left = max(0, limit - sum(limits.values()))
+        even = left if branch.unsure else left // (len(most) - len(limits))
+        may_get_none = any(limits.values()) and (branch.unsure or branch.busy)
+        limits[branch] = max(0 if may_get_none else 1, min(most[branch], even))
     return limits
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from qtasks import control
 from qtasks.asyncio import QueueTasks
-from qtasks.compose import RoutedBroker, members
+from qtasks.compose import RoutedBroker, members, merged
 from qtasks_core import (
     DONE,
     Ack,
@@ -108,6 +108,31 @@ async def test_no_more_is_held_than_there_are_slots(where: str, tmp_path: Path) 
     assert over[-10:] == [0] * 10, "what was left over once was never handed out"
     assert {delivery.queue for delivery in held[-4:]} == {"a", "b"}
     assert await subscription.settle([Ack(delivery) for delivery in held]) == [DONE] * 30
+    await broker.stop()
+
+
+async def test_a_cancelled_call_makes_no_second_delivery(
+    redis_server: Service, postgres_server: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL releases what a cancelled call has fetched, if the next one asks for less.
+
+    A message that is delivered often without a crash must not look like poison.
+    """
+    monkeypatch.setattr(merged, "IDLE_AFTER", 30.0)  # on a slow machine too, none looks idle
+    broker = await routed(resolve_broker(redis_server.url), resolve_broker(postgres_server.url))
+    await broker.publish([message("b") for _ in range(250)])
+    subscription = await broker.subscribe(BOTH)
+    counts: list[int | None] = []
+    for _ in range(20):
+        await broker.publish([message("a") for _ in range(3)])
+        held: list[Delivery] = []
+        for _ in range(2):
+            if free := 10 - len(held):
+                async with asyncio.timeout(PATIENCE):
+                    held += await subscription.receive(dict.fromkeys("ab", free), free)
+        counts += [delivery.count for delivery in held]
+        assert await subscription.settle([Ack(each) for each in held]) == [DONE] * len(held)
+    assert set(counts) == {1}
     await broker.stop()
 
 
