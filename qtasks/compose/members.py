@@ -24,6 +24,10 @@ Before that, the engine repeats the whole call. So most callers do not notice a 
 """
 
 
+SAME_OUTAGE = 20.0
+"""Most seconds between two failures of one outage. A call of a frozen server takes long to fail."""
+
+
 class Member:
     """One of the brokers, and whether it answers."""
 
@@ -31,6 +35,7 @@ class Member:
         self.broker = broker
         self.outage = Outage("a composed broker")
         self._failing_since = inf
+        self._failed_at = -inf
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -38,7 +43,11 @@ class Member:
         try:
             yield
         except Unavailable:
-            self._failing_since = min(self._failing_since, monotonic())
+            now = monotonic()
+            if now - self._failed_at > SAME_OUTAGE:
+                self._failing_since = now
+            self._failing_since = min(self._failing_since, now)
+            self._failed_at = now
             raise
         self._failing_since = inf
         self.outage.over()
@@ -46,7 +55,8 @@ class Member:
     @property
     def is_out(self) -> bool:
         """Whether it has failed for a while."""
-        return monotonic() - self._failing_since > OUT_AFTER
+        now = monotonic()
+        return now - self._failing_since > OUT_AFTER and now - self._failed_at <= SAME_OUTAGE
 
     async def answers(self) -> bool:
         """Ask a small question, and return whether there is an answer."""
@@ -81,11 +91,11 @@ async def at_each(
     others = [member for member in members if not member.is_out] if out else []
     answers, others_answer = await asyncio.gather(
         asyncio.gather(*starmap(ask, asked.items()), return_exceptions=True),
-        asyncio.gather(*(member.answers() for member in others)),
+        asyncio.gather(*(member.answers() for member in others), return_exceptions=True),
     )
     found: dict[int, T] = {}
     for (member, some), answer in zip(asked.items(), answers, strict=True):
-        if isinstance(answer, Unavailable) and member in out and any(others_answer):
+        if isinstance(answer, Unavailable) and member in out and True in others_answer:
             member.outage.failed(answer)
             answer = [instead(member, item, answer) for item in some]
         if isinstance(answer, BaseException):

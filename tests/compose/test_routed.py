@@ -433,3 +433,26 @@ async def test_what_does_not_fit_is_named() -> None:
         RoutedBroker("memory://", {"q": "memory://?lease=7"})
     with pytest.raises(NotSupported, match="PostgresBroker"):
         await RoutedBroker("memory://", {}).publish([message("q")], transaction=object())
+
+
+def test_an_old_failure_does_not_count_as_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(members, "monotonic", lambda: now)
+    member = members.Member(MemoryBroker())
+
+    def fail() -> None:
+        with pytest.raises(Unavailable), member.watched():
+            raise Unavailable("away")
+
+    fail()
+    assert not member.is_out
+    now += 4.0 * members.OUT_AFTER + 1.0
+    fail()
+    assert not member.is_out, "the next failure, after a long time, begins another outage"
+    now += members.OUT_AFTER + 1.0
+    assert member.is_out
+    with member.watched():
+        now += 1.0
+    assert not member.is_out
+    fail()
+    assert not member.is_out
