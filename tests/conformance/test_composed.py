@@ -9,6 +9,9 @@ from typing import ClassVar
 import pytest
 
 from qtasks_conformance import BrokerContract, CompositionContract, Least, Part, Subject
+from qtasks_conformance.contracts.cancelling import CancellingContract
+from qtasks_conformance.contracts.delivering import DeliveringContract
+from qtasks_conformance.contracts.repeating import BrokerRepeatContract
 from tests.conformance.test_pairs import Both
 from tests.services import Service
 
@@ -76,12 +79,20 @@ class OnTwoServers(Composed):
         return replace(subject, server=Both(redis_server, postgres_server))
 
 
-class TestRoutedOnTwoFiles(Routed, OnTwoFiles, BrokerContract):
+class TestRoutedOnTwoFiles(
+    Routed, OnTwoFiles, DeliveringContract, BrokerRepeatContract, CancellingContract
+):
+    """What a composed broker does itself."""
+
+
+class TestShardedInMemory(Sharded, InMemory, DeliveringContract, CancellingContract):
     pass
 
 
-class TestShardedInMemory(Sharded, InMemory, BrokerContract):
-    pass
+REST = tuple(
+    each for each in BrokerContract.__bases__ if each not in TestRoutedOnTwoFiles.__bases__
+)
+TestRoutedRest = pytest.mark.full(type("TestRoutedRest", (Routed, OnTwoFiles, *REST), {}))
 
 
 @pytest.mark.full
