@@ -199,10 +199,21 @@ async def test_a_replacement_is_handed_out_in_place_of_a_delivery() -> None:
 
 
 class Failing(MemoryBroker):
-    """Its server is away for subscriptions while `is_away`."""
+    """Its server is away for messages while `is_away`."""
 
     asked = 0
     is_away = True
+
+    async def publish(
+        self, messages: Sequence[TaskMessage], transaction: object | None = None
+    ) -> list[Outcome]:
+        self.check()
+        return await super().publish(messages, transaction)
+
+    def check(self) -> None:
+        if self.is_away:
+            raise Unavailable("failing://server does not answer")
+
     often: asyncio.Event
 
     async def subscribe(self, queues: Mapping[str, int]) -> Subscription:
@@ -219,20 +230,16 @@ class FailingSubscription(MemorySubscription):
         self._broker.asked += 1
         if self._broker.asked == 6:
             self._broker.often.set()
-        self._check()
+        self._broker.check()
         return await super().receive(wanted, limit)
 
     async def settle(self, settlements: Sequence[Settlement]) -> list[Outcome]:
-        self._check()
+        self._broker.check()
         return await super().settle(settlements)
 
     async def extend(self, deliveries: Sequence[Delivery]) -> list[Delivery | None]:
-        self._check()
+        self._broker.check()
         return await super().extend(deliveries)
-
-    def _check(self) -> None:
-        if self._broker.is_away:
-            raise Unavailable("failing://server does not answer")
 
 
 async def test_one_that_fails_is_asked_again_after_pauses(caplog: pytest.LogCaptureFixture) -> None:
@@ -276,7 +283,13 @@ async def test_after_a_while_one_that_is_away_holds_up_no_call(
         await subscription.extend([here, *theirs])
     with pytest.raises(Unavailable):
         await subscription.settle(settlements)
+    batch = [message("a"), message("b")]
+    with pytest.raises(Unavailable):
+        await broker.publish(batch)
     monkeypatch.setattr(members, "OUT_AFTER", 0.0)
+    outcomes = [outcome.status for outcome in await broker.publish(batch)]
+    assert outcomes == ["done", "unknown"]
+    assert (await broker.depth("a")).ready == 1
     assert await subscription.extend([acked, retried]) == [acked, retried]
     outcomes = [outcome.status for outcome in await subscription.settle(settlements)]
     assert outcomes == ["done", "unknown", "refused", "unknown"]
