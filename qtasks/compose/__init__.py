@@ -1,0 +1,6 @@
+"""Brokers that are made of other brokers."""
+
+from qtasks.compose.routed import RoutedBroker
+from qtasks.compose.sharded import ShardedBroker
+
+__all__ = ["RoutedBroker", "ShardedBroker"]

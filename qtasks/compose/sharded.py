@@ -1,0 +1,49 @@
+"""Each queue on several brokers, each of which has a share of the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from hashlib import blake2b
+
+from qtasks.compose.composed import ComposedBroker
+from qtasks.compose.members import Member
+from qtasks_core import Broker, TaskMessage
+from qtasks_core.errors import ConfigurationError
+
+
+class ShardedBroker(ComposedBroker):
+    """Spreads the tasks of all queues over several brokers, by their uuids.
+
+        broker = ShardedBroker({"one": "redis://one", "two": "redis://two"})
+
+    The name of a shard and the uuid decide (https://en.wikipedia.org/wiki/Rendezvous_hashing): a
+    new shard gets its share of the new tasks, and all others go where they went before. Shards in
+    `draining` get no new tasks. Workers receive from all shards. Raises `ConfigurationError` for a
+    wrong URL, an unknown name, different leases, or if no shard gets new tasks.
+    """
+
+    is_whole = False
+
+    def __init__(
+        self, shards: Mapping[str, Broker | str], *, draining: Collection[str] = ()
+    ) -> None:
+        super().__init__(*shards.values())
+        if len(self._members) < len(shards):
+            raise ConfigurationError("two shards are the same broker")
+        if unknown := sorted(set(draining) - shards.keys()):
+            raise ConfigurationError(f"draining={unknown!r} names no shard; there are {[*shards]}")
+        self._filling = {
+            name.encode() + b"\0": member
+            for name, member in zip(shards, self._of_parts, strict=True)
+            if name not in draining
+        }
+        if not self._filling:
+            raise ConfigurationError("no shard gets new tasks: there is none, or all are draining")
+
+    def _home_of(self, message: TaskMessage) -> Member:
+        uuid = message.uuid.encode()
+        name = max(self._filling, key=lambda name: blake2b(name + uuid, digest_size=8).digest())
+        return self._filling[name]
+
+    def _holders_of(self, queue: str) -> Sequence[Member]:
+        return self._members

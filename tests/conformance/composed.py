@@ -1,0 +1,25 @@
+"""Brokers that are made of two others, as the kit builds them in its processes."""
+
+from __future__ import annotations
+
+from qtasks.compose import RoutedBroker, ShardedBroker
+from qtasks_core import Broker
+from qtasks_core.lookup import resolve_broker
+
+
+def members(*urls: str, lease: float) -> list[Broker]:
+    return [resolve_broker(f"{url}?lease={lease}") for url in urls]
+
+
+class Routed(RoutedBroker):
+    """The queue `q`, which most tests use, is not at the default. Nor is `held`."""
+
+    def __init__(self, one: str, other: str, lease: float) -> None:
+        default, routed = members(one, other, lease=lease)
+        super().__init__(default, {"q": routed, "held": routed})
+
+
+class Sharded(ShardedBroker):
+    def __init__(self, one: str, other: str, lease: float) -> None:
+        first, second = members(one, other, lease=lease)
+        super().__init__({"first": first, "second": second})

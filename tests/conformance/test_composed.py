@@ -1,0 +1,120 @@
+"""The kit on brokers that are made of other brokers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from qtasks_conformance import BrokerContract, CompositionContract, Least, Part, Subject
+from qtasks_conformance.contracts.cancelling import CancellingContract
+from qtasks_conformance.contracts.delivering import DeliveringContract
+from qtasks_conformance.contracts.repeating import BrokerRepeatContract
+from tests.conformance.test_pairs import Both
+from tests.services import Service
+
+LEASE = 1.0
+
+ROUTED = Least(
+    survives="server crash",
+    settle_confirmed=True,
+    counts_deliveries=True,
+    priorities=True,
+    leases_survive=True,
+    order="queue",
+)
+SHARDED = replace(ROUTED, priorities=False, order="none", atomic_retries=True)
+
+
+class Composed:
+    """A broker on two others, with a storage that is on neither."""
+
+    kind: ClassVar[str]
+    least: ClassVar[Least]
+
+    def composed(self, one: str, other: str, storage: Part) -> Subject:
+        urls = {"one": one, "other": other, "lease": LEASE}
+        return Subject(
+            broker=Part(f"tests.conformance.composed:{self.kind}", urls),
+            storage=storage,
+            lease=LEASE,
+            least_broker=self.least,
+        )
+
+
+class Routed(Composed):
+    kind, least = "Routed", ROUTED
+
+
+class Sharded(Composed):
+    kind, least = "Sharded", SHARDED
+
+
+class OnTwoFiles(Composed):
+    @pytest.fixture
+    def subject(self, tmp_path: Path) -> Subject:
+        one, other, records = (f"sqlite:///{tmp_path}/{name}.db" for name in "abc")
+        return self.composed(one, other, Part("qtasks_sqlite:SqliteStorage", {"url": records}))
+
+
+class InMemory(Composed):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        subject = self.composed(
+            "memory://one", "memory://other", Part("qtasks_memory:MemoryStorage")
+        )
+        least = replace(self.least, survives="nothing", leases_survive=False)
+        return replace(subject, ends_with_process=True, least_broker=least)
+
+
+class OnTwoServers(Composed):
+    """Redis and PostgreSQL, which are killed and frozen together."""
+
+    @pytest.fixture
+    def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
+        storage = Part("qtasks_postgres:PostgresStorage", {"url": postgres_server.url})
+        subject = self.composed(redis_server.url, postgres_server.url, storage)
+        return replace(subject, server=Both(redis_server, postgres_server))
+
+
+class TestRoutedOnTwoFiles(
+    Routed, OnTwoFiles, DeliveringContract, BrokerRepeatContract, CancellingContract
+):
+    """What a composed broker does itself."""
+
+
+class TestShardedInMemory(Sharded, InMemory, DeliveringContract, CancellingContract):
+    pass
+
+
+REST = tuple(
+    each for each in BrokerContract.__bases__ if each not in TestRoutedOnTwoFiles.__bases__
+)
+TestRoutedRest = pytest.mark.full(type("TestRoutedRest", (Routed, OnTwoFiles, *REST), {}))
+
+
+@pytest.mark.full
+class TestShardedOnTwoFiles(Sharded, OnTwoFiles, BrokerContract):
+    pass
+
+
+@pytest.mark.full
+class TestRoutedPair(Routed, OnTwoFiles, CompositionContract):
+    pass
+
+
+@pytest.mark.full
+class TestShardedPair(Sharded, OnTwoFiles, CompositionContract):
+    pass
+
+
+@pytest.mark.full
+class TestRoutedOnTwoServers(Routed, OnTwoServers, BrokerContract):
+    pass
+
+
+@pytest.mark.full
+class TestShardedOnTwoServers(Sharded, OnTwoServers, BrokerContract):
+    pass
