@@ -30,7 +30,13 @@ from qtasks_core.errors import (
 )
 from qtasks_core.options import Kind
 from qtasks_postgres.callers import callers_connection
-from qtasks_postgres.errors import NO_TLS, leads_elsewhere, translated, translated_at_start
+from qtasks_postgres.errors import (
+    NO_TLS,
+    PASSING,
+    leads_elsewhere,
+    translated,
+    translated_at_start,
+)
 from qtasks_postgres.options import Options, options_of
 from qtasks_postgres.schema import (
     DEFAULT,
@@ -88,6 +94,7 @@ SET_LOCALLY = "; ".join(
     for name, value in SETTINGS.items()
     if not name.startswith("default_")
 )
+READ_ONLY = f"the server is read-only or in recovery ({PASSING['25006']})"
 ELSEWHERE = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only') = 'on'"
 
 
@@ -361,7 +368,7 @@ class Database:
 
     def _check_place(self, row: Any) -> None:
         if row["elsewhere"]:
-            raise Unavailable(f"{self.shown}: the server is read-only or in recovery")
+            raise Unavailable(f"{self.shown}: {READ_ONLY}")
 
     async def _check_rights(
         self, connection: Connection, needs: Mapping[str, Collection[str]]
@@ -535,16 +542,19 @@ class Listener:
 
     async def _unlisten(self) -> None:
         async with self._using() as connection:
-            for channel in self._listening - self._callbacks.keys():
-                if connection is not None:
-                    await connection.remove_listener(channel, self._heard)
-                self._listening.discard(channel)
+            for channel in tuple(self._listening):
+                # A channel may be requested again while the server answers for another one. And
+                # who requests this one while the server answers for it must listen to it again.
+                if channel not in self._callbacks:
+                    self._listening.discard(channel)
+                    if connection is not None:
+                        await connection.remove_listener(channel, self._heard)
 
     async def _ping(self) -> None:
         async with self._using() as connection:
             if connection is not None and await connection.fetchval(ELSEWHERE):
                 self._database.leave()
-                raise Unavailable(f"{self._database.shown}: the server is read-only or in recovery")
+                raise Unavailable(f"{self._database.shown}: {READ_ONLY}")
 
     @asynccontextmanager
     async def _using(self) -> AsyncIterator[Connection | None]:

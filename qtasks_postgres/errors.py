@@ -36,6 +36,13 @@ FINAL: Mapping[str, str] = {
     "42703": SCHEMA,  # no such column
 }
 
+# These pass only if somebody does something about it.
+PASSING: Mapping[str, str] = {
+    "25006": "the URL leads to a replica: name the primary, or several hosts",
+    "53100": "the server's disk is full: free some space",
+    "53300": "raise max_connections, or put a connection pooler before the server",
+}
+
 # These apply only while a connection is being made.
 FINAL_AT_START: Mapping[str, str] = {
     "42704": NO_OPTION,  # no such setting
@@ -134,7 +141,8 @@ def meaning_of(error: BaseException, shown: str, what: str = "") -> QTasksError:
     todo = advice(error)
     if todo is not None:
         return ConfigurationError(f"{shown}: {what} ({todo})")
-    return Unavailable(f"{shown}: {what}")
+    todo = PASSING.get(code_of(error))
+    return Unavailable(f"{shown}: {what} ({todo})" if todo else f"{shown}: {what}")
 
 
 def advice(error: BaseException) -> str | None:

@@ -279,7 +279,14 @@ class PostgresStorage(Storage, ReviewedMigration):
                         outcomes[place] = Outcome("refused", TOO_LARGE)
                     elif verdict != "repeat":
                         outcomes[place] = refused_by(record)
+                    elif transaction is None:
+                        self._push_again(tasks[place])
         return outcomes
+
+    def _push_again(self, task: Task) -> None:
+        """Push a record that is saved again: the first save may have got no answer."""
+        row = {"uuids": [storable(task.uuid)], "watchers": ()}
+        self.push([(task, encode_task(task))], row)
 
     def push(self, batch: Sequence[tuple[Task, bytes]], row: Any) -> None:
         """Push the final records among those that a row of `SAVED` names."""

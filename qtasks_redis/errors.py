@@ -36,6 +36,13 @@ MEANINGS: Final[dict[str, Meaning]] = {
 
 NOSCRIPT is not an error: the script is sent again.
 """
+ADVICE: Final = {
+    "MISCONF": "see the server's log: it cannot write to its disk",
+    "NOREPLICAS": "start the replicas that min-replicas-to-write asks for",
+    "OOM": "raise maxmemory, or keep records for a shorter time (retention)",
+    "READONLY": "the URL leads to a replica: name the primary, or the Sentinels that know it",
+}
+"""What to do about an error that passes, by its code. Waiting does not help with these."""
 _WRONG_TEXTS: Final = (
     "acl failure", "db index", "invalid db index", "select is not allowed", "syntax error",
     "this instance has cluster support disabled",
@@ -75,18 +82,24 @@ class Broken(Unavailable):
 
 def meaning_of(error: Exception) -> Meaning:
     """Return the meaning of a driver error. The text counts only if the server wrote it."""
+    code, text = _code_and_text(error)
+    meaning = MEANINGS.get(code)
+    if meaning is not None:
+        return meaning
+    return "wrong" if text.lower().startswith(_WRONG_TEXTS) else "outage"
+
+
+def _code_and_text(error: Exception) -> tuple[str, str]:
+    """Return the code with which the server starts its error, and its text. Else empty texts."""
     from redis.exceptions import ResponseError
 
     for kind in type(error).__mro__:
         if kind.__name__ in _CODES_CUT:
-            return MEANINGS[_CODES_CUT[kind.__name__]]
+            return _CODES_CUT[kind.__name__], str(error)
     if not isinstance(error, ResponseError):
-        return "outage"
+        return "", ""
     text = _BEFORE_THE_CODE.sub("", str(error), count=1)
-    meaning = MEANINGS.get(text.partition(" ")[0])
-    if meaning is not None:
-        return meaning
-    return "wrong" if text.lower().startswith(_WRONG_TEXTS) else "outage"
+    return text.partition(" ")[0], text
 
 
 def raise_ours(error: Exception, where: str) -> NoReturn:
@@ -105,15 +118,26 @@ def raise_ours(error: Exception, where: str) -> NoReturn:
     if not isinstance(error, (exceptions.RedisError, OSError)):
         raise Broken(f"{where}: the driver fails: {type(error).__name__}: {error}") from error
     meaning = meaning_of(error)
+    code, text = _code_and_text(error)
     if isinstance(error, (exceptions.AuthenticationError, exceptions.AuthorizationError)):
-        raise ConfigurationError(f"{where} refuses the user or password: {error}") from None
+        raise ConfigurationError(
+            f"{where} refuses the user or password: {error} (check both in the URL)"
+        ) from None
     if isinstance(error, exceptions.NoPermissionError):
-        raise ConfigurationError(f"{where}: the user's rights do not suffice: {error}") from None
+        raise ConfigurationError(
+            f"{where}: the user's rights do not suffice: {error} (docs/rights.md lists them)"
+        ) from None
+    if "db index" in text.lower():
+        raise ConfigurationError(
+            f"{where}: {error} (name another database in the URL, or raise `databases` in the "
+            "server's configuration)"
+        ) from None
     if meaning == "wrong":
         raise ConfigurationError(f"{where}: {error}") from None
+    todo = f" ({ADVICE[code]})" if code in ADVICE else ""
     if meaning == "elsewhere":
         told = f"{type(error).__name__}: {error}"
-        raise Elsewhere(f"{where} cannot work now: {told}") from error
+        raise Elsewhere(f"{where} cannot work now: {told}{todo}") from error
     if isinstance(error, exceptions.ResponseError):
-        raise Unavailable(f"{where} cannot work now: {error}") from error
+        raise Unavailable(f"{where} cannot work now: {error}{todo}") from error
     raise Unavailable(f"{where}: {str(error) or 'no answer in time'}") from error

@@ -6,7 +6,7 @@ import asyncio
 import os
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import asyncpg
@@ -18,6 +18,7 @@ from tests.conftest import serve
 from tests.e2e.crash import Setting
 from tests.faults.load import Load, loaded
 from tests.pairs import LEASES, Pair, with_lease
+from tests.processes import until
 from tests.services import PostgresServer, RabbitMQServer, Service
 from tests.services.postgres import NativePostgres
 from tests.services.service import Way
@@ -66,7 +67,7 @@ async def test_redis_at_maxmemory(
             load,
             lambda: redis_client.config_set("maxmemory", "1mb"),
             lambda: redis_client.config_set("maxmemory", "0"),
-            "maxmemory",
+            "raise maxmemory",
         )
         async with full:
             pass
@@ -80,6 +81,7 @@ async def test_a_replica_behind_the_url_of_redis(
             load,
             lambda: redis_client.replicaof("127.0.0.1", "1"),  # nobody is there
             lambda: redis_client.replicaof("NO", "ONE"),
+            "name the primary",
         )
         async with replica:
             pass
@@ -109,7 +111,10 @@ class SmallPostgres(NativePostgres):
             raise Unobtainable("only root may mount a small disk")
         self.disk.mkdir()
         options = f"size={DISK}m,mode=700,uid={_id('-u')},gid={_id('-g')}"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.disk], check=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.disk)]
+        mount = subprocess.run(command, capture_output=True, text=True, check=False)
+        if mount.returncode:
+            raise Unobtainable(f"a small disk cannot be mounted: {mount.stderr.strip()}")
         return super().prepare()
 
     def command(self) -> list[str]:
@@ -173,9 +178,40 @@ async def test_postgres_on_a_full_disk(small_postgres: OwnPostgres, tmp_path: Pa
 
     async with (
         loaded(setting_of(small_postgres.url, "postgres", tmp_path)) as load,
-        refusing(load, lambda: asyncio.to_thread(way.fill), room),
+        refusing(load, lambda: asyncio.to_thread(way.fill), room, "free some space"),
     ):
         print(f"the server has ended: {way.ended()}")
+
+
+@pytest.mark.full
+async def test_postgres_that_ended_on_a_full_disk(
+    small_postgres: OwnPostgres, tmp_path: Path
+) -> None:
+    """It cannot write its log, panics, and cannot recover before there is room."""
+    way = small_postgres.way
+
+    async def fill() -> None:
+        connection = await asyncpg.connect(small_postgres.url)
+        await asyncio.to_thread(way.fill)
+        # Its log grows until it needs a new file.
+        with suppress(asyncpg.PostgresError, OSError):
+            async with asyncio.timeout(120):
+                while way.ended() is None:
+                    await connection.execute(
+                        "SELECT pg_logical_emit_message(false, 'fill', repeat('x', 1000000))"
+                    )
+        connection.terminate()
+        await asyncio.to_thread(until, lambda: way.ended() is not None, "the server's end")
+
+    async def room() -> None:
+        (way.disk / "filler").unlink()
+        await asyncio.to_thread(small_postgres.restart)
+
+    async with (
+        loaded(setting_of(small_postgres.url, "postgres", tmp_path)) as load,
+        refusing(load, fill, room),
+    ):
+        pass
 
 
 async def test_a_replica_behind_the_url_of_postgres(
@@ -196,6 +232,6 @@ async def test_a_replica_behind_the_url_of_postgres(
 
     async with (
         loaded(setting_of(small_postgres.url, "postgres", tmp_path)) as load,
-        refusing(load, demote, promote, "read-only"),
+        refusing(load, demote, promote, "name the primary"),
     ):
         pass

@@ -11,9 +11,10 @@ from uuid import uuid4
 import asyncpg
 import pytest
 
-from qtasks_core import Ack, Delivery, Task, TaskMessage
+from qtasks_core import DONE, Ack, Delivery, Task, TaskMessage
 from qtasks_core.errors import Unavailable
 from qtasks_postgres import PostgresBroker, PostgresStorage
+from qtasks_postgres.inbox import PostgresInbox
 from tests.services import Service
 
 PATIENCE = 60.0
@@ -155,5 +156,33 @@ async def test_inboxes(
     async with asyncio.timeout(PATIENCE):
         while not expected <= told:
             await hear()
+    await storage.stop()
+    await other.stop()
+
+
+async def test_a_record_that_is_saved_again_is_pushed(
+    postgres_server: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first save has committed and got no answer, so it was not pushed."""
+    monkeypatch.setattr(PostgresInbox, "HEARTBEAT", 10 * PATIENCE)
+    storage, other = PostgresStorage(postgres_server.url), PostgresStorage(postgres_server.url)
+    namespace = str(uuid4())
+    await storage.start(namespace)
+    await other.start(namespace)
+    inbox = await storage.inbox()
+    task = Task(
+        uuid=str(uuid4()), task_name="tests:task", status="success", execution="this",
+        reply_to=inbox.address,
+    )  # fmt: skip
+    inbox.expect([task.uuid])
+    driver = Driver(monkeypatch)
+    await other.get([task.uuid])
+    driver.plan(0, "after")
+    assert await driver.tried(partial(other.save, [task])) is None
+    driver.left = None
+    assert await other.get([task.uuid]) == [task]
+    assert await other.save([task]) == [DONE]
+    async with asyncio.timeout(PATIENCE):
+        assert await inbox.receive() == [task]
     await storage.stop()
     await other.stop()
