@@ -26,13 +26,14 @@ class KafkaBackend(Backend):
     """
 
     contract = 1
+    _broker: type[KafkaBroker] = KafkaBroker
 
     def broker(self, url: str) -> KafkaBroker:
         """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
         rest, options = take_options(url, OURS)
         for option in ("retention", "directory"):
             options.pop(option, None)
-        return KafkaBroker(rest, **options)
+        return self._broker(rest, **options)
 
     def storage(self, url: str) -> KafkaStorage:
         """Return the storage of `url`. Raises `ConfigurationError` if the URL is wrong."""
@@ -47,12 +48,7 @@ class KafkaShareBackend(KafkaBackend):
     It has the options of `kafka://`. The storage is the same.
     """
 
-    def broker(self, url: str) -> ShareGroupKafkaBroker:
-        """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
-        rest, options = take_options(url, OURS)
-        for option in ("retention", "directory"):
-            options.pop(option, None)
-        return ShareGroupKafkaBroker(rest, **options)
+    _broker = ShareGroupKafkaBroker
 
 
 class TransactionalKafkaBackend(KafkaBackend):
@@ -61,12 +57,7 @@ class TransactionalKafkaBackend(KafkaBackend):
     It has the options of `kafka://`. The storage is the same.
     """
 
-    def broker(self, url: str) -> TransactionalKafkaBroker:
-        """Return the broker of `url`. Raises `ConfigurationError` if the URL is wrong."""
-        rest, options = take_options(url, OURS)
-        for option in ("retention", "directory"):
-            options.pop(option, None)
-        return TransactionalKafkaBroker(rest, **options)
+    _broker = TransactionalKafkaBroker
 
 
 __all__ = [
