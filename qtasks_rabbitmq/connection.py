@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 4.0
 """Seconds after which a server that does not answer counts as unreachable."""
+SLOWEST = 500
+"""Messages a second that a server at least delivers, drops or takes back."""
 OLDEST = (3, 10)
 """The oldest supported version: the first with at-least-once dead-lettering on quorum queues."""
 MOST_AT_ONCE = 1000
@@ -111,10 +113,13 @@ class Connection:
             await channel.registered()
 
     @asynccontextmanager
-    async def answering(self) -> AsyncIterator[None]:
-        """Raise `Unavailable` if the code inside takes longer than `PATIENCE` seconds."""
+    async def answering(self, messages: int = 0) -> AsyncIterator[None]:
+        """Raise `Unavailable` if the code inside takes longer than `PATIENCE` seconds.
+
+        If the server has to do something with each of many messages, it may take longer.
+        """
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(PATIENCE + messages / SLOWEST):
                 yield
         except TimeoutError:
             why = f"takes no messages now: {self._blocked}" if self._blocked else "does not answer"

@@ -150,7 +150,7 @@ async def _drop_delayed(
     clock = asyncio.get_running_loop().time
     async with channel.aside() as aside:
         aside.on_delivery = take
-        async with connection.answering():
+        async with connection.answering(expected):
             await aside.call(
                 Basic.Qos(prefetch_count=0), Basic.Consume(queue=level, consumer_tag="all")
             )
@@ -158,7 +158,7 @@ async def _drop_delayed(
         # The server counts a message as delivered before it sends it. So wait for as many as were
         # there, or until none has come for a while: some may have become due meanwhile.
         while True:
-            async with connection.answering():
+            async with connection.answering(len(dropping)):
                 waiting = sum(await _ready(channel, [level]))
                 tags, dropping = dropping, []
                 dropped += len(tags)
@@ -170,7 +170,7 @@ async def _drop_delayed(
             if enough and not waiting and not dropping:
                 break
             await asyncio.sleep(PAUSE)
-        async with connection.answering():
+        async with connection.answering(kept):
             await aside.call(Basic.Cancel(consumer_tag="all"))
             # The tag 0 stands for all deliveries of the channel.
             await aside.send(Basic.Nack(delivery_tag=0, multiple=True, requeue=True))
@@ -178,7 +178,7 @@ async def _drop_delayed(
         # The queue takes them back a little later. Some of them may be due by then.
         returned = clock()
         while clock() - returned < QUIET:
-            async with connection.answering():
+            async with connection.answering(kept):
                 if sum(await _ready(channel, [level])) >= kept:
                     break
             await asyncio.sleep(PAUSE)
