@@ -1,12 +1,30 @@
-"""A port in front of a server, which a test has under its control."""
+"""Ports: in front of a server, under the control of a test, and those of a cluster's nodes."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
+from qtasks.testing.native import OUTGOING
 from qtasks.testing.recipes import PASSWORD
+
+BUS = 10_000
+"""How far above its port a node of a cluster has the one that other nodes connect to."""
+
+
+def has_bus(port: int) -> bool:
+    """Return whether a node with this port can have that other one, which no client may take."""
+    bus = port + BUS
+    if bus >= int(OUTGOING.read_text().split()[0]):
+        return False
+    with socket.socket() as candidate:
+        try:
+            candidate.bind(("127.0.0.1", bus))
+        except OSError:
+            return False
+    return True
 
 
 class Port(ABC):

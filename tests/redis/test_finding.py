@@ -18,6 +18,7 @@ from qtasks_core import DONE, Ack, Broker, Completion, Storage, Task, TaskMessag
 from qtasks_core.errors import ConfigurationError, Unavailable
 from qtasks_core.separate import compose
 from qtasks_redis import RedisBackend, RedisBroker, RedisStorage
+from tests.redis.ports import has_bus
 from tests.redis.test_roles import OwnRedis, follow, port, until
 from tests.services import RedisServer, Service
 from tests.services.redis import NativeRedis
@@ -48,6 +49,12 @@ class NativeSentinel(NativeRedis):
 
 class NativeNode(NativeRedis):
     """A node of a cluster."""
+
+    def prepare(self) -> str:
+        while True:
+            url = super().prepare()
+            if has_bus(self.port):
+                return url
 
     def command(self) -> list[str]:
         return [*super().command(), "--cluster-enabled", "yes", "--masterauth", PASSWORD]

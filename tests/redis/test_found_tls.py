@@ -17,6 +17,7 @@ from qtasks.testing.recipes import PASSWORD
 from qtasks_core import DONE, Broker, Storage, Task, TaskMessage
 from qtasks_core.errors import ConfigurationError
 from qtasks_redis import RedisBackend
+from tests.redis.ports import has_bus
 from tests.redis.test_finding import SERVICE, NativeSentinel, OwnSentinel, again
 from tests.redis.test_rights import RIGHTS
 from tests.redis.test_roles import until
@@ -38,6 +39,12 @@ LOGIN = f"{encoded(USER)}:{encoded(WORD)}"
 
 class NativeNode(NativeSecuredRedis):
     """One node that is a cluster."""
+
+    def prepare(self) -> str:
+        while True:
+            url = super().prepare()
+            if has_bus(self.tls):  # the nodes speak TLS, so that port counts
+                return url
 
     def command(self) -> list[str]:
         return [*super().command(), "--cluster-enabled", "yes", "--tls-cluster", "yes"]
