@@ -351,6 +351,10 @@ class Membership:
                 if self._coordinator.coordinator_id is not None:
                     waiting_since = time.monotonic()
                 elif time.monotonic() - waiting_since > REQUEST:
+                    if not self._is_member:
+                        # The driver may wait for a lost answer, as long as a join may take. A
+                        # member keeps its place, and what it has in flight.
+                        self._retire()
                     raise Unavailable("Kafka's group coordinator does not answer") from None
         await self.confirm([])
 
