@@ -7,7 +7,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from importlib import import_module
@@ -29,7 +29,7 @@ from qtasks.execution.requires import NOTHING, Requires, Unmet, checked_requires
 from qtasks.worker.hosted import RunningWorker, WorkerOptions, working
 from qtasks.worker.process import serve
 from qtasks.worker.replacement import replace_failed
-from qtasks_core import Balancer, Broker, Plugin, Storage, TaskMessage, schemas
+from qtasks_core import Balancer, Broker, Plugin, RoutePolicy, Storage, TaskMessage, schemas
 from qtasks_core.errors import ConfigurationError, QTasksError, UnknownTask
 from qtasks_core.names import checked_name, is_id
 
@@ -188,6 +188,29 @@ class App(Lifecycle):
     def uuid_of(self, task_name: str, key: str) -> str:
         """Return the uuid of a task that is enqueued with this `key=`."""
         return str(uuid5(_KEYED, "\0".join((self.name, task_name, key))))
+
+    def routed(self, policy: RoutePolicy, arguments: Mapping[str, Any]) -> str:
+        """Return the queue that a policy chooses for a call with these arguments.
+
+        Raises `ConfigurationError` if no worker would receive from it.
+        """
+        thread = io_thread()
+        # Before its first call, an app that starts by itself has no client. All queues count as
+        # empty then.
+        counts = client.depths if (client := self.client_on(thread)) else None
+        depths: Mapping[str, int] = {}
+        if policy.reads_depths:
+            empty = dict.fromkeys(policy.queues, 0)
+            depths = empty if counts is None else counts.of(policy.queues, thread)
+        queue = policy.choose(arguments, depths)
+        if queue not in policy.queues:
+            raise ConfigurationError(
+                f"{type(policy).__name__} has chosen the queue {queue!r}, which is none of its "
+                f"queues: {', '.join(policy.queues)}"
+            )
+        if policy.reads_depths and counts is not None:
+            counts.add(queue)
+        return queue
 
     def submit(self, message: TaskMessage, timeout: float | None) -> Reply[schemas.Task]:
         """Submit a message. With `timeout` (seconds), wait for its final record.

@@ -8,6 +8,7 @@ from qtasks_core.contracts.executor import Encoded, Executor, Runnable
 from qtasks_core.contracts.inbox import Inbox
 from qtasks_core.contracts.plugin import Plugin
 from qtasks_core.contracts.reviewed import ReviewedMigration
+from qtasks_core.contracts.route_policy import RoutePolicy
 from qtasks_core.contracts.serializer import Serializer
 from qtasks_core.contracts.storage import Storage
 from qtasks_core.contracts.subscription import Subscription
@@ -61,6 +62,7 @@ __all__ = [
     "Release",
     "Retry",
     "ReviewedMigration",
+    "RoutePolicy",
     "Runnable",
     "Running",
     "Serializer",

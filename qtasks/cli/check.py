@@ -20,6 +20,7 @@ from qtasks.cli.output import json_option, print_fields, print_json
 from qtasks.cli.session import CONNECT_TIMEOUT, Session, pass_session
 from qtasks.client import retrying
 from qtasks.client.registry import workers_alive
+from qtasks.execution.definition import declared_queues
 from qtasks.execution.requires import NOTHING
 from qtasks_core import Broker, Guarantees, QueueDepth, Storage, WorkerInfo
 from qtasks_core.errors import NotSupported, QTasksError, Unavailable
@@ -206,7 +207,7 @@ async def _look_for_workers(found: Checked, storage: Storage) -> None:
 
 
 async def _look_into_queues(found: Checked, app: App) -> None:
-    names = {"default", *(known.options.queue for known in app.definitions.values())}
+    names = declared_queues(app.definitions.values())
     names.update(*(worker.queues for worker in found.workers or ()))
     for name in sorted(names):
         found.queues[name] = None

@@ -12,6 +12,7 @@ from qtasks.app import App
 from qtasks.cli.output import confirm, json_option, print_json, print_rows
 from qtasks.cli.session import Session, pass_session
 from qtasks.cli.tasks import nothing_in
+from qtasks.execution.definition import declared_queues
 from qtasks_core.errors import NotSupported
 
 
@@ -33,7 +34,7 @@ def queues(session: Session, names: tuple[str, ...], as_json: bool) -> None:
 
 def known_queues(app: App) -> list[str]:
     """Return the queues of the app's tasks and of all running workers."""
-    names = {"default", *(d.options.queue for d in app.definitions.values())}
+    names = declared_queues(app.definitions.values())
     # A storage without shared values has no registry of workers.
     with suppress(NotSupported):
         names.update(*(worker.queues for worker in app.control_blocking(control.workers)))

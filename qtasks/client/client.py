@@ -18,6 +18,7 @@ from uuid_utils import uuid7
 from qtasks.bridge.crossing import IOThread, Reply, copy_of
 from qtasks.client import retrying
 from qtasks.client.batcher import Batcher
+from qtasks.client.depths import Depths
 from qtasks.client.overdue import look_once, unconfirmed
 from qtasks.client.requirements import Requirements
 from qtasks.client.retrying import Backoff, Outage, retry
@@ -122,6 +123,7 @@ class Client:
         self.composition: Composition = compose(broker, storage)
         self.clock = Clock(broker, storage)
         self.requirements = requirements or Requirements(broker, storage)
+        self.depths = Depths(broker)
         self._least: tuple[float, str] = (inf, "")
         """The largest message that both the broker and the storage take, in bytes.
 
@@ -166,6 +168,7 @@ class Client:
         for submission in await self._submissions.close():
             submission.reply.fail(copy_of(closed))
         await self._watches.close()
+        await self.depths.stop()
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.wait({self._listening})

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from hashlib import blake2b
 
 from qtasks.compose.composed import ComposedBroker
 from qtasks.compose.members import Member
 from qtasks_core import Broker, TaskMessage
 from qtasks_core.errors import ConfigurationError
+from qtasks_core.rendezvous import chosen
 
 
 class ShardedBroker(ComposedBroker):
@@ -33,7 +33,7 @@ class ShardedBroker(ComposedBroker):
         if unknown := sorted(set(draining) - shards.keys()):
             raise ConfigurationError(f"draining={unknown!r} names no shard; there are {[*shards]}")
         self._filling = {
-            name.encode() + b"\0": member
+            name.encode(): member
             for name, member in zip(shards, self._of_parts, strict=True)
             if name not in draining
         }
@@ -41,9 +41,7 @@ class ShardedBroker(ComposedBroker):
             raise ConfigurationError("no shard gets new tasks: there is none, or all are draining")
 
     def _home_of(self, message: TaskMessage) -> Member:
-        uuid = message.uuid.encode()
-        name = max(self._filling, key=lambda name: blake2b(name + uuid, digest_size=8).digest())
-        return self._filling[name]
+        return self._filling[chosen(self._filling, message.uuid.encode())]
 
     def _holders_of(self, queue: str) -> Sequence[Member]:
         return self._members

@@ -17,7 +17,7 @@ from qtasks.app import App
 from qtasks.declare.tasks import AsyncTask, Inclusions, P, SyncTask
 from qtasks.execution.definition import TaskDefinition, TaskOptions, checked_plugins
 from qtasks.execution.requires import Requires
-from qtasks_core import Executor, Plugin
+from qtasks_core import Executor, Plugin, RoutePolicy
 from qtasks_core.errors import ConfigurationError
 
 R = TypeVar("R")
@@ -30,7 +30,7 @@ H = TypeVar("H")
 class Options(TypedDict, total=False):
     """The options of a task as keyword arguments. `TaskOptions` explains each."""
 
-    queue: str
+    queue: str | RoutePolicy
     priority: int
     retry: int | None
     store_result: bool

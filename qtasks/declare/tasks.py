@@ -383,11 +383,17 @@ def message_of(
             "like key='order 7', or leave it out"
         )
     declared = definition.options
+    if queue is not None:
+        checked_name(queue, "a queue")
+    elif isinstance(declared.queue, str):
+        queue = declared.queue
+    else:
+        queue = app.routed(declared.queue, definition.bound(args, kwargs))
     now = time.time()
     message = TaskMessage(
         uuid=str(uuid7()) if key is None else app.uuid_of(definition.name, key),
         task_name=definition.name,
-        queue=declared.queue if queue is None else checked_name(queue, "a queue"),
+        queue=queue,
         args=encoded_args,
         kwargs=encoded_kwargs,
         encoding=definition.serializer.name,

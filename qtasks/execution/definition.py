@@ -23,7 +23,7 @@ from qtasks.execution.signatures import (
     signature_of,
 )
 from qtasks.plugins.retries import Retries
-from qtasks_core import Executor, Plugin, Serializer, TaskMessage
+from qtasks_core import Executor, Plugin, RoutePolicy, Serializer, TaskMessage
 from qtasks_core.errors import (
     BadArguments,
     ConfigurationError,
@@ -43,7 +43,8 @@ RESERVED = ("timeout", "delay", "eta", "key", "queue", "priority", "expires", "t
 class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The options of a task, as the decorator takes them."""
 
-    queue: str = "default"
+    queue: str | RoutePolicy = "default"
+    """The queue, or a policy of `qtasks.routes` that chooses one for each call."""
     priority: int = 5
     """0 to 9; tasks with 9 run first."""
     retry: int | None = None
@@ -70,7 +71,8 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Called with each value that a generator yields. The result is the list of its answers."""
 
     def __post_init__(self) -> None:
-        checked_name(self.queue, "a queue")
+        for queue in self.queues:
+            checked_name(queue, "a queue")
         if self.priority not in range(10):
             raise ConfigurationError(
                 f"priority={self.priority!r} is no whole number between 0 and 9"
@@ -92,9 +94,19 @@ class TaskOptions(msgspec.Struct, frozen=True, kw_only=True):
         if self.retry is not None and any(isinstance(p, Retries) for p in self.plugins):
             raise ConfigurationError("give retry= or a Retries plugin, not both")
 
+    @property
+    def queues(self) -> Sequence[str]:
+        """All queues that calls may go to if they name none."""
+        return self.queue.queues if isinstance(self.queue, RoutePolicy) else (self.queue,)
+
     def all_plugins(self) -> tuple[Plugin, ...]:
         """Return the plugins. If `retry` is set, `Retries(retry)` is the outermost."""
         return (*(() if self.retry is None else (Retries(self.retry),)), *self.plugins)
+
+
+def declared_queues(definitions: Iterable[TaskDefinition]) -> set[str]:
+    """Return the queues that calls of these tasks may go to, and the queue `default`."""
+    return {"default", *(queue for each in definitions for queue in each.options.queues)}
 
 
 def checked_plugins(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
@@ -123,6 +135,8 @@ class TaskDefinition:
         self.run = collecting(function, options.generate_handler)
         """The function as a worker calls it: one that is a generator returns a list."""
         self.options = options
+        if isinstance(options.queue, RoutePolicy):
+            options.queue.check(self.signature.parameters)
         self.plugins = (*plugins, *options.all_plugins())
         """The plugins of its router and its own, the outermost first."""
         self.serializer = serializer or MsgpackSerializer()
@@ -199,6 +213,12 @@ class TaskDefinition:
         except TypeError as error:
             return f"{self.name}{self.signature}: {error}"
         return None
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the arguments of a call by the names of the parameters, with defaults."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
 
     def _prepare(self, parameter: str, name: str, value: Any) -> Any:
         try:

@@ -16,7 +16,7 @@ from qtasks.bridge.crossing import IOThread, Reply, io_thread
 from qtasks.client.lifecycle import START_TIMEOUT
 from qtasks.declare.handle import BlockingTask, Task
 from qtasks.declare.tasks import BaseTask
-from qtasks.execution.definition import TaskDefinition
+from qtasks.execution.definition import TaskDefinition, declared_queues
 from qtasks.testing.caller import CallerExecutor
 from qtasks.testing.enqueued import Enqueued, Question, call_of
 from qtasks.testing.observed import Ledger, ObservedBroker, Round
@@ -184,7 +184,7 @@ class Tester:
         due = {message.queue for message in self._ledger.due()}
         if not due:
             return None
-        declared = {known.options.queue for known in self.app.definitions.values()}
+        declared = declared_queues(self.app.definitions.values())
         self._ledger.round = Round(self._ledger, {*due, *declared}, runs, concurrency)
         return self._ledger.round
 

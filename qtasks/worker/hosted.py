@@ -14,7 +14,7 @@ from qtasks.balancers import Greedy
 from qtasks.bridge.crossing import IOThread, io_thread
 from qtasks.client.client import Client
 from qtasks.client.lifecycle import START_TIMEOUT
-from qtasks.execution.definition import TaskDefinition
+from qtasks.execution.definition import TaskDefinition, declared_queues
 from qtasks.worker.limits import Limits
 from qtasks.worker.runner import Runner
 from qtasks.worker.worker import Worker
@@ -73,7 +73,7 @@ class HostedWorker:
         thread, client = await app.ready()
         runner = Runner(app.definitions, app.max_payload, app.plugins)
         known = app.definitions
-        declared = {"default", *(d.options.queue for d in known.values())}
+        declared = declared_queues(known.values())
         queues = list(dict.fromkeys(options.queues or sorted(declared)))
 
         async def build() -> Worker:

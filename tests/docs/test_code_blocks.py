@@ -18,6 +18,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -184,12 +185,16 @@ async def test_balancing() -> None:
     assert names["AtMost"]({"free": 2}).wanted(9, {"free": 2, "paid": 0}) == {"paid": 9}
     served: list[str] = names["served"]
     async with names["app"]:
-        await names["enqueue"]("big", 200)
-        await names["enqueue"]("small", 10)
+        queues = Counter[str]()
+        for tenant, pages in (("big", 200), ("small", 10)):
+            for page in range(pages):
+                queues[(await names["print_out"].add_task(tenant, page)).queue] += 1
+        assert [*queues.values()] == [200, 10]
+        assert (await names["bind"].add_task("big")).queue == "small"
+        assert (await names["bind"].add_task("big", pages=101)).queue == "large"
         async with names["worker"], asyncio.timeout(120):
             while len(served) < 210:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-    assert names["queue_of"]("big") != names["queue_of"]("small")
     assert served.index("small") < 20
     assert served[:40].count("small") == 10
     async with names["fair"], names["gentle"]:

@@ -11,6 +11,7 @@ from qtasks_core import CONTRACT_VERSION, Backend, Broker, Inbox, Storage, Subsc
 from qtasks_core.contracts.balancer import Balancer
 from qtasks_core.contracts.composition import Composition
 from qtasks_core.contracts.executor import Executor
+from qtasks_core.contracts.route_policy import RoutePolicy
 from qtasks_core.contracts.serializer import Serializer
 from qtasks_core.distribution import GROUP
 from qtasks_core.errors import ConfigurationError
@@ -112,7 +113,8 @@ def test_option_of_the_wrong_kind() -> None:
 
 
 CONTRACTS = [
-    Backend, Balancer, Broker, Composition, Executor, Inbox, Log, Serializer, Storage, Subscription,
+    Backend, Balancer, Broker, Composition, Executor, Inbox, Log, RoutePolicy, Serializer, Storage,
+    Subscription,
 ]  # fmt: skip
 
 
