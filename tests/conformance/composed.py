@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtasks.compose import RoutedBroker, ShardedBroker
+from qtasks.compose import MigratingBroker, RoutedBroker, ShardedBroker
 from qtasks_core import Broker
 from qtasks_core.lookup import resolve_broker
 
@@ -23,3 +23,8 @@ class Sharded(ShardedBroker):
     def __init__(self, one: str, other: str, lease: float) -> None:
         first, second = members(one, other, lease=lease)
         super().__init__({"first": first, "second": second})
+
+
+class Migrating(MigratingBroker):
+    def __init__(self, one: str, other: str, lease: float) -> None:
+        super().__init__(*members(one, other, lease=lease))

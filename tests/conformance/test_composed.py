@@ -10,6 +10,7 @@ import pytest
 
 from qtasks_conformance import BrokerContract, CompositionContract, Least, Part, Subject
 from qtasks_conformance.contracts.cancelling import CancellingContract
+from qtasks_conformance.contracts.commands import CommandContract
 from qtasks_conformance.contracts.delivering import DeliveringContract
 from qtasks_conformance.contracts.repeating import BrokerRepeatContract
 from tests.conformance.test_pairs import Both
@@ -26,6 +27,7 @@ ROUTED = Least(
     order="queue",
 )
 SHARDED = replace(ROUTED, priorities=False, order="none", atomic_retries=True)
+MIGRATING = replace(SHARDED, atomic_retries=False)
 
 
 class Composed:
@@ -50,6 +52,10 @@ class Routed(Composed):
 
 class Sharded(Composed):
     kind, least = "Sharded", SHARDED
+
+
+class Migrating(Composed):
+    kind, least = "Migrating", MIGRATING
 
 
 class OnTwoFiles(Composed):
@@ -89,6 +95,10 @@ class TestShardedInMemory(Sharded, InMemory, DeliveringContract, CancellingContr
     pass
 
 
+class TestMigratingInMemory(Migrating, InMemory, DeliveringContract, CommandContract):
+    pass
+
+
 REST = tuple(
     each for each in BrokerContract.__bases__ if each not in TestRoutedOnTwoFiles.__bases__
 )
@@ -97,6 +107,11 @@ TestRoutedRest = pytest.mark.full(type("TestRoutedRest", (Routed, OnTwoFiles, *R
 
 @pytest.mark.full
 class TestShardedOnTwoFiles(Sharded, OnTwoFiles, BrokerContract):
+    pass
+
+
+@pytest.mark.full
+class TestMigratingOnTwoFiles(Migrating, OnTwoFiles, BrokerContract):
     pass
 
 
@@ -111,10 +126,20 @@ class TestShardedPair(Sharded, OnTwoFiles, CompositionContract):
 
 
 @pytest.mark.full
+class TestMigratingPair(Migrating, OnTwoFiles, CompositionContract):
+    pass
+
+
+@pytest.mark.full
 class TestRoutedOnTwoServers(Routed, OnTwoServers, BrokerContract):
     pass
 
 
 @pytest.mark.full
 class TestShardedOnTwoServers(Sharded, OnTwoServers, BrokerContract):
+    pass
+
+
+@pytest.mark.full
+class TestMigratingOnTwoServers(Migrating, OnTwoServers, BrokerContract):
     pass
