@@ -1,7 +1,8 @@
-"""Brokers that are made of other brokers."""
+"""Brokers and storages that are made of others."""
 
 from qtasks.compose.migrating import MigratingBroker
+from qtasks.compose.migrating_storage import MigratingStorage
 from qtasks.compose.routed import RoutedBroker
 from qtasks.compose.sharded import ShardedBroker
 
-__all__ = ["MigratingBroker", "RoutedBroker", "ShardedBroker"]
+__all__ = ["MigratingBroker", "MigratingStorage", "RoutedBroker", "ShardedBroker"]

@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 from qtasks.compose.members import Member, at_each
 from qtasks.compose.merged import Branch, MergedSubscription
+from qtasks.compose.told import distinct, listed
 from qtasks_core import (
     DONE,
     Broker,
@@ -61,7 +62,7 @@ class ComposedBroker(Broker):
         if len(leases) > 1:
             told = ", ".join(f"{b.guarantees.part}: {b.guarantees.lease} s" for b in brokers)
             raise ConfigurationError(f"different leases ({told}): give all the same lease=")
-        self.driver_loggers = _distinct(name for each in brokers for name in each.driver_loggers)
+        self.driver_loggers = distinct(name for each in brokers for name in each.driver_loggers)
         self._subscriptions: WeakSet[MergedSubscription] = WeakSet()
         self._published = Recent()
         """Messages of calls in which another member has failed: those calls are repeated."""
@@ -85,11 +86,11 @@ class ComposedBroker(Broker):
         others_commands = [n for each in told[1:] for n in each.unsupported if n not in _COMMANDS]
         return Guarantees(
             part=type(self).__name__,
-            server=_listed(each.server for each in told),
+            server=listed(each.server for each in told),
             survives=survives,
-            durability=_listed(f"{each.part}: {each.durability}" for each in told),
+            durability=listed(f"{each.part}: {each.durability}" for each in told),
             at_best=best if best != survives else None,
-            best_settings=_listed(each.best_settings for each in told),
+            best_settings=listed(each.best_settings for each in told),
             lease=told[0].lease,
             settle_confirmed=all(each.settle_confirmed for each in told),
             # A retry may name a queue of another member.
@@ -99,7 +100,7 @@ class ComposedBroker(Broker):
             largest=min((each.largest for each in told if each.largest is not None), default=None),
             counts_deliveries=all(each.counts_deliveries for each in told),
             priorities=whole and all(each.priorities for each in told),
-            unsupported=_distinct([*told[0].unsupported, *others_commands]),
+            unsupported=distinct([*told[0].unsupported, *others_commands]),
             notes=(
                 *((_OUTAGES,) if not alone else ()),
                 *(f"{each.part}: {note}" for each in told for note in each.notes),
@@ -220,11 +221,3 @@ def _sum(numbers: Iterable[int | None]) -> int | None:
     """Return the sum, or None if one of the numbers is unknown."""
     known = list(numbers)
     return None if None in known else sum(number or 0 for number in known)
-
-
-def _distinct(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _listed(texts: Iterable[str]) -> str:
-    return "; ".join(_distinct(texts))

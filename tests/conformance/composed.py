@@ -1,10 +1,11 @@
-"""Brokers that are made of two others, as the kit builds them in its processes."""
+"""Brokers and storages that are made of two others, as the kit builds them in its processes."""
 
 from __future__ import annotations
 
-from qtasks.compose import MigratingBroker, RoutedBroker, ShardedBroker
+from qtasks.compose import MigratingBroker, MigratingStorage, RoutedBroker, ShardedBroker
 from qtasks_core import Broker
 from qtasks_core.lookup import resolve_broker
+from qtasks_core.records import RETENTION
 
 
 def members(*urls: str, lease: float) -> list[Broker]:
@@ -28,3 +29,9 @@ class Sharded(ShardedBroker):
 class Migrating(MigratingBroker):
     def __init__(self, one: str, other: str, lease: float) -> None:
         super().__init__(*members(one, other, lease=lease))
+
+
+class MigratingRecords(MigratingStorage):
+    def __init__(self, one: str, other: str, retention: float | None = RETENTION) -> None:
+        kept = "none" if retention is None else retention
+        super().__init__(f"{one}?retention={kept}", f"{other}?retention={kept}")

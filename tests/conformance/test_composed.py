@@ -1,4 +1,4 @@
-"""The kit on brokers that are made of other brokers."""
+"""The kit on brokers and storages that are made of others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from typing import ClassVar
 
 import pytest
 
-from qtasks_conformance import BrokerContract, CompositionContract, Least, Part, Subject
+from qtasks_conformance import (
+    BrokerContract,
+    CompositionContract,
+    Least,
+    Part,
+    StorageContract,
+    Subject,
+)
 from qtasks_conformance.contracts.cancelling import CancellingContract
 from qtasks_conformance.contracts.commands import CommandContract
 from qtasks_conformance.contracts.delivering import DeliveringContract
@@ -143,3 +150,53 @@ class TestShardedOnTwoServers(Sharded, OnTwoServers, BrokerContract):
 @pytest.mark.full
 class TestMigratingOnTwoServers(Migrating, OnTwoServers, BrokerContract):
     pass
+
+
+class Records:
+    """A storage that takes the place of another one, with a broker that is on neither."""
+
+    def migrating(self, one: str, other: str, broker: Part) -> Subject:
+        return Subject(
+            broker=broker.but(lease=LEASE),
+            storage=Part(
+                "tests.conformance.composed:MigratingRecords", {"one": one, "other": other}
+            ),
+            lease=LEASE,
+            least_storage=Least(survives="server crash", settle_confirmed=True),
+        )
+
+
+class TestMigratingRecordsInMemory(Records, StorageContract):
+    @pytest.fixture
+    def subject(self) -> Subject:
+        subject = self.migrating(
+            "memory://one", "memory://other", Part("qtasks_memory:MemoryBroker")
+        )
+        least = Least(settle_confirmed=True)
+        return replace(subject, ends_with_process=True, least_storage=least)
+
+
+class RecordsInTwoFiles(Records):
+    @pytest.fixture
+    def subject(self, tmp_path: Path) -> Subject:
+        one, other, messages = (f"sqlite:///{tmp_path}/{name}.db" for name in "abc")
+        return self.migrating(one, other, Part("qtasks_sqlite:SqliteBroker", {"url": messages}))
+
+
+@pytest.mark.full
+class TestMigratingRecordsInTwoFiles(RecordsInTwoFiles, StorageContract):
+    pass
+
+
+@pytest.mark.full
+class TestMigratingRecordsPair(RecordsInTwoFiles, CompositionContract):
+    pass
+
+
+@pytest.mark.full
+class TestMigratingRecordsOnTwoServers(Records, StorageContract):
+    @pytest.fixture
+    def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
+        broker = Part("qtasks_postgres:PostgresBroker", {"url": postgres_server.url})
+        subject = self.migrating(redis_server.url, postgres_server.url, broker)
+        return replace(subject, server=Both(redis_server, postgres_server))
