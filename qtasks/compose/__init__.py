@@ -1,8 +1,9 @@
 """Brokers and storages that are made of others."""
 
+from qtasks.compose.failover import FailoverBroker
 from qtasks.compose.migrating import MigratingBroker
 from qtasks.compose.migrating_storage import MigratingStorage
 from qtasks.compose.routed import RoutedBroker
 from qtasks.compose.sharded import ShardedBroker
 
-__all__ = ["MigratingBroker", "MigratingStorage", "RoutedBroker", "ShardedBroker"]
+__all__ = ["FailoverBroker", "MigratingBroker", "MigratingStorage", "RoutedBroker", "ShardedBroker"]

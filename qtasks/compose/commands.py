@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Self
 
@@ -11,6 +12,7 @@ from uuid_utils import uuid7
 from qtasks.compose.members import Member
 from qtasks.compose.merging import Merging
 from qtasks_core import Command
+from qtasks_core.errors import Unavailable
 from qtasks_core.receivers import Recent
 from qtasks_core.together import together
 
@@ -20,8 +22,24 @@ _MARK = "sent to several brokers as"
 
 async def send_to_all(command: Command, members: Sequence[Member]) -> None:
     """Broadcast a command through all members. A `MergedCommands` returns it once."""
-    copy = replace(command, arguments={**command.arguments, _MARK: str(uuid7())})
+    copy = _marked(command)
     await together([member.broker.broadcast(copy) for member in members])
+
+
+async def send_to_any(command: Command, members: Sequence[Member]) -> None:
+    """Do the same, and raise `Unavailable` only if all members are away."""
+    copy = _marked(command)
+    results = await asyncio.gather(
+        *(member.broker.broadcast(copy) for member in members), return_exceptions=True
+    )
+    errors = [result for result in results if isinstance(result, BaseException)]
+    others = [error for error in errors if not isinstance(error, Unavailable)]
+    if others or len(errors) == len(members):
+        raise (others or errors)[0]
+
+
+def _marked(command: Command) -> Command:
+    return replace(command, arguments={**command.arguments, _MARK: str(uuid7())})
 
 
 class MergedCommands(AsyncIterator[Command]):

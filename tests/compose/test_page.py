@@ -17,13 +17,14 @@ from tests.services import Service
 BLOCKS = blocks_of(ROOT / "docs" / "compose.md")
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["routed", "sharded"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["routed", "sharded", "failover"])
 async def test_a_deployment(block: Block, redis_server: Service, tmp_path: Path) -> None:
     """One of the servers is Redis. The page's others are files here, which start at once."""
     code = block.code
     for shown, url in {
         "redis://localhost": redis_server.url,
         "kafka://localhost:9092": f"sqlite:///{tmp_path}/events.db",
+        "amqp://localhost": f"sqlite:///{tmp_path}/first.db",
         "redis://one": redis_server.url,
         "redis://two": f"sqlite:///{tmp_path}/two.db",
         "postgresql://localhost/shop": f"sqlite:///{tmp_path}/records.db",

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from qtasks.compose import MigratingBroker, MigratingStorage, RoutedBroker, ShardedBroker
+from qtasks.compose import (
+    FailoverBroker,
+    MigratingBroker,
+    MigratingStorage,
+    RoutedBroker,
+    ShardedBroker,
+)
 from qtasks_core import Broker
 from qtasks_core.lookup import resolve_broker
 from qtasks_core.records import RETENTION
@@ -27,6 +33,11 @@ class Sharded(ShardedBroker):
 
 
 class Migrating(MigratingBroker):
+    def __init__(self, one: str, other: str, lease: float) -> None:
+        super().__init__(*members(one, other, lease=lease))
+
+
+class Failover(FailoverBroker):
     def __init__(self, one: str, other: str, lease: float) -> None:
         super().__init__(*members(one, other, lease=lease))
 

@@ -65,6 +65,10 @@ class Migrating(Composed):
     kind, least = "Migrating", MIGRATING
 
 
+class Failover(Composed):
+    kind, least = "Failover", SHARDED
+
+
 class OnTwoFiles(Composed):
     @pytest.fixture
     def subject(self, tmp_path: Path) -> Subject:
@@ -106,6 +110,10 @@ class TestMigratingInMemory(Migrating, InMemory, DeliveringContract, CommandCont
     pass
 
 
+class TestFailoverInMemory(Failover, InMemory, DeliveringContract, CommandContract):
+    pass
+
+
 REST = tuple(
     each for each in BrokerContract.__bases__ if each not in TestRoutedOnTwoFiles.__bases__
 )
@@ -119,6 +127,16 @@ class TestShardedOnTwoFiles(Sharded, OnTwoFiles, BrokerContract):
 
 @pytest.mark.full
 class TestMigratingOnTwoFiles(Migrating, OnTwoFiles, BrokerContract):
+    pass
+
+
+@pytest.mark.full
+class TestFailoverOnTwoFiles(Failover, OnTwoFiles, BrokerContract):
+    pass
+
+
+@pytest.mark.full
+class TestFailoverPair(Failover, OnTwoFiles, CompositionContract):
     pass
 
 
@@ -144,6 +162,11 @@ class TestRoutedOnTwoServers(Routed, OnTwoServers, BrokerContract):
 
 @pytest.mark.full
 class TestShardedOnTwoServers(Sharded, OnTwoServers, BrokerContract):
+    pass
+
+
+@pytest.mark.full
+class TestFailoverOnTwoServers(Failover, OnTwoServers, BrokerContract):
     pass
 
 
