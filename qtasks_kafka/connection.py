@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha1
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -465,11 +465,22 @@ def drop_abandoned(consumer: AIOKafkaConsumer) -> None:
 async def close_consumer(consumer: AIOKafkaConsumer) -> None:
     """Stop a consumer and leave its group. This takes a few seconds at most."""
     stopping = asyncio.create_task(consumer.stop())
-    await asyncio.wait({stopping}, timeout=2.0)
-    if not stopping.done():
-        # It waits for the answer to a join. Without a connection it stops waiting.
-        await consumer._client.close()
+    try:
         await asyncio.wait({stopping}, timeout=2.0)
+        if not stopping.done():
+            # It waits for the answer to a join. Without a connection it stops waiting.
+            await consumer._client.close()
+            await asyncio.wait({stopping}, timeout=2.0)
+    finally:
         stopping.cancel()
-    with suppress(asyncio.CancelledError):
-        await stopping
+        await asyncio.wait({stopping})
+        if not stopping.cancelled() and (error := stopping.exception()) is not None:
+            logger.debug("a consumer had ended: %r", error)
+        # The driver's `stop` ends early if something fails in it, for example if a fetch was about
+        # to begin. The client would then ask for metadata for ever.
+        fetches = consumer._fetcher._pending_tasks if consumer._fetcher is not None else ()
+        for fetch in fetches:
+            fetch.cancel()
+        if fetches:
+            await asyncio.wait(fetches)
+        await consumer._client.close()

@@ -7,11 +7,13 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from aiokafka.structs import TopicPartition
 
 from qtasks_core import DONE, Ack, Delivery
 from qtasks_core.errors import Unavailable
 from qtasks_kafka import KafkaBroker
 from qtasks_kafka.assignor import KeepingAssignor
+from qtasks_kafka.connection import Connection, close_consumer
 from qtasks_kafka.subscription import KafkaSubscription
 from tests.faults.proxy import Direction, Proxy
 from tests.kafka.test_control import MOST_SECONDS, collect, messages, uuids
@@ -44,6 +46,28 @@ async def test_who_wants_partitions_again_during_a_rebalance_gets_them(
         assert uuids(await collect(subscription, 4)) == {f"after{n}" for n in range(4)}
     finally:
         await broker.stop()
+
+
+async def test_a_consumer_that_is_closed_while_it_fetches_leaves_nothing_behind(
+    kafka_server: Service, namespace: str
+) -> None:
+    """The driver stops half-way if a fetch was about to begin: its client then lived on."""
+    connection = Connection(kafka_server.url, partitions=1, replicas=None)
+    await connection.start()
+    try:
+        await connection.ensure([namespace])
+        before = asyncio.all_tasks()
+        consumer = connection.consumer()
+        await consumer.start()
+        consumer.assign([TopicPartition(namespace, 0)])
+        async with asyncio.timeout(MOST_SECONDS):
+            while not consumer._fetcher._pending_tasks:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        consumer._fetcher._pending_tasks.add(asyncio.create_task(asyncio.Event().wait()))
+        await close_consumer(consumer)
+        assert asyncio.all_tasks() <= before
+    finally:
+        await connection.stop()
 
 
 class Deaf(Proxy):
