@@ -171,8 +171,10 @@ class MigratingStorage(Storage):
         self, key: str, value: bytes | None, expect: bytes | UnsetType | None = UNSET
     ) -> bool:
         """Set the value at `old`, then copy it. A value that only `new` has counts as well."""
-        if expect is not UNSET and expect is not None and await self.old.get_value(key) is None:
-            await self.old.set(key, await self.new.get_value(key), expect=None)
+        if expect is not UNSET and await self.old.get_value(key) is None:
+            later = await self.new.get_value(key)
+            if later is not None:
+                await self.old.set(key, later, expect=None)
         if not await self.old.set(key, value, expect):
             return False
         await self._copy_value(key)

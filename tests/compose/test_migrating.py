@@ -257,6 +257,7 @@ async def test_values_of_every_stage_are_seen(storages: Storages) -> None:
     seen = await storages.moving.values("worker/")
     assert seen == {f"worker/{name}": name.encode() for name in Storages._fields}
     assert await storages.moving.get_value("worker/new") == b"new"
+    assert not await storages.moving.set("worker/new", b"", expect=None)
     assert not await storages.moving.set("worker/new", b"", expect=b"old")
     assert await storages.moving.set("worker/new", b"later", expect=b"new")
     assert await storages.new.get_value("worker/new") == b"later"
