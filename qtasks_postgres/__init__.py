@@ -5,6 +5,7 @@ from qtasks_core.options import ANY, LEASE_TIME, RETENTION_TIME
 from qtasks_core.urls import take_options
 from qtasks_postgres.broker import PostgresBroker
 from qtasks_postgres.connection import SCHEMA_NAME
+from qtasks_postgres.outbox import OutboxBroker
 from qtasks_postgres.storage import PostgresStorage
 
 _OPTIONS = {
@@ -35,4 +36,4 @@ class PostgresBackend(Backend):
         return PostgresStorage(rest, **options)
 
 
-__all__ = ["PostgresBackend", "PostgresBroker", "PostgresStorage"]
+__all__ = ["OutboxBroker", "PostgresBackend", "PostgresBroker", "PostgresStorage"]

@@ -185,9 +185,15 @@ class PostgresBroker(Broker, ReviewedMigration):
                     yield command
 
     def join(self, storage: Storage) -> Composition | None:
-        if isinstance(storage, PostgresStorage) and storage.database.place == self._database.place:
+        if isinstance(storage, PostgresStorage) and self.shares_database(storage):
             return PostgresComposition(self, storage, self._database, self.ring)
         return None
+
+    def shares_database(self, storage: Storage) -> bool:
+        """Return whether a storage is in the same schema of the same database."""
+        return isinstance(storage, PostgresStorage) and (
+            storage.database.place == self._database.place
+        )
 
     def ring(self, queues: Iterable[str]) -> None:
         """Wake the receivers of these queues soon."""

@@ -12,6 +12,7 @@ from qtasks.compose import (
 from qtasks_core import Broker
 from qtasks_core.lookup import resolve_broker
 from qtasks_core.records import RETENTION
+from qtasks_postgres import OutboxBroker, PostgresBroker
 
 
 def members(*urls: str, lease: float) -> list[Broker]:
@@ -40,6 +41,13 @@ class Migrating(MigratingBroker):
 class Failover(FailoverBroker):
     def __init__(self, one: str, other: str, lease: float) -> None:
         super().__init__(*members(one, other, lease=lease))
+
+
+class Outbox(OutboxBroker):
+    def __init__(self, one: str, other: str, lease: float) -> None:
+        outbox, broker = members(one, other, lease=lease)
+        assert isinstance(outbox, PostgresBroker)
+        super().__init__(outbox, broker)
 
 
 class MigratingRecords(MigratingStorage):

@@ -20,7 +20,12 @@ from qtasks_conformance.contracts.cancelling import CancellingContract
 from qtasks_conformance.contracts.commands import CommandContract
 from qtasks_conformance.contracts.delivering import DeliveringContract
 from qtasks_conformance.contracts.repeating import BrokerRepeatContract
+from qtasks_conformance.contracts.transactions import (
+    BrokerTransactionContract,
+    CompositionTransactionContract,
+)
 from tests.conformance.test_pairs import Both
+from tests.conformance.test_postgres import postgres_subject
 from tests.services import Service
 
 LEASE = 1.0
@@ -223,3 +228,35 @@ class TestMigratingRecordsOnTwoServers(Records, StorageContract):
         broker = Part("qtasks_postgres:PostgresBroker", {"url": postgres_server.url})
         subject = self.migrating(redis_server.url, postgres_server.url, broker)
         return replace(subject, server=Both(redis_server, postgres_server))
+
+
+class Outbox(Composed):
+    """On Postgres and Redis. Most tests see only the broker that it leads to."""
+
+    kind = "Outbox"
+    least = replace(SHARDED, priorities=True, transactions=True)
+
+    @pytest.fixture
+    def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
+        storage = Part("qtasks_postgres:PostgresStorage", {"url": postgres_server.url})
+        subject = self.composed(postgres_server.url, redis_server.url, storage)
+        begin = postgres_subject(postgres_server).begin
+        return replace(subject, server=Both(redis_server, postgres_server), begin=begin)
+
+
+class TestOutboxMessages(Outbox, BrokerTransactionContract):
+    pass
+
+
+class TestOutboxTasks(Outbox, CompositionTransactionContract):
+    pass
+
+
+@pytest.mark.full
+class TestOutboxBroker(Outbox, BrokerContract):
+    pass
+
+
+@pytest.mark.full
+class TestOutboxPair(Outbox, CompositionContract):
+    pass

@@ -317,6 +317,7 @@ def test_every_block_is_run_by_a_test() -> None:
         and block.page.name != "backends.md"  # tests/packaging/test_stranger.py
         and block.page.name != "retries.md"  # test_retries_page.py
         and block.page.name != "postgres.md"  # tests/postgres/test_pooler.py
+        and block.page.name != "outbox.md"  # tests/postgres/test_outbox.py
         and block.page.name != "testing.md"  # test_testing_page.py
         and block.page.name not in ("compose.md", "migrating.md")  # tests/compose/test_page.py
         and block.file not in run_here
