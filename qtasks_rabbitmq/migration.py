@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pamqp.base import Frame
 
     from qtasks_rabbitmq.channel import Channel
+    from qtasks_rabbitmq.connection import Connection
 
 
 async def migrated(url: str, heartbeat: int, namespace: str) -> list[str]:
@@ -38,8 +39,8 @@ async def migrated(url: str, heartbeat: int, namespace: str) -> list[str]:
             for level in range(LEVELS)
         ]
         for methods in steps:
+            missing = await _missing(connection, channel, methods)
             async with connection.answering():
-                missing = await _missing(channel, methods)
                 await declare(channel, names, methods)
             created += [line for line in missing if line not in created]
         await channel.registered()
@@ -48,7 +49,7 @@ async def migrated(url: str, heartbeat: int, namespace: str) -> list[str]:
     return created
 
 
-async def _missing(channel: Channel, methods: list[Frame]) -> list[str]:
+async def _missing(connection: Connection, channel: Channel, methods: list[Frame]) -> list[str]:
     """Return a line for each queue and exchange that does not exist."""
     from pamqp.commands import Exchange, Queue
 
@@ -56,7 +57,7 @@ async def _missing(channel: Channel, methods: list[Frame]) -> list[str]:
     for method in methods:
         if not isinstance(method, Queue.Declare | Exchange.Declare):
             continue
-        async with channel.aside() as aside:
+        async with connection.answering(), channel.aside() as aside:
             try:
                 await aside.call(passive(method))
             except Unavailable:
