@@ -194,21 +194,20 @@ class App(Lifecycle):
 
         Raises `ConfigurationError` if no worker would receive from it.
         """
-        thread = io_thread()
-        # Before its first call, an app that starts by itself has no client. All queues count as
-        # empty then.
-        counts = client.depths if (client := self.client_on(thread)) else None
-        depths: Mapping[str, int] = {}
+        counts, depths = None, {}
         if policy.reads_depths:
-            empty = dict.fromkeys(policy.queues, 0)
-            depths = empty if counts is None else counts.of(policy.queues, thread)
+            depths = dict.fromkeys(policy.queues, 0)
+            thread = io_thread()
+            # An app that starts by itself has no client before its first call.
+            if (client := self.client_on(thread)) is not None:
+                counts, depths = client.depths, client.depths.of(policy.queues, thread)
         queue = policy.choose(arguments, depths)
         if queue not in policy.queues:
             raise ConfigurationError(
                 f"{type(policy).__name__} has chosen the queue {queue!r}, which is none of its "
                 f"queues: {', '.join(policy.queues)}"
             )
-        if policy.reads_depths and counts is not None:
+        if counts is not None:
             counts.add(queue)
         return queue
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import inf
 
 from qtasks.bridge.crossing import IOThread
@@ -29,7 +29,7 @@ class Depths:
         self._reading: asyncio.Task[None] | None = None
         self._outage = Outage("counting the messages of queues")
 
-    def of(self, queues: Sequence[str], thread: IOThread) -> Mapping[str, int]:
+    def of(self, queues: Sequence[str], thread: IOThread) -> dict[str, int]:
         """Return the messages that may run, for each queue. From any thread."""
         now = time.monotonic()
         if now - self._asked_at > FRESH or not self._waiting.keys() >= set(queues):
