@@ -1,0 +1,1 @@
+"""Processes of an earlier release beside those of this one."""
