@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from itertools import product
 
 import pytest
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 from qtasks_conformance.contracts.base import Contract
 from qtasks_conformance.contracts.delivering import MANY, SEPARATORS, assert_done
 from qtasks_conformance.rig import SCRIPTS, Rig, longest_ids, new_uuid
-from qtasks_conformance.waiting import SOON, patient
+from qtasks_conformance.waiting import SOON, patient, retry_call
 from qtasks_core import Status, Storage, Task
 from qtasks_core.wire import encode_task
 
@@ -67,8 +68,10 @@ class RecordContract(Contract):
         records = [rig.record("success", execution="a") for _ in range(40)]
         assert_done(await storage.save(records[:20]))
         saved, read = await asyncio.gather(
-            asyncio.gather(*(storage.save([record]) for record in records)),
-            asyncio.gather(*(storage.get([record.uuid]) for record in records[:20])),
+            asyncio.gather(*(retry_call(partial(storage.save, [each])) for each in records)),
+            asyncio.gather(
+                *(retry_call(partial(storage.get, [each.uuid])) for each in records[:20])
+            ),
         )
         for outcomes in saved:
             assert_done(outcomes)

@@ -167,4 +167,4 @@ async def test_calls_go_where_the_fewest_wait(on_each: QueueTasks) -> None:
                 queue = (await task.add_task()).queue
                 passed = [] if queue == full else [*passed, queue]
     counts = Counter(passed)
-    assert abs(counts[others[0]] - counts[others[1]]) <= 1
+    assert min(counts[queue] for queue in others) >= MANY / 8
