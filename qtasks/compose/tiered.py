@@ -106,17 +106,17 @@ class TieredStorage(Storage):
         if transaction is not None:
             refuse_transaction(self)
         archived = await self._archived([task.uuid for task in tasks])
-        outcomes = [
-            DONE if judge(task, stored) == "repeat" else refused_by(stored)
-            for task in tasks
-            if (stored := archived.get(task.uuid)) is not None
-        ]
-        if not outcomes:
-            return await self.hot.save(tasks)
-        left = [task for task in tasks if task.uuid not in archived]
+        verdicts = [judge(task, archived.get(task.uuid)) for task in tasks]
+        left = [task for task, verdict in zip(tasks, verdicts, strict=True) if verdict == "accept"]
         saved = iter(await self.hot.save(left) if left else [])
-        refused = iter(outcomes)
-        return [next(refused) if task.uuid in archived else next(saved) for task in tasks]
+        return [
+            next(saved)
+            if verdict == "accept"
+            else DONE
+            if verdict == "repeat"
+            else refused_by(archived[task.uuid])
+            for task, verdict in zip(tasks, verdicts, strict=True)
+        ]
 
     async def get(self, uuids: Sequence[str]) -> list[Task | None]:
         """Look in `hot`, then in the archive."""
@@ -228,7 +228,12 @@ class TieredStorage(Storage):
                 if task.finished_at is not None and task.finished_at + self._after <= now
             }
             if due:
-                archived = {task.uuid for task in await self.archive.get([*due]) if task}
+                archived = {
+                    task.uuid
+                    for task in await self.archive.get([*due])
+                    # The archive may have been the app's only storage before.
+                    if task is not None and task.status in FINAL
+                }
                 await self._copy([task for uuid, task in due.items() if uuid not in archived])
                 if archived:
                     await self.hot.delete([*archived])

@@ -147,6 +147,25 @@ async def test_an_archived_record_refuses_others(storage: TieredStorage, hot: Fa
 
 
 @pytest.mark.usefixtures("no_pause")
+async def test_the_archive_was_the_only_storage_before(
+    storage: TieredStorage, hot: Failing, archive: Failing
+) -> None:
+    """Tasks that were running then finish, and their results replace the records there."""
+    task = record(2 * AFTER)
+    running = replace(task, status="process", finished_at=None)
+    await archive.save([running])
+    first = replace(running, status="new", execution="another")
+    outcomes = await storage.save([first, task])
+    assert [outcome.status for outcome in outcomes] == ["refused", "done"]
+    assert outcomes[0].current == running
+    await storage.expire()
+    assert await uuids_in(hot) == {task.uuid}
+    await storage.expire()
+    assert await uuids_in(hot) == set()
+    assert await storage.get([task.uuid]) == await archive.get([task.uuid]) == [task]
+
+
+@pytest.mark.usefixtures("no_pause")
 async def test_who_waits_for_an_archived_task_gets_it(storage: TieredStorage) -> None:
     task = record(2 * AFTER)
     await storage.save([task])
