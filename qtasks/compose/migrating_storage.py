@@ -7,15 +7,14 @@ from contextlib import suppress
 from weakref import WeakSet
 
 from msgspec import UNSET, UnsetType
-from msgspec.structs import replace
 
 from qtasks.compose.inbox import MergedInbox
+from qtasks.compose.pages import merged_page
 from qtasks.compose.told import distinct, listed
 from qtasks.compose.values import MergedValue
 from qtasks_core import Claim, Guarantees, Inbox, Outcome, Storage, Task, TaskPage, TaskQuery
 from qtasks_core.errors import ConfigurationError, Unavailable
 from qtasks_core.lookup import resolve_storage
-from qtasks_core.queries import Place, cursor_at, fits, place_of
 from qtasks_core.records import FINAL, order_of
 from qtasks_core.schemas import EVENTS
 from qtasks_core.together import together
@@ -134,24 +133,8 @@ class MigratingStorage(Storage):
         await together([storage.refresh() for storage in self._both])
 
     async def query(self, query: TaskQuery) -> TaskPage:
-        """List the newest records of both. Their cursors are those of `qtasks_core.queries`."""
-        found: dict[str, Task] = {}
-        cursor = query.cursor
-        while True:
-            part = replace(query, cursor=cursor, limit=query.limit + 1)
-            pages = await together([storage.query(part) for storage in self._both])
-            ends = [place_of(page.cursor) for page in pages if page.cursor is not None]
-            end = max(ends, default=None)
-            uuids = [task.uuid for page in pages for task in page.tasks if _reaches(task, end)]
-            for task in await self.get(list(dict.fromkeys(uuids))):
-                if task is not None and fits(task, query):
-                    found[task.uuid] = task
-            if end is None or len(found) > query.limit:
-                break
-            cursor = cursor_at(end)
-        records = sorted(found.values(), key=_place, reverse=True)
-        shown = records[: query.limit]
-        return TaskPage(shown, cursor_at(_place(shown[-1])) if len(records) > len(shown) else None)
+        """List the newest records of both."""
+        return await merged_page(self._both, query, self.get)
 
     async def claim(self, key: str, owner: str, ttl: float) -> Claim | None:
         """Claim the key at `old`, then at `new`. Only who gets both has it."""
@@ -253,12 +236,3 @@ def _is_ahead(old: Task, new: Task) -> bool:
     if new.status in FINAL:
         return False
     return old.status in FINAL or order_of(old) > order_of(new)
-
-
-def _place(task: Task) -> Place:
-    return task.created_at, task.uuid
-
-
-def _reaches(task: Task, end: Place | None) -> bool:
-    """Say whether a record is in the part of the list that both pages cover."""
-    return end is None or _place(task) >= end

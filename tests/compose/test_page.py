@@ -1,4 +1,4 @@
-"""The deployments of docs/compose.md and docs/migrating.md, on real servers."""
+"""The deployments of docs/compose.md, storages.md and migrating.md, on real servers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from tests.docs.test_code_blocks import Block, blocks_of
 from tests.processes import PATIENCE, ROOT, Process
 from tests.services import Service
 
-BLOCKS = blocks_of(ROOT / "docs" / "compose.md")
+BLOCKS = [
+    block for page in ("compose.md", "storages.md") for block in blocks_of(ROOT / "docs" / page)
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["routed", "sharded", "failover"])
+@pytest.mark.parametrize("block", BLOCKS, ids=["routed", "sharded", "failover", "tiered"])
 async def test_a_deployment(block: Block, redis_server: Service, tmp_path: Path) -> None:
     """One of the servers is Redis. The page's others are files here, which start at once."""
     code = block.code

@@ -8,6 +8,7 @@ from qtasks.compose import (
     MigratingStorage,
     RoutedBroker,
     ShardedBroker,
+    TieredStorage,
 )
 from qtasks_core import Broker
 from qtasks_core.lookup import resolve_broker
@@ -54,3 +55,11 @@ class MigratingRecords(MigratingStorage):
     def __init__(self, one: str, other: str, retention: float | None = RETENTION) -> None:
         kept = "none" if retention is None else retention
         super().__init__(f"{one}?retention={kept}", f"{other}?retention={kept}")
+
+
+class Tiered(TieredStorage):
+    """`expire` moves every finished record."""
+
+    def __init__(self, one: str, other: str, retention: float | None = RETENTION) -> None:
+        kept = "none" if retention is None else retention
+        super().__init__(f"{one}?retention={kept}", f"{other}?retention={kept}", after=0)

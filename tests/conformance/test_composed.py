@@ -181,34 +181,40 @@ class TestMigratingOnTwoServers(Migrating, OnTwoServers, BrokerContract):
 
 
 class Records:
-    """A storage that takes the place of another one, with a broker that is on neither."""
+    """A storage on two others, with a broker that is on neither."""
 
-    def migrating(self, one: str, other: str, broker: Part) -> Subject:
+    kind: ClassVar[str] = "MigratingRecords"
+
+    def on(self, one: str, other: str, broker: Part) -> Subject:
         return Subject(
             broker=broker.but(lease=LEASE),
-            storage=Part(
-                "tests.conformance.composed:MigratingRecords", {"one": one, "other": other}
-            ),
+            storage=Part(f"tests.conformance.composed:{self.kind}", {"one": one, "other": other}),
             lease=LEASE,
             least_storage=Least(survives="server crash", settle_confirmed=True),
         )
 
 
-class TestMigratingRecordsInMemory(Records, StorageContract):
+class RecordsInMemory(Records):
     @pytest.fixture
     def subject(self) -> Subject:
-        subject = self.migrating(
-            "memory://one", "memory://other", Part("qtasks_memory:MemoryBroker")
-        )
+        subject = self.on("memory://one", "memory://other", Part("qtasks_memory:MemoryBroker"))
         least = Least(settle_confirmed=True)
         return replace(subject, ends_with_process=True, least_storage=least)
+
+
+class TestMigratingRecordsInMemory(RecordsInMemory, StorageContract):
+    pass
+
+
+class TestTieredInMemory(RecordsInMemory, StorageContract):
+    kind = "Tiered"
 
 
 class RecordsInTwoFiles(Records):
     @pytest.fixture
     def subject(self, tmp_path: Path) -> Subject:
         one, other, messages = (f"sqlite:///{tmp_path}/{name}.db" for name in "abc")
-        return self.migrating(one, other, Part("qtasks_sqlite:SqliteBroker", {"url": messages}))
+        return self.on(one, other, Part("qtasks_sqlite:SqliteBroker", {"url": messages}))
 
 
 @pytest.mark.full
@@ -222,12 +228,31 @@ class TestMigratingRecordsPair(RecordsInTwoFiles, CompositionContract):
 
 
 @pytest.mark.full
-class TestMigratingRecordsOnTwoServers(Records, StorageContract):
+class TestTieredInTwoFiles(RecordsInTwoFiles, StorageContract):
+    kind = "Tiered"
+
+
+@pytest.mark.full
+class TestTieredPair(RecordsInTwoFiles, CompositionContract):
+    kind = "Tiered"
+
+
+class RecordsOnTwoServers(Records):
     @pytest.fixture
     def subject(self, redis_server: Service, postgres_server: Service) -> Subject:
         broker = Part("qtasks_postgres:PostgresBroker", {"url": postgres_server.url})
-        subject = self.migrating(redis_server.url, postgres_server.url, broker)
+        subject = self.on(redis_server.url, postgres_server.url, broker)
         return replace(subject, server=Both(redis_server, postgres_server))
+
+
+@pytest.mark.full
+class TestMigratingRecordsOnTwoServers(RecordsOnTwoServers, StorageContract):
+    pass
+
+
+@pytest.mark.full
+class TestTieredOnTwoServers(RecordsOnTwoServers, StorageContract):
+    kind = "Tiered"
 
 
 class Outbox(Composed):
