@@ -158,7 +158,8 @@ async def _drop_delayed(
         # The server counts a message as delivered before it sends it. So wait for as many as were
         # there, or until none has come for a while: some may have become due meanwhile.
         while True:
-            async with connection.answering(len(dropping)):
+            # The queue answers when it has sent what it was about to send.
+            async with connection.answering(expected):
                 waiting = sum(await _ready(channel, [level]))
                 tags, dropping = dropping, []
                 dropped += len(tags)
