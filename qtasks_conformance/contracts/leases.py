@@ -61,7 +61,8 @@ class LeaseContract(Contract):
         """When `publish` returns, the message is on the server; delayed messages and retries too.
 
         The publishing process is killed then, and all messages are still delivered. If
-        `atomic_retries` is not declared, the retry may have left the old message too.
+        `atomic_retries` is not declared, the retry may have left the old message too, or two new
+        ones.
         """
         broker = await rig.broker(lease=LONG_LEASE)
         guarantees = broker.guarantees
@@ -86,7 +87,10 @@ class LeaseContract(Contract):
         came = sorted((message_of(d).uuid, message_of(d).attempt) for d in deliveries)
         expected = sorted(zip((m.uuid for m in messages), (2, 1, 1), strict=True))
         old = (messages[0].uuid, 1)
-        assert came in (expected, sorted([*expected, old]))
+        if guarantees.atomic_retries:
+            assert came == expected
+        # A busy server may answer the retry so late that it is made again.
+        assert set(expected) <= set(came) <= {*expected, old}
         (delivery,) = await collect(subscription, 1, rig.within, "later")
         assert delivery.message == later
 
