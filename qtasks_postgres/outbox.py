@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 
 from msgspec.structs import replace
 
@@ -34,8 +34,9 @@ from qtasks_core import (
     TaskMessage,
     Verdict,
 )
-from qtasks_core.errors import ConfigurationError, NotSupported, QTasksError
+from qtasks_core.errors import Closed, ConfigurationError, NotSupported, QTasksError, Unavailable
 from qtasks_core.lookup import resolve_broker
+from qtasks_core.names import checked_name
 from qtasks_core.records import record_of, taken
 from qtasks_core.schemas import EVENTS
 from qtasks_core.separate import compose
@@ -70,16 +71,21 @@ class OutboxBroker(Broker):
 
     Messages without `transaction=` go to the other broker at once. Every process that has started
     this broker carries messages on; one of them does it for each message. `outbox` is a broker or
-    a URL of Postgres, `broker` any broker or URL. Raises `ConfigurationError`.
+    a URL of Postgres, `broker` any broker or URL. `name` is that of the outbox: two outboxes of one
+    app in one database, which lead to different brokers, need different names. Raises
+    `ConfigurationError`.
     """
 
-    def __init__(self, outbox: PostgresBroker | str, broker: Broker | str) -> None:
+    def __init__(
+        self, outbox: PostgresBroker | str, broker: Broker | str, *, name: str = QUEUE
+    ) -> None:
         part = resolve_broker(outbox) if isinstance(outbox, str) else outbox
         if not isinstance(part, PostgresBroker):
             raise ConfigurationError(
                 f"the outbox is a {type(part).__name__}: give a PostgresBroker or postgresql://…"
             )
         self.outbox = part
+        self._name = checked_name(name, "an outbox")
         self._inner = resolve_broker(broker) if isinstance(broker, str) else broker
         self.driver_loggers = (*self.outbox.driver_loggers, *self._inner.driver_loggers)
         self._carrying: asyncio.Task[None] | None = None
@@ -104,7 +110,7 @@ class OutboxBroker(Broker):
     async def start(self, namespace: str) -> None:
         await self._inner.start(namespace)
         try:
-            await self.outbox.start(f"{namespace}.{QUEUE}")
+            await self.outbox.start(f"{namespace}.{self._name}")
         except BaseException:
             await self._inner.stop()
             raise
@@ -144,7 +150,8 @@ class OutboxBroker(Broker):
                             logger.warning("the outbox is carried on again")
                         pause, failing = _SHORTEST, False
                 finally:
-                    await subscription.close()
+                    with suppress(QTasksError):  # else a cancel would be forgotten
+                        await subscription.close()
             except Exception as error:  # noqa: BLE001  # else nothing would be carried on any more
                 if not failing:
                     told = error if isinstance(error, QTasksError) else repr(error)
@@ -158,9 +165,10 @@ class OutboxBroker(Broker):
         wrapped = [(each, _unwrapped(each.message)) for each in deliveries]
         known = [(each, message) for each, message in wrapped if message is not None]
         try:
-            outcomes = await self._inner.publish([message for _, message in known])
+            outcomes = await self._publish([message for _, message in known])
         except BaseException:
-            await subscription.settle([Release(each) for each in deliveries])
+            with suppress(QTasksError):  # the leases end by themselves
+                await subscription.settle([Release(each) for each in deliveries])
             raise
         ends: list[Settlement] = []
         for (delivery, message), outcome in zip(known, outcomes, strict=True):
@@ -176,6 +184,21 @@ class OutboxBroker(Broker):
                 case _:
                     ends.append(Release(delivery))
         await subscription.settle(ends)
+        if unknown := [each.reason for each in outcomes if each.status == "unknown"]:
+            raise Unavailable(unknown[0] or "the other broker has not confirmed a message")
+
+    async def _publish(self, messages: Sequence[TaskMessage]) -> list[Outcome]:
+        """Publish at the other broker. A message for which that raises an error is refused."""
+        if not messages:
+            return []
+        try:
+            return await self._inner.publish(messages)
+        except (Unavailable, Closed):
+            raise
+        except QTasksError as error:
+            if len(messages) == 1:
+                return [Outcome("refused", str(error))]
+        return [outcome for each in messages for outcome in await self._publish([each])]
 
     def join(self, storage: Storage) -> Composition:
         return OutboxComposition(self, compose(self._inner, storage), storage)
@@ -205,7 +228,7 @@ class OutboxBroker(Broker):
 
     async def migrate(self, namespace: str) -> list[str]:
         inner = await self._inner.migrate(namespace)
-        return inner + await self.outbox.migrate(f"{namespace}.{QUEUE}")
+        return inner + await self.outbox.migrate(f"{namespace}.{self._name}")
 
 
 class OutboxComposition(Composition):
@@ -252,18 +275,19 @@ class OutboxComposition(Composition):
 
 
 def _wrapped(message: TaskMessage) -> TaskMessage:
-    """Return the message of the outbox that carries a message."""
+    """Return the message of the outbox that carries a message, once its delay is over."""
     return TaskMessage(
         uuid=message.uuid,
         task_name=QUEUE,
         queue=QUEUE,
-        args=encode_message(message),
+        args=encode_message(replace(message, delay=0.0)),
+        delay=message.delay,
         created_at=message.created_at,
     )
 
 
 def _unwrapped(message: TaskMessage | Raw) -> TaskMessage | None:
-    """Return the message that is carried, with what is left of its delay.
+    """Return the message that is carried.
 
     None if it cannot be read: perhaps a later release wrote it, and can. Its lease hides it.
     """
@@ -271,7 +295,4 @@ def _unwrapped(message: TaskMessage | Raw) -> TaskMessage | None:
     if isinstance(inner, Raw):
         logger.error("a message stays in the outbox, since it cannot be read: %s", inner.error)
         return None
-    if inner.delay > 0:
-        waited = max(0.0, time.time() - inner.created_at)
-        return replace(inner, delay=max(0.0, inner.delay - waited))
     return inner

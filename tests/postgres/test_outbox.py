@@ -39,10 +39,21 @@ class Fallible(MemoryBroker):
     away = False
     loses_answers = False
     refuses: Sequence[str] = ()
+    forbids: Sequence[str] = ()
+    hangs = False
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.called = asyncio.Event()
 
     async def publish(
         self, messages: Sequence[TaskMessage], transaction: object | None = None
     ) -> list[Outcome]:
+        self.called.set()
+        if self.hangs:
+            await asyncio.Event().wait()
+        if any(message.uuid in self.forbids for message in messages):
+            raise ConfigurationError("this queue is forbidden")
         if self.away:
             raise Unavailable("the other broker does not answer")
         outcomes = await super().publish(
@@ -190,7 +201,9 @@ async def test_a_message_of_a_later_release_stays(
         await until_left(broker, 1)
 
 
-async def test_a_delay_counts_from_the_call(postgres_server: Service, namespace: str) -> None:
+async def test_a_delayed_message_waits_in_the_outbox(
+    postgres_server: Service, namespace: str
+) -> None:
     inner = Fallible(uuid4().hex)
     async with outbox(postgres_server, inner, namespace) as broker:
         inner.away = True
@@ -202,8 +215,58 @@ async def test_a_delay_counts_from_the_call(postgres_server: Service, namespace:
         (came,) = await collect(broker, 1)
         assert isinstance(came.message, TaskMessage)
         assert came.message.uuid == short.uuid
-        await until_left(broker, 0)
-        assert (await broker.depth("q")).delayed == 1
+        assert came.message.delay == 0
+        await until_left(broker, 1)  # the long one waits here
+
+
+async def test_a_message_that_raises_an_error_holds_up_no_other(
+    postgres_server: Service, namespace: str
+) -> None:
+    inner = Fallible(uuid4().hex)
+    async with outbox(postgres_server, inner, namespace) as broker:
+        messages = some(3)
+        inner.forbids = [messages[1].uuid]
+        await enqueue(postgres_server, broker, messages)
+        assert uuids(await collect(broker, 2)) == uuids([messages[0], messages[2]])
+        await until_left(broker, 1)
+
+
+async def test_it_stops_while_both_servers_are_away(
+    postgres_server: Service, namespace: str
+) -> None:
+    """In the middle of a publish that does not return."""
+    inner = Fallible(uuid4().hex)
+    broker = OutboxBroker(f"{postgres_server.url}?lease={LEASE}", inner)
+    await broker.start(namespace)
+    inner.hangs = True
+    await enqueue(postgres_server, broker, some(1))
+    async with asyncio.timeout(PATIENCE):
+        await inner.called.wait()
+        postgres_server.kill()
+        try:
+            await broker.stop()
+        finally:
+            postgres_server.restart()
+
+
+async def test_two_outboxes_lead_to_their_own_brokers(
+    postgres_server: Service, namespace: str
+) -> None:
+    url = f"{postgres_server.url}?lease={LEASE}"
+    brokers = [
+        OutboxBroker(url, MemoryBroker(uuid4().hex), name=name) for name in ("mails", "events")
+    ]
+    messages = some(40)
+    for broker in brokers:
+        await broker.start(namespace)
+    try:
+        await enqueue(postgres_server, brokers[0], messages[:20])
+        await enqueue(postgres_server, brokers[1], messages[20:])
+        assert uuids(await collect(brokers[0], 20)) == uuids(messages[:20])
+        assert uuids(await collect(brokers[1], 20)) == uuids(messages[20:])
+    finally:
+        for broker in brokers:
+            await broker.stop()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
