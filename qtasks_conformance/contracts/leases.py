@@ -61,8 +61,7 @@ class LeaseContract(Contract):
         """When `publish` returns, the message is on the server; delayed messages and retries too.
 
         The publishing process is killed then, and all messages are still delivered. If
-        `atomic_retries` is not declared, the retry may have left the old message too, or two new
-        ones.
+        `atomic_retries` is not declared, the retry may have left the old message too.
         """
         broker = await rig.broker(lease=LONG_LEASE)
         guarantees = broker.guarantees
@@ -84,13 +83,15 @@ class LeaseContract(Contract):
             await collect(subscription, 3, within, into=deliveries)
             if len(set(uuids(deliveries))) < 3 and not guarantees.atomic_retries:
                 await collect(subscription, 4, within, into=deliveries)
-        came = sorted((message_of(d).uuid, message_of(d).attempt) for d in deliveries)
+        # What the receiver lost with its connection comes again, and is counted then.
+        came: list[tuple[str, int]] = []
+        for delivery in deliveries:
+            key = (message_of(delivery).uuid, message_of(delivery).attempt)
+            if key not in came or (delivery.count or 1) == 1:
+                came.append(key)
         expected = sorted(zip((m.uuid for m in messages), (2, 1, 1), strict=True))
         old = (messages[0].uuid, 1)
-        if guarantees.atomic_retries:
-            assert came == expected
-        # A busy server may answer the retry so late that it is made again.
-        assert set(expected) <= set(came) <= {*expected, old}
+        assert sorted(came) in (expected, sorted([*expected, old]))
         (delivery,) = await collect(subscription, 1, rig.within, "later")
         assert delivery.message == later
 
